@@ -1,0 +1,3 @@
+_base_ = './mask-rcnn_mlla-t_fpn_3x_coco.py'
+
+model = dict(backbone=dict(arch='small', init_cfg=dict(checkpoint='data/MLLA_S.pth')))

@@ -1,0 +1,204 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+"""Command-line choices applied to a config."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from mmengine.config import Config, ConfigDict
+from mmengine.runner import find_latest_checkpoint
+
+from ..models.weights import require_weights
+
+
+def read_config(path: str, options: Optional[dict] = None) -> Config:
+    """Read a config file and merge ``--cfg-options`` into it.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'Config not found: {path}. See configs/ for ours.')
+    cfg = Config.fromfile(path)
+    if options:
+        cfg.merge_from_dict(options)
+    return cfg
+
+
+def set_work_dir(cfg: Config, work_dir: Optional[str]) -> None:
+    """Command line first, then the config, then work_dirs/CONFIG_NAME."""
+    if work_dir is not None:
+        cfg.work_dir = work_dir
+    elif cfg.get('work_dir') is None:
+        cfg.work_dir = str(Path('work_dirs') / Path(cfg.filename).stem)
+
+
+def enable_amp(cfg: Config) -> None:
+    """Train in mixed precision with a dynamic loss scale.
+
+    Raises:
+        ValueError: Without a GPU: MMEngine's AmpOptimWrapper needs one.
+    """
+    if not torch.cuda.is_available():
+        raise ValueError('--amp needs a GPU, and torch sees none. Leave it out.')
+    cfg.optim_wrapper.type = 'AmpOptimWrapper'
+    cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+
+
+def enable_tta(cfg: Config) -> None:
+    """Test with the config's test-time augmentation.
+
+    Raises:
+        ValueError: If the config has no ``tta_model`` or no ``tta_pipeline``.
+    """
+    for key in ('tta_model', 'tta_pipeline'):
+        if key not in cfg:
+            raise ValueError(
+                f'--tta needs {key} in the config, and {cfg.filename} has none. '
+                "(mmdet's test-time augmentation does not support masks.)"
+            )
+    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+    dataset = cfg.test_dataloader.dataset
+    while 'dataset' in dataset:
+        dataset = dataset.dataset
+    dataset.pipeline = cfg.tta_pipeline
+
+
+def set_resume(cfg: Config, resume: Optional[str]) -> None:
+    """Resume from a checkpoint, or from the newest of the work_dir ('auto').
+
+    Raises:
+        FileNotFoundError: If the named checkpoint does not exist.
+    """
+    if resume is None:
+        return
+    cfg.resume = True
+    cfg.load_from = None
+    if resume != 'auto':
+        if not Path(resume).is_file():
+            raise FileNotFoundError(
+                f'Checkpoint to resume from not found: {resume}. Give --resume alone '
+                'for the newest one of the work_dir.'
+            )
+        cfg.load_from = resume
+
+
+def check_pretrained(cfg: Config) -> None:
+    """Ask for the pretrained weights before any data is loaded.
+
+    A run that resumes does without them: the checkpoint replaces every weight.
+
+    Raises:
+        FileNotFoundError: If a local file named by an ``init_cfg`` is missing; the
+            message tells where to get it.
+    """
+    resuming = cfg.get('resume') and (
+        cfg.get('load_from') or find_latest_checkpoint(cfg.work_dir)
+    )
+    for module in _modules_with_pretrained(cfg.model):
+        if '://' in module['init_cfg']['checkpoint']:
+            continue
+        if resuming:
+            module['init_cfg'] = None
+        else:
+            require_weights(module['init_cfg']['checkpoint'])
+
+
+def _modules_with_pretrained(model: Any) -> Iterator[dict]:
+    if isinstance(model, dict):
+        init_cfg = model.get('init_cfg')
+        if isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained':
+            yield model
+        model = list(model.values())
+    if isinstance(model, (list, tuple)):
+        for value in model:
+            yield from _modules_with_pretrained(value)
+
+
+def batch_size_notice(cfg: Config, world_size: int) -> Optional[str]:
+    """Say so when processes x batch differs from the recipe's total batch size.
+
+    Args:
+        cfg (Config): Config with ``auto_scale_lr.base_batch_size``.
+        world_size (int): Number of training processes.
+
+    Returns:
+        str | None: What differs and what to do about it; None if nothing does.
+    """
+    recipe = cfg.get('auto_scale_lr', {}).get('base_batch_size')
+    batch = cfg.train_dataloader.batch_size
+    actual = world_size * batch
+    if recipe is None or actual == recipe:
+        return None
+    notice = (
+        f"The total batch size is {actual} ({world_size} processes x {batch}); the "
+        f"recipe's is {recipe}. "
+    )
+    if cfg.auto_scale_lr.get('enable'):
+        return notice + f'The learning rate is scaled by {actual / recipe:g}.'
+    way_out = 'Published results are not reproduced like this. '
+    if recipe % world_size == 0:
+        way_out += (
+            f'Use --cfg-options train_dataloader.batch_size={recipe // world_size} if '
+            'it fits in memory, or '
+        )
+    else:
+        way_out += 'Use '
+    return notice + way_out + '--auto-scale-lr to scale the learning rate.'
+
+
+def enable_auto_scale_lr(cfg: Config) -> None:
+    """Scale the learning rate with the total batch size.
+
+    Raises:
+        ValueError: If the config does not state the batch size of its recipe.
+    """
+    if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+        raise ValueError(
+            '--auto-scale-lr needs auto_scale_lr.base_batch_size in the config, the '
+            'total batch size that its learning rate is meant for.'
+        )
+    cfg.auto_scale_lr.enable = True
+
+
+# How each package's visualization hook is told to draw test results into a folder.
+_DRAW = {
+    'DetVisualizationHook': lambda folder: dict(draw=True, test_out_dir=folder),
+    'SegVisualizationHook': lambda folder: dict(draw=True, interval=1),
+    'VisualizationHook': lambda folder: dict(enable=True, interval=1, out_dir=folder),
+}
+
+
+def draw_results(cfg: Config, folder: str) -> None:
+    """Draw the predictions of a test run into a folder.
+
+    Raises:
+        ValueError: If the config has no visualization hook that can do it.
+    """
+    hook = cfg.default_hooks.get('visualization') or {}
+    if hook.get('type') not in _DRAW:
+        raise ValueError(
+            f"--show-dir needs default_hooks.visualization of a type in {list(_DRAW)}, "
+            f"got {hook.get('type')!r}."
+        )
+    # Absolute: mmdet joins a relative folder to its own time-stamped one.
+    hook.update(_DRAW[hook['type']](str(Path(folder).resolve())))
+    if hook['type'] == 'SegVisualizationHook':
+        cfg.visualizer['save_dir'] = folder
+
+
+def dump_predictions(cfg: Config, path: str) -> None:
+    """Write the predictions of a test run to a pickle file.
+
+    Raises:
+        ValueError: If the file name does not end in .pkl or .pickle.
+    """
+    if not path.endswith(('.pkl', '.pickle')):
+        raise ValueError(f'--out must end in .pkl or .pickle, got {path}.')
+    # mmdet's own one stores masks run-length encoded.
+    kind = 'DumpDetResults' if cfg.default_scope == 'mmdet' else 'DumpResults'
+    evaluators = cfg.test_evaluator
+    if not isinstance(evaluators, list):
+        evaluators = [evaluators]
+    cfg.test_evaluator = [*evaluators, dict(type=kind, out_file_path=path)]

@@ -1,0 +1,159 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+"""What a process needs before MMEngine's runner starts: devices, threads, launchers."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Dict, NamedTuple
+
+import cv2
+import torch
+from mmengine.config import Config
+from torch import distributed
+
+LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
+
+
+class Processes(NamedTuple):
+    """Where this process stands among those that the launcher started."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+
+# The variables that hold the fields of Processes, by launcher.
+_VARIABLES: Dict[str, Processes] = {
+    'pytorch': Processes('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE'),
+    'slurm': Processes(
+        'SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID', 'SLURM_NTASKS_PER_NODE'
+    ),
+    'mpi': Processes(
+        'OMPI_COMM_WORLD_RANK',
+        'OMPI_COMM_WORLD_SIZE',
+        'OMPI_COMM_WORLD_LOCAL_RANK',
+        'OMPI_COMM_WORLD_LOCAL_SIZE',
+    ),
+}
+
+
+@contextmanager
+def exit_on_user_error() -> Iterator[None]:
+    """End the program with the message alone when what the user gave is wrong.
+
+    For the checks before the work starts; errors out of a run keep their traceback.
+    """
+    try:
+        yield
+    except (FileNotFoundError, ValueError) as error:
+        # One process speaks for all of them.
+        speaks = os.environ.get('LOCAL_RANK', '0') == '0'
+        sys.exit(f'Error: {error}' if speaks else 1)
+
+
+def processes(launcher: str) -> Processes:
+    """Read the process layout that a launcher left in the environment.
+
+    Args:
+        launcher (str): 'none', 'pytorch', 'slurm' or 'mpi'.
+
+    Raises:
+        ValueError: If the launcher is unknown or did not start this process.
+    """
+    if launcher == 'none':
+        return Processes(0, 1, 0, 1)
+    if launcher not in _VARIABLES:
+        raise ValueError(f"Unknown launcher '{launcher}': choose from {LAUNCHERS}.")
+    names = _VARIABLES[launcher]
+    values = {name: os.environ.get(name) for name in names}
+    # Only some srun calls set the tasks per node.
+    values[names.local_world_size] = values[names.local_world_size] or '1'
+    missing = [name for name, value in values.items() if not value]
+    if missing:
+        raise ValueError(
+            f"launcher '{launcher}' needs {', '.join(missing)} in the environment. Start "
+            'with tools/dist_train.sh or tools/slurm_train.sh, or leave --launcher out.'
+        )
+    return Processes(*(int(values[name]) for name in names))
+
+
+def set_up(cfg: Config) -> Processes:
+    """Prepare this process and its config for the devices of the machine.
+
+    With GPUs MMEngine's own launcher does what is left. On the CPU it would ask for
+    CUDA devices, so the gloo process group is made here, the model is wrapped without
+    device ids, and SyncBatchNorm, which has no CPU kernel, becomes BatchNorm.
+
+    Args:
+        cfg (Config): The run's config with ``launcher`` set; changed in place.
+
+    Returns:
+        Processes: Where this process stands.
+
+    Raises:
+        ValueError: If the launcher is unknown, did not start this process, or started
+            more processes than there are GPUs.
+    """
+    layout = processes(cfg.launcher)
+    if torch.cuda.is_available():
+        _check_gpu_count(layout)
+        return layout
+    _share_threads(layout)
+    if cfg.launcher != 'none':
+        _init_gloo(layout, cfg.get('env_cfg', {}).get('dist_cfg', {}))
+        cfg.model_wrapper_cfg = dict(
+            type='MMDistributedDataParallel',
+            device_ids=None,
+            broadcast_buffers=False,
+            find_unused_parameters=cfg.get('find_unused_parameters', False),
+        )
+    cfg.pop('sync_bn', None)
+    replace_sync_bn(cfg.model)
+    return layout
+
+
+def _check_gpu_count(layout: Processes) -> None:
+    gpus = torch.cuda.device_count()
+    if layout.local_rank >= gpus:
+        raise ValueError(
+            f'{layout.local_world_size} processes were started on this machine, but it '
+            f'shows {gpus} GPUs. Ask for at most {gpus}, or check CUDA_VISIBLE_DEVICES.'
+        )
+
+
+def _share_threads(layout: Processes) -> None:
+    """Give every process of the machine its part of the cores, unless it is set."""
+    if 'OMP_NUM_THREADS' in os.environ:
+        threads = int(os.environ['OMP_NUM_THREADS'])
+    else:
+        cores = len(os.sched_getaffinity(0))
+        threads = max(1, cores // layout.local_world_size)
+    torch.set_num_threads(threads)
+    cv2.setNumThreads(0)
+
+
+def _init_gloo(layout: Processes, dist_cfg: Dict[str, Any]) -> None:
+    os.environ.setdefault('MASTER_ADDR', '127.0.0.1')
+    os.environ.setdefault('MASTER_PORT', '29500')
+    # MMEngine reads it when it wraps the model.
+    os.environ['LOCAL_RANK'] = str(layout.local_rank)
+    timeout = {}
+    if 'timeout' in dist_cfg:
+        timeout['timeout'] = timedelta(seconds=dist_cfg['timeout'])
+    distributed.init_process_group(
+        'gloo', rank=layout.rank, world_size=layout.world_size, **timeout
+    )
+
+
+def replace_sync_bn(model: Any) -> None:
+    """Turn every SyncBN of a model config into BN, in place."""
+    if isinstance(model, dict):
+        if model.get('type') in ('SyncBN', 'MMSyncBN'):
+            model['type'] = 'BN'
+        model = list(model.values())
+    if isinstance(model, (list, tuple)):
+        for value in model:
+            replace_sync_bn(value)

@@ -1,0 +1,4 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+from .mlla import MLLA
+
+__all__ = ['MLLA']

@@ -1,0 +1,6 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+from .mlla_block import MLP, LinearAttention, MLLABlock
+from .patch_merging import PatchMerging
+from .stem import Stem
+
+__all__ = ['MLP', 'LinearAttention', 'MLLABlock', 'PatchMerging', 'Stem']

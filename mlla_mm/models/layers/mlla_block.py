@@ -1,0 +1,98 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+import torch.nn.functional as F
+from mmcv.cnn.bricks.drop import DropPath
+from torch import Tensor, nn
+
+from ...ops import linear_attention
+from .conv import DepthwiseConv2d
+
+
+class LinearAttention(nn.Module):
+    """Linear attention with rotary and local position encoding.
+
+    Args:
+        embed_dims (int): Number of channels C.
+        num_heads (int): Number of heads, a divisor of C.
+        qkv_bias (bool): Whether the query-key projection has a bias.
+            Defaults to True.
+    """
+
+    def __init__(self, embed_dims: int, num_heads: int, qkv_bias: bool = True) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qk = nn.Linear(embed_dims, embed_dims * 2, bias=qkv_bias)
+        self.lepe = DepthwiseConv2d(embed_dims)
+
+    def forward(self, v: Tensor) -> Tensor:
+        """(N, H, W, C) -> (N, H, W, C). The input serves as the values."""
+        q, k = self.qk(v).chunk(2, dim=-1)
+        return linear_attention(q, k, v, self.num_heads) + self.lepe(v)
+
+
+class MLP(nn.Module):
+    """Linear, GELU (erf), dropout, linear, dropout."""
+
+    def __init__(self, embed_dims: int, hidden_dims: int, drop_rate: float) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(embed_dims, hidden_dims)
+        self.fc2 = nn.Linear(hidden_dims, embed_dims)
+        self.drop = nn.Dropout(drop_rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
+
+
+class MLLABlock(nn.Module):
+    """Mamba-like linear attention block, Fig. 3 of arXiv 2405.16605.
+
+    ::
+
+        x = x + CPE1(x)
+        u = LN(x)
+        x = x + DropPath(out_proj(Attn(SiLU(DWC(in_proj(u)))) * SiLU(act_proj(u))))
+        x = x + CPE2(x)
+        x = x + DropPath(MLP(LN(x)))
+
+    Args:
+        embed_dims (int): Number of channels C.
+        num_heads (int): Number of attention heads, a divisor of C.
+        mlp_ratio (float): Hidden channels of the MLP over C. Defaults to 4.
+        qkv_bias (bool): Whether the query-key projection has a bias.
+            Defaults to True.
+        drop_rate (float): Dropout in the MLP. Defaults to 0.
+        drop_path_rate (float): Stochastic depth rate. Defaults to 0.
+    """
+
+    def __init__(
+        self,
+        embed_dims: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.cpe1 = DepthwiseConv2d(embed_dims)
+        self.norm1 = nn.LayerNorm(embed_dims)
+        self.in_proj = nn.Linear(embed_dims, embed_dims)
+        self.act_proj = nn.Linear(embed_dims, embed_dims)
+        self.dwc = DepthwiseConv2d(embed_dims)
+        self.attn = LinearAttention(embed_dims, num_heads, qkv_bias)
+        self.out_proj = nn.Linear(embed_dims, embed_dims)
+        self.drop_path = DropPath(drop_path_rate)
+        self.cpe2 = DepthwiseConv2d(embed_dims)
+        self.norm2 = nn.LayerNorm(embed_dims)
+        self.mlp = MLP(embed_dims, int(embed_dims * mlp_ratio), drop_rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, H, W, C) -> (N, H, W, C)."""
+        x = x + self.cpe1(x)
+        x = x + self.drop_path(self._attend(self.norm1(x)))
+        x = x + self.cpe2(x)
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+    def _attend(self, x: Tensor) -> Tensor:
+        gate = F.silu(self.act_proj(x))
+        v = F.silu(self.dwc(self.in_proj(x)))
+        return self.out_proj(self.attn(v) * gate)

@@ -1,0 +1,35 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+from torch import Tensor, nn
+
+from .conv import conv_layer, pad_to_multiple
+
+
+class Stem(nn.Module):
+    """Convolutional stem of MLLA: (N, in_channels, H, W) to stride 4.
+
+    Args:
+        in_channels (int): Number of image channels.
+        embed_dims (int): Number of output channels C, an even number.
+        drop_rate (float): Dropout after the stem. Defaults to 0.
+    """
+
+    def __init__(
+        self, in_channels: int, embed_dims: int, drop_rate: float = 0.0
+    ) -> None:
+        super().__init__()
+        mid = embed_dims // 2
+        self.conv1 = conv_layer(in_channels, mid, 3, stride=2)
+        self.conv2 = nn.Sequential(
+            conv_layer(mid, mid, 3), conv_layer(mid, mid, 3, act=False)
+        )
+        self.conv3 = nn.Sequential(
+            conv_layer(mid, embed_dims * 4, 3, stride=2),
+            conv_layer(embed_dims * 4, embed_dims, 1, act=False),
+        )
+        self.drop = nn.Dropout(drop_rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_channels, H, W) -> (N, C, ceil(H / 4), ceil(W / 4))."""
+        x = self.conv1(pad_to_multiple(x, 4))
+        x = x + self.conv2(x)
+        return self.drop(self.conv3(x))

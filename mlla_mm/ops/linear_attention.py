@@ -1,0 +1,60 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+"""Linear attention with rotary embedding, the plain definition."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .rotary import rotary_embedding
+
+_EPS = 1e-6
+
+
+def linear_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
+    """Multi-head linear attention over all tokens of a feature map.
+
+    With q and k passed through ELU + 1, n = H * W tokens, and q~, k~ the rotated q, k::
+
+        y = q~ (k~^T v / n) / (q . mean_n(k) + 1e-6)        per head
+
+    The normaliser uses q and k before the rotation. Feature map, rotation and
+    normaliser are computed in float32 (or float64) whatever the input, since
+    q . mean_n(k) underflows in half precision; the two matrix products run in the
+    dtype of ``v``. Time and memory are linear in n (Sec. 3 of arXiv 2405.16605).
+
+    Args:
+        q (Tensor): Queries before the feature map, (N, H, W, C).
+        k (Tensor): Keys before the feature map, (N, H, W, C).
+        v (Tensor): Values, (N, H, W, C).
+        num_heads (int): Number of heads, a divisor of C.
+
+    Returns:
+        Tensor: (N, H, W, C), the dtype of ``v``.
+    """
+    height, width = v.shape[1:3]
+    q = F.elu(_at_least_float32(q)) + 1
+    k = F.elu(_at_least_float32(k)) + 1
+    q_rotated = _split_heads(rotary_embedding(q).to(v.dtype), num_heads)
+    k_rotated = _split_heads(rotary_embedding(k).to(v.dtype), num_heads)
+    # An element-wise sum, since autocast would run a matrix product in half precision.
+    norm = _split_heads(q * k.mean(dim=(1, 2), keepdim=True), num_heads)
+    norm = norm.sum(dim=-1, keepdim=True) + _EPS
+    # Each factor takes half of 1 / n: the sum over many tokens stays in range.
+    scale = (height * width) ** -0.5
+    kv = (k_rotated * scale).transpose(-2, -1) @ (_split_heads(v, num_heads) * scale)
+    y = _at_least_float32(q_rotated @ kv) / norm
+    return _merge_heads(y, height, width).to(v.dtype)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """(N, H, W, C) -> (N, heads, H * W, C / heads)."""
+    return x.flatten(1, 2).unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def _merge_heads(x: Tensor, height: int, width: int) -> Tensor:
+    """(N, heads, H * W, C / heads) -> (N, H, W, C)."""
+    return x.transpose(1, 2).flatten(2).unflatten(1, (height, width))

@@ -1,0 +1,84 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+"""Two-dimensional rotary position embedding on channels-last feature maps."""
+
+from typing import Dict, Tuple
+
+import torch
+from torch import Tensor
+
+_BASE = 10000.0
+
+# (number of frequencies, device, dtype) -> (cos, sin), each (positions, frequencies).
+# One table per axis serves every image size; a table per size would take gigabytes
+# over a COCO epoch. Kept outside the modules: as buffers they would enter
+# checkpoints and MMEngine's EMA, which cannot follow a buffer that grows.
+_TABLES: Dict[Tuple[int, torch.device, torch.dtype], Tuple[Tensor, Tensor]] = {}
+
+
+def axis_tables(
+    length: int, num_freqs: int, device: torch.device, dtype: torch.dtype
+) -> Tuple[Tensor, Tensor]:
+    """Cosine and sine of ``position * 10000 ** (-j / num_freqs)``.
+
+    The tables are cached and grow to the next power of two of the longest axis seen.
+
+    Args:
+        length (int): Number of positions along the axis, 0 .. length - 1.
+        num_freqs (int): Number of frequencies, j = 0 .. num_freqs - 1.
+        device (torch.device): Device of the tables.
+        dtype (torch.dtype): float32 or float64.
+
+    Returns:
+        tuple[Tensor, Tensor]: cos and sin, each (length, num_freqs).
+    """
+    key = (num_freqs, device, dtype)
+    if key not in _TABLES or len(_TABLES[key][0]) < length:
+        _TABLES[key] = _build_tables(length, num_freqs, device, dtype)
+    cos, sin = _TABLES[key]
+    return cos[:length], sin[:length]
+
+
+def _build_tables(
+    length: int, num_freqs: int, device: torch.device, dtype: torch.dtype
+) -> Tuple[Tensor, Tensor]:
+    capacity = 1 << (length - 1).bit_length()
+    # A tensor that is made under inference mode can never take part in training.
+    with torch.inference_mode(False), torch.no_grad():
+        # On the CPU, since not every accelerator has float64.
+        freqs = _BASE ** (-torch.arange(num_freqs, dtype=torch.float64) / num_freqs)
+        angles = torch.arange(capacity, dtype=torch.float64)[:, None] * freqs
+        return (
+            angles.cos().to(device=device, dtype=dtype),
+            angles.sin().to(device=device, dtype=dtype),
+        )
+
+
+def rotary_embedding(x: Tensor) -> Tensor:
+    """Rotate channel pairs (2j, 2j + 1) by the position of their token.
+
+    With C channels and theta_j = 10000^(-j / (C/4)), the first C/4 pairs rotate by
+    row * theta_j and the last C/4 pairs by column * theta_j.
+
+    Args:
+        x (Tensor): float32 or float64 feature map (N, H, W, C), C a multiple of 4.
+
+    Returns:
+        Tensor: The rotated map, shape and dtype of ``x``.
+    """
+    _, height, width, channels = x.shape
+    rows = axis_tables(height, channels // 4, x.device, x.dtype)
+    columns = axis_tables(width, channels // 4, x.device, x.dtype)
+    by_row, by_column = x.chunk(2, dim=-1)
+    return torch.cat(
+        [
+            _rotate_pairs(by_row, *(table[:, None] for table in rows)),
+            _rotate_pairs(by_column, *columns),
+        ],
+        dim=-1,
+    )
+
+
+def _rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(a, b) -> (a cos - b sin, a sin + b cos) on neighbouring channels."""
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)

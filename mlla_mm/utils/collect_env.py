@@ -1,0 +1,141 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+"""What a bug report needs, and what is wrong with the installation.
+
+``python -m mlla_mm.utils.collect_env`` prints it, and ends with status 1 where there
+are problems.
+"""
+
+import os
+import platform
+import sys
+from importlib import import_module
+
+from ..ops import mmcv_ext
+from ..version import __version__
+from .stack import Stack, collect_stack, find_problems
+
+_NOT_INSTALLED = 'not installed'
+
+
+def main() -> int:
+    """Print the report.
+
+    Returns:
+        int: Exit status, 1 where there are problems.
+    """
+    stack = collect_stack()
+    problems = find_problems(stack)
+    print(format_table(collect_env(stack)))
+    print()
+    print(format_problems(problems))
+    return int(bool(problems))
+
+
+def collect_env(stack: Stack) -> dict[str, str]:
+    """Describe the running environment.
+
+    Args:
+        stack (Stack): The installed packages.
+
+    Returns:
+        dict[str, str]: Values by label, in the order to print.
+    """
+    rows = {'mlla_mm': __version__, **_version_rows(stack)}
+    rows['mmcv ops'] = _ops_row(stack)
+    if 'torch' in stack.versions:
+        rows.update(_device_rows())
+    if stack.packages['mmengine'] and 'torch' in stack.versions:
+        rows.update(_compiler_rows())
+    return rows
+
+
+def format_table(rows: dict[str, str]) -> str:
+    """Set labels and values in two aligned columns.
+
+    Args:
+        rows (dict[str, str]): Values by label.
+
+    Returns:
+        str: One line per row.
+    """
+    width = max(map(len, rows))
+    return '\n'.join(f'{label:<{width}}  {value}' for label, value in rows.items())
+
+
+def format_problems(problems: list[str]) -> str:
+    """Number the problems.
+
+    Args:
+        problems (list[str]): As from :func:`mlla_mm.utils.stack.find_problems`.
+
+    Returns:
+        str: The problems, or that there are none.
+    """
+    if not problems:
+        return 'No problem found.'
+    numbered = (f'{i}. {text}' for i, text in enumerate(problems, 1))
+    return 'Problems found:\n\n' + '\n\n'.join(numbered)
+
+
+def _version_rows(stack: Stack) -> dict[str, str]:
+    rows = {'Platform': platform.platform(), 'Python': platform.python_version()}
+    libraries = {
+        'PyTorch': 'torch',
+        'torchvision': 'torchvision',
+        'NumPy': 'numpy',
+        'OpenCV': 'cv2',
+    }
+    for label, name in libraries.items():
+        rows[label] = stack.versions.get(name, 'does not import')
+    for package, found in stack.packages.items():
+        texts = [f'{version} ({name})' for name, version in found.items()]
+        rows[package] = ' and '.join(texts) or _NOT_INSTALLED
+    return rows
+
+
+def _ops_row(stack: Stack) -> str:
+    if not stack.packages['mmcv']:
+        return _NOT_INSTALLED
+    if mmcv_ext.install():
+        return "stand-in on torchvision's kernels (no compiled ops that load)"
+    ext = import_module('mmcv._ext')
+    compiler, cuda = ext.get_compiler_version(), ext.get_compiling_cuda_version()
+    return f'compiled ({compiler}, CUDA {cuda})'
+
+
+def _device_rows() -> dict[str, str]:
+    """Devices and threads, as PyTorch sees them."""
+    import torch
+
+    rows = {
+        'CPU': f'{os.cpu_count()} cores, {torch.get_num_threads()} PyTorch threads, '
+        f'OMP_NUM_THREADS={os.environ.get("OMP_NUM_THREADS", "not set")}'
+    }
+    built_for = torch.version.cuda or torch.version.hip
+    if not torch.cuda.is_available():
+        rows['CUDA'] = f'not available (PyTorch was built for: {built_for or "CPU"})'
+        return rows
+    rows['CUDA'] = f'available (PyTorch was built for {built_for})'
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        rows[f'GPU {index}'] = (
+            f'{device.name}, capability {device.major}.{device.minor}, '
+            f'{device.total_memory / 2**30:.0f} GiB'
+        )
+    rows['cuDNN'] = str(torch.backends.cudnn.version())
+    if torch.distributed.is_available() and torch.distributed.is_nccl_available():
+        rows['NCCL'] = '.'.join(map(str, torch.cuda.nccl.version()))
+    return rows
+
+
+def _compiler_rows() -> dict[str, str]:
+    """Compilers, as MMEngine finds them; they matter to who compiles mmcv."""
+    from mmengine.utils.dl_utils import collect_env as mmengine_collect_env
+
+    found = mmengine_collect_env()
+    labels = ('GCC', 'MSVC', 'CUDA_HOME', 'NVCC')
+    return {label: str(found[label]) for label in labels if label in found}
+
+
+if __name__ == '__main__':
+    sys.exit(main())

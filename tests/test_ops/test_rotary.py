@@ -1,0 +1,70 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+import math
+
+import pytest
+import torch
+
+from mlla_mm.ops import rotary, rotary_embedding
+
+
+@pytest.fixture(autouse=True)
+def empty_tables():
+    rotary._TABLES.clear()
+
+
+def test_against_the_definition():
+    x = torch.randn(1, 3, 5, 16, dtype=torch.float64)
+    y = rotary_embedding(x)
+    for row in range(3):
+        for column in range(5):
+            for pair in range(8):
+                j, position = (pair, row) if pair < 4 else (pair - 4, column)
+                angle = position * 10000 ** (-j / 4)
+                a, b = x[0, row, column, 2 * pair : 2 * pair + 2].tolist()
+                expected = [
+                    a * math.cos(angle) - b * math.sin(angle),
+                    a * math.sin(angle) + b * math.cos(angle),
+                ]
+                actual = y[0, row, column, 2 * pair : 2 * pair + 2].tolist()
+                assert actual == pytest.approx(expected, abs=1e-12)
+
+
+def test_products_depend_on_the_distance_alone():
+    q, k = torch.randn(2, 8, dtype=torch.float64)
+    rotated_q = rotary_embedding(q.expand(1, 9, 9, 8))[0]
+    rotated_k = rotary_embedding(k.expand(1, 9, 9, 8))[0]
+    near = rotated_q[2, 3] @ rotated_k[4, 2]
+    far = rotated_q[6, 8] @ rotated_k[8, 7]
+    torch.testing.assert_close(near, far, rtol=0, atol=1e-12)
+
+
+def test_tables_are_bounded_over_many_sizes():
+    device = torch.device('cpu')
+    generator = torch.Generator().manual_seed(0)
+    longest = 0
+    for height, width in torch.randint(1, 334, (500, 2), generator=generator).tolist():
+        longest = max(longest, height, width)
+        cos, _ = rotary.axis_tables(height, 16, device, torch.float32)
+        assert len(cos) == height
+        rotary.axis_tables(width, 16, device, torch.float32)
+    assert len(rotary._TABLES) == 1
+    (cos, sin), = rotary._TABLES.values()
+    assert longest <= len(cos) < 2 * longest
+    assert cos.untyped_storage().nbytes() == len(cos) * 16 * 4
+    assert sin.shape == cos.shape
+
+
+def test_grown_tables_keep_their_values():
+    device = torch.device('cpu')
+    short = rotary.axis_tables(5, 8, device, torch.float32)[1].clone()
+    rotary.axis_tables(300, 8, device, torch.float32)
+    assert torch.equal(rotary.axis_tables(5, 8, device, torch.float32)[1], short)
+
+
+def test_training_after_a_first_use_in_inference_mode():
+    with torch.inference_mode():
+        rotary_embedding(torch.randn(1, 6, 4, 8))
+    x = torch.randn(1, 6, 4, 8, requires_grad=True)
+    rotary_embedding(x).square().sum().backward()
+    # A rotation keeps the length.
+    torch.testing.assert_close(x.grad, 2 * x.detach())

@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Run a Python tool in GPUS processes on this machine with torchrun.
+# Usage: launch.sh SCRIPT GPUS [ARGUMENTS]
+# Environment: NNODES NODE_RANK MASTER_ADDR PORT, as in dist_train.sh.
+set -euo pipefail
+
+SCRIPT=$1
+GPUS=$2
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+PYTHON=${PYTHON:-python}
+
+if ! [[ $GPUS =~ ^[1-9][0-9]*$ ]]; then
+    echo "Error: GPUS must be a positive number, got '$GPUS'." >&2
+    exit 2
+fi
+
+NNODES=${NNODES:-1}
+if [ -z "${PORT:-}" ]; then
+    if [ "$NNODES" -gt 1 ]; then
+        PORT=29500  # the machines have to agree on it
+    else
+        PORT=$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
+    fi
+fi
+
+# On the CPU the processes share the cores; torchrun alone would give each one thread.
+if [ -z "${OMP_NUM_THREADS:-}" ] && ! nvidia-smi -L >/dev/null 2>&1; then
+    cores=$("$PYTHON" -c 'import os; print(len(os.sched_getaffinity(0)))')
+    export OMP_NUM_THREADS=$((cores > GPUS ? cores / GPUS : 1))
+fi
+
+PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" exec "$PYTHON" -m torch.distributed.run \
+    --nnodes "$NNODES" \
+    --node-rank "${NODE_RANK:-0}" \
+    --master-addr "${MASTER_ADDR:-127.0.0.1}" \
+    --master-port "$PORT" \
+    --nproc-per-node "$GPUS" \
+    "$ROOT/tools/$SCRIPT" "${@:3}" --launcher pytorch
