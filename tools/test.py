@@ -21,7 +21,11 @@ def parse_args() -> argparse.Namespace:
         '--work-dir', help='folder for logs and metrics (work_dirs/CONFIG_NAME)'
     )
     parser.add_argument('--out', metavar='PKL', help='write the predictions here')
-    parser.add_argument('--show-dir', metavar='DIR', help='draw the predictions here')
+    parser.add_argument(
+        '--show-dir',
+        metavar='DIR',
+        help='draw the predictions here; of several processes the first draws its part',
+    )
     parser.add_argument(
         '--tta', action='store_true', help="test-time augmentation of the config's"
     )

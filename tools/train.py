@@ -25,7 +25,7 @@ def parse_args() -> argparse.Namespace:
         nargs='?',
         const='auto',
         metavar='PATH',
-        help='go on from a checkpoint; alone or "auto": from the newest of the work_dir',
+        help='go on from a checkpoint; alone or "auto": the newest of the work_dir',
     )
     parser.add_argument('--amp', action='store_true', help='mixed precision (GPU)')
     parser.add_argument('--seed', type=int, help='seed of all random numbers')

@@ -132,7 +132,7 @@ def batch_size_notice(cfg: Config, world_size: int) -> Optional[str]:
     if recipe is None or actual == recipe:
         return None
     notice = (
-        f"The total batch size is {actual} ({world_size} processes x {batch}); the "
+        f'The total batch size is {actual} ({world_size} processes x {batch}); the '
         f"recipe's is {recipe}. "
     )
     if cfg.auto_scale_lr.get('enable'):
@@ -179,8 +179,8 @@ def draw_results(cfg: Config, folder: str) -> None:
     hook = cfg.default_hooks.get('visualization') or {}
     if hook.get('type') not in _DRAW:
         raise ValueError(
-            f"--show-dir needs default_hooks.visualization of a type in {list(_DRAW)}, "
-            f"got {hook.get('type')!r}."
+            f'--show-dir needs default_hooks.visualization of a type in {list(_DRAW)}, '
+            f'got {hook.get("type")!r}.'
         )
     # Absolute: mmdet joins a relative folder to its own time-stamped one.
     hook.update(_DRAW[hook['type']](str(Path(folder).resolve())))

@@ -74,8 +74,9 @@ def processes(launcher: str) -> Processes:
     missing = [name for name, value in values.items() if not value]
     if missing:
         raise ValueError(
-            f"launcher '{launcher}' needs {', '.join(missing)} in the environment. Start "
-            'with tools/dist_train.sh or tools/slurm_train.sh, or leave --launcher out.'
+            f"launcher '{launcher}' needs {', '.join(missing)} in the environment. "
+            'Start with tools/dist_train.sh or tools/slurm_train.sh, or leave '
+            '--launcher out.'
         )
     return Processes(*(int(values[name]) for name in names))
 

@@ -69,7 +69,7 @@ def load_pretrained(backbone: nn.Module, path: Union[str, Path]) -> None:
     _check_fit(backbone.state_dict(), weights, path)
     result = backbone.load_state_dict(weights, strict=False)
     fresh = sorted({key.split('.')[0] for key in result.missing_keys})
-    note = f"; {', '.join(fresh)} start fresh" if fresh else ''
+    note = f'; {", ".join(fresh)} start fresh' if fresh else ''
     print_log(f'Loaded {len(weights)} tensors from {path}{note}.', logger='current')
 
 
@@ -88,8 +88,8 @@ def _read(path: Union[str, Path]) -> Mapping[str, Tensor]:
         isinstance(value, Tensor) for value in checkpoint.values()
     ):
         raise ValueError(
-            f"{path} holds no weights: expected them at the top level, or under 'model' "
-            "or 'state_dict'."
+            f'{path} holds no weights: expected them at the top level, or under '
+            "'model' or 'state_dict'."
         )
     return checkpoint
 

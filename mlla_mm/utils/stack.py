@@ -140,7 +140,6 @@ def compiled_mmcv_commands() -> str:
     name = 'onedl-mmcv' if fork else 'mmcv'
     found = _installed('mmcv')
     version = found.get(name) or VERSIONS[name]
-    wheels = 'mmwheels.onedl.ai' if fork else 'download.openmmlab.com/mmcv/dist'
     # Without --no-build-isolation the build does not see PyTorch and leaves the ops
     # out; without --no-cache-dir pip takes the wheel without ops that it built before.
     return '\n'.join(
@@ -151,7 +150,7 @@ def compiled_mmcv_commands() -> str:
             f'--no-cache-dir --no-binary {name} {name}=={version}',
             '  (takes some 15 minutes and a C++ compiler; for GPU ops also the '
             'nvcc of the CUDA version of PyTorch, and FORCE_CUDA=1 where no GPU is '
-            f'visible; https://{wheels} has wheels for some versions of PyTorch)',
+            'visible)',
         ]
     )
 

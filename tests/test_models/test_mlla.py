@@ -41,7 +41,10 @@ def test_logits_equal_the_authors(arch):
     weights = reference.official_weights(f'mlla-{arch}')
     model = MLLA(arch, out_indices=3).eval()
     own = {k: v for k, v in weights.items() if not k.startswith(('norm.', 'head.'))}
-    own['norm3.weight'], own['norm3.bias'] = weights['norm.weight'], weights['norm.bias']
+    own['norm3.weight'], own['norm3.bias'] = (
+        weights['norm.weight'],
+        weights['norm.bias'],
+    )
     model.load_state_dict(own)
     with torch.no_grad():
         (feature,) = model(reference.image('224x224', 1))

@@ -48,7 +48,7 @@ def test_tables_are_bounded_over_many_sizes():
         assert len(cos) == height
         rotary.axis_tables(width, 16, device, torch.float32)
     assert len(rotary._TABLES) == 1
-    (cos, sin), = rotary._TABLES.values()
+    ((cos, sin),) = rotary._TABLES.values()
     assert longest <= len(cos) < 2 * longest
     assert cos.untyped_storage().nbytes() == len(cos) * 16 * 4
     assert sin.shape == cos.shape

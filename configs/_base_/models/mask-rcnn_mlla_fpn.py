@@ -15,7 +15,9 @@ model = dict(
         drop_path_rate=0.1,
         init_cfg=dict(type='Pretrained', checkpoint='data/MLLA_T.pth'),
     ),
-    neck=dict(type='FPN', in_channels=[64, 128, 256, 512], out_channels=256, num_outs=5),
+    neck=dict(
+        type='FPN', in_channels=[64, 128, 256, 512], out_channels=256, num_outs=5
+    ),
     rpn_head=dict(
         type='RPNHead',
         in_channels=256,

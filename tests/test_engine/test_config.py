@@ -1,0 +1,113 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+import pytest
+from mmengine.config import Config
+
+from mlla_mm.engine import config as options
+
+
+def make(**more) -> Config:
+    return Config(
+        dict(
+            model=dict(backbone=dict(type='MLLA')),
+            train_dataloader=dict(batch_size=2),
+            auto_scale_lr=dict(enable=False, base_batch_size=16),
+            **more,
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    'world_size, words',
+    [
+        (8, None),
+        (4, ['8 (4 processes x 2)', "recipe's is 16", 'batch_size=4', '--auto-scale']),
+        (3, ['6 (3 processes x 2)', 'Use --auto-scale-lr']),
+    ],
+)
+def test_batch_size_notice(world_size, words):
+    notice = options.batch_size_notice(make(), world_size)
+    if words is None:
+        assert notice is None
+    else:
+        assert all(word in notice for word in words)
+
+
+def test_batch_size_notice_with_a_scaled_rate():
+    cfg = make()
+    options.enable_auto_scale_lr(cfg)
+    notice = options.batch_size_notice(cfg, 4)
+    assert 'scaled by 0.5' in notice
+
+
+def test_auto_scale_lr_needs_the_recipes_batch_size():
+    with pytest.raises(ValueError, match='base_batch_size'):
+        options.enable_auto_scale_lr(Config(dict(model=dict())))
+
+
+def with_weights(path, **more) -> Config:
+    cfg = make(**more)
+    cfg.model.backbone.init_cfg = dict(type='Pretrained', checkpoint=str(path))
+    return cfg
+
+
+def test_missing_weights_name_their_address(tmp_path):
+    with pytest.raises(FileNotFoundError, match='cloud.tsinghua.edu.cn/f/0e5d0b14'):
+        options.check_pretrained(with_weights(tmp_path / 'MLLA_S.pth'))
+    with pytest.raises(FileNotFoundError, match='init_cfg'):
+        options.check_pretrained(with_weights(tmp_path / 'mine.pth'))
+    (tmp_path / 'mine.pth').touch()
+    options.check_pretrained(with_weights(tmp_path / 'mine.pth'))
+
+
+def test_a_resumed_run_does_without_the_pretrained_weights(tmp_path):
+    cfg = with_weights(tmp_path / 'MLLA_T.pth', resume=True, work_dir=str(tmp_path))
+    with pytest.raises(FileNotFoundError):
+        options.check_pretrained(cfg)  # no checkpoint to resume from
+    (tmp_path / 'last_checkpoint').write_text('epoch_1.pth')
+    options.check_pretrained(cfg)
+    assert cfg.model.backbone.init_cfg is None
+
+
+def test_tta_wraps_the_model_and_its_pipeline():
+    cfg = make(
+        tta_model=dict(type='SegTTAModel'),
+        tta_pipeline=[dict(type='Load')],
+        test_dataloader=dict(dataset=dict(dataset=dict(pipeline=[]))),
+    )
+    options.enable_tta(cfg)
+    assert cfg.model.type == 'SegTTAModel'
+    assert cfg.model.module.backbone.type == 'MLLA'
+    assert cfg.test_dataloader.dataset.dataset.pipeline == [dict(type='Load')]
+
+
+def test_work_dir(tmp_path):
+    (tmp_path / 'a_b.py').write_text('model = dict()')
+    cfg = options.read_config(str(tmp_path / 'a_b.py'))
+    options.set_work_dir(cfg, None)
+    assert cfg.work_dir == 'work_dirs/a_b'
+    options.set_work_dir(cfg, 'elsewhere')
+    assert cfg.work_dir == 'elsewhere'
+
+
+@pytest.mark.parametrize(
+    'hook, changed',
+    [
+        ('DetVisualizationHook', dict(draw=True)),
+        ('SegVisualizationHook', dict(draw=True, interval=1)),
+        ('VisualizationHook', dict(enable=True, interval=1)),
+    ],
+)
+def test_draw_results(hook, changed, tmp_path):
+    cfg = make(
+        default_hooks=dict(visualization=dict(type=hook)), visualizer=dict(type='V')
+    )
+    options.draw_results(cfg, str(tmp_path))
+    drawn = cfg.default_hooks.visualization
+    assert {key: drawn[key] for key in changed} == changed
+    folder = drawn.get('test_out_dir') or drawn.get('out_dir')
+    assert (folder or cfg.visualizer.save_dir) == str(tmp_path)
+
+
+def test_draw_results_needs_a_hook():
+    with pytest.raises(ValueError, match='default_hooks.visualization'):
+        options.draw_results(make(default_hooks=dict()), 'out')

@@ -1,0 +1,102 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+import sys
+
+import pytest
+import torch
+from mmengine.config import Config, ConfigDict
+
+from mlla_mm.engine import launch
+
+VARIABLES = {
+    'pytorch': ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE'),
+    'slurm': ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID', 'SLURM_NTASKS_PER_NODE'),
+}
+
+
+@pytest.mark.parametrize('launcher', VARIABLES)
+def test_processes(monkeypatch, launcher):
+    for name, value in zip(VARIABLES[launcher], '5823'):
+        monkeypatch.setenv(name, value)
+    assert launch.processes(launcher) == (5, 8, 2, 3)
+    assert launch.processes('none') == (0, 1, 0, 1)
+
+
+def test_launcher_errors(monkeypatch):
+    for name in VARIABLES['slurm']:
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ValueError, match='needs SLURM_PROCID, SLURM_NTASKS'):
+        launch.processes('slurm')
+    with pytest.raises(ValueError, match="Unknown launcher 'torchrun'"):
+        launch.processes('torchrun')
+
+
+def test_sync_bn_becomes_bn():
+    model = ConfigDict(
+        backbone=dict(norm_cfg=dict(type='SyncBN', requires_grad=True)),
+        heads=[dict(norm_cfg=dict(type='MMSyncBN')), dict(norm_cfg=dict(type='LN'))],
+    )
+    launch.replace_sync_bn(model)
+    assert model.backbone.norm_cfg == dict(type='BN', requires_grad=True)
+    assert [head.norm_cfg.type for head in model.heads] == ['BN', 'LN']
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='for machines without a GPU')
+def test_set_up_without_a_launcher(monkeypatch):
+    monkeypatch.setenv('OMP_NUM_THREADS', '1')
+    cfg = Config(
+        dict(launcher='none', sync_bn='torch', model=dict(norm_cfg=dict(type='SyncBN')))
+    )
+    assert launch.set_up(cfg) == (0, 1, 0, 1)
+    assert cfg.model.norm_cfg.type == 'BN'
+    assert 'sync_bn' not in cfg
+    assert 'model_wrapper_cfg' not in cfg
+    assert torch.get_num_threads() == 1
+
+
+SCRIPT = """
+import torch
+from mmengine.config import Config
+from mmengine.dist import all_reduce, get_rank
+from mlla_mm.engine import launch
+
+cfg = Config(dict(launcher='pytorch', model=dict()))
+layout = launch.set_up(cfg)
+total = torch.tensor([float(layout.rank + 1)])
+all_reduce(total)
+assert get_rank() == layout.rank
+assert cfg.model_wrapper_cfg['device_ids'] is None
+open(f'{OUT}/{layout.rank}', 'w').write(
+    f'{total.item()} {torch.distributed.get_backend()} {torch.get_num_threads()}')
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='for machines without a GPU')
+def test_process_group_on_the_cpu(tmp_path, run_tool):
+    script = tmp_path / 'script.py'
+    script.write_text(SCRIPT.replace('{OUT}', str(tmp_path)))
+    run_tool(
+        sys.executable, '-m', 'torch.distributed.run', '--standalone',
+        '--nproc-per-node', 2, script,
+    )  # fmt: skip
+    for rank in '01':
+        assert (tmp_path / rank).read_text() == '3.0 gloo 1'
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_more_processes_than_gpus(monkeypatch):
+    count = torch.cuda.device_count()
+    for name, value in zip(VARIABLES['pytorch'], (count, count + 1, count, count + 1)):
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(ValueError, match=f'shows {count} GPUs'):
+        launch.set_up(Config(dict(launcher='pytorch', model=dict())))
+
+
+def test_exit_on_user_error(monkeypatch):
+    monkeypatch.delenv('LOCAL_RANK', raising=False)
+    with pytest.raises(SystemExit, match='^Error: no such size$'):
+        with launch.exit_on_user_error():
+            raise ValueError('no such size')
+    with pytest.raises(ZeroDivisionError):
+        with launch.exit_on_user_error():
+            raise ZeroDivisionError

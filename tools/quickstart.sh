@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# From nothing to a trained model: set up, make the digits data, train, evaluate, draw.
+# Usage: tools/quickstart.sh [detection]
+# Run again, it goes on from where it was and reuses what is there.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+TASK=${1:-detection}
+case $TASK in
+detection)
+    CONFIG=configs/detection/mask-rcnn_mlla-nano_fpn_digits.py
+    FORMAT=coco
+    NEXT='tools/dist_train.sh configs/detection/mask-rcnn_mlla-t_fpn_1x_coco.py 8'
+    ;;
+*)
+    echo "Error: no task '$TASK'; there is: detection." >&2
+    exit 2
+    ;;
+esac
+TOTAL_BATCH=8
+WORK_DIR=work_dirs/$(basename "$CONFIG" .py)
+
+step() {
+    echo
+    echo "== $* ($(date +%T))"
+}
+
+start=$SECONDS
+step '1/5 Set-up'
+source tools/misc/setup_env.sh
+setup_time=$((SECONDS - start))
+
+step '2/5 Digits data'
+python tools/dataset_tools/make_digits.py "data/digits_$FORMAT" --format "$FORMAT"
+
+# 1, 2 or 4 GPUs, so that they divide the batch; without any, 2 processes on the CPU.
+PROCESSES=$(python -c '
+import torch
+gpus = torch.cuda.device_count()
+print(2 if gpus == 0 else 4 if gpus >= 4 else 2 if gpus >= 2 else 1)')
+step "3/5 Training in $PROCESSES processes; \"eta\" in the log is the time left"
+start=$SECONDS
+if [ -f "$WORK_DIR/finished" ]; then
+    echo "Reusing $WORK_DIR; remove that folder to train again."
+else
+    bash tools/dist_train.sh "$CONFIG" "$PROCESSES" --seed 0 --resume auto \
+        --cfg-options "train_dataloader.batch_size=$((TOTAL_BATCH / PROCESSES))"
+    touch "$WORK_DIR/finished"
+fi
+train_time=$((SECONDS - start))
+CHECKPOINT=$(cat "$WORK_DIR/last_checkpoint")
+
+step '4/5 Evaluation on digits that were not trained on'
+start=$SECONDS
+mkdir -p "$WORK_DIR/test"
+bash tools/dist_test.sh "$CONFIG" "$CHECKPOINT" "$PROCESSES" \
+    --work-dir "$WORK_DIR/test" --out "$WORK_DIR/test/predictions.pkl"
+test_time=$((SECONDS - start))
+
+step '5/5 Pictures and summary'
+python tools/analysis_tools/demo_report.py "$CONFIG" "$WORK_DIR" "$WORK_DIR/test"
+echo "Time: set-up ${setup_time} s, training ${train_time} s, evaluation ${test_time} s"
+echo "Checkpoint: $CHECKPOINT"
+echo "Next: get the data and weights as in README.md, then bash $NEXT"
