@@ -1,28 +1,45 @@
 #!/usr/bin/env bash
 # From nothing to a trained model: set up, make the digits data, train, evaluate, draw.
-# Usage: tools/quickstart.sh [detection]
+# Usage: tools/quickstart.sh [detection|segmentation|classification]
 # Run again, it goes on from where it was and reuses what is there.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 TASK=${1:-detection}
+OUT=predictions.pkl
 case $TASK in
 detection)
     CONFIG=configs/detection/mask-rcnn_mlla-nano_fpn_digits.py
     FORMAT=coco
-    NEXT='tools/dist_train.sh configs/detection/mask-rcnn_mlla-t_fpn_1x_coco.py 8'
+    NEXT=configs/detection/mask-rcnn_mlla-t_fpn_1x_coco.py
+    ;;
+segmentation)
+    CONFIG=configs/segmentation/upernet_mlla-nano_digits.py
+    FORMAT=ade20k
+    OUT=predictions
+    NEXT=configs/segmentation/upernet_mlla-b_8xb2-160k_ade20k-512x512.py
+    ;;
+classification)
+    CONFIG=configs/classification/mlla-nano_digits.py
+    FORMAT=imagenet
+    NEXT=configs/classification/mlla-t_8xb128_in1k.py
     ;;
 *)
-    echo "Error: no task '$TASK'; there is: detection." >&2
+    echo "Error: no task '$TASK'; there are detection, segmentation, classification." >&2
     exit 2
     ;;
 esac
-TOTAL_BATCH=8
 WORK_DIR=work_dirs/$(basename "$CONFIG" .py)
 
 step() {
     echo
     echo "== $* ($(date +%T))"
+}
+
+# Usage: evaluate NAME [arguments of tools/test.py]
+evaluate() {
+    bash tools/dist_test.sh "$CONFIG" "$CHECKPOINT" "$PROCESSES" \
+        --work-dir "$WORK_DIR/$1" "${@:2}"
 }
 
 start=$SECONDS
@@ -38,6 +55,10 @@ PROCESSES=$(python -c '
 import torch
 gpus = torch.cuda.device_count()
 print(2 if gpus == 0 else 4 if gpus >= 4 else 2 if gpus >= 2 else 1)')
+# The batch size of the recipe, however many processes share it.
+TOTAL_BATCH=$(python -c "
+from mmengine.config import Config
+print(Config.fromfile('$CONFIG').auto_scale_lr.base_batch_size)" | tail -n 1)
 step "3/5 Training in $PROCESSES processes; \"eta\" in the log is the time left"
 start=$SECONDS
 if [ -f "$WORK_DIR/finished" ]; then
@@ -53,12 +74,16 @@ CHECKPOINT=$(cat "$WORK_DIR/last_checkpoint")
 step '4/5 Evaluation on digits that were not trained on'
 start=$SECONDS
 mkdir -p "$WORK_DIR/test"
-bash tools/dist_test.sh "$CONFIG" "$CHECKPOINT" "$PROCESSES" \
-    --work-dir "$WORK_DIR/test" --out "$WORK_DIR/test/predictions.pkl"
+evaluate test --out "$WORK_DIR/test/$OUT"
+case $TASK in
+segmentation) evaluate test_tta --tta ;;
+classification) evaluate test_ema --ema ;;
+esac
 test_time=$((SECONDS - start))
 
 step '5/5 Pictures and summary'
-python tools/analysis_tools/demo_report.py "$CONFIG" "$WORK_DIR" "$WORK_DIR/test"
+python tools/analysis_tools/demo_report.py "$CONFIG" "$WORK_DIR" | tee "$WORK_DIR/summary.txt"
 echo "Time: set-up ${setup_time} s, training ${train_time} s, evaluation ${test_time} s"
 echo "Checkpoint: $CHECKPOINT"
-echo "Next: get the data and weights as in README.md, then bash $NEXT"
+echo "Next: get the data and weights as README.md says, then"
+echo "    bash tools/dist_train.sh $NEXT 8"

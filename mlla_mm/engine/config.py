@@ -189,12 +189,27 @@ def draw_results(cfg: Config, folder: str) -> None:
 
 
 def dump_predictions(cfg: Config, path: str) -> None:
-    """Write the predictions of a test run to a pickle file.
+    """Write the predictions of a test run.
+
+    Segmentation writes a folder of label maps (PNG, in the numbers of the data set's
+    own files), the other tasks one pickle file of all predictions.
+
+    Args:
+        cfg (Config): The config of the test run; changed in place.
+        path (str): The folder, or the file, which ends in .pkl or .pickle.
 
     Raises:
-        ValueError: If the file name does not end in .pkl or .pickle.
+        ValueError: If the name does not fit the task.
     """
-    if not path.endswith(('.pkl', '.pickle')):
+    is_pickle = path.endswith(('.pkl', '.pickle'))
+    if cfg.default_scope == 'mmseg':
+        if is_pickle:
+            raise ValueError(
+                f'--out names a folder for the label maps of segmentation, got {path}.'
+            )
+        cfg.test_evaluator.output_dir = path
+        return
+    if not is_pickle:
         raise ValueError(f'--out must end in .pkl or .pickle, got {path}.')
     # mmdet's own one stores masks run-length encoded.
     kind = 'DumpDetResults' if cfg.default_scope == 'mmdet' else 'DumpResults'

@@ -3,7 +3,9 @@
 
 import json
 import pickle
+from pathlib import Path
 
+import cv2
 import pytest
 import torch
 
@@ -63,28 +65,49 @@ def test_training_on_two_processes(trained):
     assert 'total batch size' not in output
 
 
-def test_evaluation_equals_the_one_in_training(trained, run_tool, digits_coco):
+@pytest.fixture(scope='module')
+def evaluated(trained, run_tool, digits_coco):
+    """The last checkpoint tested by one process ('test') and by two ('two')."""
     work_dir, _ = trained
-    in_training = [e for e in logged(work_dir) if 'coco/bbox_mAP' in e][-1]
     checkpoint = work_dir / 'epoch_2.pth'
     for name, command in {
-        'one': ['python', 'tools/test.py', CONFIG, checkpoint],
+        'test': ['python', 'tools/test.py', CONFIG, checkpoint],
         'two': ['bash', 'tools/dist_test.sh', CONFIG, checkpoint, 2],
     }.items():
-        out = work_dir / f'{name}.pkl'
+        folder = work_dir / name
         run_tool(
-            *command, '--work-dir', work_dir / name, '--out', out,
-            '--show-dir', work_dir / name / 'pictures', *overrides(digits_coco),
+            *command, '--work-dir', folder, '--out', folder / 'predictions.pkl',
+            '--show-dir', folder / 'pictures', *overrides(digits_coco),
         )  # fmt: skip
-        found = metrics(work_dir / name)
-        assert found
-        assert found == {key: in_training[key] for key in found}
-        predictions = pickle.loads(out.read_bytes())
-        # Five images on two processes: the repeated one is left out.
-        assert sorted(p['img_id'] for p in predictions) == [1, 2, 3, 4, 5]
-        # MMEngine's visualizers draw on the first process alone.
-        pictures = list((work_dir / name / 'pictures').glob('*.png'))
-        assert len(pictures) == dict(one=5, two=3)[name]
+    return work_dir
+
+
+# MMEngine's visualizers draw on the first process alone.
+@pytest.mark.parametrize('name, pictures', [('test', 5), ('two', 3)])
+def test_evaluation_equals_the_one_in_training(evaluated, name, pictures):
+    in_training = [e for e in logged(evaluated) if 'coco/bbox_mAP' in e][1]
+    found = metrics(evaluated / name)
+    assert found
+    assert found == {key: in_training[key] for key in found}
+    predictions = pickle.loads((evaluated / name / 'predictions.pkl').read_bytes())
+    # Five images on two processes: the repeated one is left out.
+    assert sorted(p['img_id'] for p in predictions) == [1, 2, 3, 4, 5]
+    assert len(list((evaluated / name / 'pictures').glob('*.png'))) == pictures
+
+
+def test_report(evaluated, run_tool):
+    work_dir = evaluated
+    config = work_dir / Path(CONFIG).name  # as it was run
+    lines = run_tool(
+        'python', 'tools/analysis_tools/demo_report.py', config, work_dir
+    ).stdout.splitlines()
+    found = metrics(work_dir / 'test')
+    assert f'bbox_mAP: {found["coco/bbox_mAP"]:.3f}' in lines
+    assert f'segm_mAP: {found["coco/segm_mAP"]:.3f}' in lines
+    for name in ('predictions', 'curves'):
+        picture = cv2.imread(str(work_dir / f'{name}.png'))
+        assert min(picture.shape[:2]) > 300
+        assert picture.std() > 10
 
 
 def test_resume(trained, run_tool, digits_coco):

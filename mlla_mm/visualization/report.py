@@ -1,0 +1,81 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+"""Pictures and summary of a finished demo run."""
+
+import json
+from pathlib import Path
+from typing import List, NamedTuple, Union
+
+from mmengine.config import Config
+
+from .classification import classification_sheet
+from .curves import plot_curves
+from .detection import detection_sheet
+from .segmentation import segmentation_sheet
+
+
+class Line(NamedTuple):
+    """A line of the summary."""
+
+    test: str  # name of the test run, a folder below the work_dir
+    metric: str  # name that it logged
+    label: str
+    digits: int  # decimals
+
+
+LINES = {
+    'mmdet': [
+        Line('test', 'coco/bbox_mAP', 'bbox_mAP', 3),
+        Line('test', 'coco/segm_mAP', 'segm_mAP', 3),
+    ],
+    'mmseg': [
+        Line('test', 'mIoU', 'mIoU', 1),
+        Line('test_tta', 'mIoU', 'mIoU (multi-scale)', 1),
+    ],
+    'mmpretrain': [
+        Line('test', 'accuracy/top1', 'accuracy/top1', 1),
+        Line('test_ema', 'accuracy/top1', 'accuracy/top1 (EMA)', 1),
+    ],
+}
+_SHEETS = {
+    'mmdet': (detection_sheet, 'predictions.pkl'),
+    'mmseg': (segmentation_sheet, 'predictions'),
+    'mmpretrain': (classification_sheet, 'predictions.pkl'),
+}
+
+
+def write_report(cfg: Config, work_dir: Union[str, Path]) -> List[str]:
+    """Draw predictions and learning curves of a run and sum up its tests.
+
+    Args:
+        cfg (Config): Config of the run.
+        work_dir (str | Path): Its work_dir. The folders of :data:`LINES` below it are
+            the work_dirs of `tools/test.py`; 'test' holds the predictions too.
+
+    Returns:
+        list[str]: The lines of the summary.
+
+    Raises:
+        FileNotFoundError: If a test has not been run.
+    """
+    work_dir = Path(work_dir)
+    lines = LINES[cfg.default_scope]
+    summary = []
+    for line in lines:
+        value = _newest_metrics(work_dir / line.test)[line.metric]
+        summary.append(f'{line.label}: {value:.{line.digits}f}')
+    draw, predictions = _SHEETS[cfg.default_scope]
+    draw(cfg, work_dir / 'test' / predictions, work_dir / 'predictions.png')
+    metrics = [line.metric for line in lines if line.test == 'test']
+    plot_curves(work_dir, metrics, work_dir / 'curves.png')
+    return [
+        *summary,
+        f'Predictions and ground truth: {work_dir / "predictions.png"}',
+        f'Learning curves: {work_dir / "curves.png"}',
+    ]
+
+
+def _newest_metrics(test_dir: Path) -> dict:
+    logs = sorted(test_dir.glob('*/*.json'))
+    if not logs:
+        raise FileNotFoundError(f'No metrics in {test_dir}: no finished test there.')
+    return json.loads(logs[-1].read_text())

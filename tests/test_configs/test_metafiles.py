@@ -1,0 +1,77 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+
+from .. import reference
+
+ROOT = Path(__file__).parents[2]
+METAFILES = sorted(ROOT.glob('configs/*/metafile.yml'))
+PAPER = json.loads((reference.DATA / 'paper_results.json').read_text())
+
+
+def models():
+    for path in METAFILES:
+        yield from yaml.safe_load(path.read_text())['Models']
+
+
+def metrics(model: dict) -> dict:
+    """All metrics of a model by name."""
+    return {k: v for r in model.get('Results', []) for k, v in r['Metrics'].items()}
+
+
+def test_the_index_names_every_metafile():
+    index = yaml.safe_load((ROOT / 'model-index.yml').read_text())['Import']
+    assert sorted(index) == [str(path.relative_to(ROOT)) for path in METAFILES]
+
+
+@pytest.mark.parametrize('model', models(), ids=lambda model: model['Name'])
+def test_parameters_are_counted(model):
+    cfg = Config.fromfile(ROOT / model['Config'])
+    pytest.importorskip(cfg.default_scope)
+    init_default_scope(cfg.default_scope)
+    built = MODELS.build(cfg.model)
+    count = sum(p.numel() for p in built.parameters())
+    assert count == model['Metadata']['Parameters']
+
+
+@pytest.mark.parametrize('schedule', ['1x', '3x'])
+def test_detection_results_are_the_papers(schedule):
+    names = {
+        'bbox_mAP': 'box AP',
+        'bbox_mAP_50': 'box AP50',
+        'bbox_mAP_75': 'box AP75',
+        'segm_mAP': 'mask AP',
+        'segm_mAP_50': 'mask AP50',
+        'segm_mAP_75': 'mask AP75',
+    }
+    published = {
+        row['model'].lower(): row
+        for row in PAPER[f'coco_mask_rcnn_{schedule}']
+        if row['model'].startswith('MLLA')
+    }
+    found = {
+        re.search('mlla-[tsb]', model['Name'])[0]: model
+        for model in models()
+        if model['Name'].endswith(f'_{schedule}_coco')
+    }
+    assert set(found) == set(published)
+    for size, row in published.items():
+        assert metrics(found[size]) == {names[key]: row[key] for key in names}
+        assert found[size]['Metadata']['FLOPs'] == row['flops'] * 10**9
+
+
+def test_tables_show_the_metafiles_numbers():
+    for path in METAFILES:
+        table = (path.parent / 'README.md').read_text()
+        for model in yaml.safe_load(path.read_text())['Models']:
+            name = Path(model['Config']).name
+            (row,) = (line for line in table.splitlines() if f'({name})' in line)
+            cells = [cell.strip() for cell in row.split('|')]
+            for value in metrics(model).values():
+                assert str(value) in cells, (name, value)
