@@ -9,7 +9,14 @@ from .ops import mmcv_ext
 
 mmcv_ext.install()
 
-from . import models  # noqa: E402
+try:
+    from . import engine, models  # noqa: E402
+except ImportError as error:
+    from .utils.stack import collect_stack, find_problems
+
+    problems = '\n'.join(find_problems(collect_stack()))
+    raise ImportError(f'{error}\n{problems}') from error
+
 from .version import __version__  # noqa: E402
 
-__all__ = ['__version__', 'models']
+__all__ = ['__version__', 'engine', 'models']

@@ -11,6 +11,7 @@ from mmengine.runner import Runner
 import mlla_mm  # noqa: F401
 from mlla_mm.engine import config as options
 from mlla_mm.engine import launch
+from mlla_mm.engine.ema import use_ema_weights
 
 
 def parse_args() -> argparse.Namespace:
@@ -20,7 +21,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--work-dir', help='folder for logs and metrics (work_dirs/CONFIG_NAME)'
     )
-    parser.add_argument('--out', metavar='PKL', help='write the predictions here')
+    parser.add_argument(
+        '--out',
+        metavar='PATH',
+        help='write the predictions: a .pkl file, for segmentation a folder',
+    )
     parser.add_argument(
         '--show-dir',
         metavar='DIR',
@@ -28,6 +33,11 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         '--tta', action='store_true', help="test-time augmentation of the config's"
+    )
+    parser.add_argument(
+        '--ema',
+        action='store_true',
+        help="the checkpoint's averaged weights (state_dict_ema), not the plain ones",
     )
     parser.add_argument('--amp', action='store_true', help='mixed precision')
     parser.add_argument('--seed', type=int, help='seed of all random numbers')
@@ -54,6 +64,8 @@ def read_config(args: argparse.Namespace) -> Config:
         cfg.randomness = dict(cfg.get('randomness', {}), seed=args.seed)
     if args.amp:
         cfg.test_cfg.fp16 = True
+    if args.ema:
+        use_ema_weights(cfg)
     if args.tta:
         options.enable_tta(cfg)
     if args.show_dir:

@@ -7,9 +7,9 @@ default_hooks = dict(
     checkpoint=dict(type='CheckpointHook', interval=1),
     sampler_seed=dict(type='DistSamplerSeedHook'),
 )
-# BatchNorm collects its own statistics on every process; they are averaged before an
-# epoch's checkpoint and evaluation, so that both mean the same model.
-custom_hooks = [dict(type='SyncBuffersHook')]
+# BatchNorm collects its own statistics on every process; they are averaged before a
+# checkpoint and an evaluation, so that both mean the same model.
+custom_hooks = [dict(type='SyncBuffersBeforeSaveHook')]
 
 env_cfg = dict(
     cudnn_benchmark=False,

@@ -65,7 +65,10 @@ def rotary_embedding(x: Tensor) -> Tensor:
     Returns:
         Tensor: The rotated map, shape and dtype of ``x``.
     """
-    _, height, width, channels = x.shape
+    height, width, channels = x.shape[1:]
+    if torch.jit.is_tracing():
+        # Sizes are tensors then, as while MMEngine counts FLOPs.
+        height, width, channels = int(height), int(width), int(channels)
     rows = axis_tables(height, channels // 4, x.device, x.dtype)
     columns = axis_tables(width, channels // 4, x.device, x.dtype)
     by_row, by_column = x.chunk(2, dim=-1)

@@ -31,4 +31,5 @@ def test_depth_follows_the_data(prefix):
 def test_what_follows_the_backbone_has_the_last_depth():
     assert MLLA(ARCH).get_layer_depth('head.fc.weight', 'backbone.') == (8, 9)
     # Its own names mean nothing outside it.
-    assert MLLA(ARCH).get_layer_depth('layers.0.weight', 'backbone.') == (8, 9)
+    name = 'layers.0.blocks.0.norm1.weight'
+    assert MLLA(ARCH).get_layer_depth(name, 'backbone.') == (8, 9)

@@ -110,7 +110,9 @@ def test_losses_are_the_definition(weight):
 def test_without_teacher_or_weight_the_loss_is_the_heads():
     model = build_nano().eval()
     inputs, samples = batch()
-    expected = dict(loss_ce=model.head.loss(model.extract_feat(inputs), samples)['loss'])
+    expected = dict(
+        loss_ce=model.head.loss(model.extract_feat(inputs), samples)['loss']
+    )
     torch.testing.assert_close(model.loss(inputs, samples), expected)
     model.set_teacher(ModelEMA(model, 0.5).module)
     assert 'loss_mesa' in model.loss(inputs, samples)

@@ -209,6 +209,30 @@ class MLLA(BaseModule):
                     module.eval()
         return self
 
+    def get_layer_depth(self, param_name: str, prefix: str = '') -> Tuple[int, int]:
+        """Depth of a parameter, for layer-wise learning-rate decay.
+
+        Args:
+            param_name (str): Name of the parameter.
+            prefix (str): What its name has before the backbone's own names, as in
+                'backbone.'. Defaults to ''.
+
+        Returns:
+            tuple[int, int]: The depth, and the number of depths. The stem has depth 0
+            and the blocks 1, 2, ...; patch merging goes with the block before it.
+            Output norms and what comes after the backbone have the last depth.
+        """
+        blocks = [len(stage.blocks) for stage in self.layers]
+        num_depths = sum(blocks) + 2
+        if param_name.startswith(f'{prefix}patch_embed.'):
+            return 0, num_depths
+        if not param_name.startswith(f'{prefix}layers.'):
+            return num_depths - 1, num_depths
+        # STAGE.blocks.BLOCK.… or STAGE.downsample.…
+        stage, module, block = param_name[len(f'{prefix}layers.') :].split('.')[:3]
+        in_stage = int(block) + 1 if module == 'blocks' else blocks[int(stage)]
+        return sum(blocks[: int(stage)]) + in_stage, num_depths
+
     def init_weights(self) -> None:
         """Load the pretrained weights that ``init_cfg`` names, if it does."""
         if isinstance(self.init_cfg, dict) and self.init_cfg['type'] == 'Pretrained':
@@ -244,15 +268,15 @@ class MLLA(BaseModule):
         if isinstance(arch, str):
             if arch.lower() not in cls.arch_zoo:
                 raise ValueError(
-                    f"Unknown arch '{arch}': choose from {sorted(cls.arch_zoo)}, or give "
-                    'a dict with embed_dims, depths and num_heads.'
+                    f"Unknown arch '{arch}': choose from {sorted(cls.arch_zoo)}, or "
+                    'give a dict with embed_dims, depths and num_heads.'
                 )
             arch = cls.arch_zoo[arch.lower()]
         keys = {'embed_dims', 'depths', 'num_heads'}
         if not isinstance(arch, dict) or set(arch) != keys:
             raise ValueError(
-                'arch must be a name or a dict with exactly the keys embed_dims, depths '
-                f'and num_heads, got {arch!r}.'
+                'arch must be a name or a dict with exactly the keys embed_dims, '
+                f'depths and num_heads, got {arch!r}.'
             )
         embed_dims = arch['embed_dims']
         if not _is_int(embed_dims) or embed_dims < 4 or embed_dims % 4:

@@ -1,0 +1,23 @@
+_base_ = './default_runtime.py'
+
+# The classifiers need mmpretrain, which importing mlla_mm does not load.
+custom_imports = dict(imports=['mlla_mm', 'mlla_mm.models.classifiers'])
+
+default_scope = 'mmpretrain'
+default_hooks = dict(
+    logger=dict(interval=100),
+    # Training goes on from the last checkpoint; the best of the plain and of the
+    # averaged weights (ema_) are kept besides.
+    checkpoint=dict(max_keep_ckpts=2, save_best=['accuracy/top1', 'ema_accuracy/top1']),
+    visualization=dict(type='VisualizationHook', enable=False),
+)
+custom_hooks = [dict(type='SyncBuffersBeforeSaveHook'), dict(type='MESAHook')]
+visualizer = dict(
+    type='UniversalVisualizer',
+    vis_backends=[dict(type='LocalVisBackend')],
+    name='visualizer',
+)
+# All images have one size.
+env_cfg = dict(cudnn_benchmark=True)
+# Every process draws its own augmentations.
+randomness = dict(seed=None, diff_rank_seed=True)

@@ -1,0 +1,81 @@
+dataset_type = 'ImageNet'
+data_root = 'data/imagenet'
+# Images are BGR until they are normalised.
+bgr_mean = [103.53, 116.28, 123.675]
+bgr_std = [57.375, 57.12, 58.395]
+
+train_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(
+        type='RandomResizedCrop',
+        scale=224,
+        crop_ratio_range=(0.08, 1.0),
+        aspect_ratio_range=(3 / 4, 4 / 3),
+        backend='pillow',
+        interpolation='bicubic',
+    ),
+    dict(type='RandomFlip', prob=0.5, direction='horizontal'),
+    # timm's rand-m9-mstd0.5-inc1
+    dict(
+        type='RandAugment',
+        policies='timm_increasing',
+        num_policies=2,
+        magnitude_level=9,
+        magnitude_std=0.5,
+        total_level=10,
+        hparams=dict(pad_val=[104, 116, 124], interpolation='bicubic'),
+    ),
+    dict(
+        type='RandomErasing',
+        erase_prob=0.25,
+        mode='rand',
+        min_area_ratio=0.02,
+        max_area_ratio=1 / 3,
+        aspect_range=(0.3, 1 / 0.3),
+        fill_color=bgr_mean,
+        fill_std=bgr_std,
+    ),
+    dict(type='PackInputs'),
+]
+test_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(
+        type='ResizeEdge',
+        scale=256,
+        edge='short',
+        backend='pillow',
+        interpolation='bicubic',
+    ),
+    dict(type='CenterCrop', crop_size=224),
+    dict(type='PackInputs'),
+]
+
+train_dataloader = dict(
+    batch_size=128,
+    num_workers=8,
+    persistent_workers=True,
+    pin_memory=True,
+    # An epoch is made of whole batches: 1251 of 1024 images, or 2502 of 512.
+    drop_last=True,
+    collate_fn=dict(type='default_collate'),
+    sampler=dict(type='DefaultSampler', shuffle=True),
+    # Reads meta/train.txt where there is one, and else the class folders.
+    dataset=dict(
+        type=dataset_type, data_root=data_root, split='train', pipeline=train_pipeline
+    ),
+)
+val_dataloader = dict(
+    batch_size=128,
+    num_workers=8,
+    persistent_workers=True,
+    pin_memory=True,
+    collate_fn=dict(type='default_collate'),
+    sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(
+        type=dataset_type, data_root=data_root, split='val', pipeline=test_pipeline
+    ),
+)
+test_dataloader = val_dataloader
+
+val_evaluator = dict(type='Accuracy', topk=(1, 5))
+test_evaluator = val_evaluator

@@ -1,0 +1,4 @@
+_base_ = './mlla-s_8xb64_in1k.py'
+
+# The average of the weights is still kept and evaluated, but does not teach.
+model = dict(mesa_weight=0.0)

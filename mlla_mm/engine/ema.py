@@ -1,0 +1,92 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+"""A running average of a model's weights and its place in a checkpoint."""
+
+import copy
+from typing import Dict
+
+import torch
+from mmengine.config import Config
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+STATE_KEY = 'state_dict_ema'
+"""Where a checkpoint holds the averaged weights; ``state_dict`` holds the plain ones.
+
+MMEngine's EMAHook has it the other way round, with the averaged weights in
+``state_dict`` and the plain ones in ``ema_state_dict``; hence another name.
+"""
+
+
+def recipe_decay(total_batch_size: int) -> float:
+    """Decay of MLLA's ImageNet recipe, 0.9996 per 4096 images.
+
+    Args:
+        total_batch_size (int): Images per optimiser step, of all processes.
+    """
+    return 0.9996 ** (total_batch_size / 4096)
+
+
+class ModelEMA:
+    """Exponential moving average of everything in a model's state dict.
+
+    ``EMA_t = decay * EMA_(t-1) + (1 - decay) * W_t``, starting at the weights that the
+    model has now, for parameters and BatchNorm statistics; integer entries are copied.
+    (MMEngine's averages copy the model at their first update instead, and leave integer
+    entries as they are.)
+
+    Args:
+        model (nn.Module): The model to average.
+        decay (float): Part of the average that an update keeps, in [0, 1).
+
+    Attributes:
+        decay (float): As given.
+        module (nn.Module): The averaged model, in evaluation mode, without gradients.
+
+    Raises:
+        ValueError: If ``decay`` is out of range.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f'decay must be in [0, 1), got {decay}.')
+        self.decay = decay
+        self._average = get_ema_multi_avg_fn(decay)
+        self.module = copy.deepcopy(model).requires_grad_(False).eval()
+        _compile_like(model, self.module)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Take in the weights that an optimiser step has just made."""
+        own = self.module.state_dict()
+        averages, values = [], []
+        for key, value in model.state_dict().items():
+            if own[key].is_floating_point():
+                averages.append(own[key])
+                values.append(value)
+            else:
+                own[key].copy_(value)
+        self._average(averages, values, None)
+
+    def state_dict(self) -> Dict[str, Tensor]:
+        """The average, under the model's names, on the CPU."""
+        return {key: value.cpu() for key, value in self.module.state_dict().items()}
+
+    def load_state_dict(self, state_dict: Dict[str, Tensor]) -> None:
+        """Go on from the average of a checkpoint."""
+        self.module.load_state_dict(state_dict)
+
+
+def use_ema_weights(cfg: Config) -> None:
+    """Make a run of this config load a checkpoint's averaged weights.
+
+    Args:
+        cfg (Config): The config of a test run; changed in place.
+    """
+    cfg.custom_hooks = [*cfg.get('custom_hooks', []), dict(type='UseEMAWeightsHook')]
+
+
+def _compile_like(model: nn.Module, copied: nn.Module) -> None:
+    """Compile the submodules that are compiled in ``model``: copying undoes it."""
+    for name, module in model.named_modules():
+        if getattr(module, '_compiled_call_impl', None) is not None:
+            copied.get_submodule(name).compile()
