@@ -86,4 +86,5 @@ python tools/analysis_tools/demo_report.py "$CONFIG" "$WORK_DIR" | tee "$WORK_DI
 echo "Time: set-up ${setup_time} s, training ${train_time} s, evaluation ${test_time} s"
 echo "Checkpoint: $CHECKPOINT"
 echo "Next: get the data and weights as README.md says, then"
+[ "${VIRTUAL_ENV:-}" != "$PWD/.venv" ] || echo "    source .venv/bin/activate"
 echo "    bash tools/dist_train.sh $NEXT 8"

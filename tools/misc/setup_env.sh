@@ -48,7 +48,7 @@ install_stack() {
     python -m pip list --format freeze | grep -E '^(torch|torchvision)==' >"$constraints" || true
     [ "$1" = onedl ] || echo 'setuptools<70' >>"$constraints"
     PIP_CONSTRAINT=$constraints PIP_BUILD_CONSTRAINT=$constraints \
-        python -m pip install --quiet --requirement "$ROOT/requirements/$1.txt"
+        python -m pip install --requirement "$ROOT/requirements/$1.txt"
     rm -f "$constraints"
 }
 
@@ -64,7 +64,10 @@ set_up_environment() {
         source "$ROOT/.venv/bin/activate"
         if ! has_requirements torch torchvision; then
             echo "Installing PyTorch (1 to 2 minutes)"
-            python -m pip install --quiet --requirement "$ROOT/requirements/torch.txt"
+            python -m pip install --requirement "$ROOT/requirements/torch.txt"
+        fi
+        if ! (cd / && has_requirements mlla_mm); then
+            python -m pip install --quiet --no-deps --editable "$ROOT"
         fi
     fi
 
