@@ -31,7 +31,10 @@ def main():
         scope = 'names, counts and pairs (no image was decoded)' if args.fast else 'all'
         print(f'{args.path}: {scope} as in {args.dataset}.')
         return
-    table = Table('What is wrong', 'How to fix it', show_lines=True)
+    table = Table(show_lines=True)
+    for column in ('What is wrong', 'How to fix it'):
+        # Paths and addresses stay whole.
+        table.add_column(column, overflow='fold')
     for finding in findings:
         # As text: rich takes square brackets for styles.
         table.add_row(Text(finding.problem), Text(finding.fix))
