@@ -38,6 +38,8 @@ def run_tool():
             'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}',
             'PYTHONPATH': str(ROOT),
             'OMP_NUM_THREADS': '1',
+            # Two processes need two GPUs, or none.
+            'CUDA_VISIBLE_DEVICES': '',
             **(env or {}),
         }
         result = subprocess.run(

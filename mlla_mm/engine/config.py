@@ -207,6 +207,8 @@ def dump_predictions(cfg: Config, path: str) -> None:
             raise ValueError(
                 f'--out names a folder for the label maps of segmentation, got {path}.'
             )
+        # The metric makes the folder on the first process, and others may be faster.
+        Path(path).mkdir(parents=True, exist_ok=True)
         cfg.test_evaluator.output_dir = path
         return
     if not is_pickle:

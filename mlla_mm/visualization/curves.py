@@ -56,6 +56,7 @@ def plot_curves(
     if missing:
         raise ValueError(f'Not logged in {work_dir}: {missing}; there: {list(curves)}')
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(10, 3.6), layout='constrained')
     left, right = figure.subplots(1, 2)
@@ -67,6 +68,7 @@ def plot_curves(
     right.legend()
     for axes in (left, right):
         axes.grid(alpha=0.3)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.savefig(out, dpi=120)
 
 

@@ -22,7 +22,8 @@ def models():
 
 def metrics(model: dict) -> dict:
     """All metrics of a model by name."""
-    return {k: v for r in model.get('Results', []) for k, v in r['Metrics'].items()}
+    results = model.get('Results') or []  # null where nothing is published
+    return {k: v for result in results for k, v in result['Metrics'].items()}
 
 
 def test_the_index_names_every_metafile():
@@ -66,12 +67,36 @@ def test_detection_results_are_the_papers(schedule):
         assert found[size]['Metadata']['FLOPs'] == row['flops'] * 10**9
 
 
+def test_segmentation_results_are_the_papers():
+    (row,) = (r for r in PAPER['ade20k_upernet_160k'] if r['model'] == 'MLLA-B')
+    found = {m['Name']: metrics(m) for m in models() if 'upernet' in m['Name']}
+    assert found.pop('upernet_mlla-b_8xb2-160k_ade20k-512x512') == {
+        'mIoU': row['mIoU_ss'],
+        'mIoU(ms+flip)': row['mIoU_ms'],
+    }
+    # Nothing is published for the others.
+    assert len(found) == 2
+    assert not any(found.values())
+
+
+def test_classification_results_are_the_papers():
+    published = {
+        row['model'].lower(): row['top1']
+        for row in PAPER['imagenet1k']
+        if row['model'].startswith('MLLA')
+    }
+    found = {m['Name']: metrics(m) for m in models() if m['Name'].endswith('_in1k')}
+    assert len(found) == 6
+    for name, values in found.items():
+        top1 = published[re.match('mlla-[tsb]', name)[0]]
+        assert values == ({} if 'no-mesa' in name else {'Top 1 Accuracy': top1}), name
+
+
 def test_tables_show_the_metafiles_numbers():
     for path in METAFILES:
-        table = (path.parent / 'README.md').read_text()
+        table = (path.parent / 'README.md').read_text().splitlines()
         for model in yaml.safe_load(path.read_text())['Models']:
             name = Path(model['Config']).name
-            (row,) = (line for line in table.splitlines() if f'({name})' in line)
-            cells = [cell.strip() for cell in row.split('|')]
+            (row,) = (x for x in table if x.startswith('|') and f'({name})' in x)
             for value in metrics(model).values():
-                assert str(value) in cells, (name, value)
+                assert re.search(rf'(?<![\d.]){value}(?![\d.])', row), (name, value)

@@ -108,6 +108,19 @@ def test_draw_results(hook, changed, tmp_path):
     assert (folder or cfg.visualizer.save_dir) == str(tmp_path)
 
 
+def test_predictions_go_where_they_were_asked_to(tmp_path):
+    cfg = make(default_scope='mmdet', test_evaluator=dict(type='CocoMetric'))
+    options.dump_predictions(cfg, 'all.pkl')
+    assert [e['type'] for e in cfg.test_evaluator] == ['CocoMetric', 'DumpDetResults']
+
+    cfg = make(default_scope='mmseg', test_evaluator=dict(type='IoUMetric'))
+    options.dump_predictions(cfg, str(tmp_path / 'maps'))
+    assert cfg.test_evaluator.output_dir == str(tmp_path / 'maps')
+    assert (tmp_path / 'maps').is_dir()
+    with pytest.raises(ValueError, match='folder'):
+        options.dump_predictions(cfg, 'all.pkl')
+
+
 def test_draw_results_needs_a_hook():
     with pytest.raises(ValueError, match='default_hooks.visualization'):
         options.draw_results(make(default_hooks=dict()), 'out')

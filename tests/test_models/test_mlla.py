@@ -36,6 +36,20 @@ def test_features_equal_the_authors(arch, size, batch):
         assert reference.relative_error(feature, expected) < 1e-5
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_features_on_a_gpu():
+    model, x = build_reference('t').cuda(), reference.image('96x132', 2).cuda()
+    with torch.no_grad():
+        features = model(x)
+        with torch.autocast('cuda', dtype=torch.float16):
+            half = model(x)
+    for i, feature in enumerate(features):
+        expected = reference.recorded(f'feat{i}_mlla-t_96x132').cuda()
+        assert reference.relative_error(feature, expected) < 1e-4
+        assert reference.relative_error(half[i], expected) < 2e-2
+
+
 @pytest.mark.parametrize('arch', ['t', 's', 'b'])
 def test_logits_equal_the_authors(arch):
     weights = reference.official_weights(f'mlla-{arch}')

@@ -160,8 +160,6 @@ def test_another_batch_size_is_announced(run_tool, digits_coco, tmp_path):
     ],
 )
 def test_train_errors(run_tool, tmp_path, arguments, message):
-    if '--amp' in arguments and torch.cuda.is_available():
-        pytest.skip('There is a GPU.')
     result = run_tool(
         'python', 'tools/train.py', *arguments, '--work-dir', tmp_path, check=False
     )
