@@ -4,7 +4,7 @@
 import argparse
 from pathlib import Path
 
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
@@ -16,11 +16,8 @@ from mlla_mm.engine.ema import use_ema_weights
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('config', help='config file')
+    options.add_run_arguments(parser)
     parser.add_argument('checkpoint', help='checkpoint file')
-    parser.add_argument(
-        '--work-dir', help='folder for logs and metrics (work_dirs/CONFIG_NAME)'
-    )
     parser.add_argument(
         '--out',
         metavar='PATH',
@@ -40,28 +37,15 @@ def parse_args() -> argparse.Namespace:
         help="the checkpoint's averaged weights (state_dict_ema), not the plain ones",
     )
     parser.add_argument('--amp', action='store_true', help='mixed precision')
-    parser.add_argument('--seed', type=int, help='seed of all random numbers')
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        metavar='KEY=VALUE',
-        help='override the config, e.g. test_dataloader.num_workers=4',
-    )
-    parser.add_argument('--launcher', choices=launch.LAUNCHERS, default='none')
     return parser.parse_args()
 
 
 def read_config(args: argparse.Namespace) -> Config:
-    cfg = options.read_config(args.config, args.cfg_options)
+    cfg = options.read_run_config(args)
     if not Path(args.checkpoint).is_file():
         raise FileNotFoundError(f'Checkpoint not found: {args.checkpoint}')
     cfg.load_from = args.checkpoint
     cfg.resume = False
-    cfg.launcher = args.launcher
-    options.set_work_dir(cfg, args.work_dir)
-    if args.seed is not None:
-        cfg.randomness = dict(cfg.get('randomness', {}), seed=args.seed)
     if args.amp:
         cfg.test_cfg.fp16 = True
     if args.ema:

@@ -1,15 +1,53 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 """Command-line choices applied to a config."""
 
+import argparse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from mmengine.config import Config, ConfigDict
+from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.runner import find_latest_checkpoint
 
 from ..models.weights import require_weights
+from .launch import LAUNCHERS
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that training and testing share, the config first."""
+    parser.add_argument('config', help='config file')
+    parser.add_argument(
+        '--work-dir', help='folder for logs and results (work_dirs/CONFIG_NAME)'
+    )
+    parser.add_argument('--seed', type=int, help='seed of all random numbers')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        metavar='KEY=VALUE',
+        help='override the config, e.g. train_dataloader.batch_size=4',
+    )
+    parser.add_argument('--launcher', choices=LAUNCHERS, default='none')
+
+
+def read_run_config(args: argparse.Namespace) -> Config:
+    """Read the config of a run and apply :func:`add_run_arguments`'s arguments.
+
+    The work_dir is the command line's, else the config's, else work_dirs/CONFIG_NAME.
+
+    Raises:
+        FileNotFoundError: If there is no such config.
+    """
+    cfg = read_config(args.config, args.cfg_options)
+    cfg.launcher = args.launcher
+    if args.work_dir is not None:
+        cfg.work_dir = args.work_dir
+    elif cfg.get('work_dir') is None:
+        cfg.work_dir = str(Path('work_dirs') / Path(cfg.filename).stem)
+    if args.seed is not None:
+        cfg.randomness = dict(cfg.get('randomness', {}), seed=args.seed)
+    return cfg
 
 
 def read_config(path: str, options: Optional[dict] = None) -> Config:
@@ -24,14 +62,6 @@ def read_config(path: str, options: Optional[dict] = None) -> Config:
     if options:
         cfg.merge_from_dict(options)
     return cfg
-
-
-def set_work_dir(cfg: Config, work_dir: Optional[str]) -> None:
-    """Command line first, then the config, then work_dirs/CONFIG_NAME."""
-    if work_dir is not None:
-        cfg.work_dir = work_dir
-    elif cfg.get('work_dir') is None:
-        cfg.work_dir = str(Path('work_dirs') / Path(cfg.filename).stem)
 
 
 def enable_amp(cfg: Config) -> None:

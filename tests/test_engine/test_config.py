@@ -1,4 +1,6 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+import argparse
+
 import pytest
 from mmengine.config import Config
 
@@ -80,13 +82,25 @@ def test_tta_wraps_the_model_and_its_pipeline():
     assert cfg.test_dataloader.dataset.dataset.pipeline == [dict(type='Load')]
 
 
-def test_work_dir(tmp_path):
-    (tmp_path / 'a_b.py').write_text('model = dict()')
-    cfg = options.read_config(str(tmp_path / 'a_b.py'))
-    options.set_work_dir(cfg, None)
+def run_config(*words):
+    parser = argparse.ArgumentParser()
+    options.add_run_arguments(parser)
+    return options.read_run_config(parser.parse_args([str(word) for word in words]))
+
+
+def test_run_arguments(tmp_path):
+    path = tmp_path / 'a_b.py'
+    path.write_text('randomness = dict(seed=None, diff_rank_seed=True)\nlr = 1')
+    cfg = run_config(path)
     assert cfg.work_dir == 'work_dirs/a_b'
-    options.set_work_dir(cfg, 'elsewhere')
-    assert cfg.work_dir == 'elsewhere'
+    assert cfg.launcher == 'none'
+    cfg = run_config(path, '--work-dir', 'x', '--seed', 3, '--cfg-options', 'lr=2')
+    assert (cfg.work_dir, cfg.lr) == ('x', 2)
+    assert cfg.randomness == dict(seed=3, diff_rank_seed=True)
+    path.write_text("work_dir = 'own'")
+    assert run_config(path).work_dir == 'own'
+    with pytest.raises(FileNotFoundError, match='Config not found'):
+        run_config(tmp_path / 'c.py')
 
 
 @pytest.mark.parametrize(
