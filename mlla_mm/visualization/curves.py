@@ -63,7 +63,7 @@ def plot_curves(
     left.plot(*zip(*curves['loss']))
     left.set(xlabel='iteration', ylabel='training loss', ylim=(0, None))
     for name in metrics:
-        right.plot(*zip(*curves[name]), marker='o', label=name.split('/')[-1])
+        right.plot(*zip(*curves[name]), marker='o', label=name)
     right.set(xlabel=_step_unit(curves, metrics[0]), ylabel='validation')
     right.legend()
     for axes in (left, right):

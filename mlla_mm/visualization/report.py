@@ -36,6 +36,11 @@ LINES = {
         Line('test_ema', 'accuracy/top1', 'accuracy/top1 (EMA)', 1),
     ],
 }
+_CURVES = {
+    'mmdet': ['coco/bbox_mAP', 'coco/segm_mAP'],
+    'mmseg': ['mIoU'],
+    'mmpretrain': ['accuracy/top1', 'ema_accuracy/top1'],
+}
 _SHEETS = {
     'mmdet': (detection_sheet, 'predictions.pkl'),
     'mmseg': (segmentation_sheet, 'predictions'),
@@ -58,15 +63,13 @@ def write_report(cfg: Config, work_dir: Union[str, Path]) -> List[str]:
         FileNotFoundError: If a test has not been run.
     """
     work_dir = Path(work_dir)
-    lines = LINES[cfg.default_scope]
     summary = []
-    for line in lines:
+    for line in LINES[cfg.default_scope]:
         value = _newest_metrics(work_dir / line.test)[line.metric]
         summary.append(f'{line.label}: {value:.{line.digits}f}')
     draw, predictions = _SHEETS[cfg.default_scope]
     draw(cfg, work_dir / 'test' / predictions, work_dir / 'predictions.png')
-    metrics = [line.metric for line in lines if line.test == 'test']
-    plot_curves(work_dir, metrics, work_dir / 'curves.png')
+    plot_curves(work_dir, _CURVES[cfg.default_scope], work_dir / 'curves.png')
     return [
         *summary,
         f'Predictions and ground truth: {work_dir / "predictions.png"}',
