@@ -54,5 +54,6 @@ def _overlay(image: np.ndarray, labels: np.ndarray, palette: np.ndarray) -> np.n
     """Blend the classes' colours into a picture; unlabelled pixels stay as they are."""
     known = (labels >= 0) & (labels < len(palette))
     colours = palette[np.where(known, labels, 0)]
-    blended = np.where(known[..., None], (image + colours) / 2, image).astype(np.uint8)
+    blended = np.where(known[..., None], (image + 2 * colours) / 3, image)
+    blended = blended.astype(np.uint8)
     return enlarge(blended, enlargement(image.shape[:2]))
