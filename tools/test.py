@@ -66,6 +66,7 @@ def main() -> None:
         launch.set_up(cfg)
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     runner.test()
+    launch.tear_down()
 
 
 if __name__ == '__main__':

@@ -54,6 +54,7 @@ def main() -> None:
     if notice:
         print_log(notice, logger='current', level=logging.WARNING)
     runner.train()
+    launch.tear_down()
 
 
 if __name__ == '__main__':

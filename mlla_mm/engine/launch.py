@@ -116,6 +116,17 @@ def set_up(cfg: Config) -> Processes:
     return layout
 
 
+def tear_down() -> None:
+    """Leave the process group, when the work is done on every process.
+
+    A process that ends with the group's threads still running may be aborted by them,
+    and the launcher takes that for a failed run.
+    """
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
+
+
 def _check_gpu_count(layout: Processes) -> None:
     gpus = torch.cuda.device_count()
     if layout.local_rank >= gpus:

@@ -67,6 +67,9 @@ assert get_rank() == layout.rank
 assert cfg.model_wrapper_cfg['device_ids'] is None
 open(f'{OUT}/{layout.rank}', 'w').write(
     f'{total.item()} {torch.distributed.get_backend()} {torch.get_num_threads()}')
+launch.tear_down()
+assert not torch.distributed.is_initialized()
+launch.tear_down()  # nothing left to do
 """
 
 

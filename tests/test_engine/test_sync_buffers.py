@@ -66,6 +66,7 @@ runner = Runner(
     custom_hooks=options['custom_hooks'], default_scope='mmengine',
 )
 runner.train()
+launch.tear_down()
 """
 
 BY_EPOCH = dict(by_epoch=True, max_epochs=2, val_interval=1)
