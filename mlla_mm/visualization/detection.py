@@ -36,6 +36,8 @@ def detection_sheet(
 
     init_default_scope('mmdet')
     dataset = DATASETS.build(cfg.test_dataloader.dataset)
+    infos = (dataset.get_data_info(i) for i in range(len(dataset)))
+    instances = {info['img_id']: info['instances'] for info in infos}
     visualizer = DetLocalVisualizer()
     visualizer.dataset_meta = dataset.metainfo
     results = load(predictions)
@@ -45,7 +47,9 @@ def detection_sheet(
         image = mmcv.imread(result['img_path'], channel_order='rgb')
         factor = enlargement(image.shape[:2])
         image = enlarge(image, factor)
-        truth = DetDataSample(gt_instances=_ground_truth(dataset, result, factor))
+        truth = DetDataSample(
+            gt_instances=_ground_truth(instances[result['img_id']], factor)
+        )
         found = DetDataSample(pred_instances=_detections(result, factor))
         visualizer.add_datasample('truth', image, truth, draw_pred=False)
         left = visualizer.get_image()
@@ -56,13 +60,7 @@ def detection_sheet(
     save_sheet(pairs, ('ground truth', f'detections, score > {score_thr:g}'), out)
 
 
-def _ground_truth(dataset, result: dict, factor: int) -> InstanceData:
-    (index,) = (
-        i
-        for i in range(len(dataset))
-        if dataset.get_data_info(i)['img_id'] == result['img_id']
-    )
-    instances = dataset.get_data_info(index)['instances']
+def _ground_truth(instances: List[dict], factor: int) -> InstanceData:
     boxes = [instance['bbox'] for instance in instances]
     return InstanceData(
         bboxes=torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4) * factor,
