@@ -12,6 +12,7 @@ import mlla_mm  # noqa: F401
 from mlla_mm.engine import config as options
 from mlla_mm.engine import launch
 from mlla_mm.engine.ema import use_ema_weights
+from mlla_mm.utils.checkpoint_file import CheckpointError
 
 
 def parse_args() -> argparse.Namespace:
@@ -65,7 +66,8 @@ def main() -> None:
         cfg = read_config(args)
         launch.set_up(cfg)
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
-    runner.test()
+    with launch.exit_on_user_error((CheckpointError,)):
+        runner.test()
     launch.tear_down()
 
 

@@ -1,5 +1,5 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""A running average of a model's weights and its place in a checkpoint."""
+"""A running average of a model's weights."""
 
 import copy
 from typing import Dict
@@ -8,13 +8,6 @@ import torch
 from mmengine.config import Config
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-
-STATE_KEY = 'state_dict_ema'
-"""Where a checkpoint holds the averaged weights; ``state_dict`` holds the plain ones.
-
-MMEngine's EMAHook has it the other way round, with the averaged weights in
-``state_dict`` and the plain ones in ``ema_state_dict``; hence another name.
-"""
 
 
 def recipe_decay(total_batch_size: int) -> float:

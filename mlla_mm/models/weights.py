@@ -1,15 +1,22 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 """Published weights: where they are, and how they enter a backbone."""
 
-import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Dict, Union
+from typing import Dict, List, Optional, Tuple, Union
 
-import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
+
+from ..utils.checkpoint_file import fetch_checkpoint, load_checkpoint_file
+from .checkpoint_layout import (
+    Network,
+    check_fit,
+    describe,
+    find_weights,
+    to_own_names,
+)
 
 PUBLISHED_WEIGHTS: Dict[str, str] = {
     'MLLA_T.pth': 'https://cloud.tsinghua.edu.cn/f/7a19712877cb4242889c/?dl=1',
@@ -18,10 +25,6 @@ PUBLISHED_WEIGHTS: Dict[str, str] = {
 }
 """File name and address of the authors' ImageNet-1K classifiers."""
 
-# In the authors' classifiers, but not in a downstream backbone.
-_CLASSIFIER_ONLY = re.compile(r'^(norm|head)\.')
-# The rotation tables that the authors' files carry: functions of the image size alone.
-_ROTATIONS = re.compile(r'\.rope\.rotations$')
 _OUTPUT_NORM = re.compile(r'^norm\d\.')
 
 
@@ -49,86 +52,75 @@ def require_weights(path: Union[str, Path]) -> None:
     raise FileNotFoundError(f'Pretrained weights not found: {path}\n{way_out}')
 
 
-def load_pretrained(backbone: nn.Module, path: Union[str, Path]) -> None:
-    """Start a backbone from a classifier's or a backbone's checkpoint.
+def load_pretrained(
+    backbone: nn.Module,
+    checkpoint: Union[str, Path],
+    ema: Optional[bool] = None,
+    prefix: Optional[str] = None,
+) -> None:
+    """Start a backbone from any checkpoint that holds one.
 
-    Reads the authors' ImageNet files (weights under ``model``) and checkpoints with
-    ``state_dict``, with or without a ``backbone.`` prefix. A classifier's ``norm`` and
-    ``head`` are left out and the output norms start fresh, as in the authors' recipe.
+    Reads the authors' and our classifiers, detectors and segmentors, and checkpoints of
+    a backbone. Of a classifier the ``head`` and the ``norm`` before it are left out:
+    the output norms start fresh, as in the authors' recipe. So do output norms that the
+    file does not have; those that the backbone does not have are left out.
 
     Args:
         backbone (nn.Module): The backbone, its parameters under the official names.
-        path (str | Path): Local path of the checkpoint.
+        checkpoint (str | Path): Local path, or http(s) address.
+        ema (bool, optional): Whether to take the averaged weights, not the plain ones.
+            A checkpoint of our own ImageNet training has both, and needs the choice.
+            From the authors' files None takes the plain ones. Defaults to None.
+        prefix (str, optional): What precedes the backbone's names in the file, as in
+            MMEngine's ``Pretrained``. None finds out. Defaults to None.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is no checkpoint, or its weights do not fit.
+        CheckpointError: If the file is no checkpoint or a choice is missing, or if its
+            weights do not fit.
     """
-    require_weights(path)
-    weights = _backbone_weights(_read(path))
-    _check_fit(backbone.state_dict(), weights, path)
-    result = backbone.load_state_dict(weights, strict=False)
-    fresh = sorted({key.split('.')[0] for key in result.missing_keys})
-    note = f'; {", ".join(fresh)} start fresh' if fresh else ''
-    print_log(f'Loaded {len(weights)} tensors from {path}{note}.', logger='current')
+    source = str(checkpoint)
+    if source.startswith(('http://', 'https://')):
+        checkpoint = fetch_checkpoint(source)
+    require_weights(checkpoint)
+    saved = find_weights(load_checkpoint_file(checkpoint), source, ema)
+    weights = to_own_names(saved)
+    network = describe(weights)
+    if prefix is None:
+        prefix = network.prefix if network else ''
+    entering, left_out = _split(weights, prefix, network, backbone.state_dict())
+    check_fit(backbone.state_dict(), entering, source, fresh=_OUTPUT_NORM)
+    fresh = backbone.load_state_dict(entering, strict=False).missing_keys
+    if len(weights) < len(saved):
+        left_out.append('rope.rotations')
+    print_log(
+        f'Loaded {len(entering)} tensors of {network} from {source}; '
+        f'left out: {_parts(left_out)}; fresh: {_parts(fresh)}.',
+        logger='current',
+    )
 
 
-def _read(path: Union[str, Path]) -> Mapping[str, Tensor]:
-    try:
-        # Unpickling anything but tensors and plain containers would run its code.
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f'{path} is damaged, or not a checkpoint of tensors alone: {error}'
-        ) from error
-    for key in ('state_dict', 'model'):
-        if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict):
-            checkpoint = checkpoint[key]
-    if not isinstance(checkpoint, dict) or not all(
-        isinstance(value, Tensor) for value in checkpoint.values()
-    ):
-        raise ValueError(
-            f'{path} holds no weights: expected them at the top level, or under '
-            "'model' or 'state_dict'."
-        )
-    return checkpoint
-
-
-def _backbone_weights(weights: Mapping[str, Tensor]) -> Dict[str, Tensor]:
-    prefix = 'backbone.'
-    if any(key.startswith(prefix) for key in weights):
-        weights = {
-            key[len(prefix) :]: value
-            for key, value in weights.items()
-            if key.startswith(prefix)
-        }
-    return {
-        key: value
-        for key, value in weights.items()
-        if not _CLASSIFIER_ONLY.match(key) and not _ROTATIONS.search(key)
-    }
-
-
-def _check_fit(
-    own: Mapping[str, Tensor], weights: Mapping[str, Tensor], path: Union[str, Path]
-) -> None:
-    problems = [
-        f'{key}: missing'
-        for key in own
-        if key not in weights and not _OUTPUT_NORM.match(key)
-    ]
+def _split(
+    weights: Mapping[str, Tensor],
+    prefix: str,
+    network: Optional[Network],
+    own: Mapping[str, Tensor],
+) -> Tuple[Dict[str, Tensor], List[str]]:
+    """What enters a backbone, under its names, and the names of what does not."""
+    is_classifier = network is not None and network.task == 'classifier'
+    entering, left_out = {}, []
     for key, value in weights.items():
-        if key not in own:
-            if not _OUTPUT_NORM.match(key):
-                problems.append(f'{key}: not part of this backbone')
-        elif own[key].shape != value.shape:
-            problems.append(
-                f'{key}: {tuple(value.shape)} in the file, '
-                f'{tuple(own[key].shape)} in the backbone'
-            )
-    if problems:
-        shown = '\n    '.join(problems[:5])
-        raise ValueError(
-            f'The weights of {path} do not fit ({len(problems)} differences):\n'
-            f"    {shown}\nCheck the backbone's arch against the file."
-        )
+        name = key[len(prefix) :] if key.startswith(prefix) else None
+        if name is None:
+            left_out.append(key)
+        elif _OUTPUT_NORM.match(name) and (is_classifier or name not in own):
+            left_out.append(name)
+        else:
+            entering[name] = value
+    return entering, left_out
+
+
+def _parts(keys: Iterable[str]) -> str:
+    """The parts of a model that keys belong to, for a message."""
+    parts = {key if key == 'rope.rotations' else key.split('.')[0] for key in keys}
+    return ', '.join(sorted(parts)) or 'nothing'

@@ -1,62 +1,186 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-import pickle
+import logging
 
 import pytest
 import torch
+from mmengine.logging import MMLogger
+from torch import nn
 
 from mlla_mm.models import MLLA, load_pretrained
+from mlla_mm.models.checkpoint_layout import check_fit, describe, to_own_layout
+from mlla_mm.utils import checkpoint_file
+from mlla_mm.utils.checkpoint_file import CheckpointError
 
-from .. import reference
+from .. import checkpoints, reference
 
-
-class Malicious:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), 'w')
+NANO = dict(embed_dims=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1))
 
 
 @pytest.fixture(scope='module')
 def official():
     """What the authors' ImageNet file of MLLA-T holds."""
-    weights = reference.official_weights('mlla-t')
-    for name in reference.official_rotations('mlla-t'):
-        weights[name] = torch.zeros(3, 3, 2)
-    return weights
+    return checkpoints.official_classifier('t')
 
 
-@pytest.mark.parametrize('layout', ['model', 'state_dict', 'bare', 'backbone'])
-def test_official_classifier_starts_a_backbone(tmp_path, official, layout):
-    content = {
-        'model': {'model': official},
-        'state_dict': {'state_dict': official},
-        'bare': official,
-        'backbone': {'state_dict': {f'backbone.{k}': v for k, v in official.items()}},
-    }[layout]
-    path = tmp_path / 'MLLA_T.pth'
-    torch.save(content, path)
-    model = MLLA('tiny', init_cfg=dict(type='Pretrained', checkpoint=str(path)))
-    with torch.no_grad():
-        model.norm3.weight.fill_(1)
+@pytest.fixture
+def log(caplog):
+    """The messages to MMEngine's logger."""
+    logger = MMLogger.get_instance('weights', log_level='INFO')
+    logger.addHandler(caplog.handler)
+    caplog.set_level(logging.INFO)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+def start(path, arch='tiny', **init_cfg) -> MLLA:
+    """A backbone from the file, its output norms set apart from their default."""
+    model = MLLA(arch, init_cfg=dict(type='Pretrained', checkpoint=path, **init_cfg))
+    for i in range(4):
+        nn.init.constant_(getattr(model, f'norm{i}').weight, 7)
     model.init_weights()
+    return model.eval()
+
+
+def in_own_classifier(weights):
+    own = {}
+    for key, value in weights.items():
+        first, rest = key.split('.', 1)
+        first = {'norm': 'backbone.norm3', 'head': 'head.fc'}.get(
+            first, f'backbone.{first}'
+        )
+        if 'rope' not in key:
+            own[f'{first}.{rest}'] = value
+    return own
+
+
+LAYOUTS = {
+    'official': lambda w: {'model': w},
+    'state_dict': lambda w: {'state_dict': w},
+    'bare': lambda w: w,
+    'backbone.': lambda w: {'state_dict': checkpoints.prefixed(w, 'backbone.')},
+    'module.': lambda w: {'model': checkpoints.prefixed(w, 'module.')},
+    'both': lambda w: {'model': checkpoints.prefixed(w, 'module.backbone.')},
+    'ours': lambda w: {'state_dict': in_own_classifier(w), 'meta': {'epoch': 3}},
+}
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_classifier_starts_a_backbone(tmp_path, official, layout, log):
+    path = str(tmp_path / 'MLLA_T.pth')
+    torch.save(LAYOUTS[layout](official), path)
+    model = start(path)
     state = model.state_dict()
     for name, value in official.items():
         if not name.startswith(('norm.', 'head.')) and 'rope' not in name:
             assert torch.equal(state[name], value), name
     # The classifier's norm is not an output norm of ours.
-    assert torch.equal(model.norm3.weight, torch.ones(512))
+    for i in range(4):
+        assert torch.equal(state[f'norm{i}.weight'], torch.full((64 * 2**i,), 7.0))
+    (message,) = (r.getMessage() for r in log.records if 'Loaded' in r.getMessage())
+    assert f'of MLLA-T (embed_dims 64, depths 2-4-8-4) from {path}' in message
+    assert 'left out: head, norm3' in message
+    assert ('rope.rotations' in message) == (layout != 'ours')
+    assert 'fresh: norm0, norm1, norm2, norm3' in message
+
+
+@pytest.mark.parametrize(
+    'layout, arch, size, batch',
+    [
+        ('state_dict', 't', '75x101', 2),
+        ('bare', 't', '96x132', 2),
+        ('backbone.', 's', '64x96', 1),
+        ('detector', 'b', '64x96', 1),
+    ],
+)
+def test_downstream_checkpoints_start_a_backbone(tmp_path, layout, arch, size, batch):
+    weights = reference.official_weights(f'mlla-{arch}_downstream')
+    if layout == 'detector':
+        content = checkpoints.prefixed(weights, 'backbone.')
+        content['backbone.layers.0.blocks.0.attn.rope.rotations'] = torch.zeros(1)
+        content['roi_head.bbox_head.fc_cls.weight'] = torch.zeros(81, 1024)
+        content = {'state_dict': content, 'meta': {'CLASSES': ('a',)}}
+    else:
+        content = LAYOUTS[layout](weights)
+    torch.save(content, tmp_path / 'x.pth')
+    with torch.no_grad():
+        features = start(str(tmp_path / 'x.pth'), arch)(reference.image(size, batch))
+    for i, feature in enumerate(features):
+        expected = reference.recorded(f'feat{i}_mlla-{arch}_{size}')
+        assert reference.relative_error(feature, expected) < 1e-5
+
+
+def tiny_files(tmp_path):
+    """Plain weights of zeros and averaged ones of ones, in either layout."""
+    state = MLLA(NANO).state_dict()
+    plain = {key: torch.zeros_like(value) for key, value in state.items()}
+    average = {key: torch.ones_like(value) for key, value in state.items()}
+    ours, theirs = tmp_path / 'ours.pth', tmp_path / 'theirs.pth'
+    prefixed = [checkpoints.prefixed(w, 'backbone.') for w in (plain, average)]
+    torch.save(dict(state_dict=prefixed[0], state_dict_ema=prefixed[1]), ours)
+    checkpoints.save_official_training(plain, theirs, state_dict_ema=average)
+    return str(ours), str(theirs)
+
+
+def mean(model):
+    return model.layers[0].blocks[0].attn.qk.weight.mean().item()
+
+
+def test_plain_or_averaged_weights(tmp_path):
+    ours, theirs = tiny_files(tmp_path)
+    with pytest.raises(CheckpointError, match='Choose with ema=False or ema=True'):
+        start(ours, NANO)
+    for path in (ours, theirs):
+        assert mean(start(path, NANO, ema=False)) == 0
+        assert mean(start(path, NANO, ema=True)) == 1
+    assert mean(start(theirs, NANO)) == 0
+    torch.save(MLLA(NANO).state_dict(), ours)
+    with pytest.raises(CheckpointError, match='no averaged weights'):
+        start(ours, NANO, ema=True)
+
+
+def test_prefix_of_init_cfg(tmp_path):
+    path = str(tmp_path / 'x.pth')
+    state = {k: torch.ones_like(v) for k, v in MLLA(NANO).state_dict().items()}
+    both = checkpoints.prefixed(state, 'teacher.')
+    both.update(checkpoints.prefixed({k: v * 0 for k, v in state.items()}, 'backbone.'))
+    torch.save(both, path)
+    assert mean(start(path, NANO, prefix='teacher.')) == 1
+    assert mean(start(path, NANO, prefix='backbone.')) == 0
+
+
+def test_address_in_init_cfg(tmp_path, monkeypatch):
+    path = tmp_path / 'x.pth'
+    torch.save({k: v * 0 for k, v in MLLA(NANO).state_dict().items()}, path)
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path / 'cache'))
+    monkeypatch.setattr(
+        torch.hub,
+        'download_url_to_file',
+        lambda url, to: path.replace(to) if url.endswith('?dl=1') else None,
+    )
+    assert mean(start('https://example.org/f/a1b2/?dl=1', NANO)) == 0
+    # From the cache: there is nothing to download any more.
+    assert mean(start('https://example.org/f/a1b2/?dl=1', NANO)) == 0
+    assert checkpoint_file.fetch_checkpoint('http://example.org/f/a1b2').is_file()
+
+
+def drop(weights):
+    weights.pop('layers.0.blocks.0.cpe1.weight')
+
+
+def add(weights):
+    weights['extra'] = torch.zeros(1)
+
+
+def reshape(weights):
+    weights['layers.1.blocks.0.norm1.bias'] = torch.zeros(3)
 
 
 @pytest.mark.parametrize(
     'change, message',
     [
-        (lambda w: w.pop('layers.0.blocks.0.cpe1.weight'), 'cpe1.weight: missing'),
-        (lambda w: w.update(extra=torch.zeros(1)), 'extra: not part of this backbone'),
-        (
-            lambda w: w.update({'layers.1.blocks.0.norm1.bias': torch.zeros(3)}),
-            r'norm1.bias: \(3,\) in the file, \(128,\) in the backbone',
-        ),
+        (drop, r'cpe1.weight: missing in the file, \(64, 1, 3, 3\) in the model'),
+        (add, r'extra: \(1,\) in the file, not part of the model'),
+        (reshape, r'norm1.bias: \(3,\) in the file, \(128,\) in the model'),
     ],
 )
 def test_weights_that_do_not_fit(tmp_path, official, change, message):
@@ -65,34 +189,91 @@ def test_weights_that_do_not_fit(tmp_path, official, change, message):
     torch.save({'model': weights}, tmp_path / 'x.pth')
     model = MLLA('tiny')
     before = model.layers[3].blocks[3].mlp.fc2.weight.clone()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(CheckpointError, match=r'x.pth do not fit .*\n.*' + message):
         load_pretrained(model, tmp_path / 'x.pth')
     assert torch.equal(model.layers[3].blocks[3].mlp.fc2.weight, before)
 
 
+def outline(name):
+    """Names and shapes of an official backbone, without numbers."""
+    shapes = reference.official_shapes(f'mlla-{name}_downstream')
+    return {key: torch.empty(shape, device='meta') for key, shape in shapes.items()}
+
+
+@pytest.mark.parametrize(
+    'name, own, words',
+    [
+        (
+            's',
+            outline('t'),
+            ['The file holds MLLA-S (', 'configs/*/*mlla-s*.py', "'s'"],
+        ),
+        (
+            'b',
+            outline('s'),
+            ['The file holds MLLA-B (', 'embed_dims 96, depths 3-6-21-6'],
+        ),
+        (
+            't',
+            MLLA(NANO).state_dict(),
+            ['MLLA-T (', 'the model is an MLLA (embed_dims 8, depths 1-1-1-1)'],
+        ),
+    ],
+)
+def test_weights_of_another_size(name, own, words):
+    with pytest.raises(CheckpointError) as error:
+        check_fit(own, outline(name), 'x.pth')
+    message = str(error.value)
+    assert all(word in message for word in words)
+    # Two shapes first, not all of them.
+    lines = message.splitlines()
+    assert len(lines) == 7
+    assert all(' in the file, ' in line for line in lines[1:6])
+
+
+def test_weights_of_a_size_that_was_not_published():
+    with pytest.raises(CheckpointError, match="Give the backbone's arch the file's"):
+        check_fit(outline('t'), MLLA(NANO).state_dict(), 'x.pth')
+
+
 def test_files_that_are_no_checkpoints(tmp_path):
-    model = MLLA(dict(embed_dims=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1)))
+    model = MLLA(NANO)
     with pytest.raises(FileNotFoundError, match='7a19712877cb4242889c'):
         load_pretrained(model, tmp_path / 'MLLA_T.pth')
-    (tmp_path / 'text.pth').write_text('<html>')
-    with pytest.raises(ValueError, match='damaged, or not a checkpoint'):
-        load_pretrained(model, tmp_path / 'text.pth')
-    torch.save({'epoch': 3}, tmp_path / 'empty.pth')
-    with pytest.raises(ValueError, match='holds no weights'):
-        load_pretrained(model, tmp_path / 'empty.pth')
-    whole = tmp_path / 'whole.pth'
-    torch.save(model.state_dict(), whole)
-    (tmp_path / 'half.pth').write_bytes(whole.read_bytes()[:2000])
-    with pytest.raises(ValueError, match='damaged, or not a checkpoint'):
-        load_pretrained(model, tmp_path / 'half.pth')
+    (tmp_path / 'page.pth').write_text('<html>')
+    with pytest.raises(CheckpointError, match='web page'):
+        load_pretrained(model, tmp_path / 'page.pth')
+    for content in ({'epoch': 3}, {}, [torch.ones(1)], {'model': {'a': 1}}):
+        torch.save(content, tmp_path / 'empty.pth')
+        with pytest.raises(CheckpointError, match='holds no weights'):
+            load_pretrained(model, tmp_path / 'empty.pth')
+    torch.save({'conv.weight': torch.ones(1)}, tmp_path / 'other.pth')
+    with pytest.raises(CheckpointError, match='The file holds no MLLA'):
+        load_pretrained(model, tmp_path / 'other.pth')
 
 
-def test_no_code_of_a_checkpoint_runs(tmp_path):
-    proof = tmp_path / 'ran'
-    torch.save({'model': Malicious(proof)}, tmp_path / 'bad.pth')
-    model = MLLA(dict(embed_dims=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1)))
-    with pytest.raises(ValueError, match='not a checkpoint of tensors alone'):
-        load_pretrained(model, tmp_path / 'bad.pth')
-    assert not proof.exists()
-    pickle.loads(pickle.dumps(Malicious(proof)))  # it would have
-    assert proof.exists()
+def test_description():
+    for name in 'tsb':
+        network = describe(outline(name))
+        assert (network.size, network.task, network.prefix) == (name, 'backbone', '')
+    assert describe({'layers.0.blocks.0.attn.qkv.weight': torch.ones(3, 1)}) is None
+
+
+def test_other_checkpoints_are_left_alone():
+    for content in (
+        {'state_dict': {'a': torch.ones(1)}, 'meta': {}},
+        {'model': {'a': torch.ones(1)}},
+        {'a': torch.ones(1)},
+        [1, 2],
+        {'epoch': 3},
+    ):
+        assert to_own_layout(content) is content
+
+
+def test_layout_of_a_detector_stays():
+    model = nn.ModuleDict(dict(backbone=MLLA(NANO), rpn_head=nn.Conv2d(1, 1, 1)))
+    content = {'state_dict': model.state_dict(), 'meta': {'epoch': 1}, 'optimizer': {}}
+    result = to_own_layout(content)
+    assert list(result) == ['state_dict', 'meta', 'optimizer']
+    assert list(result['state_dict']) == list(content['state_dict'])
+    assert result['state_dict']._metadata == content['state_dict']._metadata

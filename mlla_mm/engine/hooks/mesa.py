@@ -10,7 +10,9 @@ from mmengine.registry import HOOKS
 from mmengine.runner.amp import autocast
 from torch import nn
 
-from ..ema import STATE_KEY, ModelEMA, recipe_decay
+from ...models.checkpoint_layout import EMA_KEY
+from ...utils.checkpoint_file import CheckpointError
+from ..ema import ModelEMA, recipe_decay
 
 
 @HOOKS.register_module()
@@ -50,7 +52,7 @@ class MESAHook(Hook):
         self._loaded: Optional[dict] = None
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
-        self._loaded = checkpoint.get(STATE_KEY)
+        self._loaded = checkpoint.get(EMA_KEY)
 
     # Not before_run: weights are initialised or loaded after it.
     def before_train(self, runner) -> None:
@@ -95,7 +97,7 @@ class MESAHook(Hook):
         RuntimeInfoHook().after_val_epoch(runner, own)
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
-        checkpoint[STATE_KEY] = self.ema.state_dict()
+        checkpoint[EMA_KEY] = self.ema.state_dict()
 
     def after_train(self, runner) -> None:
         _unwrap(runner.model).set_teacher(None)
@@ -118,7 +120,7 @@ class MESAHook(Hook):
     def _resume(self) -> None:
         if self._loaded is None:
             raise ValueError(
-                f"The checkpoint to resume has no averaged weights ('{STATE_KEY}'): it "
+                f"The checkpoint to resume has no averaged weights ('{EMA_KEY}'): it "
                 'was trained without MESAHook. Start from its weights with load_from '
                 'instead, or remove the hook.'
             )
@@ -139,12 +141,12 @@ class UseEMAWeightsHook(Hook):
     """Load a checkpoint's averaged weights instead of its plain ones."""
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
-        if STATE_KEY not in checkpoint:
-            raise ValueError(
-                f"The checkpoint has no averaged weights ('{STATE_KEY}'): it was "
+        if EMA_KEY not in checkpoint:
+            raise CheckpointError(
+                f"The checkpoint has no averaged weights ('{EMA_KEY}'): it was "
                 'trained without MESAHook. Leave --ema out.'
             )
-        checkpoint['state_dict'] = checkpoint[STATE_KEY]
+        checkpoint['state_dict'] = checkpoint[EMA_KEY]
 
 
 def _unwrap(model: nn.Module) -> nn.Module:

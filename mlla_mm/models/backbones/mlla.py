@@ -89,8 +89,10 @@ class MLLA(BaseModule):
             Defaults to False.
         init_cfg (dict | list[dict], optional): MMEngine's initialisation config.
             ``dict(type='Pretrained', checkpoint=PATH)`` reads the official weights and
-            ours. None starts from scratch: linear layers truncated normal with std 0.02
-            and bias 0, the others PyTorch's defaults. Defaults to None.
+            ours; with ``ema=True`` the averaged ones, with ``ema=False`` the plain ones
+            (see :func:`mlla_mm.models.load_pretrained`). None starts from scratch:
+            linear layers truncated normal with std 0.02 and bias 0, the others
+            PyTorch's defaults. Defaults to None.
 
     Raises:
         ValueError: If an argument does not describe a network.
@@ -236,7 +238,9 @@ class MLLA(BaseModule):
     def init_weights(self) -> None:
         """Load the pretrained weights that ``init_cfg`` names, if it does."""
         if isinstance(self.init_cfg, dict) and self.init_cfg['type'] == 'Pretrained':
-            load_pretrained(self, self.init_cfg['checkpoint'])
+            load_pretrained(
+                self, **{k: v for k, v in self.init_cfg.items() if k != 'type'}
+            )
             self._is_init = True
         else:
             super().init_weights()
