@@ -4,7 +4,7 @@ default_hooks = dict(
     timer=dict(type='IterTimerHook'),
     logger=dict(type='LoggerHook', interval=50),
     param_scheduler=dict(type='ParamSchedulerHook'),
-    checkpoint=dict(type='CheckpointHook', interval=1),
+    checkpoint=dict(type='WholeCheckpointHook', interval=1),
     sampler_seed=dict(type='DistSamplerSeedHook'),
 )
 # BatchNorm collects its own statistics on every process; they are averaged before a

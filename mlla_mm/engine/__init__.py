@@ -1,4 +1,4 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-from . import hooks, schedulers
+from . import checkpoint, hooks, loops, samplers, schedulers, seeding
 
-__all__ = ['hooks', 'schedulers']
+__all__ = ['checkpoint', 'hooks', 'loops', 'samplers', 'schedulers', 'seeding']

@@ -8,19 +8,16 @@ from typing import Any, Optional
 
 import torch
 from mmengine.config import Config, ConfigDict, DictAction
-from mmengine.runner import find_latest_checkpoint
 
 from ..models.weights import require_weights
+from ..utils.checkpoint_file import trust_checkpoints
 from .launch import LAUNCHERS
+from .resume import newest_checkpoint, seed_of
 
 
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that training and testing share, the config first."""
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what :func:`read_config` needs: the config and changes to it."""
     parser.add_argument('config', help='config file')
-    parser.add_argument(
-        '--work-dir', help='folder for logs and results (work_dirs/CONFIG_NAME)'
-    )
-    parser.add_argument('--seed', type=int, help='seed of all random numbers')
     parser.add_argument(
         '--cfg-options',
         nargs='+',
@@ -28,13 +25,33 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         metavar='KEY=VALUE',
         help='override the config, e.g. train_dataloader.batch_size=4',
     )
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that training and testing share, the config first."""
+    add_config_arguments(parser)
+    parser.add_argument(
+        '--work-dir', help='folder for logs and results (work_dirs/CONFIG_NAME)'
+    )
+    parser.add_argument('--seed', type=int, help='seed of all random numbers')
     parser.add_argument('--launcher', choices=LAUNCHERS, default='none')
+    add_trust_argument(parser)
+
+
+def add_trust_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the switch that lets checkpoints hold anything that can be pickled."""
+    parser.add_argument(
+        '--trust-checkpoint',
+        action='store_true',
+        help='load checkpoints that may run code, if you trust where they come from',
+    )
 
 
 def read_run_config(args: argparse.Namespace) -> Config:
     """Read the config of a run and apply :func:`add_run_arguments`'s arguments.
 
     The work_dir is the command line's, else the config's, else work_dirs/CONFIG_NAME.
+    The config's trust_checkpoint does what --trust-checkpoint does, for this process.
 
     Raises:
         FileNotFoundError: If there is no such config.
@@ -47,6 +64,10 @@ def read_run_config(args: argparse.Namespace) -> Config:
         cfg.work_dir = str(Path('work_dirs') / Path(cfg.filename).stem)
     if args.seed is not None:
         cfg.randomness = dict(cfg.get('randomness', {}), seed=args.seed)
+    if args.trust_checkpoint:
+        cfg.trust_checkpoint = True
+    trust_checkpoints(cfg.get('trust_checkpoint', False))
+    cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(type='CheckWeightsHook')]
     return cfg
 
 
@@ -96,22 +117,34 @@ def enable_tta(cfg: Config) -> None:
 
 
 def set_resume(cfg: Config, resume: Optional[str]) -> None:
-    """Resume from a checkpoint, or from the newest of the work_dir ('auto').
+    """Resume from a checkpoint, or from the newest whole one of the work_dir ('auto').
+
+    The run gets the seed of the run that it goes on with.
+
+    Args:
+        cfg (Config): The config of a training run; changed in place.
+        resume (str, optional): The checkpoint, or 'auto'. None does what the config
+            says.
 
     Raises:
         FileNotFoundError: If the named checkpoint does not exist.
+        CheckpointError: If it is damaged.
     """
+    if resume is None and cfg.get('resume'):
+        resume = cfg.get('load_from') or 'auto'
     if resume is None:
         return
+    if resume == 'auto':
+        resume = newest_checkpoint(cfg.work_dir)
+    elif not Path(resume).is_file():
+        raise FileNotFoundError(
+            f'Checkpoint to resume from not found: {resume}. Give --resume alone '
+            'for the newest one of the work_dir.'
+        )
     cfg.resume = True
-    cfg.load_from = None
-    if resume != 'auto':
-        if not Path(resume).is_file():
-            raise FileNotFoundError(
-                f'Checkpoint to resume from not found: {resume}. Give --resume alone '
-                'for the newest one of the work_dir.'
-            )
-        cfg.load_from = resume
+    cfg.load_from = None if resume is None else str(resume)
+    if resume is not None and Path(resume).is_file():
+        cfg.randomness = dict(cfg.get('randomness', {}), seed=seed_of(resume))
 
 
 def check_pretrained(cfg: Config) -> None:
@@ -124,7 +157,7 @@ def check_pretrained(cfg: Config) -> None:
             message tells where to get it.
     """
     resuming = cfg.get('resume') and (
-        cfg.get('load_from') or find_latest_checkpoint(cfg.work_dir)
+        cfg.get('load_from') or newest_checkpoint(cfg.work_dir)
     )
     for module in _modules_with_pretrained(cfg.model):
         if '://' in module['init_cfg']['checkpoint']:
@@ -144,52 +177,6 @@ def _modules_with_pretrained(model: Any) -> Iterator[dict]:
     if isinstance(model, (list, tuple)):
         for value in model:
             yield from _modules_with_pretrained(value)
-
-
-def batch_size_notice(cfg: Config, world_size: int) -> Optional[str]:
-    """Say so when processes x batch differs from the recipe's total batch size.
-
-    Args:
-        cfg (Config): Config with ``auto_scale_lr.base_batch_size``.
-        world_size (int): Number of training processes.
-
-    Returns:
-        str | None: What differs and what to do about it; None if nothing does.
-    """
-    recipe = cfg.get('auto_scale_lr', {}).get('base_batch_size')
-    batch = cfg.train_dataloader.batch_size
-    actual = world_size * batch
-    if recipe is None or actual == recipe:
-        return None
-    notice = (
-        f'The total batch size is {actual} ({world_size} processes x {batch}); the '
-        f"recipe's is {recipe}. "
-    )
-    if cfg.auto_scale_lr.get('enable'):
-        return notice + f'The learning rate is scaled by {actual / recipe:g}.'
-    way_out = 'Published results are not reproduced like this. '
-    if recipe % world_size == 0:
-        way_out += (
-            f'Use --cfg-options train_dataloader.batch_size={recipe // world_size} if '
-            'it fits in memory, or '
-        )
-    else:
-        way_out += 'Use '
-    return notice + way_out + '--auto-scale-lr to scale the learning rate.'
-
-
-def enable_auto_scale_lr(cfg: Config) -> None:
-    """Scale the learning rate with the total batch size.
-
-    Raises:
-        ValueError: If the config does not state the batch size of its recipe.
-    """
-    if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
-        raise ValueError(
-            '--auto-scale-lr needs auto_scale_lr.base_batch_size in the config, the '
-            'total batch size that its learning rate is meant for.'
-        )
-    cfg.auto_scale_lr.enable = True
 
 
 # How each package's visualization hook is told to draw test results into a folder.

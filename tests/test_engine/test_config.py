@@ -2,9 +2,11 @@
 import argparse
 
 import pytest
+import torch
 from mmengine.config import Config
 
 from mlla_mm.engine import config as options
+from mlla_mm.utils.checkpoint_file import checkpoints_are_trusted, trust_checkpoints
 
 
 def make(**more) -> Config:
@@ -16,34 +18,6 @@ def make(**more) -> Config:
             **more,
         )
     )
-
-
-@pytest.mark.parametrize(
-    'world_size, words',
-    [
-        (8, None),
-        (4, ['8 (4 processes x 2)', "recipe's is 16", 'batch_size=4', '--auto-scale']),
-        (3, ['6 (3 processes x 2)', 'Use --auto-scale-lr']),
-    ],
-)
-def test_batch_size_notice(world_size, words):
-    notice = options.batch_size_notice(make(), world_size)
-    if words is None:
-        assert notice is None
-    else:
-        assert all(word in notice for word in words)
-
-
-def test_batch_size_notice_with_a_scaled_rate():
-    cfg = make()
-    options.enable_auto_scale_lr(cfg)
-    notice = options.batch_size_notice(cfg, 4)
-    assert 'scaled by 0.5' in notice
-
-
-def test_auto_scale_lr_needs_the_recipes_batch_size():
-    with pytest.raises(ValueError, match='base_batch_size'):
-        options.enable_auto_scale_lr(Config(dict(model=dict())))
 
 
 def with_weights(path, **more) -> Config:
@@ -65,7 +39,7 @@ def test_a_resumed_run_does_without_the_pretrained_weights(tmp_path):
     cfg = with_weights(tmp_path / 'MLLA_T.pth', resume=True, work_dir=str(tmp_path))
     with pytest.raises(FileNotFoundError):
         options.check_pretrained(cfg)  # no checkpoint to resume from
-    (tmp_path / 'last_checkpoint').write_text('epoch_1.pth')
+    torch.save({}, tmp_path / 'epoch_1.pth')
     options.check_pretrained(cfg)
     assert cfg.model.backbone.init_cfg is None
 
@@ -101,6 +75,24 @@ def test_run_arguments(tmp_path):
     assert run_config(path).work_dir == 'own'
     with pytest.raises(FileNotFoundError, match='Config not found'):
         run_config(tmp_path / 'c.py')
+
+
+def test_checkpoints_are_checked_and_not_trusted(tmp_path):
+    path = tmp_path / 'a.py'
+    path.write_text("custom_hooks = [dict(type='MyHook')]")
+    cfg = run_config(path)
+    assert [hook.type for hook in cfg.custom_hooks] == ['MyHook', 'CheckWeightsHook']
+    assert not checkpoints_are_trusted()
+    try:
+        run_config(path, '--trust-checkpoint')
+        assert checkpoints_are_trusted()
+        run_config(path)
+        assert not checkpoints_are_trusted()
+        path.write_text('trust_checkpoint = True')
+        run_config(path)
+        assert checkpoints_are_trusted()
+    finally:
+        trust_checkpoints(False)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,17 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+from .check_weights import CheckWeightsHook
+from .checkpoint import WholeCheckpointHook
 from .mesa import MESAHook, UseEMAWeightsHook
+from .record_recipe import RecordRecipeHook
 from .sync_buffers import SyncBuffersBeforeSaveHook
+from .zero import SaveZeroOptimizerHook
 
-__all__ = ['MESAHook', 'SyncBuffersBeforeSaveHook', 'UseEMAWeightsHook']
+__all__ = [
+    'CheckWeightsHook',
+    'MESAHook',
+    'RecordRecipeHook',
+    'SaveZeroOptimizerHook',
+    'SyncBuffersBeforeSaveHook',
+    'UseEMAWeightsHook',
+    'WholeCheckpointHook',
+]

@@ -1,0 +1,144 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+import copy
+
+import pytest
+import torch
+from mmengine.model import BaseModel
+from mmengine.optim import AmpOptimWrapper, OptimWrapper
+from torch import nn
+
+from mlla_mm.engine.loops import SeededEpochBasedTrainLoop, train_step
+
+
+class Model(BaseModel):
+    """Without BatchNorm in the way of the loss, so gradients of batches add up."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 1)
+        self.bn = nn.BatchNorm1d(3, momentum=0.3)
+        self.frozen_bn = nn.BatchNorm1d(3)
+
+    def forward(self, inputs, mode):
+        self.bn(inputs)
+        self.frozen_bn(inputs)
+        return dict(loss=self.linear(inputs).square().mean())
+
+
+@pytest.fixture
+def model():
+    model = Model().double()
+    model.frozen_bn.eval()
+    return model
+
+
+def run(model, batches, micro_batches, wrapper_type=OptimWrapper, **options):
+    wrapper = wrapper_type(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        accumulative_counts=micro_batches,
+        clip_grad=dict(max_norm=0.5),
+        **options,
+    )
+    return [
+        train_step(model, [dict(inputs=x) for x in update], wrapper, (0, i))
+        for i, update in enumerate(batches)
+    ]
+
+
+def test_an_update_of_micro_batches_is_one_of_a_large_batch(model):
+    data = torch.randn(3, 4, 5, 3, dtype=torch.double)  # 3 updates of 4 micro-batches
+    whole = copy.deepcopy(model)
+    logs = run(model, data, 4)
+    expected = run(whole, data.reshape(3, 1, 20, 3), 1)
+    assert [log['loss'].item() for log in logs] == pytest.approx(
+        [log['loss'].item() for log in expected]
+    )
+    torch.testing.assert_close(model.linear.weight, whole.linear.weight)
+
+
+@pytest.mark.parametrize('micro_batches', [1, 2, 3])
+def test_running_statistics_are_the_mean_of_as_many_processes(model, micro_batches):
+    data = torch.randn(2, micro_batches, 5, 3, dtype=torch.double)
+    frozen = copy.deepcopy(model.frozen_bn.state_dict())
+    processes = [copy.deepcopy(model.bn) for _ in range(micro_batches)]
+    run(model, data, micro_batches)
+    for update in data:
+        for bn, batch in zip(processes, update):
+            bn(batch)
+    for name in ('running_mean', 'running_var'):
+        mean = torch.stack([getattr(bn, name) for bn in processes]).mean(dim=0)
+        torch.testing.assert_close(getattr(model.bn, name), mean)
+    assert model.bn.num_batches_tracked == 2
+    for key, value in frozen.items():
+        assert torch.equal(model.frozen_bn.state_dict()[key], value), key
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
+def test_mixed_precision(model, dtype):
+    data = torch.randn(3, 4, 5, 3, device='cuda')
+    model = model.float().cuda()
+    whole = copy.deepcopy(model)
+    run(model, data, 4, AmpOptimWrapper, dtype=dtype)
+    run(whole, data, 4)
+    torch.testing.assert_close(
+        model.linear.weight, whole.linear.weight, rtol=2e-2, atol=2e-2
+    )
+
+
+# Two processes with three micro-batches of their own; counts the reductions.
+SCRIPT = """
+import torch
+from mmengine.dist import get_rank
+from mmengine.model import MMDistributedDataParallel
+from mmengine.optim import AmpOptimWrapper, OptimWrapper
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+import mlla_mm
+from mlla_mm.engine.loops import train_step
+from tests.test_engine.test_loops import Model
+
+torch.distributed.init_process_group('gloo')
+torch.manual_seed(0)
+model = Model()
+alone = Model()
+alone.load_state_dict(model.state_dict())
+wrapped = MMDistributedDataParallel(model, find_unused_parameters=True)
+reductions = []
+
+def hook(state, bucket):
+    reductions.append(bucket.index())
+    return allreduce_hook(state, bucket)
+
+wrapped.register_comm_hook(None, hook)
+data = [dict(inputs=torch.randn(5, 3)) for _ in range(6)]
+for net, batches in (
+    (wrapped, data[3 * get_rank():3 * get_rank() + 3]), (alone, data)
+):
+    optimizer = OptimWrapper(
+        torch.optim.SGD(net.parameters(), lr=0.1), accumulative_counts=len(batches)
+    )
+    train_step(net, batches, optimizer, (0, 0))
+assert len(reductions) == 1, reductions
+torch.testing.assert_close(model.linear.weight, alone.linear.weight)
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_gradients_are_reduced_once_an_update(run_tool, tmp_path):
+    (tmp_path / 'script.py').write_text(SCRIPT)
+    run_tool(
+        'python', '-m', 'torch.distributed.run', '--standalone',
+        '--nproc-per-node', 2, tmp_path / 'script.py',
+    )  # fmt: skip
+
+
+def test_several_optimizers_are_refused():
+    class Runner:
+        optim_wrapper = dict()
+
+    loop = SeededEpochBasedTrainLoop.__new__(SeededEpochBasedTrainLoop)
+    loop._runner, loop.micro_batches = Runner(), 2
+    with pytest.raises(ValueError, match='needs one optimiser'):
+        loop.run()

@@ -1,0 +1,102 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+from itertools import islice
+
+import pytest
+import torch
+from torch.utils.data import BatchSampler, DataLoader
+
+from mlla_mm.engine.samplers import (
+    SharedBatchSampler,
+    SharedSampler,
+    collate_micro_batches,
+)
+
+SEED = 3
+
+
+def make(images: int, kind: str, micro_batches: int = 4, batch_size: int = 2, **more):
+    sampler = SharedSampler(
+        list(range(images)), dict(type=kind, shuffle=True), micro_batches, seed=SEED
+    )
+    return SharedBatchSampler(sampler, batch_size, **more)
+
+
+def permutation(images: int, epoch: int = 0) -> list:
+    generator = torch.Generator().manual_seed(SEED + epoch)
+    return torch.randperm(images, generator=generator).tolist()
+
+
+@pytest.mark.parametrize('images', [8, 16, 19, 21])
+@pytest.mark.parametrize('drop_last', [False, True])
+def test_epochs_are_those_of_as_many_processes(images, drop_last):
+    """Process r of 4 gets every fourth image from r on, of a padded permutation."""
+    batches = make(images, 'DefaultSampler', drop_last=drop_last)
+    for epoch in (0, 1):
+        batches.sampler.set_epoch(epoch)
+        order = permutation(images, epoch)
+        order += order[: -len(order) % 4]
+        streams = [order[rank::4] for rank in range(4)]
+        expected = [
+            [index for stream in streams for index in stream[start : start + 2]]
+            for start in range(0, len(streams[0]), 2)
+        ]
+        if drop_last:
+            expected = [update for update in expected if len(update) == 8]
+        assert list(batches) == expected
+        assert len(batches) == len(expected)
+
+
+def test_endless_passes():
+    expected = permutation(5)
+    generator = torch.Generator().manual_seed(SEED)
+    stream = [i for _ in range(9) for i in torch.randperm(5, generator=generator)]
+    assert stream[:5] == expected
+    for update, found in enumerate(islice(make(5, 'InfiniteSampler'), 5)):
+        seen = [int(index) for index in stream[8 * update : 8 * update + 8]]
+        assert found == [i for rank in range(4) for i in seen[rank::4]]
+
+
+def test_a_batch_sampler_of_the_recipes():
+    kind = dict(type=BatchSampler, drop_last=True)
+    batches = make(19, 'DefaultSampler', batch_sampler=kind)
+    assert list(batches) == list(make(19, 'DefaultSampler', drop_last=True))
+    assert batches.drop_last
+
+
+@pytest.mark.parametrize('kind', ['DefaultSampler', 'InfiniteSampler'])
+@pytest.mark.parametrize('seen', [0, 1, 2, 4, 7])
+def test_skipping(kind, seen):
+    """Three updates a pass with DefaultSampler, no end with InfiniteSampler."""
+
+    def run(batches, passes):
+        for epoch in passes:
+            batches.sampler.set_epoch(epoch)
+            yield from batches
+
+    expected = list(islice(run(make(19, kind), range(4)), 10))
+    batches = make(19, kind)
+    next(iter(batches))  # MMEngine 0.10.7 has begun to load
+    passes = batches.skip(seen)
+    assert passes == (seen // 3 if kind == 'DefaultSampler' else 0)
+    found = list(islice(run(batches, range(passes, 4)), 10 - seen))
+    assert found == expected[seen:]
+
+
+def test_one_seed_for_all_when_none_is_given():
+    """Otherwise an image could be seen twice in a pass, and another not at all."""
+    sampler = SharedSampler(list(range(16)), dict(type='DefaultSampler'), 4)
+    assert sorted(sampler) == list(range(16))
+
+
+def test_batches_of_a_loader():
+    def collate(samples, offset):
+        return [sample + offset for sample in samples]
+
+    loader = DataLoader(
+        list(range(6)),
+        batch_sampler=[[0, 1, 2, 3], [4, 5]],
+        collate_fn=lambda data: collate_micro_batches(
+            data, 2, dict(type=collate, offset=10)
+        ),
+    )
+    assert list(loader) == [[[10, 11], [12, 13]], [[14], [15]]]
