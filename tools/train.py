@@ -2,16 +2,19 @@
 """Train a detector, segmentor or classifier as its config says."""
 
 import argparse
-import logging
+import sys
 
 from mmengine.config import Config
-from mmengine.logging import print_log
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 import mlla_mm  # noqa: F401
+from mlla_mm.engine import batch_size, launch, preflight
 from mlla_mm.engine import config as options
-from mlla_mm.engine import launch
+from mlla_mm.engine.hooks import RecordRecipeHook
+from mlla_mm.engine.loops import use_seeded_loop
+from mlla_mm.engine.recipe import describe_recipe, describe_run
+from mlla_mm.utils.checkpoint_file import CheckpointError
 
 
 def parse_args() -> argparse.Namespace:
@@ -26,34 +29,56 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('--amp', action='store_true', help='mixed precision (GPU)')
     parser.add_argument(
+        '--check',
+        action='store_true',
+        help='rehearse the run in minutes: what would fail, memory, time and disk',
+    )
+    total_batch = parser.add_mutually_exclusive_group()
+    total_batch.add_argument(
+        '--keep-batch-size',
+        action='store_true',
+        help="accumulate gradients up to the recipe's total batch size",
+    )
+    total_batch.add_argument(
         '--auto-scale-lr',
         action='store_true',
-        help="scale the learning rate by total batch size / recipe's batch size",
+        help="scale the learning rate by total batch size / recipe's",
     )
     return parser.parse_args()
 
 
 def read_config(args: argparse.Namespace) -> Config:
     cfg = options.read_run_config(args)
-    options.set_resume(cfg, args.resume)
+    options.set_resume(cfg, launch.restart_checkpoint(cfg.work_dir) or args.resume)
     if args.amp:
         options.enable_amp(cfg)
-    if args.auto_scale_lr:
-        options.enable_auto_scale_lr(cfg)
-    options.check_pretrained(cfg)
     return cfg
+
+
+def fit_to_processes(cfg: Config, args: argparse.Namespace) -> RecordRecipeHook:
+    """Settle the total batch size, and note what the run makes of its recipe."""
+    world_size = launch.processes(cfg.launcher).world_size
+    notice = batch_size.settle(
+        cfg, world_size, keep=args.keep_batch_size, scale=args.auto_scale_lr
+    )
+    use_seeded_loop(cfg)
+    recipe = describe_recipe(options.read_config(args.config))
+    return RecordRecipeHook(recipe, describe_run(cfg, world_size), notice)
 
 
 def main() -> None:
     args = parse_args()
     with launch.exit_on_user_error():
         cfg = read_config(args)
-        world_size = launch.set_up(cfg).world_size
+        record = fit_to_processes(cfg, args)
+        options.check_pretrained(cfg)
+        layout = launch.set_up(cfg)
+    if args.check:
+        sys.exit(preflight.run(cfg, layout))
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
-    notice = options.batch_size_notice(cfg, world_size)
-    if notice:
-        print_log(notice, logger='current', level=logging.WARNING)
-    runner.train()
+    runner.register_hook(record)
+    with launch.exit_on_user_error((CheckpointError,)):
+        runner.train()
     launch.tear_down()
 
 

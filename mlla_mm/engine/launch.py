@@ -6,12 +6,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Dict, NamedTuple
+from typing import Any, Dict, NamedTuple, Optional, Tuple, Type
 
 import cv2
 import torch
 from mmengine.config import Config
 from torch import distributed
+
+from .resume import newest_checkpoint
 
 LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
 
@@ -41,14 +43,20 @@ _VARIABLES: Dict[str, Processes] = {
 
 
 @contextmanager
-def exit_on_user_error() -> Iterator[None]:
+def exit_on_user_error(
+    kinds: Tuple[Type[Exception], ...] = (FileNotFoundError, ValueError),
+) -> Iterator[None]:
     """End the program with the message alone when what the user gave is wrong.
 
-    For the checks before the work starts; errors out of a run keep their traceback.
+    Args:
+        kinds (tuple[type]): The errors that it is about. The default is for the checks
+            before the work starts: errors out of a run keep their traceback, but for
+            those that tell users all that they need. Defaults to
+            (FileNotFoundError, ValueError).
     """
     try:
         yield
-    except (FileNotFoundError, ValueError) as error:
+    except kinds as error:
         # One process speaks for all of them.
         speaks = os.environ.get('LOCAL_RANK', '0') == '0'
         sys.exit(f'Error: {error}' if speaks else 1)
@@ -114,6 +122,27 @@ def set_up(cfg: Config) -> Processes:
     cfg.pop('sync_bn', None)
     replace_sync_bn(cfg.model)
     return layout
+
+
+def restart_checkpoint(work_dir: str) -> Optional[str]:
+    """Where to go on from after torchrun has started the processes again.
+
+    The count of restarts that torchrun hands down does not tell: it differs between
+    the machine of the dead process and the others.
+
+    Args:
+        work_dir (str): Folder of the run.
+
+    Returns:
+        str | None: The newest checkpoint that was saved since ``LAUNCH_TIME`` (in the
+        environment, in seconds, where restarts are asked for); None if there is none.
+    """
+    if 'LAUNCH_TIME' not in os.environ:
+        return None
+    newest = newest_checkpoint(work_dir)
+    if newest is None or newest.stat().st_mtime < float(os.environ['LAUNCH_TIME']):
+        return None
+    return str(newest)
 
 
 def tear_down() -> None:

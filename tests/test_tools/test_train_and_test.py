@@ -136,7 +136,7 @@ def test_another_batch_size_is_announced(run_tool, digits_coco, tmp_path):
     )
     output = run_tool(*command, *options).stdout
     assert "total batch size is 2 (1 processes x 2); the recipe's is 8" in output
-    assert 'train_dataloader.batch_size=8' in output
+    assert '--keep-batch-size' in output
     first = next(entry for entry in logged(tmp_path) if 'loss' in entry)
 
     output = run_tool(*command, '--auto-scale-lr', *options).stdout
@@ -144,6 +144,29 @@ def test_another_batch_size_is_announced(run_tool, digits_coco, tmp_path):
     # Entries of the second run follow those of the first.
     scaled = [entry for entry in logged(tmp_path) if entry.get('iter') == 1][-1]
     assert scaled['lr'] == pytest.approx(first['lr'] / 4)
+
+    records = [
+        json.loads(p.read_text()) for p in sorted(tmp_path.glob('*/recipe.json'))
+    ]
+    assert [record['total batch'] for record in records] == [
+        dict(recipe=8, actual=2)
+    ] * 2
+    assert records[0]['learning rate'] == dict(recipe=1e-3, actual=1e-3)
+    assert records[1]['learning rate'] == dict(recipe=1e-3, actual=2.5e-4)
+    # 16 images: two updates of 8, or eight of 2.
+    assert records[0]['updates per epoch'] == dict(recipe=2, actual=8)
+    assert records[0]['PyTorch']['actual'].startswith(torch.__version__)
+
+
+def test_a_batch_size_that_does_not_fit(run_tool, tmp_path):
+    result = run_tool(
+        'bash', 'tools/dist_train.sh', CONFIG, 3, '--keep-batch-size',
+        '--work-dir', tmp_path, check=False,
+    )  # fmt: skip
+    assert result.returncode != 0
+    assert "3 processes x 4 images does not divide the recipe's total" in result.stdout
+    assert 'there can be 1 or 2 processes' in result.stdout
+    assert 'train.py", line' not in result.stdout
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run a Python tool in GPUS processes on this machine with torchrun.
 # Usage: launch.sh SCRIPT GPUS [ARGUMENTS]
-# Environment: NNODES NODE_RANK MASTER_ADDR PORT, as in dist_train.sh.
+# Environment: as dist_train.sh says.
 set -euo pipefail
 
 SCRIPT=$1
@@ -29,10 +29,28 @@ if [ -z "${OMP_NUM_THREADS:-}" ] && ! nvidia-smi -L >/dev/null 2>&1; then
     export OMP_NUM_THREADS=$((cores > GPUS ? cores / GPUS : 1))
 fi
 
+MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}
+NODE_RANK=${NODE_RANK:-0}
+MAX_RESTARTS=${MAX_RESTARTS:-0}
+if [ "$MAX_RESTARTS" = 0 ]; then
+    MEETING=(--node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "$PORT")
+else
+    # Meets anew on all machines when a process dies on one of them.
+    MEETING=(
+        --max-restarts "$MAX_RESTARTS"
+        --rdzv-backend c10d
+        --rdzv-endpoint "$MASTER_ADDR:$PORT"
+        --rdzv-conf "is_host=$([ "$NODE_RANK" = 0 ] && echo true || echo false)"
+    )
+    # A store per attempt: in a shared one processes find addresses of dead ones.
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+    # Newer checkpoints are this run's, see restart_checkpoint in mlla_mm/engine/launch.py.
+    LAUNCH_TIME=$(date +%s)
+    export LAUNCH_TIME
+fi
+
 PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" exec "$PYTHON" -m torch.distributed.run \
     --nnodes "$NNODES" \
-    --node-rank "${NODE_RANK:-0}" \
-    --master-addr "${MASTER_ADDR:-127.0.0.1}" \
-    --master-port "$PORT" \
+    "${MEETING[@]}" \
     --nproc-per-node "$GPUS" \
     "$ROOT/tools/$SCRIPT" "${@:3}" --launcher pytorch

@@ -1,0 +1,294 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+"""Rehearsals of the digits demos, and of runs that would fail."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+
+from mlla_mm.datasets.digits import make_ade20k, make_imagenet
+from mlla_mm.engine import launch, preflight
+
+from ..conftest import ROOT
+
+for package in ('mmdet', 'mmseg', 'mmpretrain'):
+    pytest.importorskip(package)
+
+CONFIGS = {
+    'detection': 'detection/mask-rcnn_mlla-nano_fpn_digits.py',
+    'segmentation': 'segmentation/upernet_mlla-nano_digits.py',
+    'classification': 'classification/mlla-nano_digits.py',
+}
+
+
+@pytest.fixture(scope='module')
+def data(digits_coco, tmp_path_factory):
+    root = tmp_path_factory.mktemp('data')
+    make_ade20k(str(root / 'ade20k'), train=8, val=3, size=64)
+    make_imagenet(str(root / 'imagenet'), train=40, val=10, size=32)
+    return {
+        'detection': f'{digits_coco}/',
+        'segmentation': str(root / 'ade20k'),
+        'classification': str(root / 'imagenet'),
+    }
+
+
+@pytest.fixture
+def config(data, tmp_path, monkeypatch):
+    """The demo of a task on little data, without data workers."""
+    monkeypatch.setattr(preflight, 'TIMED_ITERATIONS', 2)
+
+    def read(task, **options):
+        cfg = Config.fromfile(ROOT / 'configs' / CONFIGS[task])
+        for split in ('train', 'val'):
+            loader = cfg[f'{split}_dataloader']
+            loader.update(num_workers=0, persistent_workers=False, batch_size=2)
+            loader.dataset.data_root = data[task]
+        if task == 'detection':
+            cfg.val_evaluator.ann_file = f'{data[task]}/annotations/instances_val.json'
+        cfg.launcher = 'none'
+        cfg.work_dir = str(tmp_path / 'work')
+        cfg.merge_from_dict(options)
+        return cfg
+
+    return read
+
+
+def check(cfg):
+    layout = launch.set_up(cfg)
+    return preflight.run(cfg, layout)
+
+
+@pytest.mark.parametrize(
+    'task, size', [('detection', 128), ('segmentation', 96), ('classification', 64)]
+)
+def test_demos(config, capfd, tmp_path, task, size):
+    assert check(config(task)) == 0
+    report = capfd.readouterr().out
+    assert f'2 images of {size} x {size} pixels' in report
+    for row in ('peak memory', 'data loading', 'time to the end', 'checkpoints'):
+        assert row in report
+    assert not (tmp_path / 'work').exists()
+
+
+def test_two_processes(run_tool, data, tmp_path):
+    (tmp_path / 'notes.txt').write_text('keep')
+    output = run_tool(
+        'bash', 'tools/dist_train.sh', f'configs/{CONFIGS["classification"]}', 2,
+        '--work-dir', tmp_path, '--check', '--keep-batch-size', '--cfg-options',
+        f'train_dataloader.dataset.data_root={data["classification"]}',
+        f'val_dataloader.dataset.data_root={data["classification"]}',
+        'train_dataloader.batch_size=4',
+    ).stdout  # fmt: skip
+    assert output.count('Check passed') == 1
+    assert '4 images of 64 x 64 pixels, 4 times for an update' in output
+    assert 'waiting for 1 workers' in output
+    assert [path.name for path in tmp_path.iterdir()] == ['notes.txt']
+
+
+def test_resumed_run_keeps_its_checkpoints(config, capfd, tmp_path):
+    """Also the best one, which a better one would replace."""
+    options = {'train_cfg.max_epochs': 2, 'default_hooks.logger.interval': 1000}
+    cfg = config('classification', **options)
+    launch.set_up(cfg)
+    Runner.from_cfg(cfg).train()
+
+    def files():
+        return {path: path.stat().st_mtime_ns for path in (tmp_path / 'work').iterdir()}
+
+    before = files()
+    assert any(path.name.startswith('best_') for path in before)
+    capfd.readouterr()
+    cfg = config('classification', resume=True, **options)
+    cfg.train_cfg.max_epochs = 6
+    assert check(cfg) == 0
+    assert files() == before
+    # Of the four that are to come two are kept.
+    assert '(2 x ' in capfd.readouterr().out
+
+
+def other_images(data, tmp_path):
+    """Annotations of the validation images under other numbers."""
+    path = Path(data['detection']) / 'annotations/instances_val.json'
+    content = json.loads(path.read_text())
+    for image in content['images']:
+        image['id'] += 1000
+    for annotation in content['annotations']:
+        annotation['image_id'] += 1000
+    (tmp_path / 'others.json').write_text(json.dumps(content))
+    return str(tmp_path / 'others.json')
+
+
+@HOOKS.register_module()
+class _OutOfMemoryHook(Hook):
+    def before_train_iter(self, runner, *args, **kwargs):
+        raise torch.cuda.OutOfMemoryError('CUDA out of memory. Tried to allocate')
+
+
+FAILURES = {
+    'annotations of training': (
+        'detection',
+        {'train_dataloader.dataset.ann_file': 'no.json'},
+        'while reading the training data: FileNotFoundError',
+    ),
+    'data of validation': (
+        'classification',
+        {'val_dataloader.dataset.data_root': 'no/such/data'},
+        'while reading the validation data: FileNotFoundError',
+    ),
+    'annotations of the metric': (
+        'detection',
+        {'val_evaluator.ann_file': 'no.json'},
+        "No such file or directory: 'no.json'",
+    ),
+    'another best metric': (
+        'classification',
+        {'default_hooks.checkpoint.save_best': 'accuracy/top7'},
+        "while saving the best checkpoint: KeyError: 'accuracy/top7'",
+    ),
+    'memory': (
+        'classification',
+        {'custom_hooks': [dict(type='_OutOfMemoryHook')]},
+        'while training at the largest scale: out of GPU memory. To need less: '
+        'model.backbone.with_cp=True',
+    ),
+    'loss': (
+        'classification',
+        {'optim_wrapper.optimizer.lr': 1e30, 'param_scheduler.warmup': 0},
+        'while training at the largest scale: the loss is nan',
+    ),
+    'checkpoint': (
+        'classification',
+        {'resume': True, 'load_from': 'no.pth'},
+        'while reading the checkpoint to resume: FileNotFoundError',
+    ),
+}
+
+
+@pytest.mark.parametrize('name', FAILURES)
+def test_failures(config, capfd, tmp_path, name):
+    task, options, message = FAILURES[name]
+    assert check(config(task, **options)) == 1
+    error = capfd.readouterr().err
+    assert message in error
+    assert error.count('Error: check failed while') == 1
+    assert not (tmp_path / 'work').exists()
+
+
+def test_metric_of_other_images(config, capfd, data, tmp_path):
+    cfg = config('detection')
+    cfg.val_evaluator.ann_file = other_images(data, tmp_path)
+    assert check(cfg) == 1
+    error = capfd.readouterr().err
+    assert 'check failed while evaluating' in error
+    assert 'Traceback' in error  # out of somebody else's code
+    assert not (tmp_path / 'work').exists()
+
+
+def test_work_dir_that_cannot_be_made(config, capfd, tmp_path):
+    (tmp_path / 'file').write_text('')
+    cfg = config('classification', work_dir=str(tmp_path / 'file' / 'work'))
+    assert check(cfg) == 1
+    error = capfd.readouterr().err
+    assert 'the work_dir cannot be written to' in error
+    assert str(tmp_path / 'file') in error
+
+
+def test_full_disk(config, capfd, monkeypatch):
+    usage = shutil.disk_usage('/')
+    monkeypatch.setattr(
+        preflight.shutil, 'disk_usage', lambda _: usage._replace(free=2**20)
+    )
+    assert check(config('classification')) == 1
+    error = capfd.readouterr().err
+    assert '0.000977 GiB are free' in error
+    assert 'default_hooks.checkpoint.max_keep_ckpts' in error
+
+
+@pytest.mark.parametrize(
+    'name, scales',
+    [
+        ('detection/mask-rcnn_mlla-t_fpn_1x_coco', [(800, 1333), (600, 1333)] * 2),
+        ('segmentation/upernet_mlla-t_8xb2-160k_ade20k-512x512', [(4096, 1024)]),
+    ],
+)
+def test_largest_scales_of_the_recipes(name, scales):
+    dataset = Config.fromfile(ROOT / f'configs/{name}.py').train_dataloader.dataset
+    wrapped = dict(type='RepeatDataset', dataset=dict(datasets=[dataset]))
+    preflight.pin_scales(wrapped)
+
+    found = []
+
+    def collect(config):
+        if isinstance(config, dict):
+            if 'Random' in config.get('type', '') and 'Resize' in config['type']:
+                found.append(config)
+            config = list(config.values())
+        for value in config if isinstance(config, (list, tuple)) else ():
+            collect(value)
+
+    collect(wrapped)
+    assert {tuple(c.get('scale') or c['scales'][0]) for c in found} == set(scales)
+    assert all(len(c.get('scales', [0])) == 1 for c in found)
+    assert all(c.get('ratio_range', (1, 1)) == (1, 1) for c in found)
+
+
+def test_range_of_scales():
+    resize = dict(type='mmdet.RandomResize', scale=[(1333, 640), (1200, 800)])
+    preflight.pin_scales([resize])
+    assert resize['scale'] == (1333, 800)
+
+
+class Images:
+    """Samples of given sizes (width, height)."""
+
+    def __init__(self, *sizes):
+        self.sizes = sizes
+
+    def __len__(self):
+        return len(self.sizes)
+
+    def get_data_info(self, index):
+        width, height = self.sizes[index]
+        return dict(width=width, height=height)
+
+    def __getitem__(self, index):
+        width, height = self.sizes[index]
+        return dict(inputs=torch.zeros(3, height, width))
+
+
+def test_largest_size():
+    def find(sizes, batch_size):
+        config = dict(dataset=dict(pipeline=[dict(type='PackDetInputs')]))
+        size = preflight.largest_size(Images(*sizes), batch_size, config)
+        return size, config['dataset']['pipeline'][:-1]
+
+    broad_and_tall = [(20, 10)] * 500 + [(8, 16), (40, 10)] + [(20, 10)] * 500
+    size, added = find(broad_and_tall, batch_size=2)
+    # Both extremes lie between the images that are looked at at regular distances.
+    assert size == (40, 16)
+    assert added == [dict(type='Resize', scale=(40, 16), keep_ratio=False)]
+    assert find(broad_and_tall, batch_size=1)[0] == (40, 10)
+    assert find([(20, 10)] * 3, batch_size=2) == ((20, 10), [])
+
+
+def test_what_remains():
+    by_epoch = Config(dict(train_cfg=dict(max_epochs=12, val_interval=5)))
+    left = preflight.Remaining(by_epoch, preflight.Start(), 100)
+    # After epochs 5, 10 and the last.
+    assert (left.iterations, left.evaluations) == (1200, 3)
+    assert left.times(1, by_epoch=True, last=True) == 12
+    assert left.times(-1, by_epoch=True, last=True) == 1
+    assert left.times(500, by_epoch=False, last=False) == 2
+    resumed = preflight.Remaining(by_epoch, preflight.Start('x', 6, 600), 100)
+    assert (resumed.iterations, resumed.evaluations) == (600, 2)
+
+    by_iteration = Config(dict(train_cfg=dict(max_iters=1000, val_interval=400)))
+    left = preflight.Remaining(by_iteration, preflight.Start(), 7)
+    assert (left.iterations, left.evaluations) == (1000, 3)

@@ -1,0 +1,93 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+"""The package as a wheel installs it: MIM's configs and tools, outside the clone."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from ..conftest import ROOT
+
+CONFIG = 'configs/classification/mlla-nano_digits.py'
+OPTIONS = [
+    '--cfg-options',
+    'train_cfg.max_epochs=1',
+    'train_dataloader.num_workers=0',
+    'train_dataloader.persistent_workers=False',
+    'val_dataloader.num_workers=0',
+    'val_dataloader.persistent_workers=False',
+    'test_dataloader.num_workers=0',
+    'test_dataloader.persistent_workers=False',
+]  # fmt: skip
+# Folders of a clone that are no source.
+NO_SOURCE = ('.git', '.venv', 'data', 'work_dirs', 'build', '*.egg-info')
+
+
+def build(out):
+    """What a wheel holds, in a folder, as setuptools lays it out for one."""
+    subprocess.run(
+        [
+            sys.executable, 'setup.py', '--quiet', 'build',
+            '--build-base', out / 'base', '--build-lib', out / 'lib',
+        ],
+        cwd=ROOT, check=True,
+    )  # fmt: skip
+    return out / 'lib'
+
+
+def install_wheel(out):
+    """A wheel by pip, with a build environment of its own."""
+    source = out / 'source'
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*NO_SOURCE))
+    pip = [sys.executable, '-m', 'pip', '--quiet']
+    subprocess.run([*pip, 'wheel', '--no-deps', '-w', out, source], check=True)
+    wheel = next(out.glob('*.whl'))
+    subprocess.run(
+        [*pip, 'install', '--no-deps', '--target', out / 'lib', wheel], check=True
+    )
+    return out / 'lib'
+
+
+@pytest.fixture(
+    scope='module',
+    params=[build, pytest.param(install_wheel, marks=pytest.mark.slow)],
+)
+def site(request, tmp_path_factory):
+    return request.param(tmp_path_factory.mktemp('installed'))
+
+
+def files(folder):
+    paths = (path.relative_to(folder) for path in folder.rglob('*') if path.is_file())
+    return {str(path) for path in paths if '__pycache__' not in path.parts}
+
+
+def test_configs_and_tools_are_there(site):
+    mim = site / 'mlla_mm' / '.mim'
+    assert files(mim / 'configs') == files(ROOT / 'configs')
+    of_clones = {'quickstart.sh', 'run_tests.sh', 'misc/setup_env.sh'}
+    assert files(mim / 'tools') == files(ROOT / 'tools') - of_clones
+    assert (mim / 'model-index.yml').read_bytes() == (
+        ROOT / 'model-index.yml'
+    ).read_bytes()
+    assert not (ROOT / 'mlla_mm' / '.mim').exists()
+
+
+def test_training_and_testing_outside_the_clone(site, run_tool, tmp_path):
+    pytest.importorskip('mmpretrain')
+    mim = site / 'mlla_mm' / '.mim'
+
+    def run(*command):
+        return run_tool(*command, env={'PYTHONPATH': str(site)}, cwd=tmp_path).stdout
+
+    found = run('python', '-c', 'import mlla_mm; print(mlla_mm.__file__)')
+    assert found.strip() == str(site / 'mlla_mm' / '__init__.py')
+    run(
+        'python', mim / 'tools/dataset_tools/make_digits.py', 'data/digits_imagenet',
+        '--format', 'imagenet', '--train', 32, '--val', 10, '--size', 32,
+    )  # fmt: skip
+    run('bash', mim / 'tools/dist_train.sh', mim / CONFIG, 2, *OPTIONS)
+    checkpoint = tmp_path / 'work_dirs' / 'mlla-nano_digits' / 'epoch_1.pth'
+    assert checkpoint.is_file()
+    output = run('python', mim / 'tools/test.py', mim / CONFIG, checkpoint, *OPTIONS)
+    assert 'accuracy/top1' in output

@@ -1,0 +1,63 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+import pytest
+import torch
+from mmengine.config import Config
+
+from mlla_mm.utils.peak_memory import largest_size, measure_config, peak_bytes
+
+from ..conftest import ROOT
+
+
+def config(name):
+    return Config.fromfile(ROOT / 'configs' / f'{name}.py')
+
+
+def test_peak_of_known_allocations():
+    def function():
+        first = torch.ones(2**20)  # 4 MiB
+        second = first + 1
+        del first
+        third = second * 2
+        del second, third
+        torch.ones(2**18)
+
+    assert peak_bytes(function, 'cpu') == pytest.approx(2**23, rel=0.01)
+    assert peak_bytes(function, 'cpu', 2**20) == pytest.approx(9 * 2**20, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    'name, size',
+    [
+        ('detection/mask-rcnn_mlla-t_fpn_1x_coco', (1333, 800)),
+        ('segmentation/upernet_mlla-t_8xb2-160k_ade20k-512x512', (512, 512)),
+        ('classification/mlla-t_8xb128_in1k', (224, 224)),
+        ('detection/mask-rcnn_mlla-nano_fpn_digits', (128, 128)),
+    ],
+)
+def test_size_of_the_recipe(name, size):
+    assert largest_size(config(name)) == size
+
+
+@pytest.mark.parametrize(
+    'package, name',
+    [
+        ('mmdet', 'detection/mask-rcnn_mlla-nano_fpn_digits'),
+        ('mmseg', 'segmentation/upernet_mlla-nano_digits'),
+        ('mmpretrain', 'classification/mlla-nano_digits'),
+    ],
+)
+def test_checkpointing_needs_less(package, name):
+    pytest.importorskip(package)
+    torch.set_num_threads(1)
+    plain = measure_config(config(name), batch_size=2)
+    less = measure_config(config(name), batch_size=2, with_cp=True)
+    more = measure_config(config(name), batch_size=3)
+    assert plain.batch_size == 2
+    # Weights, gradients and AdamW's two averages are there in any case.
+    assert 3.9 * 4 * 10**6 < less.bytes < plain.bytes < more.bytes
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='for machines without a GPU')
+def test_mixed_precision_needs_a_gpu():
+    with pytest.raises(ValueError, match="amp='bfloat16' needs a GPU"):
+        measure_config(config('classification/mlla-nano_digits'), amp='bfloat16')
