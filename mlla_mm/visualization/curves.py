@@ -2,8 +2,12 @@
 """Learning curves of a run."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Dict, List, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, Dict, List, Sequence, Tuple, Union
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Curve = List[Tuple[float, float]]
 
@@ -26,10 +30,25 @@ def read_scalars(work_dir: Union[str, Path]) -> Dict[str, Curve]:
         raise FileNotFoundError(
             f'No */vis_data/scalars.json in {work_dir}: no run yet?'
         )
+    return read_logs(logs)
+
+
+def read_logs(logs: Iterable[Path]) -> Dict[str, Curve]:
+    """Read scalars.json files as one run, each resuming the one before.
+
+    Args:
+        logs (Iterable[Path]): The files, oldest first.
+
+    Returns:
+        dict[str, list[tuple]]: As :func:`read_scalars`.
+    """
     points: Dict[str, Dict[float, float]] = {}
     for log in logs:
         for line in log.read_text().splitlines():
-            entry = json.loads(line)
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue  # still being written, or cut off when the run was killed
             for name, value in entry.items():
                 if isinstance(value, (int, float)):
                     # A resumed run goes over the steps since its checkpoint again.
@@ -56,20 +75,38 @@ def plot_curves(
     if missing:
         raise ValueError(f'Not logged in {work_dir}: {missing}; there: {list(curves)}')
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(10, 3.6), layout='constrained')
-    left, right = figure.subplots(1, 2)
+    draw_curves(*figure.subplots(1, 2), curves, metrics)
+    figure.savefig(out, dpi=120)
+
+
+def draw_curves(
+    left: 'Axes', right: 'Axes', curves: Dict[str, Curve], metrics: Sequence[str]
+) -> None:
+    """Draw the training loss on the left and validation metrics on the right.
+
+    Args:
+        left (Axes): Matplotlib's axes for the loss.
+        right (Axes): And for the metrics.
+        curves (dict[str, list[tuple]]): As from :func:`read_scalars`.
+        metrics (Sequence[str]): Names of curves to draw as metrics.
+    """
+    from matplotlib.ticker import MaxNLocator
+
     left.plot(*zip(*curves['loss']))
     left.set(xlabel='iteration', ylabel='training loss', ylim=(0, None))
     for name in metrics:
-        right.plot(*zip(*curves[name]), marker='o', label=name)
-    right.set(xlabel=_step_unit(curves, metrics[0]), ylabel='validation')
-    right.legend()
+        # As many points as a long training has would be a thick line.
+        marker = 'o' if len(curves[name]) <= 40 else None
+        right.plot(*zip(*curves[name]), marker=marker, label=name)
+    right.set(ylabel='validation')
+    if metrics:
+        right.set(xlabel=_step_unit(curves, metrics[0]))
+        right.legend()
     for axes in (left, right):
         axes.grid(alpha=0.3)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.savefig(out, dpi=120)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
 
 
 def _step_unit(curves: Dict[str, Curve], metric: str) -> str:

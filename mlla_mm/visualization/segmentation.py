@@ -39,7 +39,7 @@ def segmentation_sheet(
         maps = (info['seg_map_path'], Path(predictions) / name)
         pairs.append(
             tuple(
-                _overlay(
+                overlay(
                     image,
                     mmcv.imread(str(path), 'unchanged').astype(int) - offset,
                     palette,
@@ -50,7 +50,7 @@ def segmentation_sheet(
     save_sheet(pairs, ('ground truth', 'prediction'), out)
 
 
-def _overlay(image: np.ndarray, labels: np.ndarray, palette: np.ndarray) -> np.ndarray:
+def overlay(image: np.ndarray, labels: np.ndarray, palette: np.ndarray) -> np.ndarray:
     """Blend the classes' colours into a picture; unlabelled pixels stay as they are."""
     known = (labels >= 0) & (labels < len(palette))
     colours = palette[np.where(known, labels, 0)]

@@ -1,0 +1,220 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+"""Runs beside the paper: a report in Markdown with learning curves."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Dict, List, NamedTuple, Optional, Tuple, Union
+
+from ..visualization.curves import draw_curves
+from .markdown import markdown_table
+from .published import METRICS, PublishedModel, published_models
+from .runs import AVERAGED, Run, read_run
+
+REPORT_NAME = 'comparison.md'
+CURVES_NAME = 'comparison.png'
+
+
+class Result(NamedTuple):
+    """A measured metric beside the published one.
+
+    Attributes:
+        run (Run): Where it was measured.
+        evaluation (str): What was evaluated.
+        metric (str): Its published name.
+        measured (float): In percent.
+        published (float | None): None if nothing is published.
+        complete (bool): Whether the training had come to its end.
+    """
+
+    run: Run
+    evaluation: str
+    metric: str
+    measured: float
+    published: Optional[float]
+    complete: bool
+
+    @property
+    def difference(self) -> Optional[float]:
+        """float | None: Measured minus published, in points."""
+        if self.published is None:
+            return None
+        # 46.3 - 46.8 is -0.5, not a little more or less.
+        return round(self.measured - self.published, 6)
+
+    def is_beyond(self, tolerance: float) -> bool:
+        """Whether a fully trained model is not what the paper says.
+
+        Args:
+            tolerance (float): Difference in points that is accepted, up and down.
+        """
+        if self.published is None or not self.complete:
+            return False
+        return not abs(self.difference) <= tolerance  # NaN is beyond
+
+
+def compare_with_paper(
+    work_dirs: Sequence[Union[str, Path]],
+    out: Union[str, Path],
+    tolerance: float = 0.5,
+) -> Tuple[str, bool]:
+    """Set runs beside the paper, and save a report and their learning curves.
+
+    Published figures are looked up by the name of the run's config.
+
+    Args:
+        work_dirs (Sequence[str | Path]): The runs' work_dirs.
+        out (str | Path): Folder for ``comparison.md`` and ``comparison.png``.
+        tolerance (float): Difference in points that is accepted, up and down.
+            Defaults to 0.5.
+
+    Returns:
+        tuple[str, bool]: The report, and whether every result of a fully trained model
+        that the paper has too is within the tolerance.
+
+    Raises:
+        FileNotFoundError: If a work_dir has no run.
+        ValueError: If the tolerance is negative, or a run's config cannot be told.
+    """
+    if not tolerance >= 0:
+        raise ValueError(f'The tolerance must be at least 0 points, got {tolerance}.')
+    published = published_models()
+    runs = [read_run(work_dir) for work_dir in work_dirs]
+    models = [published.get(run.config) for run in runs]
+    results = [r for run, model in zip(runs, models) for r in _results(run, model)]
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    sections = ['# Measured and published', _results_table(results, tolerance)]
+    trained = [(run, model) for run, model in zip(runs, models) if 'loss' in run.curves]
+    if trained:
+        plot_learning_curves(trained, out / CURVES_NAME)
+        sections.append(f'![Learning curves]({CURVES_NAME})')
+    sections += [_run_section(run, model) for run, model in zip(runs, models)]
+    report = '\n\n'.join(sections) + '\n'
+    (out / REPORT_NAME).write_text(report)
+    return report, not any(result.is_beyond(tolerance) for result in results)
+
+
+def plot_learning_curves(
+    runs: Sequence[Tuple[Run, Optional[PublishedModel]]], out: Union[str, Path]
+) -> None:
+    """Plot loss and metrics of runs, a row each, with the published metrics as lines.
+
+    Args:
+        runs (Sequence[tuple]): Runs with curves, each with what is published about it,
+            or None.
+        out (str | Path): Picture file to write.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.6 * len(runs)), layout='constrained')
+    axes = figure.subplots(len(runs), 2, squeeze=False)
+    for (left, right), (run, model) in zip(axes, runs):
+        curves = {**run.curves, **_metric_curves(run)}
+        metrics = list(_metric_curves(run))
+        draw_curves(left, right, curves, metrics)
+        for line, metric in zip(right.get_lines(), metrics):
+            if model is not None and metric in model.metrics:
+                value = model.metrics[metric]
+                right.axhline(
+                    value, color=line.get_color(), ls='--', label=f'{value}, published'
+                )
+        if metrics:
+            right.legend()
+        else:
+            right.set_axis_off()
+            right.text(0.5, 0.5, 'not validated yet', ha='center', va='center')
+        right.set(ylabel='validation (%)')
+        left.set_title(f'{run.config}: {run.progress}', fontsize=10, loc='left')
+    figure.savefig(out, dpi=120)
+
+
+def _metric_curves(run: Run) -> Dict[str, List[Tuple[float, float]]]:
+    """The main metrics in percent by their published names."""
+    curves = {}
+    for logged, metric in METRICS.items():
+        if metric.name.endswith(('AP50', 'AP75')):
+            continue
+        for prefix, suffix in (('', ''), ('ema_', AVERAGED)):
+            if prefix + logged in run.curves:
+                curves[metric.name + suffix] = [
+                    (step, value * metric.scale)
+                    for step, value in run.curves[prefix + logged]
+                ]
+    return curves
+
+
+def _results(run: Run, model: Optional[PublishedModel]) -> List[Result]:
+    figures = {} if model is None else model.metrics
+    return [
+        Result(
+            run,
+            evaluation.name,
+            metric,
+            measured,
+            figures.get(metric),
+            evaluation.complete,
+        )
+        for evaluation in run.evaluations
+        for metric, measured in evaluation.metrics.items()
+    ]
+
+
+def _results_table(results: Iterable[Result], tolerance: float) -> str:
+    rows = [
+        (
+            result.run.config,
+            result.evaluation,
+            result.metric,
+            f'{result.measured:.2f}',
+            '-' if result.published is None else f'{result.published:g}',
+            _difference_text(result, tolerance),
+        )
+        for result in results
+    ]
+    if not rows:
+        return 'Nothing has been evaluated yet.'
+    columns = ('Config', 'Evaluation', 'Metric', 'Measured', 'Published', 'Difference')
+    return markdown_table(columns, rows)
+
+
+def _difference_text(result: Result, tolerance: float) -> str:
+    if result.difference is None:
+        return '-'
+    text = f'{result.difference:+.2f}'
+    if not result.complete:
+        return f'{text} (training not finished)'
+    return f'**{text}** (beyond {tolerance:g})' if result.is_beyond(tolerance) else text
+
+
+def _run_section(run: Run, model: Optional[PublishedModel]) -> str:
+    parts = [f'## {run.work_dir}', f'Config: {run.config}. Training: {run.progress}.']
+    if model is None:
+        parts.append(
+            f'Nothing is published about a config named {run.config}: there is nothing '
+            'to compare with.'
+        )
+    elif not model.metrics:
+        parts.append(f'No results are published for {run.config}.')
+    if run.unrecorded:
+        parts.append(
+            f'recipe.json is missing in {", ".join(run.unrecorded)}: whether the run '
+            'deviates from the recipe is unknown. tools/train.py writes it.'
+        )
+    if run.deviations:
+        rows = [[_text(value) for value in deviation] for deviation in run.deviations]
+        parts.append('Deviations from the recipe:')
+        parts.append(markdown_table(('', 'Recipe', 'This run'), rows))
+    elif run.curves and not run.unrecorded:
+        parts.append('No deviation from the recipe is recorded.')
+    if run.recorded:
+        items = (f'{item} {_text(value)}' for item, value in run.recorded.items())
+        parts.append(f'Of the run: {"; ".join(items)}.')
+    return '\n\n'.join(parts)
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return '-'
+    if isinstance(value, float):
+        return f'{value:.8g}'
+    return ', '.join(value) if isinstance(value, list) else str(value)

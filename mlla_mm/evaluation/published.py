@@ -1,0 +1,107 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+"""What is published about our configs, from ``configs/*/metafile.yml``."""
+
+from pathlib import Path
+from typing import Dict, NamedTuple, Optional
+
+from mmengine.fileio import load
+
+_PACKAGE = Path(__file__).parents[1]
+# A wheel carries configs and their index in the package; a clone has them beside it.
+_INSTALLED = _PACKAGE / '.mim'
+REPOSITORY = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parent
+
+
+class Metric(NamedTuple):
+    """A metric under its published name.
+
+    Attributes:
+        name (str): Its name in the metafiles.
+        scale (float): What a logged value is multiplied by to get the published unit,
+            percent.
+    """
+
+    name: str
+    scale: float
+
+
+#: Metrics by the name under which a run logs them.
+METRICS: Dict[str, Metric] = {
+    'coco/bbox_mAP': Metric('box AP', 100),
+    'coco/bbox_mAP_50': Metric('box AP50', 100),
+    'coco/bbox_mAP_75': Metric('box AP75', 100),
+    'coco/segm_mAP': Metric('mask AP', 100),
+    'coco/segm_mAP_50': Metric('mask AP50', 100),
+    'coco/segm_mAP_75': Metric('mask AP75', 100),
+    'mIoU': Metric('mIoU', 1),
+    'accuracy/top1': Metric('Top 1 Accuracy', 1),
+}
+#: What follows a metric's name with multi-scale and flip test-time augmentation.
+MULTI_SCALE = '(ms+flip)'
+
+
+class PublishedModel(NamedTuple):
+    """An entry of a metafile.
+
+    Attributes:
+        name (str): The model's name, the stem of its config.
+        config (Path): Its config file.
+        parameters (int): Number of parameters, counted on our model.
+        flops (int): Multiply-adds, counted on our model.
+        paper_parameters (float | None): The paper's rounded number, None if there is
+            none.
+        paper_flops (float | None): Likewise.
+        metrics (dict[str, float]): Published results in percent by name; empty if
+            there are none.
+    """
+
+    name: str
+    config: Path
+    parameters: int
+    flops: int
+    paper_parameters: Optional[float]
+    paper_flops: Optional[float]
+    metrics: Dict[str, float]
+
+
+def published_models(repository: Path = REPOSITORY) -> Dict[str, PublishedModel]:
+    """Read every metafile that ``model-index.yml`` names.
+
+    Args:
+        repository (Path): Folder with ``model-index.yml`` and ``configs/``. Defaults to
+            the clone that this package lies in, or what its wheel brought.
+
+    Returns:
+        dict[str, PublishedModel]: The entries by name, in the order of the files.
+
+    Raises:
+        FileNotFoundError: If there is no index.
+    """
+    index = repository / 'model-index.yml'
+    if not index.is_file():
+        raise FileNotFoundError(
+            f'The published figures are in metafiles that {index} names, and it is not '
+            "there. Clone the repository and install it with 'pip install -e .'."
+        )
+    models = [
+        _published_model(entry, repository)
+        for metafile in load(index)['Import']
+        for entry in load(repository / metafile)['Models']
+    ]
+    return {model.name: model for model in models}
+
+
+def _published_model(entry: dict, repository: Path) -> PublishedModel:
+    metadata = entry['Metadata']
+    metrics: Dict[str, float] = {}
+    for result in entry.get('Results') or []:
+        metrics.update(result['Metrics'])
+    return PublishedModel(
+        name=entry['Name'],
+        config=repository / entry['Config'],
+        parameters=metadata['Parameters'],
+        flops=metadata['FLOPs'],
+        paper_parameters=metadata.get('Paper Parameters'),
+        paper_flops=metadata.get('Paper FLOPs'),
+        metrics=metrics,
+    )

@@ -1,0 +1,87 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+import json
+
+import cv2
+import pytest
+from torch import nn
+
+from mlla_mm.evaluation import accuracy_latency as al
+from mlla_mm.visualization.tradeoff import plot_accuracy_latency
+
+pytest.importorskip('mmpretrain')
+
+
+@pytest.mark.parametrize('name', al.DEFAULT_MODELS)
+def test_every_default_model_is_known(name):
+    candidate = al.find_candidate(name)
+    assert 80 < candidate.top1 < 86
+    assert (candidate.family == 'MLLA') == name.startswith('mlla')
+
+
+@pytest.mark.parametrize(
+    'name, parameters',
+    [('mlla-t_8xb128_in1k', 24_392_200), ('swin-tiny_16xb64_in1k', 28_288_354)],
+)
+def test_models_are_those_of_the_names(name, parameters):
+    model = al.find_candidate(name).build()
+    assert not model.training
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def test_names_without_a_figure():
+    with pytest.raises(ValueError, match='Failed to find model "swin-huge"'):
+        al.find_candidate('swin-huge')
+    with pytest.raises(ValueError, match='No Top 1 Accuracy is published'):
+        al.find_candidate('mlla-t_8xb128-no-mesa_in1k')
+
+
+def candidate(name, family, top1, width):
+    return al.Candidate(name, family, top1, lambda: nn.Conv2d(3, width, 3).eval())
+
+
+@pytest.fixture(scope='module')
+def measured():
+    candidates = [
+        candidate('mlla-t_x', 'MLLA', 83.5, 4),
+        candidate('other-tiny_x', 'Other', 81.0, 2),
+        candidate('other-small_x', 'Other', 82.0, 8),
+    ]
+    return al.measure_candidates(candidates, 'cpu', 2, (32, 32), repeats=3)
+
+
+def test_measured(measured):
+    assert [point.parameters for point in measured] == [112, 56, 224]
+    for point in measured:
+        low, high = point.quartiles
+        assert 0 < low <= point.latency <= high < 1000
+    table = al.format_measured(measured).splitlines()
+    assert 'mlla-t_x' in table[2] and '83.5' in table[2]
+
+
+def test_unsteady_measurements_are_named(measured):
+    steady = measured[0]._replace(latency=10.0, quartiles=(9.8, 10.2))
+    unsteady = measured[1]._replace(latency=10.0, quartiles=(9.0, 14.0))
+    assert 'Unsteady' not in al.format_measured([steady])
+    note = al.format_measured([steady, unsteady]).splitlines()[-1]
+    assert 'other-tiny_x' in note and 'mlla-t_x' not in note
+
+
+def test_saved(measured, tmp_path):
+    al.save_measured(measured, dict(device='a CPU'), tmp_path / 'a.json')
+    content = json.loads((tmp_path / 'a.json').read_text())
+    assert content['device'] == 'a CPU'
+    assert [model['top1'] for model in content['models']] == [83.5, 81.0, 82.0]
+    plot_accuracy_latency(measured, 'a CPU', tmp_path / 'a.png')
+    picture = cv2.imread(str(tmp_path / 'a.png'))
+    assert picture.shape[1] > picture.shape[0] > 300
+    assert picture.std() > 10
+
+
+def test_errors(measured):
+    one = [candidate('a', 'A', 80.0, 1)]
+    with pytest.raises(ValueError, match='must be positive, got 0'):
+        al.measure_candidates(one, 'cpu', 0)
+    with pytest.raises(ValueError, match="device 'no-such'"):
+        al.measure_candidates(one, 'no-such', 1)
+    with pytest.raises(ValueError, match=r'a does not run on images \(1, 3, 2, 9\)'):
+        al.measure_candidates(one, 'cpu', 1, (2, 9))

@@ -1,0 +1,136 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
+from torch.utils.flop_counter import FlopCounterMode
+
+from mlla_mm.evaluation.complexity import (
+    COLUMNS,
+    Complexity,
+    complexity_row,
+    count_complexity,
+)
+from mlla_mm.evaluation.published import published_models
+
+CONFIGS = Path(__file__).parents[2] / 'configs'
+#: The architecture's own counts, independent of what the metafiles say.
+SHEET = {
+    'mlla-t_8xb128_in1k': 4.149e9,
+    'mlla-s_8xb64_in1k': 7.278e9,
+    'mlla-b_8xb64_in1k': 16.157e9,
+    'mask-rcnn_mlla-t_fpn_1x_coco': 254.7e9,
+}
+
+
+def test_classifier_is_that_of_the_architecture_sheet():
+    pytest.importorskip('mmpretrain')
+    model = published_models()['mlla-t_8xb128_in1k']
+    counted = count_complexity(Config.fromfile(model.config))
+    assert counted.shape == (224, 224)
+    assert counted.parameters == model.parameters
+    assert counted.flops == pytest.approx(SHEET[model.name], rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'model', list(published_models().values()), ids=lambda m: m.name
+)
+def test_metafiles_hold_the_counts(model):
+    cfg = Config.fromfile(model.config)
+    pytest.importorskip(cfg.default_scope)
+    counted = count_complexity(cfg)
+    assert counted.parameters == model.parameters
+    assert counted.flops == pytest.approx(model.flops, rel=1e-3)
+    if model.name in SHEET:
+        assert counted.flops == pytest.approx(SHEET[model.name], rel=1e-3)
+    if model.paper_flops:
+        # Both are rounded, and not everyone counts the same operations.
+        assert counted.flops == pytest.approx(model.paper_flops, rel=0.015)
+
+
+NANO = {
+    'mmpretrain': ('classification/mlla-nano_digits', (64, 64)),
+    'mmseg': ('segmentation/upernet_mlla-nano_digits', (96, 96)),
+    'mmdet': ('detection/mask-rcnn_mlla-nano_fpn_digits', (128, 160)),
+}
+
+
+@pytest.mark.parametrize('scope', NANO)
+def test_counts_are_those_of_another_counter(scope):
+    """PyTorch's own counts convolutions and matrix products, twice a multiply-add."""
+    pytest.importorskip(scope)
+    name, shape = NANO[scope]
+    cfg = Config.fromfile(CONFIGS / f'{name}.py')
+    before = cfg.pretty_text
+    counted = count_complexity(cfg, shape)
+    assert cfg.pretty_text == before
+    assert counted.shape == shape
+    with DefaultScope.overwrite_default_scope(scope):
+        model_cfg = Config.fromfile(CONFIGS / f'{name}.py').model
+        if scope == 'mmseg':
+            for head in ('decode_head', 'auxiliary_head'):
+                model_cfg[head].norm_cfg.type = 'BN'
+        model = MODELS.build(model_cfg).eval()
+        image = torch.rand(1, 3, *shape)
+        counter = FlopCounterMode(display=False)
+        with torch.no_grad(), counter:
+            if scope == 'mmdet':
+                # Without proposals: the part before them.
+                features = model.extract_feat(image)
+                model.rpn_head(features)
+            else:
+                model(image)
+    assert counted.parameters == sum(p.numel() for p in model.parameters())
+    expected = counter.get_total_flops() / 2
+    found = counted.flops
+    if scope == 'mmdet':
+        found -= flops_by_module(counted.table)['roi_head']
+    # MMEngine counts norms, pooling and upsampling as well.
+    assert expected < found < 1.04 * expected
+
+
+def flops_by_module(table: str) -> dict:
+    """The numbers of the table, '| module | parameters | FLOPs | activations |'."""
+    rows = [[cell.strip() for cell in line.split('|')] for line in table.splitlines()]
+    units = dict(K=1e3, M=1e6, G=1e9)
+    return {
+        row[1]: float(row[3][:-1]) * units[row[3][-1]]
+        for row in rows
+        if len(row) == 6 and row[3][-1:] in units
+    }
+
+
+def test_heads_get_the_proposals_of_the_paper():
+    """1000 through the box head, 100 through the mask head."""
+    pytest.importorskip('mmdet')
+    cfg = Config.fromfile(CONFIGS / f'{NANO["mmdet"][0]}.py')
+    cfg.model.test_cfg.rpn.update(nms_pre=1000, max_per_img=1000)  # as in the recipe
+    flops = flops_by_module(count_complexity(cfg, (256, 384), depth=3).table)
+    # Two linear layers on 64 channels of 7x7, then 11 scores and 10 boxes.
+    box = 256 * (64 * 7**2 + 256 + 11 + 4 * 10)
+    assert flops['roi_head.bbox_head'] == pytest.approx(1000 * box, rel=0.01)
+    # Two 3x3 convolutions on 14x14, 2x2 upsampling, a mask of each class.
+    mask = 14**2 * 64 * (2 * 9 * 64 + 4 * 64) + 28**2 * 64 * 10
+    assert flops['roi_head.mask_head'] == pytest.approx(100 * mask, rel=0.01)
+
+
+def test_row():
+    model = published_models()['mlla-t_8xb128_in1k']
+    counted = Complexity((224, 224), 24_392_200, 4_149_000_000, 25_600_000, '')
+    assert complexity_row(counted, model.name, model) == [
+        model.name, '224x224', '24.39 M', '25 M', '4.15 G', '4.2 G', '-1.21 %', '25.6 M'
+    ]  # fmt: skip
+    without = complexity_row(counted, 'mine', None)
+    assert [without[i] for i in (3, 5, 6)] == ['-', '-', '-']
+    assert len(without) == len(COLUMNS)
+
+
+def test_errors():
+    cfg = Config(dict(model=dict(type='MLLA'), default_scope='mmagic'))
+    with pytest.raises(ValueError, match="'mmagic'.*--shape"):
+        count_complexity(cfg)
+    with pytest.raises(ValueError, match=r'positive, got \(0, 64\)'):
+        count_complexity(cfg, (0, 64))

@@ -1,0 +1,50 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+"""Compare runs with the paper: exit status 1 if a result is not what it says."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import mlla_mm  # noqa: F401
+from mlla_mm.engine.launch import exit_on_user_error
+from mlla_mm.evaluation.comparison import (
+    CURVES_NAME,
+    REPORT_NAME,
+    compare_with_paper,
+)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        'work_dirs',
+        nargs='+',
+        metavar='WORK_DIR',
+        help='work_dir of a run, finished or not, or of a test',
+    )
+    parser.add_argument(
+        '--tolerance',
+        type=float,
+        default=0.5,
+        help='accepted difference in points, up and down (default: 0.5)',
+    )
+    parser.add_argument(
+        '--out',
+        metavar='DIR',
+        help=f'folder for {REPORT_NAME} and {CURVES_NAME} (default: first WORK_DIR)',
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    out = Path(args.out or args.work_dirs[0])
+    with exit_on_user_error():
+        report, within = compare_with_paper(args.work_dirs, out, args.tolerance)
+    print(report)
+    print(f'Saved in {out}: {REPORT_NAME} and, of a training, {CURVES_NAME}')
+    sys.exit(0 if within else 1)
+
+
+if __name__ == '__main__':
+    main()
