@@ -10,7 +10,8 @@ from .ops import mmcv_ext
 mmcv_ext.install()
 
 try:
-    from . import engine, models  # noqa: E402
+    from . import apis, engine, models  # noqa: E402
+    from .apis import get_model  # noqa: E402
 except ImportError as error:
     from .utils.stack import collect_stack, find_problems
 
@@ -19,4 +20,4 @@ except ImportError as error:
 
 from .version import __version__  # noqa: E402
 
-__all__ = ['__version__', 'engine', 'models']
+__all__ = ['__version__', 'apis', 'engine', 'get_model', 'models']

@@ -56,3 +56,20 @@ def run_tool():
         return result
 
     return run
+
+
+@pytest.fixture(scope='session')
+def nano(tmp_path_factory):
+    """Config and checkpoint of a small model with random weights, by scope."""
+    from .nano import save
+
+    folder = tmp_path_factory.mktemp('checkpoints')
+    made = {}
+
+    def get(scope):
+        path = folder / f'{scope}.pth'
+        if scope not in made:
+            made[scope] = save(scope, path)
+        return made[scope].copy(), path
+
+    return get

@@ -6,6 +6,8 @@ from typing import Dict, Tuple
 import torch
 from torch import Tensor
 
+from .tracing import is_tracing
+
 _BASE = 10000.0
 
 # (number of frequencies, device, dtype) -> (cos, sin), each (positions, frequencies).
@@ -20,7 +22,8 @@ def axis_tables(
 ) -> Tuple[Tensor, Tensor]:
     """Cosine and sine of ``position * 10000 ** (-j / num_freqs)``.
 
-    The tables are cached and grow to the next power of two of the longest axis seen.
+    The tables are cached and grow to the next power of two of the longest axis seen. A
+    graph that is being traced computes its own, so that it serves every length.
 
     Args:
         length (int): Number of positions along the axis, 0 .. length - 1.
@@ -31,6 +34,8 @@ def axis_tables(
     Returns:
         tuple[Tensor, Tensor]: cos and sin, each (length, num_freqs).
     """
+    if is_tracing():
+        return _tables_in_graph(length, num_freqs, device, dtype)
     key = (num_freqs, device, dtype)
     if key not in _TABLES or len(_TABLES[key][0]) < length:
         _TABLES[key] = _build_tables(length, num_freqs, device, dtype)
@@ -53,6 +58,26 @@ def _build_tables(
         )
 
 
+def _tables_in_graph(
+    length: int, num_freqs: int, device: torch.device, dtype: torch.dtype
+) -> Tuple[Tensor, Tensor]:
+    """The tables in float32 alone: runtimes of exported models often lack float64.
+
+    A frequency is the sum of a multiple of 2**-12, whose product with a position is
+    exact up to 4096, and of a remainder, whose product is small. The angles are added
+    after the cosine and the sine.
+    """
+    freqs = [_BASE ** (-j / num_freqs) for j in range(num_freqs)]
+    coarse = [round(freq * 4096) / 4096 for freq in freqs]
+    fine = [freq - c for freq, c in zip(freqs, coarse)]
+    positions = torch.arange(length, dtype=torch.float32, device=device)[:, None]
+    a = positions * torch.tensor(coarse, dtype=torch.float32, device=device)
+    b = positions * torch.tensor(fine, dtype=torch.float32, device=device)
+    cos = a.cos() * b.cos() - a.sin() * b.sin()
+    sin = a.sin() * b.cos() + a.cos() * b.sin()
+    return cos.to(dtype), sin.to(dtype)
+
+
 def rotary_embedding(x: Tensor) -> Tensor:
     """Rotate channel pairs (2j, 2j + 1) by the position of their token.
 
@@ -65,12 +90,11 @@ def rotary_embedding(x: Tensor) -> Tensor:
     Returns:
         Tensor: The rotated map, shape and dtype of ``x``.
     """
-    height, width, channels = x.shape[1:]
-    if torch.jit.is_tracing():
-        # Sizes are tensors then, as while MMEngine counts FLOPs.
-        height, width, channels = int(height), int(width), int(channels)
-    rows = axis_tables(height, channels // 4, x.device, x.dtype)
-    columns = axis_tables(width, channels // 4, x.device, x.dtype)
+    height, width = x.shape[1:3]
+    # The image size may be a symbol; the number of channels never is.
+    num_freqs = int(x.shape[3]) // 4
+    rows = axis_tables(height, num_freqs, x.device, x.dtype)
+    columns = axis_tables(width, num_freqs, x.device, x.dtype)
     by_row, by_column = x.chunk(2, dim=-1)
     return torch.cat(
         [

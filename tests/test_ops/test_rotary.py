@@ -68,3 +68,18 @@ def test_training_after_a_first_use_in_inference_mode():
     rotary_embedding(x).square().sum().backward()
     # A rotation keeps the length.
     torch.testing.assert_close(x.grad, 2 * x.detach())
+
+
+@pytest.mark.parametrize('num_freqs', [2, 16, 192])
+def test_traced_tables_are_those_of_eager_execution(num_freqs):
+    class Tables(torch.nn.Module):
+        def forward(self, x):
+            return rotary.axis_tables(x.shape[0], num_freqs, x.device, x.dtype)
+
+    traced = torch.jit.trace(Tables(), torch.zeros(7), check_trace=False)
+    assert not rotary._TABLES
+    for length in (1, 7, 4096):
+        x = torch.zeros(length)
+        expected = rotary.axis_tables(length, num_freqs, x.device, x.dtype)
+        for one, other in zip(traced(x), expected):
+            torch.testing.assert_close(one, other, rtol=0, atol=3e-7)

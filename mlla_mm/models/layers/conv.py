@@ -4,6 +4,8 @@ from collections import OrderedDict
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...ops.tracing import is_tracing
+
 
 def conv_layer(
     in_channels: int,
@@ -40,8 +42,10 @@ def conv_layer(
 def pad_to_multiple(x: Tensor, divisor: int) -> Tensor:
     """Zero-pad (N, C, H, W) right and bottom until ``divisor`` divides H and W."""
     height, width = x.shape[-2:]
-    pad_bottom, pad_right = -height % divisor, -width % divisor
-    if pad_bottom or pad_right:
+    # Not -height % divisor, whose multiples torch.export does not recognise as such.
+    pad_bottom = (height + divisor - 1) // divisor * divisor - height
+    pad_right = (width + divisor - 1) // divisor * divisor - width
+    if is_tracing() or pad_bottom or pad_right:
         x = F.pad(x, (0, pad_right, 0, pad_bottom))
     return x
 

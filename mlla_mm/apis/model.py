@@ -1,0 +1,210 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+"""Models with their weights: by name, or from a config."""
+
+import difflib
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Optional, Sequence, Union
+
+import torch
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.logging import print_log
+from mmengine.registry import MODELS, DefaultScope
+from torch import Tensor, nn
+
+from ..engine.launch import replace_sync_bn
+from ..models import MLLA
+from ..models.checkpoint_layout import check_fit, find_weights, to_own_names
+from ..models.weights import load_pretrained, require_weights
+from ..utils.checkpoint_file import fetch_checkpoint, load_checkpoint_file
+
+_NAMES = {f'mlla-{arch}': arch for arch in MLLA.arch_zoo}
+
+
+class Classifier(nn.Module):
+    """An image classifier in plain PyTorch: backbone, mean over the map, linear layer.
+
+    Its parameters have the names of those of the classifiers in ``configs/``, whose
+    checkpoints fit.
+
+    Args:
+        backbone (MLLA): The backbone; the last of its outputs is classified.
+        num_classes (int): Number of classes.
+    """
+
+    def __init__(self, backbone: MLLA, num_classes: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        fc = nn.Linear(backbone.num_features[-1], num_classes)
+        nn.init.trunc_normal_(fc.weight, std=0.02)
+        nn.init.zeros_(fc.bias)
+        self.head = nn.Sequential(OrderedDict(fc=fc))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (N, 3, H, W) to logits (N, num_classes)."""
+        return self.head(self.backbone(x)[-1].mean(dim=(2, 3)))
+
+
+def get_model(
+    name: str,
+    pretrained: Optional[Union[str, Path]] = None,
+    num_classes: Optional[int] = None,
+    features_only: bool = False,
+    out_indices: Optional[Union[int, Sequence[int]]] = None,
+    ema: bool = False,
+    **backbone_cfg: Any,
+) -> nn.Module:
+    """MLLA by name, for use outside of configs. Needs torch, mmengine and mmcv alone.
+
+    The published weights expect RGB images, scaled to mean (123.675, 116.28, 103.53)
+    and standard deviation (58.395, 57.12, 57.375) of pixel values in [0, 255].
+
+    Args:
+        name (str): 'mlla-t', 'mlla-s' or 'mlla-b' (or 'mlla-tiny', ...).
+        pretrained (str | Path, optional): The authors' ImageNet file or a checkpoint of
+            ours, local or an http(s) address. None starts from random weights.
+            Defaults to None.
+        num_classes (int, optional): Classes of the classifier. None means as many as
+            ``pretrained`` has, or 1000. With another number than the file's the linear
+            layer starts fresh, and a line of the log says so. Defaults to None.
+        features_only (bool): Return the backbone. Its output norms start fresh from a
+            classifier's file, as in the authors' recipe. Defaults to False.
+        out_indices (int | Sequence[int], optional): Stages that ``features_only``
+            returns, 0 to 3. None means all. Defaults to None.
+        ema (bool): Take the averaged weights of ``pretrained``. Defaults to False.
+        **backbone_cfg: Further arguments of :class:`mlla_mm.models.MLLA`, such as
+            ``drop_path_rate``.
+
+    Returns:
+        nn.Module: In training mode, as PyTorch makes modules. A classifier: images
+        (N, 3, H, W) to logits (N, num_classes). Or the backbone: to a tuple of features
+        (N, C_i, H_i, W_i).
+
+    Raises:
+        FileNotFoundError: If there is no file ``pretrained``.
+        ValueError: If the name is unknown, or if arguments contradict each other.
+        mlla_mm.utils.checkpoint_file.CheckpointError: If the weights do not fit.
+
+    Examples:
+        >>> from mlla_mm import get_model
+        >>> model = get_model('mlla-t', pretrained='data/MLLA_T.pth').eval()
+        >>> logits = model(images)
+        >>> backbone = get_model('mlla-t', features_only=True, out_indices=(1, 2, 3))
+    """
+    if name.lower() not in _NAMES:
+        nearest = difflib.get_close_matches(name.lower(), _NAMES, n=3, cutoff=0)
+        raise ValueError(f"Unknown model '{name}'. Nearest: {', '.join(nearest)}.")
+    arch = _NAMES[name.lower()]
+    if features_only:
+        if num_classes is not None:
+            raise ValueError('num_classes is of the classifier: leave features_only.')
+        if out_indices is None:
+            out_indices = tuple(range(MLLA.num_stages))
+        backbone = MLLA(arch, out_indices=out_indices, **backbone_cfg)
+        if pretrained is not None:
+            load_pretrained(backbone, pretrained, ema=ema)
+        return backbone
+    if out_indices is not None:
+        raise ValueError('out_indices is of the backbone: add features_only=True.')
+    backbone = MLLA(arch, out_indices=MLLA.num_stages - 1, **backbone_cfg)
+    if pretrained is None:
+        return Classifier(backbone, 1000 if num_classes is None else num_classes)
+    path = _local(pretrained)
+    require_weights(path)
+    content = load_checkpoint_file(path)
+    weights = to_own_names(find_weights(content, str(pretrained), ema=ema))
+    return _pretrained_classifier(backbone, weights, str(pretrained), num_classes)
+
+
+def _local(checkpoint: Union[str, Path]) -> Union[str, Path]:
+    is_address = str(checkpoint).startswith(('http://', 'https://'))
+    return fetch_checkpoint(checkpoint) if is_address else checkpoint
+
+
+def _pretrained_classifier(
+    backbone: MLLA,
+    weights: Mapping[str, Tensor],
+    source: str,
+    num_classes: Optional[int],
+) -> Classifier:
+    fc = ('head.fc.weight', 'head.fc.bias')
+    # A file without a classifier is refused below.
+    in_file = len(weights[fc[1]]) if fc[1] in weights else 1000
+    model = Classifier(backbone, num_classes or in_file)
+    own = model.state_dict()
+    if fc[1] in weights and num_classes not in (None, in_file):
+        print_log(
+            f'The linear layer starts fresh: {source} has {in_file} classes, not '
+            f'{num_classes}.',
+            logger='current',
+        )
+        weights = {**weights, **{key: own[key] for key in fc}}
+    check_fit(own, weights, source)
+    # Not strict for BatchNorm's counters alone, which old files lack.
+    model.load_state_dict(weights, strict=False)
+    return model
+
+
+def load_model(
+    cfg: Config,
+    checkpoint: Union[str, Path],
+    device: Optional[str] = None,
+    ema: bool = False,
+    trust_checkpoint: bool = False,
+) -> nn.Module:
+    """Build the model of a config in evaluation mode with a checkpoint's weights.
+
+    Args:
+        cfg (Config): Config of any task; left as it is.
+        checkpoint (str | Path): The authors' file or ours, local or an http(s) address.
+        device (str, optional): Such as 'cpu' or 'cuda:1'. None takes a GPU if there is
+            one. Defaults to None.
+        ema (bool): Take the averaged weights. Defaults to False.
+        trust_checkpoint (bool): Let the checkpoint run the code that it may carry, as
+            the config's ``trust_checkpoint`` does. Defaults to False.
+
+    Returns:
+        nn.Module: The model, with the checkpoint's ``dataset_meta`` (dict, class names
+        and colours, empty if there is none) as an attribute.
+
+    Raises:
+        FileNotFoundError: If there is no such checkpoint.
+        ValueError: If the device cannot be used or the weights do not fit.
+    """
+    device = device or get_device()
+    _check_device(device)
+    # None asks what the process was told by trust_checkpoints().
+    trust = trust_checkpoint or cfg.get('trust_checkpoint') or None
+    content = load_checkpoint_file(_local(checkpoint), trust=trust)
+    weights = to_own_names(find_weights(content, str(checkpoint), ema=ema))
+    model_cfg = cfg.model.copy()
+    # In evaluation they are the same, but only BatchNorm is free of process groups.
+    replace_sync_bn(model_cfg)
+    with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
+        model = MODELS.build(model_cfg)
+    check_fit(model.state_dict(), weights, str(checkpoint))
+    model.load_state_dict(weights, strict=False)
+    model.dataset_meta = _dataset_meta(content)
+    return model.to(device).eval()
+
+
+def _dataset_meta(checkpoint: Any) -> dict:
+    meta = checkpoint.get('meta') if isinstance(checkpoint, Mapping) else None
+    meta = meta if isinstance(meta, Mapping) else {}
+    # MMEngine's, and what mmdet 2.x, mmseg 0.x and mmcls wrote.
+    found = meta.get('dataset_meta') or meta
+    found = {key.lower(): value for key, value in found.items()}
+    return {
+        key: found[key] for key in ('classes', 'palette') if found.get(key) is not None
+    }
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    # PyTorch without CUDA asserts, NotImplementedError is of a backend that is absent.
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"Device '{device}' cannot be used: {reason}") from error

@@ -1,0 +1,121 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+"""Files that inference writes: drawn pictures and videos, label maps, results."""
+
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Union
+
+import cv2
+import mmcv
+import numpy as np
+from mmengine.fileio import dump
+
+from .inputs import Picture, Source, fps
+
+RESULTS = 'results.json'
+# Skipped files that a summary names.
+_NAMED = 10
+
+
+class Output:
+    """The folder that inference writes into; a context manager.
+
+    Args:
+        folder (str | Path): It is made if it does not exist. Files of the same names
+            are replaced.
+    """
+
+    def __init__(self, folder: Union[str, Path]) -> None:
+        self.folder = Path(folder)
+        self._video: Optional[cv2.VideoWriter] = None
+        self._source: Optional[Source] = None
+
+    def __enter__(self) -> 'Output':
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._close_video()
+
+    def write_drawn(self, picture: Picture, drawn: np.ndarray) -> str:
+        """Write a drawn picture, or a frame behind those of the same video.
+
+        Args:
+            picture (Picture): What it was drawn on.
+            drawn (np.ndarray): RGB, (H, W, 3).
+
+        Returns:
+            str: The picture's or the video's path.
+        """
+        image = np.ascontiguousarray(drawn[..., ::-1])
+        if picture.frame is None:
+            path = self._path('drawn', picture, '.jpg')
+            mmcv.imwrite(image, str(path))
+            return str(path)
+        path = self.folder / 'drawn' / f'{picture.source.name}.mp4'
+        if picture.source is not self._source:
+            self._close_video()
+            self._source = picture.source
+            self._video = _open_writer(path, fps(picture.source), image)
+        self._video.write(image)
+        return str(path)
+
+    def write_label_map(self, picture: Picture, labels: np.ndarray) -> str:
+        """Write the labels of all pixels (H, W) as a PNG file; returns its path."""
+        path = self._path('label_maps', picture, '.png')
+        mmcv.imwrite(labels, str(path))
+        return str(path)
+
+    def write_results(self, results: List[Dict[str, Any]]) -> None:
+        dump(results, str(self.folder / RESULTS))
+
+    def _path(self, kind: str, picture: Picture, suffix: str) -> Path:
+        name = picture.source.name
+        if picture.frame is not None:
+            name = f'{name}/{picture.frame:06d}'
+        # Not with_suffix(): a dot of the name is no suffix.
+        return self.folder / kind / f'{name}{suffix}'
+
+    def _close_video(self) -> None:
+        if self._video is not None:
+            self._video.release()
+        self._video = self._source = None
+
+
+def _open_writer(path: Path, rate: float, image: np.ndarray) -> cv2.VideoWriter:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    height, width = image.shape[:2]
+    codec = cv2.VideoWriter_fourcc(*'mp4v')
+    writer = cv2.VideoWriter(str(path), codec, rate, (width, height))
+    if not writer.isOpened():
+        raise OSError(f'OpenCV cannot write the video {path}.')
+    return writer
+
+
+def summary(results: List[Dict[str, Any]], folder: Union[str, Path]) -> List[str]:
+    """Say what was written, and which inputs were skipped and why.
+
+    Args:
+        results (list[dict]): What :class:`mlla_mm.apis.Inferencer` returned.
+        folder (str | Path): The folder that it wrote into.
+
+    Returns:
+        list[str]: Lines to print.
+    """
+    skipped = [result for result in results if 'error' in result]
+    read = [result for result in results if 'error' not in result]
+    lines = [f'Skipped {r["input"]}: {r["error"]}' for r in skipped[:_NAMED]]
+    if len(skipped) > _NAMED:
+        lines.append(f'... and {len(skipped) - _NAMED} more: see {RESULTS}.')
+    if not results:
+        lines.append('No pictures or videos found: files count by their suffix.')
+    frames = sum('frame' in result for result in read)
+    lines.append(
+        f'Read {len(read) - frames} pictures and {frames} frames of videos, skipped '
+        f'{len(skipped)} files.'
+    )
+    for key, what in (('drawn', 'Drawn'), ('label_map', 'Label maps')):
+        paths = {result[key] for result in read if key in result}
+        if paths:
+            kind = Path(folder) / ('drawn' if key == 'drawn' else 'label_maps')
+            lines.append(f'{what}: {len(paths)} files in {kind}')
+    return [*lines, f'Results: {Path(folder) / RESULTS}']

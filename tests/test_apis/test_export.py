@@ -1,0 +1,150 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+import pytest
+import torch
+from torch import nn
+
+from mlla_mm import get_model
+from mlla_mm.apis import export
+from mlla_mm.apis.export import FORMATS, ExportError, Part, export_model, select_part
+from mlla_mm.models import MLLA
+
+ARCH = dict(embed_dims=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2))
+# The least that is allowed, one side odd and the other a multiple of 4 alone, larger.
+SIZES = [(33, 33), (52, 71), (224, 130)]
+
+
+@pytest.fixture(scope='module')
+def backbone():
+    """Two stages with a patch merging between them: exporting four takes a minute."""
+    torch.manual_seed(0)
+    model = MLLA(ARCH, out_indices=(0, 1)).eval()
+    for name, value in model.state_dict().items():
+        if name.endswith(('running_mean', 'bias')):
+            nn.init.normal_(value, std=0.1)
+        elif name.endswith('running_var'):
+            nn.init.uniform_(value, 0.5, 1.5)
+    return select_part(model, 'backbone')
+
+
+def check(part, run, sizes=SIZES):
+    for batch, size in enumerate(sizes, 1):
+        images = torch.randn(batch, 3, *size)
+        with torch.no_grad():
+            expected, actual = part.module(images), run(images)
+        assert len(actual) == len(expected)
+        for one, other in zip(expected, actual):
+            torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-4)
+
+
+def test_torchscript(backbone, tmp_path):
+    path = tmp_path / 'below' / 'model.pt'
+    error = export_model(backbone, 'torchscript', path, (64, 96))
+    assert 0 <= error < 1e-5
+    check(backbone, torch.jit.load(str(path)), [*SIZES, (1, 1), (7, 5)])
+
+
+def test_onnx(backbone, tmp_path):
+    pytest.importorskip('onnx')
+    onnxruntime = pytest.importorskip('onnxruntime')
+    path = tmp_path / 'model.onnx'
+    error = export_model(backbone, 'onnx', path, (64, 96))
+    assert 0 <= error < 1e-5
+    session = onnxruntime.InferenceSession(str(path))
+    assert [node.name for node in session.get_inputs()] == ['images']
+    assert session.get_inputs()[0].shape == ['batch', 3, 'height', 'width']
+    names = [node.name for node in session.get_outputs()]
+    assert names == ['stage0', 'stage1']
+
+    def run(images):
+        outputs = session.run(None, {'images': images.numpy()})
+        return [torch.from_numpy(output) for output in outputs]
+
+    check(backbone, run, [*SIZES, (1, 1), (7, 5)])
+    # Everything is in the one file.
+    assert [file.name for file in tmp_path.iterdir()] == ['model.onnx']
+
+
+@pytest.mark.skipif(
+    not export._CAN_EXPORT, reason='torch.export has what it takes from 2.7 on'
+)
+def test_torch_export(backbone, tmp_path):
+    path = tmp_path / 'model.pt2'
+    error = export_model(backbone, 'torch-export', path, (64, 96))
+    assert 0 <= error < 1e-5
+    run = torch.export.load(str(path)).module()
+    check(backbone, run)
+    with pytest.raises(AssertionError, match='33'):
+        run(torch.rand(1, 3, 32, 64))
+
+
+def test_tracing_leaves_eager_execution_as_it_was(backbone, tmp_path):
+    images = torch.randn(2, 3, 50, 70)
+    with torch.no_grad():
+        before = backbone.module(images)
+        export_model(
+            backbone,
+            'torchscript',
+            tmp_path / 'a.pt',
+            (64, 64),
+        )
+        after = backbone.module(images)
+    for one, other in zip(before, after):
+        assert torch.equal(one, other)
+
+
+class FixedSize(nn.Module):
+    """Its trace holds for one image size."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, images):
+        return (self.scale * images / int(images.shape[2]),)
+
+
+class NoSize(FixedSize):
+    def forward(self, images):
+        raise KeyError('no such key')
+
+
+@pytest.mark.parametrize(
+    'module, message',
+    [
+        (FixedSize(), r"exported model's y for \(1, 3, 109, 90\) differs by"),
+        (NoSize(), "cannot export this model to torchscript: KeyError: 'no such key'"),
+    ],
+)
+def test_what_does_not_export(module, message, tmp_path):
+    path = tmp_path / 'model.pt'
+    with pytest.raises(ExportError, match=message):
+        export_model(Part(module, 3, ('y',)), 'torchscript', path, (64, 64))
+    assert not path.exists()
+
+
+def test_wrong_arguments(backbone, tmp_path, monkeypatch):
+    path = tmp_path / 'model'
+    with pytest.raises(ExportError, match="Unknown format 'coreml': choose from"):
+        export_model(backbone, 'coreml', path)
+    with pytest.raises(ExportError, match='shape must be at least 33 x 33'):
+        export_model(backbone, 'torchscript', path, (64, 32))
+    monkeypatch.setattr(export, 'find_spec', lambda name: None)
+    with pytest.raises(ExportError, match='needs onnx, onnxruntime.*pip install'):
+        export_model(backbone, 'onnx', path)
+    monkeypatch.setattr(export, '_CAN_EXPORT', False)
+    with pytest.raises(ExportError, match='needs PyTorch 2.7'):
+        export_model(backbone, 'torch-export', path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('format', FORMATS)
+def test_published_network(format, tmp_path):
+    if format == 'onnx':
+        pytest.importorskip('onnxruntime')
+    elif format == 'torch-export' and not export._CAN_EXPORT:
+        pytest.skip('torch.export has what it takes from 2.7 on')
+    model = get_model('mlla-t').eval()
+    for part in ('backbone', 'classifier'):
+        path = tmp_path / f'{part}{FORMATS[format]}'
+        assert export_model(select_part(model, part), format, path) < 1e-5

@@ -1,0 +1,131 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+import subprocess
+import sys
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
+
+from mlla_mm import get_model
+from mlla_mm.apis import load_model
+from mlla_mm.utils.checkpoint_file import CheckpointError
+
+from .. import checkpoints, reference
+from ..nano import CONFIGS
+
+
+@pytest.fixture(scope='module')
+def official(tmp_path_factory):
+    """The authors' ImageNet file of MLLA-T."""
+    path = tmp_path_factory.mktemp('official') / 'MLLA_T.pth'
+    torch.save(dict(model=checkpoints.official_classifier('t')), path)
+    return path
+
+
+@pytest.mark.parametrize('arch', ['t', 's', 'b'])
+def test_logits_equal_the_authors(arch, tmp_path):
+    torch.save(dict(model=checkpoints.official_classifier(arch)), tmp_path / 'a.pth')
+    model = get_model(f'mlla-{arch}', pretrained=tmp_path / 'a.pth').eval()
+    with torch.no_grad():
+        logits = model(reference.image('224x224', 1))
+    expected = reference.recorded(f'logits_mlla-{arch}_224x224')
+    assert reference.relative_error(logits, expected) < 1e-5
+
+
+def test_a_configs_model_with_an_official_file(official):
+    pytest.importorskip('mmpretrain')
+    cfg = Config.fromfile(CONFIGS / 'classification/mlla-t_8xb128_in1k.py')
+    model = load_model(cfg, official, device='cpu')
+    with torch.no_grad():
+        logits = model(reference.image('224x224', 1))
+    expected = reference.recorded('logits_mlla-t_224x224')
+    assert reference.relative_error(logits, expected) < 1e-5
+    assert not model.training and model.dataset_meta == {}
+
+
+def test_features_equal_the_authors(tmp_path):
+    weights = reference.official_weights('mlla-t_downstream')
+    torch.save(dict(model=weights), tmp_path / 'a.pth')
+    model = get_model(
+        'mlla-tiny', tmp_path / 'a.pth', features_only=True, out_indices=(1, 3)
+    ).eval()
+    with torch.no_grad():
+        features = model(reference.image('96x132', 2))
+    for i, feature in zip((1, 3), features):
+        expected = reference.recorded(f'feat{i}_mlla-t_96x132')
+        assert reference.relative_error(feature, expected) < 1e-5
+
+
+def test_all_stages_are_the_default():
+    model = get_model('mlla-t', features_only=True, drop_path_rate=0.3)
+    assert model.out_indices == (0, 1, 2, 3)
+    assert model.layers[-1].blocks[-1].drop_path.drop_prob == pytest.approx(0.3)
+
+
+def test_our_checkpoints_plain_and_averaged(tmp_path):
+    plain, averaged = get_model('mlla-t'), get_model('mlla-t')
+    path = tmp_path / 'epoch_300.pth'
+    torch.save(
+        dict(state_dict=plain.state_dict(), state_dict_ema=averaged.state_dict()), path
+    )
+    for expected, ema in ((plain, False), (averaged, True)):
+        actual = get_model('mlla-t', path, ema=ema).state_dict()
+        for key, value in expected.state_dict().items():
+            assert torch.equal(actual[key], value)
+
+
+def test_our_classifiers_parameters_are_the_same():
+    pytest.importorskip('mmpretrain')
+    cfg = Config.fromfile(CONFIGS / 'classification/mlla-t_8xb128_in1k.py')
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        theirs = MODELS.build(cfg.model)
+    ours = get_model('mlla-t')
+    shapes = {k: v.shape for k, v in theirs.state_dict().items()}
+    assert {k: v.shape for k, v in ours.state_dict().items()} == shapes
+    ours.load_state_dict(theirs.state_dict())
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = theirs.eval()(images, mode='tensor')
+        torch.testing.assert_close(ours.eval()(images), expected)
+
+
+def test_another_number_of_classes(official, monkeypatch):
+    log = []
+    monkeypatch.setattr('mlla_mm.apis.model.print_log', lambda x, **_: log.append(x))
+    model = get_model('mlla-t', official, num_classes=7)
+    weights = reference.official_weights('mlla-t')
+    assert model(torch.rand(2, 3, 64, 64)).shape == (2, 7)
+    assert torch.equal(model.backbone.norm3.weight, weights['norm.weight'])
+    assert model.head.fc.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert log == [
+        f'The linear layer starts fresh: {official} has 1000 classes, not 7.'
+    ]
+    assert get_model('mlla-t', num_classes=7).head.fc.out_features == 7
+
+
+def test_wrong_arguments(official, tmp_path):
+    with pytest.raises(ValueError, match="Unknown model 'mila-s'. Nearest: mlla-s, "):
+        get_model('mila-s')
+    with pytest.raises(ValueError, match='leave features_only'):
+        get_model('mlla-t', num_classes=5, features_only=True)
+    with pytest.raises(ValueError, match='add features_only=True'):
+        get_model('mlla-t', out_indices=(1, 2))
+    with pytest.raises(FileNotFoundError, match='wget -O'):
+        get_model('mlla-t', tmp_path / 'MLLA_T.pth')
+    with pytest.raises(CheckpointError, match='holds MLLA-T'):
+        get_model('mlla-s', official)
+    with pytest.raises(CheckpointError, match='no averaged weights'):
+        get_model('mlla-t', official, ema=True)
+
+
+def test_needs_none_of_mmdet_mmseg_and_mmpretrain():
+    code = (
+        'import sys\n'
+        'sys.modules.update(mmdet=None, mmseg=None, mmpretrain=None, onnx=None)\n'
+        'import torch, mlla_mm, mlla_mm.apis.export\n'
+        'model = mlla_mm.get_model("mlla-t", num_classes=3).eval()\n'
+        'assert model(torch.rand(1, 3, 33, 40)).shape == (1, 3)\n'
+        'assert not [m for m in ("mmdet", "onnxruntime") if sys.modules.get(m)]\n'
+    )
+    subprocess.run([sys.executable, '-c', code], check=True)

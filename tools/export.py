@@ -1,0 +1,74 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+"""Export a backbone or a classifier as a file for any batch and image size.
+
+The file is compared with eager execution at other sizes than those that it was made
+with. Its input is normalised RGB images (N, C, H, W).
+"""
+
+import argparse
+from pathlib import Path
+
+from mlla_mm.apis import load_model
+from mlla_mm.apis.export import FORMATS, export_model, select_part
+from mlla_mm.engine import launch
+from mlla_mm.engine.config import add_trust_argument, read_config
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('config', help='config file')
+    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument('--format', choices=FORMATS, required=True)
+    parser.add_argument(
+        '--part',
+        choices=('backbone', 'classifier'),
+        help='what to export (classifier for a classification config, else backbone)',
+    )
+    parser.add_argument(
+        '--shape',
+        nargs=2,
+        type=int,
+        default=(224, 224),
+        metavar=('H', 'W'),
+        help='image size to trace with (224 224); the file takes others too',
+    )
+    parser.add_argument(
+        '--out', metavar='FILE', help='file to write (CHECKPOINT_PART with a suffix)'
+    )
+    parser.add_argument(
+        '--device',
+        default='cpu',
+        help='where torchscript and torch-export files will run (%(default)s)',
+    )
+    parser.add_argument(
+        '--ema',
+        action='store_true',
+        help="the checkpoint's averaged weights (state_dict_ema), not the plain ones",
+    )
+    add_trust_argument(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    with launch.exit_on_user_error():
+        cfg = read_config(args.config)
+        model = load_model(
+            cfg, args.checkpoint, args.device, args.ema, args.trust_checkpoint
+        )
+        is_classifier = cfg.default_scope == 'mmpretrain'
+        part = args.part or ('classifier' if is_classifier else 'backbone')
+        checkpoint = Path(args.checkpoint)
+        out = args.out or checkpoint.with_name(
+            f'{checkpoint.stem}_{part}{FORMATS[args.format]}'
+        )
+        error = export_model(
+            select_part(model, part), args.format, out, tuple(args.shape)
+        )
+    print(f'{out}: {part}, differs from eager execution by {error:.1e} at most')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,71 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+"""Detect, segment or classify in pictures and videos; draw and write the results.
+
+Exit status 1 if nothing could be read.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from mlla_mm.apis import Inferencer
+from mlla_mm.apis.output import summary
+from mlla_mm.engine import launch
+from mlla_mm.engine.config import add_trust_argument
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('inputs', help='picture, video, or folder of them')
+    parser.add_argument('config', help='config file')
+    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument(
+        '--out',
+        metavar='DIR',
+        help='folder for what is written (work_dirs/CONFIG_NAME/infer)',
+    )
+    parser.add_argument('--device', help='such as cuda:1 (a GPU if there is one)')
+    parser.add_argument(
+        '--score-thr',
+        type=float,
+        default=0.3,
+        help='least score of a detection (%(default)s)',
+    )
+    parser.add_argument(
+        '--batch-size',
+        type=int,
+        default=1,
+        help='pictures of one size that are predicted together (%(default)s)',
+    )
+    parser.add_argument(
+        '--ema',
+        action='store_true',
+        help="the checkpoint's averaged weights (state_dict_ema), not the plain ones",
+    )
+    add_trust_argument(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    out_dir = args.out or Path('work_dirs') / Path(args.config).stem / 'infer'
+    with launch.exit_on_user_error():
+        inferencer = Inferencer(
+            args.config,
+            args.checkpoint,
+            device=args.device,
+            ema=args.ema,
+            trust_checkpoint=args.trust_checkpoint,
+        )
+        results = inferencer(
+            args.inputs, out_dir, args.batch_size, score_thr=args.score_thr
+        )
+    print('\n'.join(summary(results, out_dir)))
+    if not any('error' not in result for result in results):
+        sys.exit(1)
+
+
+if __name__ == '__main__':
+    main()
