@@ -115,3 +115,20 @@ def test_tables_show_the_metafiles_numbers():
             (row,) = (x for x in table if x.startswith('|') and f'({name})' in x)
             for value in metrics(model).values():
                 assert re.search(rf'(?<![\d.]){value}(?![\d.])', row), (name, value)
+
+
+def test_the_readme_shows_the_counts():
+    """Every row of it stands for the configs whose names begin like it."""
+    text = (ROOT / 'README.md').read_text().split('## Cost')[1].split('## ')[0]
+    rows = [[cell.strip() for cell in x.split('|')[1:-1]] for x in text.splitlines()]
+    rows = {row[0]: row[2:] for row in rows if row and row[0].startswith(('m', 'u'))}
+    for model in models():
+        (name,) = (name for name in rows if model['Name'].startswith(name))
+        metadata = model['Metadata']
+        paper = [metadata.get(f'Paper {key}') for key in ('Parameters', 'FLOPs')]
+        assert rows[name] == [
+            f'{metadata["Parameters"] / 1e6:.2f} M',
+            f'{paper[0] / 1e6:g} M' if paper[0] else '',
+            f'{metadata["FLOPs"] / 1e9:.2f} G',
+            f'{paper[1] / 1e9:g} G' if paper[1] else '',
+        ]

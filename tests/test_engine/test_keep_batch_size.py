@@ -58,7 +58,7 @@ TASKS = {
         'segmentation/upernet_mlla-nano_digits.py',
         SEGMENTATION,
         make_ade20k,
-        (4, 2),
+        (4, 1),
         ({'train_cfg.max_iters': 2}, {'train_cfg.max_iters': 4}),
     ),
     'classification': (

@@ -1,0 +1,305 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+"""The configs that the pages in docs/ show, each under the path in its first line."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mmengine.config import Config, ConfigDict
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS, VISUALIZERS, DefaultScope
+from mmengine.runner import Runner
+
+from mlla_mm.datasets.digits import make_ade20k, make_coco, make_imagenet
+from mlla_mm.engine.launch import replace_sync_bn
+
+from ..conftest import ROOT
+
+EXAMPLES = {
+    path: f'# {path}\n{code}'
+    for page in sorted(ROOT.glob('docs/*.md'))
+    for path, code in re.findall(
+        r'^```python\n# (configs/\S+\.py)\n(.*?)^```', page.read_text(), re.M | re.S
+    )
+}
+# In a clone of mmdetection.
+CLONE = 'configs/mlla/retinanet_mlla-t_fpn_1x_coco.py'
+SCOPES = dict(detection='mmdet', segmentation='mmseg', classification='mmpretrain')
+
+
+@pytest.fixture(scope='module')
+def clone(tmp_path_factory) -> Path:
+    """A folder with our configs and, beside them, those of the pages."""
+    root = tmp_path_factory.mktemp('clone')
+    shutil.copytree(ROOT / 'configs', root / 'configs')
+    for path, code in EXAMPLES.items():
+        if path != CLONE:
+            assert not (root / path).exists(), path
+            (root / path).write_text(code)
+    return root
+
+
+@pytest.fixture
+def read(clone, request):
+    """Read an example, with its task's scope, without pretrained weights."""
+
+    def read_config(name: str) -> Config:
+        path = f'configs/{name}.py'
+        seen.add(path)
+        task = name.split('/')[0]
+        pytest.importorskip(SCOPES[task])
+        DefaultScope.get_instance(f'{request.node.name}', scope_name=SCOPES[task])
+        cfg = Config.fromfile(clone / path)
+        assert cfg.default_scope == SCOPES[task]
+        cfg.model.backbone.pop('init_cfg', None)
+        return cfg
+
+    return read_config
+
+
+seen = {CLONE}
+
+
+def small(steps: Any) -> None:
+    """Shrink the images of a pipeline, in place."""
+    if isinstance(steps, list):
+        for step in steps:
+            small(step)
+        return
+    sizes = dict(
+        RandomChoiceResize=dict(scales=[(96, 64)]),
+        RandomResize=dict(scale=(96, 64)),
+        Resize=dict(scale=(96, 64)),
+        RandomCrop=dict(crop_size=(32, 48)),
+        RandomResizedCrop=dict(scale=32),
+        ResizeEdge=dict(scale=36),
+        CenterCrop=dict(crop_size=32),
+    )
+    assert steps['type'] in sizes or 'scale' not in steps
+    steps.update(sizes.get(steps['type'], {}))
+    for nested in steps.get('transforms', []):
+        small(nested)
+
+
+def run(cfg: Config, work_dir: Path) -> dict:
+    """Train for an epoch or two iterations, validate; returns the last metrics."""
+    # Widths and heads of MLLA-T, with a block in each stage.
+    cfg.model.backbone.arch = dict(
+        embed_dims=64, depths=(1, 1, 1, 1), num_heads=(2, 4, 8, 16)
+    )
+    for split in ('train', 'val', 'test'):
+        loader = cfg[f'{split}_dataloader']
+        loader.update(num_workers=0, persistent_workers=False, batch_size=2)
+        small(loader.dataset.pipeline)
+    cfg.train_dataloader.dataset.indices = 4
+    cfg.val_dataloader.dataset.indices = 2
+    if 'max_iters' in cfg.train_cfg:
+        cfg.train_cfg.update(max_iters=2, val_interval=2)
+    else:
+        cfg.train_cfg.max_epochs = 1
+    if cfg.model.data_preprocessor.get('size'):
+        cfg.model.data_preprocessor.size = (32, 48)
+    replace_sync_bn(cfg.model)
+    if cfg.optim_wrapper.type == 'AmpOptimWrapper':  # needs a GPU
+        cfg.optim_wrapper.type = 'OptimWrapper'
+        cfg.optim_wrapper.pop('loss_scale')
+    cfg.param_scheduler = None
+    cfg.default_hooks.checkpoint = None
+    cfg.update(work_dir=str(work_dir), log_level='ERROR')
+    # Visualizers of a name are one, with one folder.
+    cfg.visualizer.name = cfg.experiment_name = str(work_dir)
+    Runner.from_cfg(cfg).train()
+    (log,) = work_dir.glob('*/vis_data/scalars.json')
+    return json.loads(log.read_text().splitlines()[-1])
+
+
+def test_own_objects(read, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_coco('data/my_objects', train=4, val=2, size=64)
+    cfg = read('detection/my_objects')
+    cfg.model.train_cfg.rcnn.sampler.num = 64
+    # A model that has learnt nothing detects something too.
+    cfg.model.test_cfg.rcnn.update(score_thr=0.0, max_per_img=10)
+    # All four images have digits, so that none is left out.
+    cfg.train_dataloader.dataset.filter_cfg = None
+    metrics = run(cfg, tmp_path / 'work')
+    assert {'coco/bbox_mAP', 'coco/segm_mAP'} < set(metrics)
+
+
+def test_own_masks(read, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_ade20k('data/my_masks', train=4, val=2, size=64)
+    metrics = run(read('segmentation/my_masks'), tmp_path / 'work')
+    assert 0 <= metrics['mIoU'] <= 100
+
+
+def test_own_images(read, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_imagenet('data/my_images', train=10, val=10, size=32)
+    cfg = read('classification/my_images')
+    assert cfg.optim_wrapper.paramwise_cfg.layer_decay_rate < 1
+    metrics = run(cfg, tmp_path / 'work')
+    assert {'accuracy/top1', 'ema_accuracy/top1'} < set(metrics)
+
+
+def test_other_depth_and_width(read):
+    cfg = read('classification/my_shallow')
+    model = MODELS.build(cfg.model).eval()
+    assert [len(stage.blocks) for stage in model.backbone.layers] == [2, 2, 6, 2]
+    with torch.no_grad():
+        assert model(torch.rand(1, 3, 32, 32), mode='tensor').shape == (1, 1000)
+
+
+def test_frozen_stages(read):
+    backbone = MODELS.build(read('detection/my_frozen').model).train().backbone
+    trained = {
+        name.rsplit('.blocks')[0]
+        for name, parameter in backbone.named_parameters()
+        if parameter.requires_grad
+    }
+    assert {name.split('.weight')[0].split('.bias')[0] for name in trained} >= {
+        'layers.1', 'layers.2', 'layers.3', 'norm1', 'norm2', 'norm3',
+    }  # fmt: skip
+    assert not any(
+        name.startswith(('patch_embed', 'layers.0', 'norm0')) for name in trained
+    )
+    norms = [m for m in backbone.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert norms and not any(norm.training for norm in norms)
+    assert all(stage.with_cp for stage in backbone.layers)
+
+
+def test_another_head(read):
+    cfg = read('segmentation/my_fcn')
+    replace_sync_bn(cfg.model)
+    model = MODELS.build(cfg.model).eval()
+    assert type(model.decode_head).__name__ == 'FCNHead'
+    assert not model.with_auxiliary_head
+    with torch.no_grad():
+        logits = model.encode_decode(
+            torch.rand(1, 3, 64, 64), [dict(img_shape=(64, 64))]
+        )
+    assert logits.shape == (1, 150, 64, 64)
+
+
+def test_another_model(read, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_coco('data/coco', train=4, val=2, size=64)
+    cfg = read('detection/my_retinanet')
+    for split in ('train', 'val'):
+        cfg[f'{split}_dataloader'].dataset.update(
+            ann_file=f'annotations/instances_{split}.json',
+            data_prefix=dict(img=f'{split}/'),
+            metainfo=dict(classes=tuple('0123456789')),
+            filter_cfg=None,
+        )
+    cfg.val_evaluator.ann_file = 'data/coco/annotations/instances_val.json'
+    cfg.model.bbox_head.num_classes = 10
+    cfg.model.test_cfg.score_thr = 0.0
+    metrics = run(cfg, tmp_path / 'work')
+    assert 'coco/bbox_mAP' in metrics
+    assert 'coco/segm_mAP' not in metrics
+
+
+def test_in_a_clone_of_mmdetection(tmp_path, request):
+    mmdet = pytest.importorskip('mmdet')
+    theirs = Path(mmdet.__file__).parent / '.mim' / 'configs'
+    if not theirs.is_dir():
+        pytest.skip('mmdet is installed without its configs')
+    for folder in ('_base_', 'retinanet'):
+        (tmp_path / 'configs').mkdir(exist_ok=True)
+        (tmp_path / 'configs' / folder).symlink_to(theirs / folder)
+    (tmp_path / CLONE).parent.mkdir()
+    (tmp_path / CLONE).write_text(EXAMPLES[CLONE])
+    DefaultScope.get_instance(request.node.name, scope_name='mmdet')
+    model = MODELS.build(Config.fromfile(tmp_path / CLONE).model).eval()
+    with torch.no_grad():
+        assert len(model.extract_feat(torch.rand(1, 3, 64, 64))) == 5
+
+
+def rates(cfg: Config) -> dict:
+    """Groups of the optimiser by parameter name."""
+    model = MODELS.build(cfg.model)
+    cfg.optim_wrapper.type = 'OptimWrapper'
+    cfg.optim_wrapper.pop('loss_scale', None)
+    wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {
+        names[id(p)]: group
+        for group in wrapper.optimizer.param_groups
+        for p in group['params']
+    }
+
+
+def test_layer_wise_rates(read):
+    cfg = read('classification/my_layer_decay')
+    groups = rates(cfg)
+    base = cfg.optim_wrapper.optimizer.lr
+    # MLLA-T: the stem, 18 blocks, and what follows them.
+    stem = groups['backbone.patch_embed.conv1.conv.weight']
+    assert stem['lr'] == pytest.approx(base * 0.7**19)
+    assert groups['head.fc.weight']['lr'] == base
+    assert groups['backbone.norm3.weight']['weight_decay'] == 0
+
+
+def test_rates_by_name(read):
+    cfg = read('detection/my_rates')
+    groups = rates(cfg)
+    base = cfg.optim_wrapper.optimizer.lr
+    for name, rate in {
+        'backbone.patch_embed.conv1.conv.weight': 0.25,
+        'backbone.layers.0.blocks.0.mlp.fc1.weight': 0.25,
+        'backbone.layers.1.blocks.0.mlp.fc1.weight': 0.5,
+        'backbone.layers.2.blocks.0.mlp.fc1.weight': 1,
+        'roi_head.bbox_head.fc_cls.weight': 1,
+    }.items():
+        assert groups[name]['lr'] == pytest.approx(base * rate), name
+    # What the page says about the keys of the base.
+    assert groups['backbone.layers.2.blocks.0.norm1.weight']['weight_decay'] == 0
+    assert groups['backbone.layers.1.blocks.0.norm1.weight']['weight_decay'] > 0
+
+
+def test_shorter_schedule(read):
+    cfg = read('segmentation/my_20k')
+    assert cfg.train_cfg.max_iters == cfg.param_scheduler[1].end - 1 == 20000
+    assert cfg.train_cfg.max_iters % cfg.train_cfg.val_interval == 0
+    assert cfg.default_hooks.checkpoint.interval == 2000
+    assert not cfg.default_hooks.checkpoint.by_epoch
+    base = Config.fromfile(
+        ROOT / 'configs/segmentation/upernet_mlla-t_8xb2-160k_ade20k-512x512.py'
+    )
+    assert cfg.param_scheduler[0] == base.param_scheduler[0]
+    assert {**cfg.param_scheduler[1], 'end': 160001} == base.param_scheduler[1]
+
+
+@pytest.mark.parametrize('name', ['tensorboard', 'wandb'])
+def test_visualisation_backends(read, name, tmp_path):
+    cfg = read(f'detection/my_{name}')
+    visualizer = VISUALIZERS.build(
+        ConfigDict(cfg.visualizer, name=f'docs_{name}', save_dir=str(tmp_path))
+    )
+    # They import their packages at the first use.
+    kinds = [type(x).__name__ for x in visualizer._vis_backends.values()]
+    assert kinds == ['LocalVisBackend', f'{name.capitalize()}VisBackend']
+
+
+def test_mesa_with_another_backbone(read):
+    cfg = read('classification/my_resnet_mesa')
+    model = MODELS.build(cfg.model)
+    model.set_teacher(MODELS.build(cfg.model).eval())
+    from mmpretrain.structures import DataSample
+
+    data = dict(
+        inputs=[torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)] * 2,
+        data_samples=[DataSample().set_gt_label(3) for _ in range(2)],
+    )
+    losses = model(**model.data_preprocessor(data, training=True), mode='loss')
+    assert set(losses) == {'loss_ce', 'loss_mesa'}
+    assert any(hook.type == 'MESAHook' for hook in cfg.custom_hooks)
+
+
+def test_every_example_is_tested():
+    assert seen == set(EXAMPLES)
