@@ -33,7 +33,7 @@ class BuildWithTools(build_py):
         target = Path(self.build_lib) / 'mlla_mm' / '.mim'
         shutil.rmtree(target, ignore_errors=True)
         # What sets up a clone has nothing to do in an installation.
-        of_clones = ('quickstart.sh', 'run_tests.sh', 'setup_env.sh')
+        of_clones = ('quickstart.sh', 'run_tests.sh', 'test_matrix.sh', 'setup_env.sh')
         ignored = shutil.ignore_patterns('__pycache__', *of_clones)
         for folder in ('configs', 'tools'):
             shutil.copytree(ROOT / folder, target / folder, ignore=ignored)

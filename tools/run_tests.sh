@@ -7,4 +7,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tools/misc/setup_env.sh tests
 ruff check .
 ruff format --check .
-python -m pytest "$@"
+# Two tests at a time, each on a core.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+python -m pytest --numprocesses 2 --dist loadfile "$@"

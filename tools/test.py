@@ -9,8 +9,10 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 import mlla_mm  # noqa: F401
+from mlla_mm.datasets.check_config import require_data
 from mlla_mm.engine import config as options
 from mlla_mm.engine import launch
+from mlla_mm.engine.config_check import check_config, require_work_dir
 from mlla_mm.engine.ema import use_ema_weights
 from mlla_mm.utils.checkpoint_file import CheckpointError
 
@@ -64,11 +66,18 @@ def main() -> None:
     args = parse_args()
     with launch.exit_on_user_error():
         cfg = read_config(args)
-        launch.set_up(cfg)
-    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+        check_config(cfg)
+        if launch.set_up(cfg).rank == 0:
+            require_data(cfg, 'test')
+            require_work_dir(cfg.work_dir)
     with launch.exit_on_user_error((CheckpointError,)):
-        runner.test()
+        test(cfg)
     launch.tear_down()
+
+
+def test(cfg: Config) -> None:
+    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    runner.test()
 
 
 if __name__ == '__main__':

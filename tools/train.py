@@ -9,9 +9,12 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 import mlla_mm  # noqa: F401
+from mlla_mm.datasets.check_config import require_data
 from mlla_mm.engine import batch_size, launch, preflight
 from mlla_mm.engine import config as options
-from mlla_mm.engine.hooks import RecordRecipeHook
+from mlla_mm.engine.config_check import check_config, require_work_dir
+from mlla_mm.engine.corrupt_images import CorruptImageError
+from mlla_mm.engine.hooks import DivergedError, RecordRecipeHook
 from mlla_mm.engine.loops import use_seeded_loop
 from mlla_mm.engine.recipe import describe_recipe, describe_run
 from mlla_mm.utils.checkpoint_file import CheckpointError
@@ -70,16 +73,27 @@ def main() -> None:
     args = parse_args()
     with launch.exit_on_user_error():
         cfg = read_config(args)
+        check_config(cfg)
         record = fit_to_processes(cfg, args)
         options.check_pretrained(cfg)
         layout = launch.set_up(cfg)
+        if layout.rank == 0:
+            require_data(cfg, 'train', 'val')
+            if not args.check:
+                require_work_dir(cfg.work_dir)
     if args.check:
         sys.exit(preflight.run(cfg, layout))
+    # An image is one process's; the other errors are all of theirs.
+    with launch.exit_on_user_error((CorruptImageError,), shared=False):
+        with launch.exit_on_user_error((CheckpointError, DivergedError)):
+            train(cfg, record)
+    launch.tear_down()
+
+
+def train(cfg: Config, record: RecordRecipeHook) -> None:
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     runner.register_hook(record)
-    with launch.exit_on_user_error((CheckpointError,)):
-        runner.train()
-    launch.tear_down()
+    runner.train()
 
 
 if __name__ == '__main__':

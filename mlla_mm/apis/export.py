@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Dict, List, NamedTuple, Sequence, Tuple, Union
 
 import torch
-from mmengine.utils import digit_version
 from torch import Tensor, nn
+
+from ..utils import compat
 
 TOLERANCE = 1e-4
 """Largest difference to eager execution, relative to the largest output."""
@@ -20,12 +21,6 @@ MIN_SIDE = 33
 
 At smaller ones the last stage has a side of 1, and that is another program.
 """
-
-_VERSION = digit_version(torch.__version__)
-# The first to export to ONNX through torch.export unless told otherwise.
-_ONNX_THROUGH_EXPORT = _VERSION >= digit_version('2.9')
-# The first in which a module can tell that it is being exported.
-_CAN_EXPORT = _VERSION >= digit_version('2.7')
 
 Runner = Callable[[Tensor], Sequence[Tensor]]
 """Runs an exported file: images to the outputs."""
@@ -137,14 +132,14 @@ def _check_arguments(format: str, shape: Tuple[int, int]) -> None:
         raise ExportError(f'Unknown format {format!r}: choose from {list(_FORMATS)}.')
     if min(shape) < MIN_SIDE:
         raise ExportError(f'shape must be at least {MIN_SIDE} x {MIN_SIDE}: {shape}.')
-    if format == 'torch-export' and not _CAN_EXPORT:
+    if format == 'torch-export' and not compat.TELLS_EXPORT:
         raise ExportError(
             f'torch-export needs PyTorch 2.7, this is {torch.__version__}. '
             'torchscript and onnx do without.'
         )
     if format == 'onnx':
         packages = ['onnx', 'onnxruntime']
-        if _ONNX_THROUGH_EXPORT:
+        if compat.EXPORTS_ONNX_THROUGH_EXPORT:
             packages.append('onnxscript')
         missing = [name for name in packages if find_spec(name) is None]
         if missing:
@@ -173,7 +168,7 @@ def _write_program(part: Part, images: Tensor, path: Path) -> None:
 
 def _write_onnx(part: Part, images: Tensor, path: Path) -> None:
     names = dict(input_names=['images'], output_names=list(part.outputs))
-    if _ONNX_THROUGH_EXPORT:
+    if compat.EXPORTS_ONNX_THROUGH_EXPORT:
         torch.onnx.export(
             part.module,
             (images,),

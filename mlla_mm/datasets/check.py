@@ -2,15 +2,16 @@
 """What is wrong with a copy of COCO, ADE20K or ImageNet, and how to mend it."""
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Callable, List, NamedTuple, Optional, Tuple, Union
+from typing import Callable, Dict, List, NamedTuple, Optional, Tuple, Union
 
 import numpy as np
 from mmengine.utils import track_iter_progress
-from PIL import Image
+from PIL import ExifTags, Image
 
 COCO_COUNTS = (118287, 5000)
 ADE20K_COUNTS = (20210, 2000)
@@ -33,10 +34,12 @@ class Finding(NamedTuple):
     Attributes:
         problem (str): What is wrong, with examples.
         fix (str): How to mend it.
+        fatal (bool): Whether a run would fail, or learn wrong things. Defaults to True.
     """
 
     problem: str
     fix: str
+    fatal: bool = True
 
 
 def check_coco(
@@ -71,19 +74,22 @@ def check_coco(
         path = root / 'annotations' / f'instances_{split}.json'
         content = _read_coco_json(path)
         findings += _check_coco_json(path, content, count, num_classes)
-        sizes = {x['file_name']: (x['width'], x['height']) for x in content['images']}
-        missing = sorted(sizes.keys() - {image.name for image in images})
+        sizes = {
+            root / split / x['file_name']: (x['width'], x['height'])
+            for x in content['images']
+        }
+        missing = sorted(path.name for path in sizes.keys() - set(images))
         if images and missing:
             findings.append(
                 Finding(
                     f'{len(missing)} images of {path.name} are not in {root / split}: '
-                    f'{_examples(missing)}',
+                    f'{examples(missing)}',
                     again,
                 )
             )
         if not fast:
-            problems = _track(images, _SizeCheck(sizes))
-            findings += _group(problems, root / split, again)
+            problems = track(images, SizeCheck(sizes))
+            findings += group(problems, root / split, again)
     return findings
 
 
@@ -133,14 +139,14 @@ def check_ade20k(
                 findings.append(
                     Finding(
                         f'{len(lonely)} without a partner of the same name in {other}: '
-                        f'{_examples(lonely)}',
+                        f'{examples(lonely)}',
                         again,
                     )
                 )
         if not fast:
             pairs = [image for image in images if image.stem in paired]
-            problems = _track(pairs, _PairCheck(mask_folder, num_classes))
-            findings += _group(problems, image_folder, again)
+            problems = track(pairs, _PairCheck(mask_folder, num_classes))
+            findings += group(problems, image_folder, again)
     return findings
 
 
@@ -181,7 +187,7 @@ def check_imagenet(
             findings.append(
                 Finding(
                     f'{len(images)} images lie in {folder} itself: '
-                    f'{_examples([image.name for image in images])}',
+                    f'{examples([image.name for image in images])}',
                     'Move every image into a folder named after its class (for val '
                     'the usual valprep.sh does it).',
                 )
@@ -203,13 +209,13 @@ def check_imagenet(
                     )
                 )
         if not fast:
-            findings += _group(_track(images, _decode_problem), folder, again)
+            findings += group(track(images, decode_problem), folder, again)
     if len(classes) == 2 and classes['train'] != classes['val']:
         different = sorted(classes['train'] ^ classes['val'])
         findings.append(
             Finding(
                 f'{len(different)} class folders are in only one of train and val: '
-                f'{_examples(different)}',
+                f'{examples(different)}',
                 'Name the folders of both alike: labels are their sorted positions.',
             )
         )
@@ -252,11 +258,11 @@ def _check_files(
                 'Remove the files that do not belong to the data set.',
             )
         )
-    empty = [_name(path, folder) for path in files if path.stat().st_size == 0]
+    empty = [relative_name(path, folder) for path in files if path.stat().st_size == 0]
     if empty:
         findings.append(
             Finding(
-                f'{len(empty)} files of zero bytes in {folder}: {_examples(empty)}',
+                f'{len(empty)} files of zero bytes in {folder}: {examples(empty)}',
                 f'Often a full disk while extracting. {again}',
             )
         )
@@ -308,13 +314,13 @@ def _check_list(
     path = root / 'meta' / f'{split}.txt'
     fix = f'Mend {path}, or remove it: without it the folders give the labels.'
     lines = [line.rpartition(' ') for line in path.read_text().splitlines() if line]
-    present = {_name(image, root / split) for image in images}
+    present = {relative_name(image, root / split) for image in images}
     findings = []
     missing = [name for name, _, _ in lines if name not in present]
     if missing:
         findings.append(
             Finding(
-                f'{len(missing)} images of {path} do not exist: {_examples(missing)}',
+                f'{len(missing)} images of {path} do not exist: {examples(missing)}',
                 fix,
             )
         )
@@ -327,14 +333,14 @@ def _check_list(
         findings.append(
             Finding(
                 f'{len(wrong)} labels of {path} are not in 0 to {num_classes - 1}: '
-                f'{_examples(wrong)}',
+                f'{examples(wrong)}',
                 fix,
             )
         )
     return findings
 
 
-def _decode_problem(path: Path) -> Optional[str]:
+def decode_problem(path: Path) -> Optional[str]:
     """What keeps an image from being read, or None."""
     # Zero bytes are found without decoding.
     if path.stat().st_size == 0:
@@ -348,18 +354,25 @@ def _decode_problem(path: Path) -> Optional[str]:
     return None
 
 
-class _SizeCheck:
-    """Whether an image decodes, to the size that the annotations give."""
+def image_size(image: Image.Image) -> Tuple[int, int]:
+    """Width and height as mmcv reads an image: turned as its EXIF data say."""
+    width, height = image.size
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    return (height, width) if turned else (width, height)
 
-    def __init__(self, sizes: dict) -> None:
+
+class SizeCheck:
+    """Whether an image decodes, to the size (W, H) that the annotations give."""
+
+    def __init__(self, sizes: Dict[Path, Tuple[int, int]]) -> None:
         self.sizes = sizes
 
     def __call__(self, path: Path) -> Optional[str]:
-        problem = _decode_problem(path)
-        if problem or path.name not in self.sizes or path.stat().st_size == 0:
+        problem = decode_problem(path)
+        if problem or path not in self.sizes or path.stat().st_size == 0:
             return problem
         with Image.open(path) as image:
-            if image.size != self.sizes[path.name]:
+            if image_size(image) != self.sizes[path]:
                 return 'of another size than annotated'
         return None
 
@@ -375,12 +388,12 @@ class _PairCheck:
         mask_path = self.mask_folder / f'{path.stem}.png'
         if 0 in (path.stat().st_size, mask_path.stat().st_size):
             return None
-        if _decode_problem(path):
+        if decode_problem(path):
             return 'unreadable'
-        if _decode_problem(mask_path):
+        if decode_problem(mask_path):
             return 'with an unreadable label map'
         with Image.open(path) as image, Image.open(mask_path) as mask:
-            if image.size != mask.size:
+            if image_size(image) != mask.size:
                 return 'of another size than the label map'
             labels = np.asarray(mask)
         if labels.ndim != 2 or labels.dtype != np.uint8:
@@ -395,7 +408,7 @@ def _progress(items: Sequence) -> Iterable:
     return track_iter_progress(items) if items and sys.stdout.isatty() else items
 
 
-def _track(
+def track(
     paths: List[Path], check: Callable[[Path], Optional[str]]
 ) -> Iterator[Tuple[Path, str]]:
     """Paths and their problems, found in threads: decoding releases the GIL."""
@@ -414,24 +427,24 @@ def _track(
                 yield path, problem
 
 
-def _group(
+def group(
     problems: Iterable[Tuple[Path, str]], folder: Path, fix: str
 ) -> List[Finding]:
     """One finding for each kind of problem."""
     groups = {}
     for path, problem in problems:
-        groups.setdefault(problem, []).append(_name(path, folder))
+        groups.setdefault(problem, []).append(relative_name(path, folder))
     return [
-        Finding(f'{len(names)} images {problem} in {folder}: {_examples(names)}', fix)
+        Finding(f'{len(names)} images {problem} in {folder}: {examples(names)}', fix)
         for problem, names in groups.items()
     ]
 
 
-def _name(path: Path, folder: Path) -> str:
-    return path.relative_to(folder).as_posix()
+def relative_name(path: Path, folder: Path) -> str:
+    return Path(os.path.relpath(path, folder)).as_posix()
 
 
-def _examples(names: Sequence[str]) -> str:
+def examples(names: Sequence[str]) -> str:
     shown = ', '.join(names[:_NUM_EXAMPLES])
     more = len(names) - _NUM_EXAMPLES
     return f'{shown} and {more} more' if more > 0 else shown

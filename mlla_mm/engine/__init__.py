@@ -1,4 +1,12 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-from . import checkpoint, hooks, loops, samplers, schedulers, seeding
+from . import checkpoint, corrupt_images, hooks, loops, samplers, schedulers, seeding
 
-__all__ = ['checkpoint', 'hooks', 'loops', 'samplers', 'schedulers', 'seeding']
+__all__ = [
+    'checkpoint',
+    'corrupt_images',
+    'hooks',
+    'loops',
+    'samplers',
+    'schedulers',
+    'seeding',
+]

@@ -67,7 +67,12 @@ def read_run_config(args: argparse.Namespace) -> Config:
     if args.trust_checkpoint:
         cfg.trust_checkpoint = True
     trust_checkpoints(cfg.get('trust_checkpoint', False))
-    cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(type='CheckWeightsHook')]
+    hooks = list(cfg.get('custom_hooks') or [])
+    for kind in ('CheckWeightsHook', 'StopOnInvalidLossHook'):
+        # A config may have one with options of its own.
+        if all(hook.get('type') != kind for hook in hooks if isinstance(hook, dict)):
+            hooks.append(dict(type=kind))
+    cfg.custom_hooks = hooks
     return cfg
 
 

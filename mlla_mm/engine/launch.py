@@ -1,6 +1,7 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 """What a process needs before MMEngine's runner starts: devices, threads, launchers."""
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -45,6 +46,7 @@ _VARIABLES: Dict[str, Processes] = {
 @contextmanager
 def exit_on_user_error(
     kinds: Tuple[Type[Exception], ...] = (FileNotFoundError, ValueError),
+    shared: bool = True,
 ) -> Iterator[None]:
     """End the program with the message alone when what the user gave is wrong.
 
@@ -53,12 +55,13 @@ def exit_on_user_error(
             before the work starts: errors out of a run keep their traceback, but for
             those that tell users all that they need. Defaults to
             (FileNotFoundError, ValueError).
+        shared (bool): Whether all processes have the error, so that one of them speaks
+            for all. Defaults to True.
     """
     try:
         yield
     except kinds as error:
-        # One process speaks for all of them.
-        speaks = os.environ.get('LOCAL_RANK', '0') == '0'
+        speaks = not shared or os.environ.get('LOCAL_RANK', '0') == '0'
         sys.exit(f'Error: {error}' if speaks else 1)
 
 
@@ -149,9 +152,11 @@ def tear_down() -> None:
     """Leave the process group, when the work is done on every process.
 
     A process that ends with the group's threads still running may be aborted by them,
-    and the launcher takes that for a failed run.
+    and the launcher takes that for a failed run. A model that is wrapped for the group
+    keeps it alive, so the runner has to be out of scope.
     """
     if distributed.is_available() and distributed.is_initialized():
+        gc.collect()  # a runner and its loops refer to one another
         distributed.barrier()
         distributed.destroy_process_group()
 

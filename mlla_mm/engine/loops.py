@@ -145,30 +145,44 @@ def use_seeded_loop(cfg: Config, micro_batches: Optional[int] = None) -> bool:
         micro_batches (int, optional): Number of micro-batches of an update. None leaves
             the config's, which is 1 if there is none. Defaults to None.
 
+    The config's ``skip_corrupt_images`` says what becomes of images that cannot be
+    read: see :class:`SeededDataset`.
+
     Returns:
         bool: Whether that was possible. It is not with a training loop other than
         MMEngine's two; such a config is left as it is.
+
+    Raises:
+        ValueError: If it is not possible, but ``skip_corrupt_images`` needs it.
     """
     loop, loader = cfg.train_cfg, cfg.train_dataloader
     by_epoch = loop.pop('by_epoch', True)
     kind = loop.get('type', 'EpochBasedTrainLoop' if by_epoch else 'IterBasedTrainLoop')
     loop['type'] = _SEEDED.get(kind, kind)
     if loop['type'] not in _SEEDED.values():
+        if cfg.get('skip_corrupt_images'):
+            raise ValueError(
+                f"skip_corrupt_images needs one of {list(_SEEDED)}, got '{kind}'."
+            )
         return False
     if kind in _SEEDED:
         loop['micro_batches'] = 1
-        _share_samples(loader)
+        _share_samples(loader, cfg.get('skip_corrupt_images', False))
+        if cfg.get('skip_corrupt_images'):
+            hooks = cfg.get('custom_hooks') or []
+            cfg.custom_hooks = [*hooks, dict(type='SkippedImagesHook')]
     if micro_batches is not None:
+        if 'num_batch_per_epoch' in loader:
+            # MMEngine multiplies it by the processes that there are.
+            updates = loader['num_batch_per_epoch'] // loop['micro_batches']
+            loader['num_batch_per_epoch'] = updates * micro_batches
         loop['micro_batches'] = micro_batches
         loader['sampler']['micro_batches'] = micro_batches
         loader['collate_fn']['micro_batches'] = micro_batches
-        if 'num_batch_per_epoch' in loader:
-            # MMEngine multiplies it by the processes that there are.
-            loader['num_batch_per_epoch'] *= micro_batches
     return True
 
 
-def _share_samples(loader: dict) -> None:
+def _share_samples(loader: dict, skip_corrupt_images: bool) -> None:
     """Let a data loader yield micro-batches, and seed the augmentations."""
     batch_sampler = dict(type='SharedBatchSampler')
     if loader.get('batch_sampler'):
@@ -184,7 +198,11 @@ def _share_samples(loader: dict) -> None:
         micro_batches=1,
         collate_fn=loader.get('collate_fn', dict(type='pseudo_collate')),
     )
-    loader['dataset'] = dict(type='SeededDataset', dataset=loader['dataset'])
+    loader['dataset'] = dict(
+        type='SeededDataset',
+        dataset=loader['dataset'],
+        skip_corrupt_images=skip_corrupt_images,
+    )
 
 
 def train_step(

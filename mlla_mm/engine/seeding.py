@@ -7,7 +7,9 @@ number of the update and of the recipe's process. So neither the number of worke
 processes nor an interruption changes them, and there are no random states to restore.
 """
 
+import multiprocessing
 import random
+import warnings
 from typing import Any, Tuple
 
 import numpy as np
@@ -15,8 +17,12 @@ import torch
 from mmengine.registry import DATASETS
 from torch.utils.data import Dataset
 
+from .corrupt_images import CorruptImageError, read_sample
+
 # Streams that must not meet.
 SAMPLE, UPDATE = 0, 1
+# Corrupt images in a row, before a data set is taken to be beyond repair.
+_MAX_SKIPS = 20
 
 
 def seed_generators(*key: int) -> None:
@@ -59,29 +65,53 @@ class SeededDataset(Dataset):
 
     Args:
         dataset (dict): Config of the data set.
+        skip_corrupt_images (bool): Put another image, drawn from the same seed, in the
+            place of one that cannot be read, and count it in ``skipped``, which the
+            workers share. False raises an error. Defaults to False.
+
+    Raises:
+        CorruptImageError: If an image cannot be read, or too many in a row.
     """
 
-    def __init__(self, dataset: dict) -> None:
+    _own = ('dataset', 'skipped')
+
+    def __init__(self, dataset: dict, skip_corrupt_images: bool = False) -> None:
         self.dataset = DATASETS.build(dataset)
+        self.skipped = multiprocessing.Value('q', 0) if skip_corrupt_images else None
 
     def __getitem__(self, index: int) -> Any:
+        key = (int(index),)
         if isinstance(index, Draw):
-            seed_generators(*index.key)
-            index = int(index)
-        return self.dataset[index]
+            key, index = index.key, int(index)
+            seed_generators(*key)
+        if self.skipped is None:
+            return read_sample(self.dataset, index)
+        for skips in range(1, _MAX_SKIPS + 1):
+            try:
+                return read_sample(self.dataset, index)
+            except CorruptImageError as error:
+                self._count(error)
+            seed_generators(*key, skips)
+            index = random.randrange(len(self))
+        return read_sample(self.dataset, index)
+
+    def _count(self, error: CorruptImageError) -> None:
+        with self.skipped.get_lock():
+            self.skipped.value += 1
+        warnings.warn(f'Skipped: {str(error).split(". ")[0]}.', stacklevel=3)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getattr__(self, name: str) -> Any:
         # While it is unpickled it has no data set yet.
-        if name == 'dataset':
+        if name in self._own:
             raise AttributeError(name)
         return getattr(self.dataset, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Hooks that switch the pipeline mean that of the data set."""
-        if name == 'dataset':
+        if name in self._own:
             super().__setattr__(name, value)
         else:
             setattr(self.dataset, name, value)

@@ -1,6 +1,8 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 import torch
 
+from ..utils.compat import is_exporting
+
 
 def is_tracing() -> bool:
     """Whether a graph is being recorded that shall serve every image size.
@@ -10,6 +12,4 @@ def is_tracing() -> bool:
     branches on sizes and caches by size would fix them in the graph. False under
     ``torch.compile``, which recompiles when a branch goes the other way.
     """
-    # torch.export came to tell that it is at work in PyTorch 2.7.
-    is_exporting = getattr(torch.compiler, 'is_exporting', lambda: False)
     return torch.jit.is_tracing() or is_exporting()

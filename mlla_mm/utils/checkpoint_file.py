@@ -18,12 +18,10 @@ import numpy as np
 import torch
 from mmengine.dist import barrier, get_dist_info
 from mmengine.logging import HistoryBuffer
-from mmengine.utils import digit_version
+
+from . import compat
 
 _trusted = False
-# PyTorch 2.1 believes a pickle that tells wrong lengths, and reads behind the end of
-# the file's records; 2.11 does not.
-_LENGTHS_UNCHECKED = digit_version(torch.__version__) < digit_version('2.11')
 
 
 class CheckpointError(ValueError):
@@ -165,7 +163,9 @@ def _load_restricted(path: Path, map_location: Any) -> Any:
             file,
             map_location=map_location,
             weights_only=False,
-            pickle_module=_pickle_module(archive if _LENGTHS_UNCHECKED else None),
+            pickle_module=_pickle_module(
+                None if compat.CHECKS_RECORD_LENGTHS else archive
+            ),
         )
 
 

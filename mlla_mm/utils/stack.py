@@ -72,12 +72,15 @@ class Stack:
             not import, by import name.
         has_pkg_resources (bool): Whether setuptools brings ``pkg_resources``.
             Defaults to True.
+        oldest_torch (str, optional): Oldest PyTorch that the installed torchvision goes
+            with, if it goes with newer ones too. Defaults to None: it goes with one.
     """
 
     packages: dict[str, dict[str, str]]
     versions: dict[str, str] = field(default_factory=dict)
     import_errors: dict[str, str] = field(default_factory=dict)
     has_pkg_resources: bool = True
+    oldest_torch: Optional[str] = None
 
     @property
     def distribution(self) -> str:
@@ -105,6 +108,7 @@ def collect_stack() -> Stack:
         versions=versions,
         import_errors=import_errors,
         has_pkg_resources=importlib.util.find_spec('pkg_resources') is not None,
+        oldest_torch=_oldest_torch(),
     )
 
 
@@ -163,6 +167,19 @@ def _import_version(name: str) -> str:
     return version
 
 
+def _oldest_torch() -> Optional[str]:
+    """Lower bound of the installed torchvision's requirement, unless it is exact."""
+    try:
+        requirements = metadata.requires('torchvision') or []
+    except metadata.PackageNotFoundError:
+        return None
+    for requirement in requirements:
+        found = re.match(r'torch *\(?>= *([\d.]+)', requirement)
+        if found:
+            return found[1]
+    return None
+
+
 def _installed(package: str) -> dict[str, str]:
     """Installed distributions of an import name and their versions."""
     found = {}
@@ -216,6 +233,10 @@ def _torchvision_problems(stack: Stack) -> list[str]:
     version = stack.versions.get('torchvision')
     if version is None:
         what = f'torchvision does not import: {stack.import_errors.get("torchvision")}'
+    elif stack.oldest_torch:
+        if _release(torch_version) >= _release(stack.oldest_torch):
+            return []
+        what = f'torchvision {version} needs PyTorch {stack.oldest_torch} or newer.'
     elif expected and _release(version)[:2] != _release(expected):
         what = f'torchvision {version} does not go with PyTorch {torch_version}.'
     else:

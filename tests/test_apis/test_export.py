@@ -7,6 +7,7 @@ from mlla_mm import get_model
 from mlla_mm.apis import export
 from mlla_mm.apis.export import FORMATS, ExportError, Part, export_model, select_part
 from mlla_mm.models import MLLA
+from mlla_mm.utils import compat
 
 ARCH = dict(embed_dims=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2))
 # The least that is allowed, one side odd and the other a multiple of 4 alone, larger.
@@ -65,7 +66,7 @@ def test_onnx(backbone, tmp_path):
 
 
 @pytest.mark.skipif(
-    not export._CAN_EXPORT, reason='torch.export has what it takes from 2.7 on'
+    not compat.TELLS_EXPORT, reason='torch.export has what it takes from 2.7 on'
 )
 def test_torch_export(backbone, tmp_path):
     path = tmp_path / 'model.pt2'
@@ -131,7 +132,7 @@ def test_wrong_arguments(backbone, tmp_path, monkeypatch):
     monkeypatch.setattr(export, 'find_spec', lambda name: None)
     with pytest.raises(ExportError, match='needs onnx, onnxruntime.*pip install'):
         export_model(backbone, 'onnx', path)
-    monkeypatch.setattr(export, '_CAN_EXPORT', False)
+    monkeypatch.setattr(compat, 'TELLS_EXPORT', False)
     with pytest.raises(ExportError, match='needs PyTorch 2.7'):
         export_model(backbone, 'torch-export', path)
     assert not list(tmp_path.iterdir())
@@ -142,7 +143,7 @@ def test_wrong_arguments(backbone, tmp_path, monkeypatch):
 def test_published_network(format, tmp_path):
     if format == 'onnx':
         pytest.importorskip('onnxruntime')
-    elif format == 'torch-export' and not export._CAN_EXPORT:
+    elif format == 'torch-export' and not compat.TELLS_EXPORT:
         pytest.skip('torch.export has what it takes from 2.7 on')
     model = get_model('mlla-t').eval()
     for part in ('backbone', 'classifier'):

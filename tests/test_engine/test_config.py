@@ -77,11 +77,24 @@ def test_run_arguments(tmp_path):
         run_config(tmp_path / 'c.py')
 
 
+def test_a_hook_of_the_config_has_its_own_options(tmp_path):
+    path = tmp_path / 'a.py'
+    own = "dict(type='StopOnInvalidLossHook', max_skipped=9)"
+    path.write_text(f'custom_hooks = [{own}]')
+    hooks = run_config(path).custom_hooks
+    assert [hook.type for hook in hooks] == [
+        'StopOnInvalidLossHook',
+        'CheckWeightsHook',
+    ]
+    assert hooks[0].max_skipped == 9
+
+
 def test_checkpoints_are_checked_and_not_trusted(tmp_path):
     path = tmp_path / 'a.py'
     path.write_text("custom_hooks = [dict(type='MyHook')]")
     cfg = run_config(path)
-    assert [hook.type for hook in cfg.custom_hooks] == ['MyHook', 'CheckWeightsHook']
+    hooks = ['MyHook', 'CheckWeightsHook', 'StopOnInvalidLossHook']
+    assert [hook.type for hook in cfg.custom_hooks] == hooks
     assert not checkpoints_are_trusted()
     try:
         run_config(path, '--trust-checkpoint')

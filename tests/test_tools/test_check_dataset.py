@@ -9,10 +9,11 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def run_tool(*args):
+def run_tool(*args, cwd=None):
     return subprocess.run(
         [sys.executable, str(ROOT / 'tools/dataset_tools/check_dataset.py'), *args],
         env={**os.environ, 'PYTHONPATH': str(ROOT)},
+        cwd=cwd,
         capture_output=True,
         text=True,
     )
@@ -56,3 +57,32 @@ def test_missing_folder_and_unknown_data_set(tmp_path):
     assert result.returncode == 1
     assert result.stderr.startswith('Error: Folder not found')
     assert run_tool('pascal', str(tmp_path)).returncode == 2
+
+
+def test_data_of_a_config(digits_coco, tmp_path):
+    config = tmp_path / 'config.py'
+    base = ROOT / 'configs/detection/mask-rcnn_mlla-nano_fpn_digits.py'
+    config.write_text(
+        f"_base_ = '{base}'\n"
+        f"train_dataloader = dict(dataset=dict(data_root='{digits_coco}'))\n"
+        f"val_dataloader = dict(dataset=dict(data_root='{digits_coco}'))\n"
+    )
+    result = run_tool(str(config))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.endswith('config.py: all as they should be.\n')
+    config.write_text(config.read_text() + "model = dict(neck=dict(type='FPNN'))\n")
+    result = run_tool(str(config))
+    assert result.returncode == 1
+    assert "is 'FPN' meant?" in result.stderr
+    assert run_tool('coco').returncode == run_tool(str(config), 'x').returncode == 2
+
+
+def test_findings_in_the_data_of_a_config(tmp_path):
+    pytest.importorskip('mmdet')
+    config = ROOT / 'configs/detection/mask-rcnn_mlla-t_fpn_1x_coco.py'
+    result = run_tool(str(config), '--fast', cwd=tmp_path)
+    assert result.returncode == 1
+    table = ' '.join(result.stdout.replace('│', ' ').split())
+    for split in ('train', 'val'):
+        name = f'data/coco/annotations/instances_{split}2017.json'
+        assert f'Annotation file not found: {name}' in table

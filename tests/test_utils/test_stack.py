@@ -141,6 +141,31 @@ def test_torchvision_goes_with_torch(torch, torchvision, fits):
         assert f'torchvision {torchvision} does not go with PyTorch {torch}' in problem
 
 
+@pytest.mark.parametrize('torch, fits', [('2.15.0', True), ('2.13.1', False)])
+def test_torchvision_may_go_with_newer_torch(torch, fits):
+    versions = with_versions(FORK, torch=torch, torchvision='0.29.2')
+    assert len(find_problems(versions)) == 1
+    problems = find_problems(replace(versions, oldest_torch='2.14.0'))
+    assert (problems == []) == fits
+    for problem in problems:
+        assert 'torchvision 0.29.2 needs PyTorch 2.14.0 or newer.' in problem
+
+
+@pytest.mark.parametrize(
+    'requirement, oldest',
+    [
+        ('torch>=2.14.0', '2.14.0'),
+        ('torch (>=2.14.0)', '2.14.0'),
+        ('torch==2.11.0', None),
+        ('torch-xla>=2.0', None),
+    ],
+)
+def test_what_torchvision_requires(monkeypatch, requirement, oldest):
+    found = ['numpy', requirement]
+    monkeypatch.setattr(metadata, 'requires', lambda name: found)
+    assert collect_stack().oldest_torch == oldest
+
+
 def test_torchvision_that_does_not_import():
     error = {'torchvision': 'operator torchvision::nms does not exist'}
     problem = the_problem(with_versions(FORK, error, torchvision=None))

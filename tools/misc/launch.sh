@@ -23,6 +23,11 @@ if [ -z "${PORT:-}" ]; then
     fi
 fi
 
+if [ "${NODE_RANK:-0}" = 0 ] && ! "$PYTHON" -c "import socket; socket.create_server(('', $PORT))" 2>/dev/null; then
+    echo "Error: port $PORT of this machine is in use, or no port. Set another one: PORT=..." >&2
+    exit 2
+fi
+
 # On the CPU the processes share the cores; torchrun alone would give each one thread.
 if [ -z "${OMP_NUM_THREADS:-}" ] && ! nvidia-smi -L >/dev/null 2>&1; then
     cores=$("$PYTHON" -c 'import os; print(len(os.sched_getaffinity(0)))')

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Sourced by quickstart.sh and run_tests.sh: leaves `python` with everything installed.
 # Takes the active virtual or conda environment if it has PyTorch, else makes .venv.
+# OPENMMLAB_STACK=openmmlab installs the original packages where there are none.
 # Usage: source setup_env.sh [tests]
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -18,16 +19,18 @@ newest_python() {
 }
 
 # Names the extra whose packages are not all there: onedl, or openmmlab where those are
-# in use already. Nothing is printed for a complete environment.
+# in use already or asked for. Nothing is printed for a complete environment.
 missing_stack() {
     python - <<'PYTHON'
+import os
 from importlib.util import find_spec
 from importlib.metadata import distributions
 
 missing = any(find_spec(n) is None for n in ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain'))
 if missing:
     names = {(d.metadata['Name'] or '').lower() for d in distributions()}
-    print('openmmlab' if names & {'mmengine', 'mmcv', 'mmdet'} else 'onedl')
+    used = 'openmmlab' if names & {'mmengine', 'mmcv', 'mmdet'} else 'onedl'
+    print(os.environ.get('OPENMMLAB_STACK', used))
 PYTHON
 }
 
@@ -40,16 +43,33 @@ sys.exit(any(find_spec(name) is None for name in sys.argv[1:]))
 PYTHON
 }
 
-# The installed PyTorch stays what it is. mmcv is built here without its compiled ops;
-# the set-up of the original one needs an old setuptools, its build environment's too.
+# The installed PyTorch stays what it is. mmcv is built here without its compiled ops,
+# because an isolated build does not see PyTorch. Without PIP_USE_PEP517, pip before 25.3
+# does not isolate that of the original mmcv where wheel is installed, and takes 15
+# minutes to compile. The original one also needs an old setuptools, in both places.
 install_stack() {
     local constraints
     constraints=$(mktemp)
     python -m pip list --format freeze | grep -E '^(torch|torchvision)==' >"$constraints" || true
     [ "$1" = onedl ] || echo 'setuptools<70' >>"$constraints"
-    PIP_CONSTRAINT=$constraints PIP_BUILD_CONSTRAINT=$constraints \
+    PIP_CONSTRAINT=$constraints PIP_BUILD_CONSTRAINT=$constraints PIP_USE_PEP517=1 \
         python -m pip install --requirement "$ROOT/requirements/$1.txt"
     rm -f "$constraints"
+}
+
+install_for_tests() {
+    local names='pytest xdist hypothesis ruff sphinx myst_parser furo sphinx_copybutton nbclient ipykernel'
+    local files=(tests.txt docs.txt)
+    # They would bring NumPy 2 where the original packages keep an older one.
+    if python -c 'import sys, numpy; sys.exit(numpy.__version__ < "2")'; then
+        names="$names onnx onnxruntime onnxscript"
+        files+=(export.txt)
+    fi
+    # The names are split into words on purpose.
+    # shellcheck disable=SC2086
+    if ! has_requirements $names; then
+        python -m pip install --quiet "${files[@]/#/--requirement=$ROOT/requirements/}"
+    fi
 }
 
 set_up_environment() {
@@ -80,8 +100,8 @@ set_up_environment() {
     if ! has_requirements sklearn matplotlib; then
         python -m pip install --quiet --requirement "$ROOT/requirements/runtime.txt"
     fi
-    if [ "${1:-}" = tests ] && ! has_requirements pytest ruff; then
-        python -m pip install --quiet --requirement "$ROOT/requirements/tests.txt"
+    if [ "${1:-}" = tests ]; then
+        install_for_tests
     fi
     # The tools of this clone, whatever else is installed.
     export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"

@@ -1,6 +1,7 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 from .check_weights import CheckWeightsHook
 from .checkpoint import WholeCheckpointHook
+from .invalid_loss import DivergedError, StopOnInvalidLossHook
 from .mesa import MESAHook, UseEMAWeightsHook
 from .record_recipe import RecordRecipeHook
 from .sync_buffers import SyncBuffersBeforeSaveHook
@@ -8,9 +9,11 @@ from .zero import SaveZeroOptimizerHook
 
 __all__ = [
     'CheckWeightsHook',
+    'DivergedError',
     'MESAHook',
     'RecordRecipeHook',
     'SaveZeroOptimizerHook',
+    'StopOnInvalidLossHook',
     'SyncBuffersBeforeSaveHook',
     'UseEMAWeightsHook',
     'WholeCheckpointHook',

@@ -1,5 +1,6 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 from collections.abc import Sequence
+from math import inf
 from typing import Dict, List, Optional, Tuple, Union
 
 import torch
@@ -74,9 +75,10 @@ class MLLA(BaseModule):
             Defaults to 4.
         qkv_bias (bool): Whether the query-key projections have a bias.
             Defaults to True.
-        drop_rate (float): Dropout after the stem and in the MLPs. Defaults to 0.
-        drop_path_rate (float): Stochastic depth rate of the last block; it rises
-            linearly from 0 over all blocks. Defaults to 0.
+        drop_rate (float): Dropout after the stem and in the MLPs, in [0, 1).
+            Defaults to 0.
+        drop_path_rate (float): Stochastic depth rate of the last block, in [0, 1); it
+            rises linearly from 0 over all blocks. Defaults to 0.
         out_indices (int | Sequence[int]): Stages to return, 0 to 3; negative ones count
             from the end. Stages behind the last output are kept, so that checkpoints
             fit, but neither run nor trained. Defaults to (0, 1, 2, 3).
@@ -138,12 +140,16 @@ class MLLA(BaseModule):
     ) -> None:
         super().__init__(init_cfg=init_cfg)
         embed_dims, depths, num_heads = self._parse_arch(arch)
-        _check_range('in_channels', in_channels, 1)
-        _check_range('drop_rate', drop_rate, 0, 1)
-        _check_range('drop_path_rate', drop_path_rate, 0, 1)
-        _check_range('frozen_stages', frozen_stages, -1, self.num_stages)
-        if int(embed_dims * mlp_ratio) < 1:
-            raise ValueError(f'mlp_ratio must be positive, got {mlp_ratio}.')
+        _check_int('in_channels', in_channels, 1)
+        _check_int('frozen_stages', frozen_stages, -1, self.num_stages)
+        _check_rate('drop_rate', drop_rate)
+        _check_rate('drop_path_rate', drop_path_rate)
+        if not _is_number(mlp_ratio) or not 1 <= embed_dims * mlp_ratio < inf:
+            raise ValueError(
+                'mlp_ratio must be a number that gives the MLPs at least one hidden '
+                f'channel, got {mlp_ratio!r}.'
+            )
+        _check_flags(qkv_bias=qkv_bias, norm_eval=norm_eval, with_cp=with_cp)
         self.in_channels = in_channels
         self.out_indices = self._parse_out_indices(out_indices)
         self.frozen_stages = frozen_stages
@@ -151,7 +157,8 @@ class MLLA(BaseModule):
         self.num_features = [embed_dims * 2**i for i in range(self.num_stages)]
 
         self.patch_embed = Stem(in_channels, embed_dims, drop_rate)
-        rates = torch.linspace(0, drop_path_rate, sum(depths)).split(list(depths))
+        rates = torch.linspace(0, drop_path_rate, sum(depths), dtype=torch.float64)
+        rates = rates.split(list(depths))
         self.layers = nn.ModuleList(
             Stage(
                 self.num_features[i],
@@ -183,7 +190,9 @@ class MLLA(BaseModule):
             H / 4 rounded up and H_(i+1) is H_i / 2 rounded up.
 
         Raises:
-            ValueError: If ``x`` is empty or of another shape.
+            ValueError: If ``x`` is empty, of another shape or no floating-point
+                tensor. In training also for a single image of at most 32 x 32 pixels:
+                BatchNorm has no variance of the one value per channel that it gets.
         """
         self._check_input(x)
         # From here on maps are (N, H, W, C) in memory: linear layers and LayerNorm act
@@ -325,6 +334,11 @@ class MLLA(BaseModule):
                 f'Expected non-empty images (N, {self.in_channels}, H, W), '
                 f'got a tensor of shape {tuple(x.shape)}.'
             )
+        if not x.is_floating_point():
+            raise ValueError(
+                f'Expected images of floating-point numbers, got {x.dtype}. '
+                'Normalise them first.'
+            )
 
 
 def _init_linear(module: nn.Module) -> None:
@@ -342,9 +356,25 @@ def _is_int_sequence(values) -> bool:
     return isinstance(values, (list, tuple)) and all(map(_is_int, values))
 
 
-def _check_range(
-    name: str, value: float, low: float, high: float = float('inf')
-) -> None:
-    if not low <= value <= high:
-        bounds = f'at least {low}' if high == float('inf') else f'in [{low}, {high}]'
-        raise ValueError(f'{name} must be {bounds}, got {value!r}.')
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_int(name: str, value: int, low: int, high: float = inf) -> None:
+    if not _is_int(value) or not low <= value <= high:
+        bounds = f'of at least {low}' if high == inf else f'from {low} to {high}'
+        raise ValueError(f'{name} must be an int {bounds}, got {value!r}.')
+
+
+def _check_rate(name: str, value: float) -> None:
+    # What is kept is divided by 1 - rate.
+    if not _is_number(value) or not 0 <= value < 1:
+        raise ValueError(
+            f'{name} must be a number of at least 0 and below 1, got {value!r}.'
+        )
+
+
+def _check_flags(**flags: bool) -> None:
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise ValueError(f'{name} must be True or False, got {value!r}.')

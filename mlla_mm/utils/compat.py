@@ -1,0 +1,23 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+"""What differs between the supported versions of PyTorch, from 2.1 on.
+
+The two sets of OpenMMLab packages run the same code; which of them is installed, and
+what is wrong with it, tells :mod:`mlla_mm.utils.stack`.
+"""
+
+import torch
+
+#: Whether a module can tell that torch.export is at work.
+TELLS_EXPORT = torch.__version__ >= (2, 7)
+
+#: Whether ONNX export goes through torch.export unless told otherwise.
+EXPORTS_ONNX_THROUGH_EXPORT = torch.__version__ >= (2, 9)
+
+#: Whether torch.load sees that a pickle tells wrong lengths of a file's records.
+#: PyTorch 2.1 believes it, and reads behind their end; 2.11 does not.
+CHECKS_RECORD_LENGTHS = torch.__version__ >= (2, 11)
+
+
+def is_exporting() -> bool:
+    """Whether torch.export is at work; False where that cannot be told."""
+    return TELLS_EXPORT and torch.compiler.is_exporting()
