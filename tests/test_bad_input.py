@@ -198,12 +198,16 @@ def test_what_is_not_known_is_left_alone():
 def test_a_classifier_can_be_evaluated_on_some_of_its_classes():
     cfg = config(CLS)
     cfg.model.head.num_classes = cfg.model.data_preprocessor.num_classes = 20
-    with pytest.raises(ValueError, match='num_classes is 20, but the data set of train'):
+    with pytest.raises(
+        ValueError, match='num_classes is 20, but the data set of train'
+    ):
         check_config(cfg)
     cfg.train_dataloader.dataset = dict(type='CustomDataset')  # of 20 classes
     check_config(cfg)
     cfg.model.head.num_classes = 5
-    with pytest.raises(ValueError, match='head.num_classes is 5, but the data set of v'):
+    with pytest.raises(
+        ValueError, match='head.num_classes is 5, but the data set of v'
+    ):
         check_config(cfg)
 
 

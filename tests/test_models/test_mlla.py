@@ -320,9 +320,13 @@ def test_state_does_not_depend_on_the_image_size():
         (dict(arch=NANO, out_indices=(3, -1)), 'twice'),
         (dict(arch=NANO, in_channels=0), 'in_channels'),
         (dict(arch=NANO, frozen_stages=5), 'frozen_stages'),
+        (dict(arch=NANO, in_channels=3.0), 'in_channels must be an int'),
+        (dict(arch=NANO, with_cp='false'), 'with_cp must be True or False'),
         (dict(arch=NANO, drop_path_rate=1.5), 'drop_path_rate'),
+        (dict(arch=NANO, drop_path_rate=1.0), 'drop_path_rate must be .* below 1'),
         (dict(arch=NANO, drop_rate=-0.1), 'drop_rate'),
         (dict(arch=NANO, mlp_ratio=0), 'mlp_ratio'),
+        (dict(arch=NANO, mlp_ratio=float('inf')), 'mlp_ratio'),
     ],
 )
 def test_bad_arguments(kwargs, message):
@@ -336,3 +340,8 @@ def test_bad_arguments(kwargs, message):
 def test_bad_input(shape):
     with pytest.raises(ValueError, match='Expected non-empty images'):
         MLLA(NANO)(torch.rand(shape))
+
+
+def test_integer_images():
+    with pytest.raises(ValueError, match='floating-point numbers, got torch.uint8'):
+        MLLA(NANO)(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
