@@ -65,7 +65,7 @@ def files(folder):
 def test_configs_and_tools_are_there(site):
     mim = site / 'mlla_mm' / '.mim'
     assert files(mim / 'configs') == files(ROOT / 'configs')
-    of_clones = {'quickstart.sh', 'run_tests.sh', 'misc/setup_env.sh'}
+    of_clones = {'quickstart.sh', 'run_tests.sh', 'test_matrix.sh', 'misc/setup_env.sh'}
     assert files(mim / 'tools') == files(ROOT / 'tools') - of_clones
     assert (mim / 'model-index.yml').read_bytes() == (
         ROOT / 'model-index.yml'
