@@ -24,7 +24,9 @@ _SEEDED = {
 class _Updating:
     """What the two loops share: an iteration is an update of seeded micro-batches."""
 
-    micro_batches: int
+    def __init__(self, *args, micro_batches: int = 1, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.micro_batches = micro_batches
 
     def _prepare(self) -> None:
         """Count in micro-batches inside the optimiser wrapper alone.
@@ -77,10 +79,6 @@ class SeededEpochBasedTrainLoop(_Updating, EpochBasedTrainLoop):
         *args, **kwargs: As :class:`mmengine.runner.EpochBasedTrainLoop` takes them.
     """
 
-    def __init__(self, *args, micro_batches: int = 1, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        self.micro_batches = micro_batches
-
     def run(self) -> nn.Module:
         self._prepare()
         return super().run()
@@ -100,10 +98,6 @@ class SeededIterBasedTrainLoop(_Updating, IterBasedTrainLoop):
         micro_batches (int): Number of micro-batches of an update. Defaults to 1.
         *args, **kwargs: As :class:`mmengine.runner.IterBasedTrainLoop` takes them.
     """
-
-    def __init__(self, *args, micro_batches: int = 1, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        self.micro_batches = micro_batches
 
     def run(self) -> nn.Module:
         self._prepare()

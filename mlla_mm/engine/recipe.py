@@ -109,7 +109,9 @@ def format_record(record: Dict[str, Dict[str, Any]]) -> str:
     for item, values in record.items():
         if values['actual'] is None and values['recipe'] is None:
             continue
-        rows.append((item, _text(values['recipe']), _text(values['actual'])))
+        rows.append(
+            (item, format_value(values['recipe']), format_value(values['actual']))
+        )
     widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
     return '\n'.join(
         f'{item:<{widths[0]}}  {recipe:<{widths[1]}}  {actual}'
@@ -118,7 +120,8 @@ def format_record(record: Dict[str, Dict[str, Any]]) -> str:
     )
 
 
-def _text(value: Any) -> str:
+def format_value(value: Any) -> str:
+    """An item's value for a table."""
     if value is None:
         return '-'
     if isinstance(value, float):

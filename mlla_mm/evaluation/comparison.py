@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Tuple, Union
 
+from ..engine.recipe import format_value
 from ..visualization.curves import draw_curves
 from .markdown import markdown_table
 from .published import METRICS, PublishedModel, published_models
@@ -201,20 +202,16 @@ def _run_section(run: Run, model: Optional[PublishedModel]) -> str:
             'deviates from the recipe is unknown. tools/train.py writes it.'
         )
     if run.deviations:
-        rows = [[_text(value) for value in deviation] for deviation in run.deviations]
+        rows = [
+            [format_value(value) for value in deviation] for deviation in run.deviations
+        ]
         parts.append('Deviations from the recipe:')
         parts.append(markdown_table(('', 'Recipe', 'This run'), rows))
     elif run.curves and not run.unrecorded:
         parts.append('No deviation from the recipe is recorded.')
     if run.recorded:
-        items = (f'{item} {_text(value)}' for item, value in run.recorded.items())
+        items = (
+            f'{item} {format_value(value)}' for item, value in run.recorded.items()
+        )
         parts.append(f'Of the run: {"; ".join(items)}.')
     return '\n\n'.join(parts)
-
-
-def _text(value: object) -> str:
-    if value is None:
-        return '-'
-    if isinstance(value, float):
-        return f'{value:.8g}'
-    return ', '.join(value) if isinstance(value, list) else str(value)
