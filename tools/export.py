@@ -11,7 +11,7 @@ from pathlib import Path
 from mlla_mm.apis import load_model
 from mlla_mm.apis.export import FORMATS, export_model, select_part
 from mlla_mm.engine import launch
-from mlla_mm.engine.config import add_trust_argument, read_config
+from mlla_mm.engine.config import add_ema_argument, add_trust_argument, read_config
 
 
 def parse_args() -> argparse.Namespace:
@@ -42,11 +42,7 @@ def parse_args() -> argparse.Namespace:
         default='cpu',
         help='where torchscript and torch-export files will run (%(default)s)',
     )
-    parser.add_argument(
-        '--ema',
-        action='store_true',
-        help="the checkpoint's averaged weights (state_dict_ema), not the plain ones",
-    )
+    add_ema_argument(parser)
     add_trust_argument(parser)
     return parser.parse_args()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from mlla_mm.apis import Inferencer
 from mlla_mm.apis.output import summary
 from mlla_mm.engine import launch
-from mlla_mm.engine.config import add_trust_argument
+from mlla_mm.engine.config import add_ema_argument, add_trust_argument
 
 
 def parse_args() -> argparse.Namespace:
@@ -39,11 +39,7 @@ def parse_args() -> argparse.Namespace:
         default=1,
         help='pictures of one size that are predicted together (%(default)s)',
     )
-    parser.add_argument(
-        '--ema',
-        action='store_true',
-        help="the checkpoint's averaged weights (state_dict_ema), not the plain ones",
-    )
+    add_ema_argument(parser)
     add_trust_argument(parser)
     return parser.parse_args()
 

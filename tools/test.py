@@ -34,11 +34,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--tta', action='store_true', help="test-time augmentation of the config's"
     )
-    parser.add_argument(
-        '--ema',
-        action='store_true',
-        help="the checkpoint's averaged weights (state_dict_ema), not the plain ones",
-    )
+    options.add_ema_argument(parser)
     parser.add_argument('--amp', action='store_true', help='mixed precision')
     return parser.parse_args()
 

@@ -47,6 +47,15 @@ def add_trust_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_ema_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the choice of a checkpoint's averaged weights."""
+    parser.add_argument(
+        '--ema',
+        action='store_true',
+        help="the checkpoint's averaged weights (state_dict_ema), not the plain ones",
+    )
+
+
 def read_run_config(args: argparse.Namespace) -> Config:
     """Read the config of a run and apply :func:`add_run_arguments`'s arguments.
 
@@ -164,7 +173,7 @@ def check_pretrained(cfg: Config) -> None:
     resuming = cfg.get('resume') and (
         cfg.get('load_from') or newest_checkpoint(cfg.work_dir)
     )
-    for module in _modules_with_pretrained(cfg.model):
+    for module in modules_with_pretrained(cfg.model):
         if '://' in module['init_cfg']['checkpoint']:
             continue
         if resuming:
@@ -173,7 +182,8 @@ def check_pretrained(cfg: Config) -> None:
             require_weights(module['init_cfg']['checkpoint'])
 
 
-def _modules_with_pretrained(model: Any) -> Iterator[dict]:
+def modules_with_pretrained(model: Any) -> Iterator[dict]:
+    """The parts of a model's config that start from a checkpoint, by ``init_cfg``."""
     if isinstance(model, dict):
         init_cfg = model.get('init_cfg')
         if isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained':
@@ -181,7 +191,7 @@ def _modules_with_pretrained(model: Any) -> Iterator[dict]:
         model = list(model.values())
     if isinstance(model, (list, tuple)):
         for value in model:
-            yield from _modules_with_pretrained(value)
+            yield from modules_with_pretrained(value)
 
 
 # How each package's visualization hook is told to draw test results into a folder.

@@ -2,13 +2,13 @@
 """A recipe and the run that was made of it, item by item."""
 
 import math
-from collections.abc import Iterator
 from typing import Any, Dict, List, Optional
 
 import torch
 from mmengine.config import Config
 
 from .batch_size import accumulated_batches, recipe_batch_size, total_batch_size
+from .config import modules_with_pretrained
 from .ema import recipe_decay
 
 Items = Dict[str, Any]
@@ -58,7 +58,7 @@ def describe_run(cfg: Config, world_size: int) -> Items:
         'TF32': torch.backends.cuda.matmul.allow_tf32
         if torch.cuda.is_available()
         else None,
-        'pretrained weights': sorted(_pretrained(cfg.model)) or None,
+        'pretrained weights': _pretrained(cfg.model) or None,
         'start from': cfg.get('load_from'),
     }
 
@@ -145,12 +145,6 @@ def _precision(cfg: Config) -> str:
     return cfg.optim_wrapper.get('dtype') or 'float16'
 
 
-def _pretrained(model: Any) -> Iterator[str]:
-    if isinstance(model, dict):
-        init_cfg = model.get('init_cfg')
-        if isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained':
-            yield init_cfg['checkpoint']
-        model = list(model.values())
-    if isinstance(model, (list, tuple)):
-        for value in model:
-            yield from _pretrained(value)
+def _pretrained(model: dict) -> List[str]:
+    modules = modules_with_pretrained(model)
+    return sorted(module['init_cfg']['checkpoint'] for module in modules)
