@@ -1,5 +1,5 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-from .linear_attention import linear_attention
+from .naive import linear_attention
 from .rotary import rotary_embedding
 
 __all__ = ['linear_attention', 'rotary_embedding']

@@ -1,5 +1,9 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""Linear attention with rotary embedding, the plain definition."""
+"""The ops by their plain definitions: what every faster version has to equal.
+
+They run everywhere, in any floating-point type, and are what is traced, exported and
+counted. ``MLLA_OPS=naive`` in the environment makes the models use them alone.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +12,60 @@ from torch import Tensor
 from .rotary import rotary_embedding
 
 _EPS = 1e-6
+
+
+def depthwise_conv(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: bool = False, act: bool = False
+) -> Tensor:
+    """3x3 depthwise convolution with zero padding 1 on a channels-last map.
+
+    ::
+
+        y = [x +] [SiLU](conv(x, weight) + bias)
+
+    Args:
+        x (Tensor): Feature map (N, H, W, C).
+        weight (Tensor): (C, 1, 3, 3).
+        bias (Tensor): (C,).
+        residual (bool): Whether to add the input. Defaults to False.
+        act (bool): Whether SiLU follows the convolution. Defaults to False.
+
+    Returns:
+        Tensor: (N, H, W, C).
+    """
+    # The permuted view is a channels-last tensor to PyTorch, so nothing is copied.
+    y = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=1, groups=len(weight))
+    y = y.permute(0, 2, 3, 1)
+    if act:
+        y = F.silu(y)
+    return x + y if residual else y
+
+
+def mlla_attention(
+    qk: Tensor, v: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, num_heads: int
+) -> Tensor:
+    """Linear attention with local position encoding, gated: the core of a MLLA block.
+
+    ::
+
+        y = (LinearAttention(q, k, v) + LePE(v)) * SiLU(gate)
+
+    LePE is a 3x3 depthwise convolution. See :func:`linear_attention`.
+
+    Args:
+        qk (Tensor): Queries, then keys, before the feature map, (N, H, W, 2C).
+        v (Tensor): Values, (N, H, W, C).
+        gate (Tensor): Gate before SiLU, (N, H, W, C).
+        weight (Tensor): Weight of LePE, (C, 1, 3, 3).
+        bias (Tensor): Bias of LePE, (C,).
+        num_heads (int): Number of heads, a divisor of C.
+
+    Returns:
+        Tensor: (N, H, W, C), the dtype of ``v``.
+    """
+    q, k = qk.chunk(2, dim=-1)
+    y = linear_attention(q, k, v, num_heads) + depthwise_conv(v, weight, bias)
+    return y * F.silu(gate)
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
