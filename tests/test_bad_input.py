@@ -19,7 +19,7 @@ from mlla_mm.datasets.check_config import check_split, require_data
 from mlla_mm.engine import config as options
 from mlla_mm.engine import launch
 from mlla_mm.engine.config_check import check_config, require_work_dir
-from mlla_mm.engine.corrupt_images import CorruptImageError
+from mlla_mm.engine.corrupt_images import CorruptImageError, check_images
 from mlla_mm.engine.loops import use_seeded_loop
 from mlla_mm.engine.seeding import SAMPLE, Draw, SeededDataset
 from mlla_mm.models.checkpoint_layout import check_fit, find_weights
@@ -730,6 +730,59 @@ def test_nothing_but_corrupt_images(masks):
             dataset[Draw(0, (SAMPLE, 0, 0, 0))]
 
 
+# Images in evaluations.
+
+EVALUATION_WAY_OUT = 'Replace it, or take it out of the data set.'
+EVALUATION_ERRORS = [
+    *((SEG, *error) for error in READ_ERRORS.values()),
+    (DET, 'images/1.jpg', truncate, 'is truncated'),
+    (DET, 'images/1.jpg', lambda path: path.write_bytes(b''), 'is empty'),
+    (DET, 'images/1.jpg', lambda path: path.write_text('<html>'), 'is not an image'),
+    (DET, 'images/1.jpg', lambda path: save(path, noise(10, 20000, 3)),
+     'is of 20000 x 10 pixels, which the pipeline cannot process'),
+    (CLS, 'val/1/image.png', truncate, 'is truncated'),
+    (CLS, 'val/1/image.png', lambda path: path.write_bytes(b''), 'is empty'),
+    (CLS, 'val/1/image.png', lambda path: path.write_text('<html>'), 'is not an image'),
+]  # fmt: skip
+
+
+def evaluated(scope, root, split='val'):
+    """The data set of an evaluation, as tools/train.py and tools/test.py build it."""
+    cfg = config(scope, root)
+    if split == 'test':
+        cfg.test_dataloader = cfg.val_dataloader
+        options.enable_tta(cfg)
+    check_images(cfg, split)
+    check_images(cfg, split)  # as with the config of a work_dir
+    with DefaultScope.overwrite_default_scope(scope):
+        return DATASETS.build(cfg[f'{split}_dataloader'].dataset)
+
+
+@pytest.mark.parametrize('case', range(len(EVALUATION_ERRORS)))
+def test_images_in_evaluations(request, tmp_path, case):
+    scope, name, spoil, problem = EVALUATION_ERRORS[case]
+    request.getfixturevalue({DET: 'coco', SEG: 'masks', CLS: 'folders'}[scope])
+    dataset = evaluated(scope, tmp_path)
+    assert dataset.metainfo['classes'] and len(dataset) in (3, 10)
+    spoil(tmp_path / name)
+    with pytest.raises(CorruptImageError) as caught:
+        dataset[1]
+    assert str(caught.value) == f'{tmp_path / name} {problem}. {EVALUATION_WAY_OUT}'
+    assert dataset[0] is not None
+
+
+@pytest.mark.parametrize('name', ['images/1.jpg', 'maps/1.png'])
+@pytest.mark.parametrize('split', ['val', 'test'])
+def test_a_decoder_that_fills_up_in_evaluations(masks, monkeypatch, split, name):
+    """Also with test-time augmentation, whose samples are lists."""
+    dataset = evaluated(SEG, masks, split)
+    whole = {name: dataset[1]}
+    truncate(masks / name)
+    monkeypatch.setattr(type(dataset.dataset), '__getitem__', lambda *_: whole[name])
+    with pytest.raises(CorruptImageError, match=f'{name} is truncated'):
+        dataset[1]
+
+
 # Images that are unusual, but no error.
 
 
@@ -1019,6 +1072,43 @@ def test_corrupt_image_ends_training(run_tool, folders, tmp_path):
     assert result.returncode == 1
     (error,) = errors(result)
     assert error == f'Error: {folders}/train/7/image.png is truncated. {WAY_OUT}'
+
+
+def test_corrupt_image_ends_a_validation(run_tool, folders, tmp_path):
+    """Images of an evaluation are never skipped."""
+    truncate(folders / 'val/7/image.png')
+    result = train(
+        run_tool, folders, tmp_path / 'work', 'skip_corrupt_images=True', processes=2
+    )
+    assert result.returncode == 1
+    message = f'{folders}/val/7/image.png is truncated. {EVALUATION_WAY_OUT}'
+    assert errors(result) == [f'Error: {message}']
+
+
+@pytest.mark.parametrize(
+    'scope, fixture, name',
+    [(DET, 'coco', 'images/1.jpg'), (SEG, 'masks', 'maps/1.png')],
+)
+def test_corrupt_image_ends_a_test(
+    run_tool, request, nano, tmp_path, scope, fixture, name
+):
+    request.getfixturevalue(fixture)
+    truncate(tmp_path / name)
+    cfg = config(scope, tmp_path)
+    cfg.test_dataloader = cfg.val_dataloader
+    cfg.test_evaluator = cfg.val_evaluator
+    if scope == DET:
+        cfg.test_evaluator.ann_file = str(tmp_path / 'coco.json')
+    cfg.dump(tmp_path / 'config.py')
+    _, checkpoint = nano(scope)
+    result = run_tool(
+        'python', 'tools/test.py', tmp_path / 'config.py', checkpoint,
+        '--work-dir', tmp_path / 'work', check=False,
+    )  # fmt: skip
+    assert result.returncode == 1
+    message = f'{tmp_path / name} is truncated. {EVALUATION_WAY_OUT}'
+    assert result.stdout.splitlines()[-1] == f'Error: {message}'
+    assert 'Traceback' not in result.stdout
 
 
 def test_skipped_images_of_all_processes_are_counted(run_tool, folders, tmp_path):

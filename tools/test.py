@@ -13,6 +13,7 @@ from mlla_mm.datasets.check_config import require_data
 from mlla_mm.engine import config as options
 from mlla_mm.engine import launch
 from mlla_mm.engine.config_check import check_config, require_work_dir
+from mlla_mm.engine.corrupt_images import CorruptImageError, check_images
 from mlla_mm.engine.ema import use_ema_weights
 from mlla_mm.utils.checkpoint_file import CheckpointError
 
@@ -63,11 +64,14 @@ def main() -> None:
     with launch.exit_on_user_error():
         cfg = read_config(args)
         check_config(cfg)
+        check_images(cfg, 'test')
         if launch.set_up(cfg).rank == 0:
             require_data(cfg, 'test')
             require_work_dir(cfg.work_dir)
-    with launch.exit_on_user_error((CheckpointError,)):
-        test(cfg)
+    # An image is one process's; a checkpoint is all of theirs.
+    with launch.exit_on_user_error((CorruptImageError,), shared=False):
+        with launch.exit_on_user_error((CheckpointError,)):
+            test(cfg)
     launch.tear_down()
 
 

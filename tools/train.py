@@ -13,7 +13,7 @@ from mlla_mm.datasets.check_config import require_data
 from mlla_mm.engine import batch_size, launch, preflight
 from mlla_mm.engine import config as options
 from mlla_mm.engine.config_check import check_config, require_work_dir
-from mlla_mm.engine.corrupt_images import CorruptImageError
+from mlla_mm.engine.corrupt_images import CorruptImageError, check_images
 from mlla_mm.engine.hooks import DivergedError, RecordRecipeHook
 from mlla_mm.engine.loops import use_seeded_loop
 from mlla_mm.engine.recipe import describe_recipe, describe_run
@@ -75,6 +75,7 @@ def main() -> None:
         cfg = read_config(args)
         check_config(cfg)
         record = fit_to_processes(cfg, args)
+        check_images(cfg, 'val')
         options.check_pretrained(cfg)
         layout = launch.set_up(cfg)
         if layout.rank == 0:

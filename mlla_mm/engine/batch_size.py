@@ -1,10 +1,11 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 """The recipe's total batch size, on the number of processes that there is."""
 
-from typing import Any, List, Optional
+from typing import List, Optional
 
 from mmengine.config import Config
 
+from .config import as_list
 from .loops import use_seeded_loop
 
 
@@ -175,11 +176,11 @@ def scale_to_batch_size(cfg: Config, world_size: int) -> float:
     actual = total_batch_size(cfg, world_size)
     ratio = actual / recipe
     cfg.optim_wrapper.optimizer.lr *= ratio
-    for scheduler in _as_list(cfg.get('param_scheduler')):
+    for scheduler in as_list(cfg.get('param_scheduler')):
         for key in ('eta_min', 'eta_max'):
             if scheduler.get(key):
                 scheduler[key] *= ratio
-    for hook in _as_list(cfg.get('custom_hooks')):
+    for hook in as_list(cfg.get('custom_hooks')):
         _scale_average(hook, ratio)
     # The rates are meant for this batch size now; MMEngine is not to scale them again.
     cfg.auto_scale_lr.update(base_batch_size=actual, enable=False)
@@ -193,9 +194,3 @@ def _scale_average(hook: dict, ratio: float) -> None:
     # Without a decay of its own, MESAHook follows the total batch size itself.
     if hook['type'] == 'MESAHook' and hook.get('decay') is not None:
         hook['decay'] **= ratio
-
-
-def _as_list(configs: Any) -> List[dict]:
-    if not configs:
-        return []
-    return configs if isinstance(configs, (list, tuple)) else [configs]

@@ -4,7 +4,7 @@
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, List, Optional
 
 import torch
 from mmengine.config import Config, ConfigDict, DictAction
@@ -97,6 +97,13 @@ def read_config(path: str, options: Optional[dict] = None) -> Config:
     if options:
         cfg.merge_from_dict(options)
     return cfg
+
+
+def as_list(value: Any) -> List[Any]:
+    """What a config has one or several of, or none (None, or empty)."""
+    if not value:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def enable_amp(cfg: Config) -> None:

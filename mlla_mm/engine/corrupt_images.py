@@ -1,16 +1,18 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""Training images that cannot be read: named, or skipped and counted."""
+"""Images that cannot be read: named, or in training skipped and counted."""
 
 from pathlib import Path
 from typing import Any, List, Optional
 
 import cv2
+from mmengine.config import Config
 from mmengine.dist import all_reduce
 from mmengine.hooks import Hook
-from mmengine.registry import HOOKS
+from mmengine.registry import DATASETS, HOOKS
 from mmengine.runner import EpochBasedTrainLoop
 from PIL import Image, UnidentifiedImageError
 from torch import tensor
+from torch.utils.data import Dataset
 
 _ENDS = {b'\xff\xd8': b'\xff\xd9', b'\x89P': b'IEND\xaeB`\x82'}
 """The last bytes of a JPEG and of a PNG file, by the first two."""
@@ -32,7 +34,60 @@ class CorruptImageError(ValueError):
         super().__init__(message.rpartition('CorruptImageError: ')[2].strip())
 
 
-def read_sample(dataset: Any, index: int) -> Any:
+@DATASETS.register_module()
+class CheckedDataset(Dataset):
+    """A data set whose images that cannot be read are errors that name the file.
+
+    All attributes are the data set's: hooks and metrics that read them, or switch the
+    pipeline, do that of the data set.
+
+    Args:
+        dataset (dict): Config of the data set.
+
+    Raises:
+        CorruptImageError: See :func:`read_sample`.
+    """
+
+    _way_out = 'Replace it, or take it out of the data set.'
+    _own = ('dataset',)
+
+    def __init__(self, dataset: dict) -> None:
+        self.dataset = DATASETS.build(dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        return read_sample(self.dataset, index, self._way_out)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getattr__(self, name: str) -> Any:
+        # While it is unpickled it has no data set yet.
+        if name in self._own:
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._own:
+            super().__setattr__(name, value)
+        else:
+            setattr(self.dataset, name, value)
+
+
+def check_images(cfg: Config, split: str) -> None:
+    """Let an evaluation name the images that it cannot read.
+
+    It never skips one: its metrics would be those of another data set.
+
+    Args:
+        cfg (Config): The config of a run; changed in place.
+        split (str): 'val' or 'test'.
+    """
+    loader = cfg.get(f'{split}_dataloader')
+    if loader and loader.dataset.get('type') != 'CheckedDataset':
+        loader.dataset = dict(type='CheckedDataset', dataset=loader.dataset)
+
+
+def read_sample(dataset: Any, index: int, way_out: str) -> Any:
     """``dataset[index]``, with an error that names the file if one cannot be read.
 
     A cut-off JPEG or PNG file is found even if the decoder has filled up what is
@@ -40,8 +95,9 @@ def read_sample(dataset: Any, index: int) -> Any:
 
     Args:
         dataset (Dataset): The data set. Files are known of those with OpenMMLab's
-            ``get_data_info``, and of samples with ``data_samples.img_path``.
+            ``get_data_info``, and of samples whose ``data_samples`` tell.
         index (int): The index.
+        way_out (str): End of the error's message.
 
     Raises:
         CorruptImageError: If an image or a label map exists, but cannot be read, or is
@@ -53,13 +109,12 @@ def read_sample(dataset: Any, index: int) -> Any:
         for path in _files(dataset, index):
             problem = image_problem(path) or _size_problem(path)
             if problem is not None:
-                raise _error(path, problem) from error
+                raise CorruptImageError(f'{path} {problem}. {way_out}') from error
         raise
-    path = _file_of(sample)
-    if path is not None and _lacks_end(path):
-        problem = image_problem(path)
+    for path in _files_of(sample):
+        problem = image_problem(path) if _lacks_end(path) else None
         if problem is not None:
-            raise _error(path, problem)
+            raise CorruptImageError(f'{path} {problem}. {way_out}')
     return sample
 
 
@@ -90,11 +145,7 @@ def _size_problem(path: Path) -> Optional[str]:
     return f'is of {width} x {height} pixels, which the pipeline cannot process'
 
 
-def _error(path: Path, problem: str) -> CorruptImageError:
-    return CorruptImageError(
-        f'{path} {problem}. Replace it, take it out of the data set, or set '
-        'skip_corrupt_images=True.'
-    )
+_FILE_KEYS = ('img_path', 'seg_map_path')
 
 
 def _files(dataset: Any, index: int) -> List[Path]:
@@ -102,15 +153,17 @@ def _files(dataset: Any, index: int) -> List[Path]:
     if not hasattr(dataset, 'get_data_info'):
         return []
     info = dataset.get_data_info(index)
-    paths = [info.get(key) for key in ('img_path', 'seg_map_path')]
+    paths = [info.get(key) for key in _FILE_KEYS]
     return [Path(path) for path in paths if path and Path(path).is_file()]
 
 
-def _file_of(sample: Any) -> Optional[Path]:
-    if not isinstance(sample, dict):
-        return None
-    path = getattr(sample.get('data_samples'), 'img_path', None)
-    return Path(path) if path else None
+def _files_of(sample: Any) -> List[Path]:
+    """The files that a sample was made of, as far as it tells."""
+    packed = sample.get('data_samples') if isinstance(sample, dict) else None
+    if isinstance(packed, (list, tuple)):  # test-time augmentation: one image's views
+        packed = packed[0]
+    paths = [getattr(packed, key, None) for key in _FILE_KEYS]
+    return [Path(path) for path in paths if path]
 
 
 def _lacks_end(path: Path) -> bool:

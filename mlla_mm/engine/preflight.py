@@ -42,6 +42,7 @@ from mmengine.runner.checkpoint import CheckpointLoader
 
 from . import launch
 from .batch_size import accumulated_batches
+from .config import as_list
 
 UPDATES = 2
 """Optimiser updates at the largest size."""
@@ -363,16 +364,10 @@ def _derived(cfg: Config, folder: str) -> Config:
     for hook in cfg.get('default_hooks', {}).values():
         if hook and 'out_dir' in hook:
             hook.pop('out_dir')
-    for evaluator in _as_list(cfg.get('val_evaluator')):
+    for evaluator in as_list(cfg.get('val_evaluator')):
         for key in {'outfile_prefix', 'output_dir', 'out_file_path'} & set(evaluator):
             evaluator[key] = str(Path(folder) / Path(evaluator[key] or key).name)
     return cfg
-
-
-def _as_list(value: Any) -> List[Any]:
-    if value is None:
-        return []
-    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def _short_run(
@@ -642,7 +637,7 @@ def _disk(cfg: Config, folder: str, left: Remaining) -> Optional[Disk]:
         count = min(count, hook['max_keep_ckpts'])
     account = f'{count} x {_gib(size)}'
     needed = count * size
-    best = len(_as_list(hook.get('save_best')))
+    best = len(as_list(hook.get('save_best')))
     if best:
         sizes = map(_bytes, Path(folder).glob('best_*'))
         best_size = max(sizes, default=size)

@@ -7,7 +7,6 @@ from itertools import chain, islice
 from typing import Any, Callable, List, Optional, Sequence
 from unittest import mock
 
-from mmengine.dataset import InfiniteSampler
 from mmengine.dist import get_dist_info, sync_random_seed
 from mmengine.registry import DATA_SAMPLERS, FUNCTIONS
 from torch.utils.data import BatchSampler, Sampler
@@ -43,11 +42,6 @@ class _ProcessSampler(Sampler):
 
     def __len__(self) -> int:
         return len(self._sampler)
-
-    @property
-    def infinite(self) -> bool:
-        """Whether one pass over the data never ends."""
-        return isinstance(self._sampler, InfiniteSampler)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -86,22 +80,25 @@ class SharedSampler(Sampler):
 
     def restart(self) -> None:
         """Go back to the first image of the first pass."""
-        rank, world_size = get_dist_info()
-        processes = world_size * self._micro_batches
+        first = get_dist_info()[0] * self._micro_batches
+        self.samplers = [self._build(first + i) for i in range(self._micro_batches)]
+
+    def _build(self, process: int) -> _ProcessSampler:
+        processes = get_dist_info()[1] * self._micro_batches
         options = dict(dataset=self.dataset, seed=self.seed)
-        self.samplers = []
-        for i in range(self._micro_batches):
-            process = rank * self._micro_batches + i
-            with _acting_as(process, processes):
-                sampler = DATA_SAMPLERS.build(self._sampler, default_args=options)
-            self.samplers.append(
-                _ProcessSampler(sampler, self.dataset, self.seed, process, processes)
-            )
+        with _acting_as(process, processes):
+            sampler = DATA_SAMPLERS.build(self._sampler, default_args=options)
+        return _ProcessSampler(sampler, self.dataset, self.seed, process, processes)
 
     @property
     def infinite(self) -> bool:
-        """Whether one pass over the data never ends."""
-        return self.samplers[0].infinite
+        """Whether one pass over the data never ends, but goes on behind its length.
+
+        Samplers do not say so. Endless ones remember where they are, so a new one is
+        tried.
+        """
+        sampler = self._build(0)
+        return next(islice(sampler, len(sampler), None), None) is not None
 
     def __iter__(self) -> Iterator[int]:
         return chain.from_iterable(zip(*self.samplers))

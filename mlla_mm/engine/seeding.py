@@ -15,9 +15,8 @@ from typing import Any, Tuple
 import numpy as np
 import torch
 from mmengine.registry import DATASETS
-from torch.utils.data import Dataset
 
-from .corrupt_images import CorruptImageError, read_sample
+from .corrupt_images import CheckedDataset, CorruptImageError
 
 # Streams that must not meet.
 SAMPLE, UPDATE = 0, 1
@@ -58,10 +57,10 @@ class Draw(int):
 
 
 @DATASETS.register_module()
-class SeededDataset(Dataset):
+class SeededDataset(CheckedDataset):
     """A data set whose augmentations are seeded by :class:`Draw`.
 
-    Another index is passed on as it is, and so are all attributes.
+    Another index is passed on as it is.
 
     Args:
         dataset (dict): Config of the data set.
@@ -73,10 +72,13 @@ class SeededDataset(Dataset):
         CorruptImageError: If an image cannot be read, or too many in a row.
     """
 
+    _way_out = (
+        'Replace it, take it out of the data set, or set skip_corrupt_images=True.'
+    )
     _own = ('dataset', 'skipped')
 
     def __init__(self, dataset: dict, skip_corrupt_images: bool = False) -> None:
-        self.dataset = DATASETS.build(dataset)
+        super().__init__(dataset)
         self.skipped = multiprocessing.Value('q', 0) if skip_corrupt_images else None
 
     def __getitem__(self, index: int) -> Any:
@@ -85,33 +87,17 @@ class SeededDataset(Dataset):
             key, index = index.key, int(index)
             seed_generators(*key)
         if self.skipped is None:
-            return read_sample(self.dataset, index)
+            return super().__getitem__(index)
         for skips in range(1, _MAX_SKIPS + 1):
             try:
-                return read_sample(self.dataset, index)
+                return super().__getitem__(index)
             except CorruptImageError as error:
                 self._count(error)
             seed_generators(*key, skips)
             index = random.randrange(len(self))
-        return read_sample(self.dataset, index)
+        return super().__getitem__(index)
 
     def _count(self, error: CorruptImageError) -> None:
         with self.skipped.get_lock():
             self.skipped.value += 1
         warnings.warn(f'Skipped: {str(error).split(". ")[0]}.', stacklevel=3)
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getattr__(self, name: str) -> Any:
-        # While it is unpickled it has no data set yet.
-        if name in self._own:
-            raise AttributeError(name)
-        return getattr(self.dataset, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Hooks that switch the pipeline mean that of the data set."""
-        if name in self._own:
-            super().__setattr__(name, value)
-        else:
-            setattr(self.dataset, name, value)

@@ -5,6 +5,7 @@ A checkpoint is a pickle, and a pickle names functions to call. The reader of th
 module looks names up in a table of what checkpoints are made of, and never imports one.
 """
 
+import os
 import pickle
 import tarfile
 from collections import Counter, OrderedDict, defaultdict, deque
@@ -65,13 +66,14 @@ def load_checkpoint_file(
 
     Raises:
         FileNotFoundError: If there is no such file.
-        CheckpointError: If the file is damaged or no checkpoint, or if it holds
-            anything else and is not trusted.
+        CheckpointError: If the file is damaged or no checkpoint, if it holds anything
+            else and is not trusted, or if PyTorch is told to read files its way alone.
     """
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f'Checkpoint not found: {path}')
     _check_beginning(path)
+    _check_environment(path)
     trust = _trusted if trust is None else trust
     try:
         if trust:
@@ -141,6 +143,17 @@ def _check_beginning(path: Path) -> None:
         raise CheckpointError(
             f'{path} is a tar archive, not a checkpoint: extract it, or, if it is in '
             "PyTorch's first format, save it again with a newer PyTorch."
+        )
+
+
+def _check_environment(path: Path) -> None:
+    """PyTorch's own restrictions leave no room for another reader."""
+    value = os.environ.get('TORCH_FORCE_WEIGHTS_ONLY_LOAD', '')
+    if value.lower() in ('1', 'y', 'yes', 'true'):
+        raise CheckpointError(
+            f'{path} is not loaded: TORCH_FORCE_WEIGHTS_ONLY_LOAD={value} is set, and '
+            "PyTorch's weights-only reader refuses checkpoints of MMEngine. Unset it: "
+            'checkpoints are read without running their code all the same.'
         )
 
 

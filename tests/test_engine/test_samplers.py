@@ -3,7 +3,7 @@ from itertools import islice
 
 import pytest
 import torch
-from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data import BatchSampler, ConcatDataset, DataLoader
 
 from mlla_mm.engine.samplers import (
     SharedBatchSampler,
@@ -80,6 +80,23 @@ def test_skipping(kind, seen):
     assert passes == (seen // 3 if kind == 'DefaultSampler' else 0)
     found = list(islice(run(batches, range(passes, 4)), 10 - seen))
     assert found == expected[seen:]
+
+
+def test_skipping_with_an_endless_sampler_of_mmdet():
+    """Its type says nothing, and it remembers where it is."""
+    pytest.importorskip('mmdet.datasets')
+    dataset = ConcatDataset([list(range(5)), list(range(4))])
+    kind = dict(type='mmdet.MultiSourceSampler', batch_size=2, source_ratio=[1, 1])
+
+    def batches():
+        sampler = SharedSampler(dataset, kind, micro_batches=2, seed=SEED)
+        return SharedBatchSampler(sampler, batch_size=2)
+
+    expected = list(islice(batches(), 12))
+    resumed = batches()
+    next(iter(resumed))
+    assert resumed.skip(7) == 0  # of 9 images in updates of 4
+    assert list(islice(resumed, 5)) == expected[7:]
 
 
 def test_one_seed_for_all_when_none_is_given():

@@ -297,6 +297,15 @@ def test_what_failed_downloads_leave(tmp_path, content, message):
         load_checkpoint_file(path)
 
 
+def test_pytorchs_restrictions_are_not_blamed_on_the_file(tmp_path, monkeypatch):
+    path = save({'a': torch.rand(2)}, tmp_path / 'x.pth', legacy=False)
+    monkeypatch.setenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD', 'True')
+    with pytest.raises(CheckpointError, match='LOAD=True is set, and .* Unset it'):
+        load_checkpoint_file(path)
+    monkeypatch.setenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD', '0')
+    load_checkpoint_file(path)
+
+
 def test_missing_file(tmp_path):
     for path in (tmp_path / 'x.pth', tmp_path):
         with pytest.raises(FileNotFoundError, match='Checkpoint not found'):

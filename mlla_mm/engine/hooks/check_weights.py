@@ -1,10 +1,9 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 from mmengine.hooks import Hook
-from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS
-from torch import nn
 
 from ...models.checkpoint_layout import check_fit, describe, find_weights
+from ..wrappers import unwrap
 
 
 @HOOKS.register_module()
@@ -19,14 +18,8 @@ class CheckWeightsHook(Hook):
     priority = 'VERY_LOW'
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
-        own = _unwrap(runner.model).state_dict()
+        own = unwrap(runner.model).state_dict()
         if describe(own) is None:
             return
         source = runner._load_from or f'the newest checkpoint of {runner.work_dir}'
         check_fit(own, find_weights(checkpoint, source, ema=False), source)
-
-
-def _unwrap(model: nn.Module) -> nn.Module:
-    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-        model = model.module
-    return model

@@ -5,14 +5,13 @@ import torch
 from mmengine.dist import all_reduce_params
 from mmengine.hooks import Hook, RuntimeInfoHook
 from mmengine.logging import print_log
-from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner.amp import autocast
-from torch import nn
 
 from ...models.checkpoint_layout import EMA_KEY
 from ...utils.checkpoint_file import CheckpointError
 from ..ema import ModelEMA, recipe_decay
+from ..wrappers import unwrap
 
 
 @HOOKS.register_module()
@@ -56,7 +55,7 @@ class MESAHook(Hook):
 
     # Not before_run: weights are initialised or loaded after it.
     def before_train(self, runner) -> None:
-        model = _unwrap(runner.model)
+        model = unwrap(runner.model)
         if not hasattr(model, 'set_teacher'):
             raise ValueError(
                 'MESAHook teaches a MESAClassifier, but the model is a '
@@ -69,7 +68,7 @@ class MESAHook(Hook):
 
     def before_train_epoch(self, runner) -> None:
         if runner.epoch >= int(self.start * runner.max_epochs):
-            _unwrap(runner.model).set_teacher(self.ema.module)
+            unwrap(runner.model).set_teacher(self.ema.module)
 
     def after_train_iter(
         self,
@@ -80,7 +79,7 @@ class MESAHook(Hook):
     ) -> None:
         # True right after the iteration that made a step.
         if runner.optim_wrapper.should_update():
-            self.ema.update(_unwrap(runner.model))
+            self.ema.update(unwrap(runner.model))
 
     def after_train_epoch(self, runner) -> None:
         # BatchNorm statistics differ between processes, and so do their averages.
@@ -100,7 +99,7 @@ class MESAHook(Hook):
         checkpoint[EMA_KEY] = self.ema.state_dict()
 
     def after_train(self, runner) -> None:
-        _unwrap(runner.model).set_teacher(None)
+        unwrap(runner.model).set_teacher(None)
 
     def _get_decay(self, runner) -> float:
         if self.decay is not None:
@@ -147,7 +146,3 @@ class UseEMAWeightsHook(Hook):
                 'trained without MESAHook. Leave --ema out.'
             )
         checkpoint['state_dict'] = checkpoint[EMA_KEY]
-
-
-def _unwrap(model: nn.Module) -> nn.Module:
-    return model.module if is_model_wrapper(model) else model

@@ -1,0 +1,342 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+"""Updates and evaluations on 1, 2 and 4 processes."""
+
+import json
+import pickle
+from pathlib import Path
+from typing import Dict, List
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import DefaultScope
+
+from mlla_mm.datasets.digits import make_ade20k, make_coco, make_imagenet
+from mlla_mm.engine.seeding import UPDATE, seed_generators
+
+from ..nano import NANO, build
+from ..processes import run_processes
+
+for package in ('mmdet', 'mmseg', 'mmpretrain'):
+    pytest.importorskip(package)
+
+DET, SEG, CLS = 'mmdet', 'mmseg', 'mmpretrain'
+COUNTS = (1, 2, 4)
+SEED = 1
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    """Of all tasks; 20 images do not fill the third update, 5 no equal shares."""
+    folder = tmp_path_factory.mktemp('data')
+    makers = {DET: make_coco, SEG: make_ade20k, CLS: make_imagenet}
+    return {
+        scope: make(folder / scope, train=20, val=5, size=64)
+        for scope, make in makers.items()
+    }
+
+
+def config(scope: str, root: Path) -> Config:
+    cfg = Config.fromfile(NANO[scope])
+    for split in ('train', 'val', 'test'):
+        loader = cfg[f'{split}_dataloader']
+        loader.update(num_workers=0, persistent_workers=False)
+        loader.dataset.data_root = f'{root}/'
+    if scope == DET:
+        for split in ('val', 'test'):
+            path = f'{root}/annotations/instances_val.json'
+            cfg[f'{split}_evaluator'].ann_file = path
+    cfg.randomness = dict(seed=SEED)
+    cfg.default_hooks.checkpoint.interval = 100
+    return cfg
+
+
+def run(folder: Path, tool: str, cfg: Config, processes: int, *arguments) -> Path:
+    """Run a tool with a config; returns the work_dir."""
+    folder.mkdir()
+    cfg.dump(folder / 'config.py')
+    run_processes(
+        tool, folder / 'config.py', *arguments, '--work-dir', folder / 'work',
+        processes=processes, log=folder / 'log.txt',
+    )  # fmt: skip
+    return folder / 'work'
+
+
+# Updates.
+
+
+def record(folder: Path, cfg: Config, total_batch: int, processes: int) -> List[dict]:
+    """Train; returns for each update the records of the processes."""
+    cfg.train_dataloader.batch_size = total_batch // processes
+    cfg.custom_imports.imports.append('tests.recorder')
+    cfg.custom_hooks.append(dict(type='UpdateRecorder'))
+    cfg.train_cfg.val_begin = 1000
+    work_dir = run(folder, 'train.py', cfg, processes)
+    count = len(list(work_dir.glob('update_*_0.pth')))
+    return [
+        [
+            torch.load(work_dir / f'update_{number}_{rank}.pth', weights_only=False)
+            for rank in range(processes)
+        ]
+        for number in range(count)
+    ]
+
+
+def images(update: List[dict]) -> List[str]:
+    samples = [sample for part in update for sample in part['batch']['data_samples']]
+    return sorted(sample.img_path for sample in samples)
+
+
+def mean_losses(update: List[dict]) -> Dict[str, float]:
+    names = [name for name in update[0]['losses'] if 'acc' not in name]
+    return {
+        name: float(np.mean([part['losses'][name] for part in update]))
+        for name in names
+    }
+
+
+# Dropout differs between processes by intent, and the demo's weights of classes make
+# a loss a mean over the weights of the process's own pixels.
+PLAIN_HEAD = dict(
+    dropout_ratio=0.0,
+    loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False, _delete_=True),
+)
+TASKS = {
+    'segmentation': (
+        SEG,
+        {
+            'model.decode_head': PLAIN_HEAD,
+            'model.auxiliary_head': PLAIN_HEAD,
+            'train_cfg.max_iters': 10,
+        },
+    ),
+    # The average teaches in the second half.
+    'classification': (
+        CLS,
+        {
+            'train_cfg.max_epochs': 5,
+            'custom_hooks.1': dict(type='MESAHook', decay=0.9, start=0.5),
+        },
+    ),
+    # The losses of a detector are means over each process's own positives.
+    'detector below its heads': (
+        DET,
+        {
+            'model.type': 'BackboneAndNeck',
+            'model.backbone.drop_path_rate': 0.0,
+            'train_dataloader.dataset.pipeline.2.scale': (64, 64),
+            'find_unused_parameters': True,
+            'train_cfg.max_epochs': 4,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize('task', TASKS)
+def test_updates_on_any_number_of_processes(data, tmp_path, task):
+    """The recipe's optimiser, clipping, schedule and augmentations; total batch 8.
+
+    A gradient's error is taken relative to the norm of the same parameter's, so that no
+    large one hides that of another.
+    """
+    scope, changes = TASKS[task]
+    runs = []
+    for count in COUNTS:
+        cfg = config(scope, data[scope])
+        cfg.merge_from_dict(changes)
+        cfg.custom_imports.imports.append('tests.float64')
+        runs.append(record(tmp_path / str(count), cfg, 8, count))
+    expected, *others = runs
+    assert len(expected) >= 10
+    for updates in others:
+        assert len(updates) == len(expected)
+        for a, b in zip(updates, expected):
+            assert images(a) == images(b)
+            found, losses = mean_losses(a), mean_losses(b)
+            scale = losses.pop('size', losses['loss'])
+            for name, value in losses.items():
+                assert abs(found[name] - value) < 1e-6 * scale, name
+            gradients = a[0]['gradients']
+            assert set(gradients) == set(b[0]['gradients'])
+            for name, gradient in b[0]['gradients'].items():
+                assert gradient.dtype == torch.float64
+                error = (gradients[name] - gradient).norm() / gradient.norm()
+                assert error < 1e-9, name
+
+
+def shard_alone(cfg: Config, weights: dict, part: dict, process: int, number: int):
+    """Losses and gradients of one process's batch, without any other."""
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        model = build(cfg)
+        model.load_state_dict(weights)
+        model.train()
+        for module in model.modules():
+            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        seed_generators(UPDATE, SEED, number, process)
+        batch = model.data_preprocessor(part['batch'], training=True)
+        loss, logs = model.parse_losses(model(**batch, mode='loss'))
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {name: value.item() for name, value in logs.items()}, gradients
+
+
+def test_mask_rcnn_on_two_processes_is_the_mean_of_its_shards(data, tmp_path):
+    cfg = config(DET, data[DET])
+    cfg.model.backbone.drop_path_rate = 0.2
+    cfg.train_cfg.max_epochs = 1
+    updates = record(tmp_path / 'run', cfg, 8, processes=2)
+    assert len(updates) == 3
+    for number, update in enumerate(updates):
+        shards = []
+        for process, part in enumerate(update):
+            losses, gradients = shard_alone(
+                cfg, update[0]['weights'], part, process, number
+            )
+            assert part['losses'] == pytest.approx(losses, rel=1e-5)
+            shards.append(gradients)
+        first, second = (part['losses']['loss'] for part in update)
+        assert first != pytest.approx(second, rel=1e-3)
+        for name, gradient in update[0]['gradients'].items():
+            mean = (shards[0][name] + shards[1][name]) / 2
+            assert (gradient - mean).norm() < 1e-5 * mean.norm(), name
+
+
+# Evaluations.
+
+
+def evaluate(folder: Path, scope: str, cfg: Config, weights: Path, processes: int):
+    """Metrics of tools/test.py, and the predictions of all images in their order."""
+    out = folder / ('maps' if scope == SEG else 'predictions.pkl')
+    work_dir = run(folder, 'test.py', cfg, processes, weights, '--out', out)
+    if scope == SEG:
+        found = [cv2.imread(str(x)).tolist() for x in sorted(out.iterdir())]
+    else:
+        found = [without_arrays(x) for x in pickle.loads(out.read_bytes())]
+    return metrics(work_dir), found
+
+
+def metrics(work_dir: Path) -> Dict[str, float]:
+    (path,) = work_dir.glob('*/*.json')
+    return without_times(json.loads(path.read_text()))
+
+
+def without_times(values: Dict[str, float]) -> Dict[str, float]:
+    return {key: value for key, value in values.items() if 'time' not in key}
+
+
+def without_arrays(value):
+    if isinstance(value, dict):
+        return {key: without_arrays(item) for key, item in value.items()}
+    return value.tolist() if hasattr(value, 'tolist') else value
+
+
+def evaluated_config(scope: str, root: Path) -> Config:
+    cfg = config(scope, root)
+    if scope == DET:
+        # So that a model that has learnt nothing finds something.
+        cfg.model.test_cfg.rcnn.score_thr = 0.0
+    if scope == CLS:
+        # Other batches are other sums; their last bits are no matter of processes.
+        cfg.val_dataloader.batch_size = cfg.test_dataloader.batch_size = 1
+    return cfg
+
+
+@pytest.fixture(scope='module')
+def evaluated(data, nano, tmp_path_factory):
+    """The data sets, and models of random weights that are right now and then.
+
+    The detector is because some of its detections become the truth.
+    """
+    weights = {scope: nano(scope)[1] for scope in data}
+    folder = tmp_path_factory.mktemp('detections')
+    cfg = evaluated_config(DET, data[DET])
+    _, found = evaluate(folder / 'run', DET, cfg, weights[DET], 1)
+    path = data[DET] / 'annotations/instances_val.json'
+    content = json.loads(path.read_text())
+    ids = {category['name']: category['id'] for category in content['categories']}
+    content['annotations'] = []
+    for image in found:
+        detections = image['pred_instances']
+        for label, (left, top, right, bottom) in list(
+            zip(detections['labels'], detections['bboxes'])
+        )[::7]:
+            width, height = right - left, bottom - top
+            content['annotations'].append(
+                dict(
+                    id=len(content['annotations']) + 1,
+                    image_id=image['img_id'],
+                    category_id=ids[str(label)],
+                    bbox=[left, top, width, height],
+                    area=width * height,
+                    segmentation=[[left, top, right, top, right, bottom, left, bottom]],
+                    iscrowd=0,
+                )
+            )
+    path.write_text(json.dumps(content))
+    return data, weights
+
+
+@pytest.mark.parametrize('scope', [DET, SEG, CLS])
+def test_evaluation_on_any_number_of_processes(evaluated, tmp_path, scope):
+    """Every metric and prediction of tools/test.py, to the last digit."""
+    data, weights = evaluated
+    cfg = evaluated_config(scope, data[scope])
+    expected, *others = (
+        evaluate(tmp_path / str(count), scope, cfg, weights[scope], count)
+        for count in COUNTS
+    )
+    values, predictions = expected
+    assert max(values.values()) > 0
+    assert len(predictions) == 5
+    for found in others:
+        assert found == expected
+
+
+@pytest.mark.slow
+def test_test_time_augmentation_on_any_number_of_processes(evaluated, tmp_path):
+    data, weights = evaluated
+    cfg = config(SEG, data[SEG])
+    expected, *others = (
+        metrics(run(tmp_path / str(n), 'test.py', cfg, n, weights[SEG], '--tta'))
+        for n in COUNTS
+    )
+    assert expected['mIoU'] > 0
+    assert others == [expected, expected]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('scope', [DET, SEG, CLS])
+def test_validation_on_any_number_of_processes(evaluated, tmp_path, scope):
+    """While training, at a rate of zero: the weights stay those of the checkpoint."""
+    data, weights = evaluated
+    cfg = evaluated_config(scope, data[scope])
+    values, _ = evaluate(tmp_path / 'test', scope, cfg, weights[scope], 2)
+    cfg.load_from = str(weights[scope])
+    cfg.optim_wrapper.optimizer.lr = 0.0
+    cfg.train_dataloader.batch_size = 1
+    cfg.train_cfg.update(
+        {'max_iters': 2} if scope == SEG else {'max_epochs': 1}, val_interval=1
+    )
+    # It keeps the statistics of BatchNorm.
+    cfg.custom_imports.imports.append('tests.recorder')
+    cfg.custom_hooks.append(dict(type='UpdateRecorder'))
+    expected, *others = (
+        validations(run(tmp_path / str(count), 'train.py', cfg, count))
+        for count in COUNTS
+    )
+    assert others == [expected, expected]
+    assert values and values.items() <= expected[-1].items()
+
+
+def validations(work_dir: Path) -> List[Dict[str, float]]:
+    (path,) = work_dir.glob('*/vis_data/scalars.json')
+    entries = [json.loads(line) for line in path.read_text().splitlines()]
+    # The number of the last update depends on that of the processes.
+    return [
+        without_times({key: value for key, value in entry.items() if key != 'step'})
+        for entry in entries
+        if 'lr' not in entry
+    ]
