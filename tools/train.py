@@ -2,6 +2,7 @@
 """Train a detector, segmentor or classifier as its config says."""
 
 import argparse
+import signal
 import sys
 
 from mmengine.config import Config
@@ -14,7 +15,7 @@ from mlla_mm.engine import batch_size, launch, preflight
 from mlla_mm.engine import config as options
 from mlla_mm.engine.config_check import check_config, require_work_dir
 from mlla_mm.engine.corrupt_images import CorruptImageError, check_images
-from mlla_mm.engine.hooks import DivergedError, RecordRecipeHook
+from mlla_mm.engine.hooks import DivergedError, Preempted, RecordRecipeHook
 from mlla_mm.engine.loops import use_seeded_loop
 from mlla_mm.engine.recipe import describe_recipe, describe_run
 from mlla_mm.utils.checkpoint_file import CheckpointError
@@ -52,6 +53,7 @@ def parse_args() -> argparse.Namespace:
 
 def read_config(args: argparse.Namespace) -> Config:
     cfg = options.read_run_config(args)
+    launch.require_restart_allowed(cfg.work_dir)
     options.set_resume(cfg, launch.restart_checkpoint(cfg.work_dir) or args.resume)
     if args.amp:
         options.enable_amp(cfg)
@@ -87,14 +89,26 @@ def main() -> None:
     # An image is one process's; the other errors are all of theirs.
     with launch.exit_on_user_error((CorruptImageError,), shared=False):
         with launch.exit_on_user_error((CheckpointError, DivergedError)):
-            train(cfg, record)
+            is_complete = train(cfg, record)
     launch.tear_down()
+    if not is_complete:
+        # As a shell reports a process that the signal ended.
+        sys.exit(128 + signal.SIGTERM)
 
 
-def train(cfg: Config, record: RecordRecipeHook) -> None:
+def train(cfg: Config, record: RecordRecipeHook) -> bool:
+    """Train to the end, or until SIGTERM: then the result is False."""
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     runner.register_hook(record)
-    runner.train()
+    try:
+        runner.train()
+    except Preempted:
+        launch.forbid_restart(cfg.work_dir, 'it was stopped by SIGTERM.')
+        return False
+    except DivergedError as error:
+        launch.forbid_restart(cfg.work_dir, str(error).splitlines()[0])
+        raise
+    return True
 
 
 if __name__ == '__main__':

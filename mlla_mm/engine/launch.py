@@ -2,20 +2,26 @@
 """What a process needs before MMEngine's runner starts: devices, threads, launchers."""
 
 import gc
+import multiprocessing
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Dict, NamedTuple, Optional, Tuple, Type
 
 import cv2
 import torch
 from mmengine.config import Config
+from mmengine.dist import master_only
 from torch import distributed
 
+from ..utils.files import write_whole
 from .resume import newest_checkpoint
 
+# In the work_dir; says why torchrun need not start the run again.
+_ENDED_NAME = '.ended'
 LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
 
 
@@ -148,6 +154,36 @@ def restart_checkpoint(work_dir: str) -> Optional[str]:
     return str(newest)
 
 
+@master_only
+def forbid_restart(work_dir: str, reason: str) -> None:
+    """Let :func:`require_restart_allowed` refuse to start this run again by itself.
+
+    Args:
+        work_dir (str): Folder of the run.
+        reason (str): How the run ended.
+    """
+    if 'LAUNCH_TIME' in os.environ:
+        write_whole(Path(work_dir) / _ENDED_NAME, reason.encode())
+
+
+def require_restart_allowed(work_dir: str) -> None:
+    """Refuse to do what has to end as it did before torchrun started the run again.
+
+    torchrun restarts whatever fails, and cannot be told that it is in vain.
+
+    Args:
+        work_dir (str): Folder of the run.
+
+    Raises:
+        ValueError: If :func:`forbid_restart` was called since the launch.
+    """
+    path = Path(work_dir) / _ENDED_NAME
+    if 'LAUNCH_TIME' not in os.environ or not path.is_file():
+        return
+    if path.stat().st_mtime >= float(os.environ['LAUNCH_TIME']):
+        raise ValueError(f'Not started again: {path.read_text()}')
+
+
 def tear_down() -> None:
     """Leave the process group, when the work is done on every process.
 
@@ -156,6 +192,10 @@ def tear_down() -> None:
     keeps it alive, so the runner has to be out of scope.
     """
     if distributed.is_available() and distributed.is_initialized():
+        # The queue that tells a data loader's worker to end is closed first when both
+        # are freed, and PyTorch then waits 5 seconds for each of the workers.
+        for worker in multiprocessing.active_children():
+            worker.terminate()
         gc.collect()  # a runner and its loops refer to one another
         distributed.barrier()
         distributed.destroy_process_group()

@@ -1,18 +1,21 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 """Training loops in which an iteration is an optimiser update of seeded batches."""
 
+import logging
 from itertools import count
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from mmengine.config import Config
 from mmengine.dist import get_rank
+from mmengine.logging import print_log
 from mmengine.optim import OptimWrapper
 from mmengine.registry import LOOPS
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .hooks.preemption import shield_workers
 from .seeding import UPDATE, seed_generators
 
 _SEEDED = {
@@ -25,10 +28,21 @@ class _Updating:
     """What the two loops share: an iteration is an update of seeded micro-batches."""
 
     def __init__(self, *args, micro_batches: int = 1, **kwargs) -> None:
+        # Before the data loader: MMEngine 0.10.7 may start its workers with it.
+        shield_workers()
         super().__init__(*args, **kwargs)
         self.micro_batches = micro_batches
 
-    def _prepare(self) -> None:
+    def _begin(self) -> None:
+        """What comes before the first update, a validation that was cut off as well."""
+        runner = self.runner
+        self._count_micro_batches()
+        runner.call_hook('before_train')
+        due = runner.message_hub.pop_info('validation_due', False)
+        if due and runner.val_loop is not None:
+            runner.val_loop.run()
+
+    def _count_micro_batches(self) -> None:
         """Count in micro-batches inside the optimiser wrapper alone.
 
         MMEngine has set its counters in iterations, which are updates here.
@@ -72,7 +86,9 @@ class SeededEpochBasedTrainLoop(_Updating, EpochBasedTrainLoop):
 
     An iteration is an optimiser update of one or several micro-batches, so everything
     that counts iterations (schedulers, hooks, logs, checkpoints) counts updates. Its
-    random numbers depend on its number alone.
+    random numbers depend on its number alone. A run that resumes from a checkpoint of
+    the middle of an epoch goes on behind the images that were seen, without loading
+    those.
 
     Args:
         micro_batches (int): Number of micro-batches of an update. Defaults to 1.
@@ -80,8 +96,49 @@ class SeededEpochBasedTrainLoop(_Updating, EpochBasedTrainLoop):
     """
 
     def run(self) -> nn.Module:
-        self._prepare()
-        return super().run()
+        self._begin()
+        runner = self.runner
+        while self._epoch < self._max_epochs and not self.stop_training:
+            self.run_epoch()
+            self._decide_current_val_interval()
+            if self._validates_now():
+                runner.val_loop.run()
+        runner.call_hook('after_train')
+        return runner.model
+
+    def run_epoch(self) -> None:
+        runner = self.runner
+        seen = self._find_beginning()
+        runner.call_hook('before_train_epoch')
+        runner.model.train()
+        self.dataloader.batch_sampler.skip_in_pass(seen)
+        for idx, data_batch in enumerate(self.dataloader, start=seen):
+            self.run_iter(idx, data_batch)
+        runner.call_hook('after_train_epoch')
+        self._epoch += 1
+
+    def _find_beginning(self) -> int:
+        """How many updates of this epoch a resumed run has made; written down too."""
+        hub = self.runner.message_hub
+        length = len(self.dataloader)
+        begun = hub.get_info('epoch_begun')
+        if begun is not None and begun['epoch'] == self._epoch:
+            if begun['updates'] == length:
+                return self._iter - begun['iter']
+            print_log(
+                f'Epoch {self._epoch + 1} begins anew: it has {length} updates; it had '
+                f'{begun["updates"]} in the run that is resumed.',
+                logger='current',
+                level=logging.WARNING,
+            )
+        begun = dict(epoch=self._epoch, iter=self._iter, updates=length)
+        hub.update_info('epoch_begun', begun)
+        return 0
+
+    def _validates_now(self) -> bool:
+        if self.runner.val_loop is None or self._epoch < self.val_begin:
+            return False
+        return self._epoch % self.val_interval == 0 or self._epoch == self._max_epochs
 
     def run_iter(self, idx: int, data_batch: List[Any]) -> None:
         self._update(idx, data_batch)
@@ -100,9 +157,8 @@ class SeededIterBasedTrainLoop(_Updating, IterBasedTrainLoop):
     """
 
     def run(self) -> nn.Module:
-        self._prepare()
+        self._begin()
         runner = self.runner
-        runner.call_hook('before_train')
         runner.call_hook('before_train_epoch')
         if self._iter > 0:
             self._go_on_behind_seen_images()
@@ -134,6 +190,8 @@ class SeededIterBasedTrainLoop(_Updating, IterBasedTrainLoop):
 def use_seeded_loop(cfg: Config, micro_batches: Optional[int] = None) -> bool:
     """Train with one of the loops of this module, and the data loader that it needs.
 
+    Such a run also saves a checkpoint when it is told to stop: :class:`PreemptionHook`.
+
     Args:
         cfg (Config): The config of a training run; changed in place.
         micro_batches (int, optional): Number of micro-batches of an update. None leaves
@@ -162,9 +220,10 @@ def use_seeded_loop(cfg: Config, micro_batches: Optional[int] = None) -> bool:
     if kind in _SEEDED:
         loop['micro_batches'] = 1
         _share_samples(loader, cfg.get('skip_corrupt_images', False))
+        hooks = [*(cfg.get('custom_hooks') or []), dict(type='PreemptionHook')]
         if cfg.get('skip_corrupt_images'):
-            hooks = cfg.get('custom_hooks') or []
-            cfg.custom_hooks = [*hooks, dict(type='SkippedImagesHook')]
+            hooks.append(dict(type='SkippedImagesHook'))
+        cfg.custom_hooks = hooks
     if micro_batches is not None:
         if 'num_batch_per_epoch' in loader:
             # MMEngine multiplies it by the processes that there are.

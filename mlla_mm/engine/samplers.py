@@ -157,8 +157,12 @@ class SharedBatchSampler(Sampler):
     def __len__(self) -> int:
         return len(self._parts[0])
 
+    def skip_in_pass(self, updates: int) -> None:
+        """Begin the next pass behind its first ``updates`` items, not loading them."""
+        self._skipped = updates
+
     def skip(self, updates: int) -> int:
-        """Go on behind the first ``updates`` items, without loading their images.
+        """Go on behind the first ``updates`` items of all passes, not loading them.
 
         Returns:
             int: How many whole passes over the data lie behind.
@@ -169,7 +173,7 @@ class SharedBatchSampler(Sampler):
         if not self.sampler.infinite:
             passes, updates = divmod(updates, len(self))
             self.sampler.set_epoch(passes)
-        self._skipped = updates
+        self.skip_in_pass(updates)
         return passes
 
 

@@ -10,6 +10,7 @@ import pickle
 import tarfile
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Dict, Optional, Tuple, Union
@@ -93,6 +94,27 @@ def load_checkpoint_file(
             f'{path} is damaged, or not a checkpoint. Delete it and fetch it again. '
             f'({type(error).__name__}: {error})'
         ) from error
+
+
+def read_checkpoint_meta(path: Union[str, Path]) -> Dict[str, Any]:
+    """What a checkpoint says of itself in ``meta``, without reading its tensors.
+
+    Args:
+        path (str | Path): Local path.
+
+    Returns:
+        dict: Epoch, iter, seed and so on; empty if there is none.
+
+    Raises:
+        As :func:`load_checkpoint_file`, but damaged tensors are not noticed.
+    """
+    try:
+        archive = torch._C.PyTorchFileReader(str(path))
+        content = _SkeletonUnpickler(BytesIO(archive.get_record('data.pkl'))).load()
+    except Exception:  # of another format, or damaged: it knows which
+        content = load_checkpoint_file(path)
+    meta = content.get('meta') if isinstance(content, dict) else None
+    return meta if isinstance(meta, dict) else {}
 
 
 def fetch_checkpoint(url: str) -> Path:
@@ -242,6 +264,28 @@ class _RestrictedUnpickler(pickle._Unpickler):
         pickle.BUILD[0]: load_build,
         pickle.BINPERSID[0]: load_binpersid,
     }
+
+
+class _SkeletonUnpickler(_RestrictedUnpickler):
+    """Reads all but tensors, which become None."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == 'torch' and name.endswith('Storage'):
+            return None  # torch.load knows them by itself
+        value = super().find_class(module, name)
+        return _no_tensor if module == 'torch._utils' else value
+
+    def load_binpersid(self) -> None:
+        self.stack[-1] = None
+
+    dispatch = {
+        **_RestrictedUnpickler.dispatch,
+        pickle.BINPERSID[0]: load_binpersid,
+    }
+
+
+def _no_tensor(*args) -> None:
+    return None
 
 
 def _dtype_of_storage(kind: Any) -> torch.dtype:

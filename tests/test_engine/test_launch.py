@@ -1,5 +1,6 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 import sys
+import time
 
 import pytest
 import torch
@@ -93,6 +94,23 @@ def test_more_processes_than_gpus(monkeypatch):
         monkeypatch.setenv(name, str(value))
     with pytest.raises(ValueError, match=f'shows {count} GPUs'):
         launch.set_up(Config(dict(launcher='pytorch', model=dict())))
+
+
+def test_a_run_that_ended_is_not_started_again(monkeypatch, tmp_path):
+    monkeypatch.delenv('LAUNCH_TIME', raising=False)
+    launch.forbid_restart(tmp_path, 'it diverged.')
+    assert not list(tmp_path.iterdir())  # there are no restarts
+    launched = time.time()
+    monkeypatch.setenv('LAUNCH_TIME', str(launched - 60))
+    launch.require_restart_allowed(tmp_path)
+    launch.forbid_restart(tmp_path, 'it diverged.')
+    with pytest.raises(ValueError, match='^Not started again: it diverged.$'):
+        launch.require_restart_allowed(tmp_path)
+    # A later launch is the user's wish.
+    monkeypatch.setenv('LAUNCH_TIME', str(launched + 60))
+    launch.require_restart_allowed(tmp_path)
+    monkeypatch.delenv('LAUNCH_TIME')
+    launch.require_restart_allowed(tmp_path)
 
 
 def test_exit_on_user_error(monkeypatch):

@@ -12,8 +12,9 @@ from mlla_mm.engine.resume import newest_checkpoint, seed_of
 ROOT = Path(__file__).parents[2]
 
 
-def save(path: Path, seed=None) -> Path:
-    torch.save(dict(meta=dict(seed=seed), state_dict={}), path)
+def save(path: Path, seed=None, updates=0) -> Path:
+    weights = dict(weight=torch.nn.Parameter(torch.zeros(3)))
+    torch.save(dict(meta=dict(seed=seed, iter=updates), state_dict=weights), path)
     return path
 
 
@@ -29,6 +30,26 @@ def test_newest_checkpoint(tmp_path, caplog):
     (tmp_path / 'epoch_12.pth').write_bytes(whole[:-100])
     (tmp_path / 'epoch_11.pth').write_bytes(b'')
     assert newest_checkpoint(tmp_path) == tmp_path / 'epoch_10.pth'
+
+
+def test_the_checkpoint_of_a_stopped_run_is_one_of_them(tmp_path):
+    for number in (9, 10):
+        save(tmp_path / f'iter_{number}.pth')
+    save(tmp_path / 'preempted_iter_9.pth')
+    assert newest_checkpoint(tmp_path) == tmp_path / 'iter_10.pth'
+    # Stopped in the evaluation after the same update.
+    save(tmp_path / 'preempted_iter_10.pth')
+    assert newest_checkpoint(tmp_path) == tmp_path / 'preempted_iter_10.pth'
+
+
+@pytest.mark.parametrize('updates', [29, 30, 31])
+def test_epochs_and_iterations_are_compared_by_updates(tmp_path, updates):
+    epoch = save(tmp_path / 'epoch_3.pth', updates=30)
+    stopped = save(tmp_path / f'preempted_iter_{updates}.pth', updates=updates)
+    expected = epoch if updates < 30 else stopped
+    assert newest_checkpoint(tmp_path) == expected
+    stopped.write_bytes(stopped.read_bytes()[:-100])
+    assert newest_checkpoint(tmp_path) == epoch
 
 
 def test_a_checkpoint_that_is_no_file_of_the_work_dir(tmp_path):

@@ -156,6 +156,57 @@ def test_restart(run_tool, data, alone, tmp_path, machines):
     assert losses(work_dir)[:4] == losses(alone)[:4]
 
 
+# One process is told to stop, in the middle of the second epoch.
+STOPPED = """
+import os, signal
+from pathlib import Path
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+
+
+@HOOKS.register_module()
+class StopOnceHook(Hook):
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        marker = Path(os.environ['STOPPED'])
+        if runner.rank == 1 and runner.iter == 5 and not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+@pytest.mark.slow
+def test_sigterm(run_tool, data, alone, tmp_path):
+    """All processes stop and save; the run is not restarted, and resumed in full."""
+    (tmp_path / 'stopped.py').write_text(STOPPED)
+    config = tmp_path / 'config.py'
+    config.write_text(
+        f"_base_ = '{ROOT / CONFIG}'\n"
+        "custom_imports = dict(imports=['mlla_mm.models.classifiers', 'stopped'])\n"
+        "default_hooks = dict(stop=dict(type='StopOnceHook'))\n"
+    )
+    work_dir = tmp_path / 'work'
+    command = [
+        'bash', 'tools/dist_train.sh', config, 2, '--resume',
+        *arguments(data, work_dir),
+    ]  # fmt: skip
+    variables = dict(
+        MAX_RESTARTS='1',
+        STOPPED=str(tmp_path / 'stopped'),
+        PYTHONPATH=f'{ROOT}{os.pathsep}{tmp_path}',
+    )
+    stopped = run_tool(*command, env=variables, check=False)
+    assert stopped.returncode != 0
+    saved = work_dir / 'preempted_iter_6.pth'
+    assert f'after update 6: saved in {saved}. Go on with --resume.' in stopped.stdout
+    assert 'Not started again: it was stopped by SIGTERM.' in stopped.stdout
+    assert len(losses(work_dir)) == 6
+    run_tool(*command, env=variables)
+    assert losses(work_dir) == losses(alone)
+    assert not saved.exists()
+    expected, found = weights(alone / 'epoch_2.pth'), weights(work_dir / 'epoch_2.pth')
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
 @pytest.fixture
 def srun(run_tool, tmp_path):
     """srun is not there: a program of its name writes down how it was called."""

@@ -19,6 +19,7 @@ from mlla_mm.utils import checkpoint_file
 from mlla_mm.utils.checkpoint_file import (
     CheckpointError,
     load_checkpoint_file,
+    read_checkpoint_meta,
     trust_checkpoints,
 )
 
@@ -155,6 +156,34 @@ def test_no_code_runs(tmp_path, attack, legacy):
     assert not marker.exists()
     load_checkpoint_file(path, trust=True)
     assert marker.exists()
+
+
+@FORMATS
+def test_meta_without_tensors(tmp_path, legacy, monkeypatch):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    meta = dict(epoch=3, iter=7, seed=np.int64(5), dataset_meta=dict(classes=('a',)))
+    content = dict(
+        meta=meta, state_dict=model.state_dict(), ema=list(model.parameters())
+    )
+    path = save(content, tmp_path / 'x.pth', legacy)
+    if not legacy:
+        monkeypatch.setattr(torch, 'load', None)
+    assert_same(read_checkpoint_meta(path), meta)
+
+
+@pytest.mark.parametrize('content', [dict(a=torch.ones(2)), dict(meta=1), [1]])
+def test_no_meta(tmp_path, content):
+    assert read_checkpoint_meta(save(content, tmp_path / 'x.pth')) == {}
+
+
+@FORMATS
+@pytest.mark.parametrize('attack', ATTACKS)
+def test_no_code_runs_for_the_meta(tmp_path, attack, legacy):
+    marker, path = tmp_path / 'ran', tmp_path / 'bad.pth'
+    checkpoints.save_pickle(checkpoints.attacks(marker)[attack], path, legacy)
+    with pytest.raises(CheckpointError, match='bad.pth is not loaded'):
+        read_checkpoint_meta(path)
+    assert not marker.exists()
 
 
 def test_what_was_refused_is_named(tmp_path):

@@ -3,6 +3,7 @@ from .check_weights import CheckWeightsHook
 from .checkpoint import WholeCheckpointHook
 from .invalid_loss import DivergedError, StopOnInvalidLossHook
 from .mesa import MESAHook, UseEMAWeightsHook
+from .preemption import Preempted, PreemptionHook
 from .record_recipe import RecordRecipeHook
 from .sync_buffers import SyncBuffersBeforeSaveHook
 from .zero import SaveZeroOptimizerHook
@@ -11,6 +12,8 @@ __all__ = [
     'CheckWeightsHook',
     'DivergedError',
     'MESAHook',
+    'Preempted',
+    'PreemptionHook',
     'RecordRecipeHook',
     'SaveZeroOptimizerHook',
     'StopOnInvalidLossHook',

@@ -4,13 +4,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import List, Union
 
-from mmengine.dist import is_main_process
+from mmengine.dist import is_main_process, master_only
 from mmengine.fileio import register_backend
 from mmengine.fileio.backends import LocalBackend
 from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
 
+from ...utils.checkpoint_file import read_checkpoint_meta
 from ...utils.files import write_whole
+from ..resume import PREEMPTED_NAME
 
 
 @register_backend('whole_file')
@@ -52,7 +54,8 @@ class WholeCheckpointHook(CheckpointHook):
     """MMEngine's hook, but a kill or a full disk costs no checkpoint.
 
     A checkpoint gets its name when it is complete, and an old one is removed after
-    that; MMEngine removes it before it begins to write.
+    that, as are those of :class:`PreemptionHook`; MMEngine removes it before it begins
+    to write.
 
     Args:
         *args, **kwargs: As :class:`mmengine.hooks.CheckpointHook` takes them.
@@ -65,6 +68,9 @@ class WholeCheckpointHook(CheckpointHook):
 
     def before_train(self, runner) -> None:
         super().before_train(runner)
+        if runner.iter > 0:
+            # MMEngine forgets it, and then does not save that a checkpoint is the best.
+            self.last_ckpt = runner.message_hub.get_info('last_ckpt')
         if is_main_process() and self.file_backend.isdir(self.out_dir):
             # What a killed process was writing.
             for part in Path(self.out_dir).glob('.*.pth.part'):
@@ -73,10 +79,24 @@ class WholeCheckpointHook(CheckpointHook):
     def _save_checkpoint_with_step(self, runner, step, meta) -> None:
         with self._removals_last():
             super()._save_checkpoint_with_step(runner, step, meta)
+        self._remove_preempted(runner)
 
     def _save_best_checkpoint(self, runner, metrics) -> None:
         with self._removals_last():
             super()._save_best_checkpoint(runner, metrics)
+
+    def after_train(self, runner) -> None:
+        super().after_train(runner)
+        last = self.last_ckpt
+        # The last evaluation alone was left to do, and nothing to save.
+        if last and Path(last).is_file():
+            if read_checkpoint_meta(last).get('iter') == runner.iter:
+                self._remove_preempted(runner)
+
+    @master_only
+    def _remove_preempted(self, runner) -> None:
+        for path in Path(runner.work_dir).glob(PREEMPTED_NAME.format('*')):
+            path.unlink()
 
     @contextmanager
     def _removals_last(self) -> Iterator[None]:

@@ -1,0 +1,190 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+"""The end of a run that is told to stop, as clusters do before they take a machine."""
+
+import os
+import signal
+from pathlib import Path
+from threading import Thread
+from typing import Any, List, NoReturn, Optional
+
+import torch
+from mmengine.dist import (
+    all_gather_object,
+    all_reduce,
+    all_reduce_params,
+    is_main_process,
+)
+from mmengine.hooks import EMAHook, Hook
+from mmengine.registry import HOOKS
+from torch import Tensor
+
+from ...utils.files import write_whole
+from ..resume import PREEMPTED_NAME
+from .mesa import MESAHook
+
+_BUFFERS_KEY = 'process_buffers'
+
+
+class Preempted(Exception):
+    """Training was stopped by SIGTERM; what was done so far is saved."""
+
+
+@HOOKS.register_module()
+class PreemptionHook(Hook):
+    """Save a checkpoint and end the training when SIGTERM comes.
+
+    The processes stop together, whichever of them got the signal: between two updates,
+    or within a validation, which the resumed run repeats. What is saved is
+    ``preempted_iter_N.pth`` in the work_dir, N being the number of updates made; a
+    resumed run ends as if it had not been stopped. The file goes when the next ordinary
+    checkpoint is there (see :class:`WholeCheckpointHook`). Further signals change
+    nothing, and one that finds no update or validation left to do lets the training
+    finish.
+
+    For the loops of :mod:`mlla_mm.engine.loops`.
+
+    Raises:
+        Preempted: In training, on all processes, once the checkpoint is there.
+    """
+
+    # Before an update leaves traces in what other hooks keep.
+    priority = 'HIGHEST'
+
+    def __init__(self) -> None:
+        self._told = False
+        self._first_iter = 0
+        self._training = False
+        self._previous_handler: Any = None
+        self._common_val_iters = 0
+        self._buffers: Optional[List[List[Tensor]]] = None
+
+    def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
+        self._buffers = checkpoint.pop(_BUFFERS_KEY, None)
+
+    def before_train(self, runner) -> None:
+        self._told = False
+        self._first_iter = runner.iter
+        self._training = True
+        self._previous_handler = signal.signal(signal.SIGTERM, self._take_note)
+
+    # Not before_train: averages of weights are made there.
+    def before_train_epoch(self, runner) -> None:
+        buffers, self._buffers = self._buffers, None
+        # Another number of processes goes on from the mean.
+        if buffers and runner.iter > 0 and len(buffers) == runner.world_size:
+            for own, saved in zip(_own_buffers(runner), buffers[runner.rank]):
+                own.copy_(saved)
+
+    def before_train_iter(
+        self, runner, batch_idx: int, data_batch: Optional[dict] = None
+    ) -> None:
+        if self._is_any_told():
+            self._stop(runner)
+
+    def before_val_epoch(self, runner) -> None:
+        if not self._training:
+            return
+        if any(isinstance(hook, EMAHook) for hook in runner.hooks):
+            # It has put the averaged weights into the model until the end.
+            self._common_val_iters = 0
+            return
+        # All ask as often, though one may have fewer images.
+        count = torch.tensor(len(runner.val_dataloader))
+        all_reduce(count, op='min')
+        self._common_val_iters = int(count)
+
+    def after_val_iter(
+        self,
+        runner,
+        batch_idx: int,
+        data_batch: Optional[dict] = None,
+        outputs: Optional[list] = None,
+    ) -> None:
+        if not self._training or batch_idx >= self._common_val_iters:
+            return
+        if self._is_any_told():
+            runner.message_hub.update_info('validation_due', True)
+            self._stop(runner)
+
+    def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
+        if self._buffers is not None:
+            checkpoint[_BUFFERS_KEY] = self._buffers
+
+    def after_train(self, runner) -> None:
+        self._training = False
+        signal.signal(signal.SIGTERM, self._previous_handler)
+
+    def _take_note(self, number: int, frame: Any) -> None:
+        self._told = True
+
+    def _is_any_told(self) -> bool:
+        told = torch.tensor(int(self._told))
+        all_reduce(told, op='max')
+        return bool(told)
+
+    def _stop(self, runner) -> NoReturn:
+        if runner.iter == self._first_iter:
+            saved = 'no update was made since the start, so there is nothing to save'
+        else:
+            saved = f'saved in {self._save(runner)}'
+        runner.logger.warning(
+            f'Stopped by SIGTERM after update {runner.iter}: {saved}. Go on with '
+            '--resume.'
+        )
+        raise Preempted
+
+    def _save(self, runner) -> Path:
+        path = Path(runner.work_dir) / PREEMPTED_NAME.format(runner.iter)
+        if runner.world_size > 1:
+            # BatchNorm statistics differ between processes, and each goes on from its
+            # own; who loads the model alone gets their mean, as from any checkpoint.
+            own = [buffer.cpu() for buffer in _own_buffers(runner)]
+            self._buffers = all_gather_object(own)
+            all_reduce_params(_own_buffers(runner), op='mean')
+        runner.save_checkpoint(
+            runner.work_dir,
+            path.name,
+            save_param_scheduler=runner.param_schedulers is not None,
+            meta=dict(epoch=runner.epoch, iter=runner.iter),
+            by_epoch=False,
+            backend_args=dict(backend='whole_file'),
+        )
+        if is_main_process():
+            # For MMEngine's own way to resume.
+            write_whole(path.with_name('last_checkpoint'), str(path).encode())
+        return path
+
+
+def shield_workers() -> None:
+    """Let processes that are forked from now on obey SIGTERM from their parent alone.
+
+    A signal for all processes of a group or job would end the data loaders' workers
+    before the checkpoint is saved, and PyTorch then ends the training. A worker's
+    ``worker_init_fn`` would be too late for a signal that comes while it starts.
+    Without ``sigwaitinfo`` (macOS), or with another start method, workers are as ever.
+    """
+    global _shields
+    if hasattr(signal, 'sigwaitinfo') and not _shields:
+        os.register_at_fork(after_in_child=_obey_parent_alone)
+        _shields = True
+
+
+_shields = False
+
+
+def _obey_parent_alone() -> None:
+    # PyTorch's own handler asks for the sender too, but obeys everyone.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    Thread(target=_wait_for_parents_signal, args=(os.getppid(),), daemon=True).start()
+
+
+def _wait_for_parents_signal(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
+
+
+def _own_buffers(runner) -> List[Tensor]:
+    """Those of the model and of its average, of this process."""
+    averages = [hook.ema.module for hook in runner.hooks if isinstance(hook, MESAHook)]
+    return [buffer for x in (runner.model, *averages) for buffer in x.buffers()]

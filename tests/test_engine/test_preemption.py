@@ -1,0 +1,287 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+"""Real runs of MMEngine's runner on a tiny model, stopped by real signals."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.evaluator import BaseMetric
+from mmengine.hooks import Hook
+from mmengine.model import BaseModel
+from mmengine.registry import METRICS
+from mmengine.runner import Runner
+from torch import nn
+from torch.utils.data import DataLoader
+
+from mlla_mm.engine.hooks import Preempted
+from mlla_mm.engine.hooks.preemption import shield_workers
+from mlla_mm.engine.loops import use_seeded_loop
+from mlla_mm.engine.resume import newest_checkpoint
+
+UPDATES = 5
+"""Of an epoch."""
+
+
+class Tiny(BaseModel):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Dropout(), nn.Linear(4, 1)
+        )
+
+    def forward(self, inputs, mode):
+        outputs = self.layers(inputs)
+        if mode == 'loss':
+            return dict(loss=outputs.square().mean())
+        return list(outputs.detach())
+
+
+@METRICS.register_module()
+class MeanOutput(BaseMetric):
+    def process(self, data_batch, data_samples):
+        self.results += [output.item() for output in data_samples]
+
+    def compute_metrics(self, results):
+        return dict(mean=sum(results) / len(results))
+
+
+class Recorder(Hook):
+    """What happened: updates with their images and rates, and evaluations."""
+
+    def __init__(self, record):
+        self.record = record
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        rate = runner.optim_wrapper.get_lr()['lr']
+        images = data_batch['inputs'].flatten().tolist()
+        self.record.append((runner.epoch, runner.iter, batch_idx, rate, images))
+
+    def after_train_epoch(self, runner):
+        self.record.append(('end of epoch', runner.epoch, runner.iter))
+
+    def after_val_epoch(self, runner, metrics=None):
+        self.record.append(('evaluation', runner.iter, metrics))
+
+
+class Stopper(Hook):
+    """Sends SIGTERM in an update, or in an evaluation after an update."""
+
+    def __init__(self, update=None, evaluation_after=None, in_start=False):
+        self.update = update
+        self.evaluation_after = evaluation_after
+        self.in_start = in_start
+
+    def before_train(self, runner):
+        if self.in_start:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if runner.iter == self.update:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def after_val_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        if runner.iter == self.evaluation_after and batch_idx == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+EPOCHS = dict(
+    train_cfg=dict(by_epoch=True, max_epochs=3),
+    sampler=dict(type='DefaultSampler', shuffle=True),
+    checkpoint=dict(interval=1, by_epoch=True),
+)
+ITERATIONS = dict(
+    train_cfg=dict(by_epoch=False, max_iters=13, val_interval=4),
+    sampler=dict(type='InfiniteSampler', shuffle=True),
+    checkpoint=dict(interval=4, by_epoch=False, max_keep_ckpts=1),
+)
+
+
+@pytest.fixture
+def train(tmp_path):
+    """Train for as long as nothing comes in between; what happened is written down."""
+
+    def run(name, record, stopper=None, **setting):
+        folder = tmp_path / name
+        images = torch.rand(2 * UPDATES, 2, generator=torch.Generator().manual_seed(0))
+        cfg = Config(
+            dict(
+                train_dataloader=dict(
+                    batch_size=2,
+                    sampler=setting['sampler'],
+                    collate_fn=dict(type='default_collate'),
+                    dataset=None,
+                ),
+                train_cfg=setting['train_cfg'],
+            )
+        )
+        use_seeded_loop(cfg)
+        # A list is no config of a data set.
+        dataset = [dict(inputs=image) for image in images]
+        loader = dict(batch_size=2, dataset=dataset)
+        torch.manual_seed(0)
+        newest = newest_checkpoint(folder)
+        runner = Runner(
+            Tiny(),
+            str(folder),
+            train_dataloader={**cfg.train_dataloader.to_dict(), **loader},
+            train_cfg=cfg.train_cfg.to_dict(),
+            val_dataloader=dict(
+                sampler=dict(type='DefaultSampler', shuffle=False),
+                collate_fn=dict(type='default_collate'),
+                **loader,
+            ),
+            val_cfg=dict(),
+            val_evaluator=dict(type='MeanOutput'),
+            optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1, momentum=0.9)),
+            param_scheduler=[
+                dict(type='ExponentialLR', gamma=0.9, by_epoch=False),
+                dict(type='ExponentialLR', gamma=0.5, by_epoch=True),
+            ],
+            default_hooks=dict(
+                checkpoint=dict(
+                    type='WholeCheckpointHook',
+                    save_best='mean',
+                    rule='less',
+                    **setting['checkpoint'],
+                )
+            ),  # fmt: skip
+            custom_hooks=[
+                *cfg.custom_hooks,
+                *setting.get('hooks', []),
+                Recorder(record),
+                *([stopper] if stopper else []),
+            ],
+            default_scope='mmengine',
+            randomness=dict(seed=1),
+            experiment_name=f'{tmp_path.name}_{os.urandom(4).hex()}',
+            resume=newest is not None,
+            load_from=newest and str(newest),
+        )
+        runner.train()
+
+    return run
+
+
+def contents(folder):
+    """Of the newest checkpoint, as far as a run depends on it."""
+    checkpoint = torch.load(newest_checkpoint(folder), weights_only=False)
+    tensors = {
+        **checkpoint['state_dict'],
+        **{
+            f'momentum {i}': state['momentum_buffer']
+            for i, state in checkpoint['optimizer']['state'].items()
+        },
+        **checkpoint.get('ema_state_dict', {}),
+    }
+    rest = {key: checkpoint['meta'][key] for key in ('epoch', 'iter', 'seed')}
+    best = checkpoint['message_hub']['runtime_info'].get('best_score')
+    rest.update(best=best, schedulers=checkpoint['param_schedulers'])
+    return tensors, rest
+
+
+EMA = dict(type='EMAHook', momentum=0.1)
+
+
+@pytest.mark.parametrize(
+    ('setting', 'stops'),
+    [
+        # In the first and the last update of an epoch, and within it; the signal takes
+        # effect before the next.
+        (EPOCHS, [Stopper(5), Stopper(7), Stopper(9)]),
+        (EPOCHS, [Stopper(evaluation_after=5), Stopper(evaluation_after=10)]),
+        # The last one, and twice the same.
+        (EPOCHS, [Stopper(evaluation_after=15), Stopper(evaluation_after=15)]),
+        # MMEngine's average sits in the model during an evaluation.
+        ({**EPOCHS, 'hooks': [EMA]}, [Stopper(6), Stopper(evaluation_after=10)]),
+        (ITERATIONS, [Stopper(2), Stopper(3), Stopper(evaluation_after=8)]),
+        ({**ITERATIONS, 'hooks': [EMA]}, [Stopper(6), Stopper(evaluation_after=12)]),
+    ],
+)
+def test_a_stopped_run_ends_as_if_it_had_not_been(train, tmp_path, setting, stops):
+    before = signal.getsignal(signal.SIGTERM)
+    expected, found = [], []
+    train('whole', expected, **setting)
+    assert signal.getsignal(signal.SIGTERM) is before
+    for stopper in stops:
+        with pytest.raises(Preempted):
+            train('stopped', found, stopper, **setting)
+        signal.signal(signal.SIGTERM, before)
+    train('stopped', found, **setting)
+    assert found == expected
+    (tensors, rest), (expected_tensors, expected_rest) = (
+        contents(tmp_path / name) for name in ('stopped', 'whole')
+    )
+    assert rest == expected_rest
+    assert tensors.keys() == expected_tensors.keys()
+    for key, value in expected_tensors.items():
+        assert torch.equal(tensors[key], value), key
+    names = [
+        {path.name for path in (tmp_path / name).glob('*.pth')}
+        for name in ('stopped', 'whole')
+    ]
+    assert names[0] == names[1]
+
+
+def test_nothing_is_saved_before_the_first_update(train, tmp_path, caplog):
+    before = signal.getsignal(signal.SIGTERM)
+    record = []
+    with pytest.raises(Preempted):
+        train('work', record, Stopper(in_start=True), **EPOCHS)
+    signal.signal(signal.SIGTERM, before)
+    assert not record
+    assert newest_checkpoint(tmp_path / 'work') is None
+
+
+def test_the_message_names_the_checkpoint(train, tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Preempted):
+        train('work', [], Stopper(6), **EPOCHS)
+    signal.signal(signal.SIGTERM, before)
+    path = tmp_path / 'work' / 'preempted_iter_7.pth'
+    (log,) = (tmp_path / 'work').glob('*/*.log')
+    assert f'after update 7: saved in {path}. Go on with --resume.' in log.read_text()
+    assert (tmp_path / 'work' / 'last_checkpoint').read_text() == str(path)
+
+
+def test_a_signal_in_the_last_update_lets_the_training_finish(train, tmp_path):
+    setting = {**EPOCHS, 'train_cfg': dict(by_epoch=True, max_epochs=3, val_begin=4)}
+    train('work', [], Stopper(14), **setting)
+    assert newest_checkpoint(tmp_path / 'work').name == 'epoch_3.pth'
+
+
+def test_an_epoch_of_another_length_begins_anew(train, tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    record = []
+    with pytest.raises(Preempted):
+        train('work', record, Stopper(6), **EPOCHS)
+    signal.signal(signal.SIGTERM, before)
+    path = tmp_path / 'work' / 'preempted_iter_7.pth'
+    checkpoint = torch.load(path, weights_only=False)
+    checkpoint['message_hub']['runtime_info']['epoch_begun']['updates'] = 8
+    torch.save(checkpoint, path)
+    record.clear()
+    train('work', record, **EPOCHS)
+    assert record[0][:3] == (1, 7, 0)
+    (*_, log) = sorted((tmp_path / 'work').glob('*/*.log'))
+    assert 'Epoch 2 begins anew: it has 5 updates; it had 8' in log.read_text()
+
+
+@pytest.mark.skipif(not hasattr(signal, 'sigwaitinfo'), reason='not on this system')
+def test_workers_obey_their_parent_alone():
+    shield_workers()
+    loader = DataLoader(torch.arange(8), num_workers=1, persistent_workers=True)
+    assert len(list(loader)) == 8
+    (worker,) = multiprocessing.active_children()
+    subprocess.run(['kill', '-TERM', str(worker.pid)], check=True)
+    time.sleep(0.5)
+    assert len(list(loader)) == 8
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(timeout=60)
+    assert worker.exitcode == 0
