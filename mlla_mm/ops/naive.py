@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .rotary import rotary_embedding
 
-_EPS = 1e-6
+#: Added to the normaliser of the attention.
+EPS = 1e-6
 
 
 def depthwise_conv(
@@ -96,7 +97,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
     k_rotated = _split_heads(rotary_embedding(k).to(v.dtype), num_heads)
     # An element-wise sum, since autocast would run a matrix product in half precision.
     norm = _split_heads(q * k.mean(dim=(1, 2), keepdim=True), num_heads)
-    norm = norm.sum(dim=-1, keepdim=True) + _EPS
+    norm = norm.sum(dim=-1, keepdim=True) + EPS
     # Each factor takes half of 1 / n: the sum over many tokens stays in range.
     scale = (height * width) ** -0.5
     kv = (k_rotated * scale).transpose(-2, -1) @ (_split_heads(v, num_heads) * scale)
@@ -116,3 +117,21 @@ def _split_heads(x: Tensor, num_heads: int) -> Tensor:
 def _merge_heads(x: Tensor, height: int, width: int) -> Tensor:
     """(N, heads, H * W, C / heads) -> (N, H, W, C)."""
     return x.transpose(1, 2).flatten(2).unflatten(1, (height, width))
+
+
+def mlp(
+    x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor
+) -> Tensor:
+    """Linear layer, GELU (with the error function), linear layer.
+
+    Args:
+        x (Tensor): (..., C).
+        weight1 (Tensor): (hidden, C).
+        bias1 (Tensor): (hidden,).
+        weight2 (Tensor): (C, hidden).
+        bias2 (Tensor): (C,).
+
+    Returns:
+        Tensor: (..., C).
+    """
+    return F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)

@@ -6,7 +6,7 @@ from typing import Dict, Tuple
 import torch
 from torch import Tensor
 
-from .tracing import is_tracing
+from .tracing import is_graph
 
 _BASE = 10000.0
 
@@ -15,6 +15,8 @@ _BASE = 10000.0
 # over a COCO epoch. Kept outside the modules: as buffers they would enter
 # checkpoints and MMEngine's EMA, which cannot follow a buffer that grows.
 _TABLES: Dict[Tuple[int, torch.device, torch.dtype], Tuple[Tensor, Tensor]] = {}
+# (channels, device, dtype) -> what rotation() returned last.
+_ROTATIONS: Dict[Tuple[int, torch.device, torch.dtype], Tensor] = {}
 
 
 def axis_tables(
@@ -23,7 +25,7 @@ def axis_tables(
     """Cosine and sine of ``position * 10000 ** (-j / num_freqs)``.
 
     The tables are cached and grow to the next power of two of the longest axis seen. A
-    graph that is being traced computes its own, so that it serves every length.
+    graph that is being recorded computes its own, so that it serves every length.
 
     Args:
         length (int): Number of positions along the axis, 0 .. length - 1.
@@ -34,7 +36,7 @@ def axis_tables(
     Returns:
         tuple[Tensor, Tensor]: cos and sin, each (length, num_freqs).
     """
-    if is_tracing():
+    if is_graph():
         return _tables_in_graph(length, num_freqs, device, dtype)
     key = (num_freqs, device, dtype)
     if key not in _TABLES or len(_TABLES[key][0]) < length:
@@ -76,6 +78,39 @@ def _tables_in_graph(
     cos = a.cos() * b.cos() - a.sin() * b.sin()
     sin = a.sin() * b.cos() + a.cos() * b.sin()
     return cos.to(dtype), sin.to(dtype)
+
+
+def rotation(x: Tensor) -> Tensor:
+    """The rotation of :func:`rotary_embedding` as complex numbers of length one.
+
+    The last image size's is kept for each number of channels, since the blocks of a
+    stage share it.
+
+    Args:
+        x (Tensor): float32 or float64 queries and keys (N, H, W, 2C).
+
+    Returns:
+        Tensor: (H, W, C / 2), complex.
+    """
+    height, width, channels = x.shape[1:]
+    key = (channels, x.device, x.dtype)
+    if key not in _ROTATIONS or _ROTATIONS[key].shape[:2] != (height, width):
+        _ROTATIONS[key] = _build_rotation(
+            height, width, channels // 8, x.device, x.dtype
+        )
+    return _ROTATIONS[key]
+
+
+def _build_rotation(
+    height: int, width: int, num_freqs: int, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    with torch.inference_mode(False), torch.no_grad():
+        rows = torch.complex(*axis_tables(height, num_freqs, device, dtype))
+        columns = torch.complex(*axis_tables(width, num_freqs, device, dtype))
+        shape = (height, width, num_freqs)
+        return torch.cat(
+            [rows[:, None].expand(shape), columns[None].expand(shape)], dim=-1
+        )
 
 
 def rotary_embedding(x: Tensor) -> Tensor:

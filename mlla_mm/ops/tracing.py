@@ -1,7 +1,7 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 import torch
 
-from ..utils.compat import is_exporting
+from ..utils.compat import is_compiling, is_exporting
 
 
 def is_tracing() -> bool:
@@ -9,7 +9,14 @@ def is_tracing() -> bool:
 
     True inside ``torch.jit.trace`` (which ONNX export and MMEngine's FLOP counter use
     too), where sizes are tensors, and ``torch.export``, where they are symbols. Python
-    branches on sizes and caches by size would fix them in the graph. False under
-    ``torch.compile``, which recompiles when a branch goes the other way.
+    branches on sizes and caches by size would fix them in the graph.
     """
     return torch.jit.is_tracing() or is_exporting()
+
+
+def is_graph() -> bool:
+    """Whether a graph is being recorded, also by ``torch.compile``.
+
+    That one could follow a branch, with a graph for each way.
+    """
+    return is_tracing() or is_compiling()

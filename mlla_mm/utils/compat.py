@@ -13,6 +13,11 @@ TELLS_EXPORT = torch.__version__ >= (2, 7)
 #: Whether ONNX export goes through torch.export unless told otherwise.
 EXPORTS_ONNX_THROUGH_EXPORT = torch.__version__ >= (2, 9)
 
+if hasattr(torch.compiler, 'is_compiling'):
+    is_compiling = torch.compiler.is_compiling
+else:
+    from torch._dynamo import is_compiling  # noqa: F401
+
 #: Whether torch.load sees that a pickle tells wrong lengths of a file's records.
 #: PyTorch 2.1 believes it, and reads behind their end; 2.11 does not.
 CHECKS_RECORD_LENGTHS = torch.__version__ >= (2, 11)
@@ -21,3 +26,17 @@ CHECKS_RECORD_LENGTHS = torch.__version__ >= (2, 11)
 def is_exporting() -> bool:
     """Whether torch.export is at work; False where that cannot be told."""
     return TELLS_EXPORT and torch.compiler.is_exporting()
+
+
+def is_autocast(device_type: str) -> bool:
+    """Whether autocast is on for a kind of device."""
+    if device_type == 'cpu':
+        return torch.is_autocast_cpu_enabled()
+    return torch.is_autocast_enabled()
+
+
+def autocast_dtype(device_type: str) -> torch.dtype:
+    """What autocast casts to."""
+    if device_type == 'cpu':
+        return torch.get_autocast_cpu_dtype()
+    return torch.get_autocast_gpu_dtype()

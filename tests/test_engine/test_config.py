@@ -143,3 +143,15 @@ def test_predictions_go_where_they_were_asked_to(tmp_path):
 def test_draw_results_needs_a_hook():
     with pytest.raises(ValueError, match='default_hooks.visualization'):
         options.draw_results(make(default_hooks=dict()), 'out')
+
+
+@pytest.mark.parametrize('compile', [True, dict(backend='eager')])
+def test_compile_means_the_backbone(compile):
+    cfg = Config(dict(model=dict(backbone=dict(type='MLLA')), compile=compile))
+    options.compile_backbone(cfg)
+    assert cfg.model.backbone.compile == compile
+    assert cfg.compile is False
+    cfg = Config(dict(model=dict(backbone=dict(type='ResNet')), compile=compile))
+    options.compile_backbone(cfg)
+    assert cfg.compile == compile
+    assert 'compile' not in cfg.model.backbone

@@ -3,22 +3,25 @@ import copy
 import io
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 from mmengine.registry import MODELS
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mlla_mm.models import MLLA
+from mlla_mm.models.layers.conv import ConvLayer
 
 from .. import reference
 
 NANO = dict(embed_dims=16, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8))
 
 
-def build_reference(arch: str) -> MLLA:
-    model = MLLA(arch).eval()
+def build_reference(arch: str, **kwargs) -> MLLA:
+    model = MLLA(arch, **kwargs).eval()
     model.load_state_dict(reference.official_weights(f'mlla-{arch}_downstream'))
     return model
 
@@ -28,12 +31,26 @@ def build_reference(arch: str) -> MLLA:
     [('t', '96x132', 2), ('t', '75x101', 2), ('s', '64x96', 1), ('b', '64x96', 1)],
 )
 def test_features_equal_the_authors(arch, size, batch):
+    assert_features(arch, size, batch)
+
+
+def assert_features(arch: str, size: str, batch: int, **kwargs) -> None:
     with torch.no_grad():
-        features = build_reference(arch)(reference.image(size, batch))
+        features = build_reference(arch, **kwargs)(reference.image(size, batch))
     for i, feature in enumerate(features):
         expected = reference.recorded(f'feat{i}_mlla-{arch}_{size}')
         assert feature.shape == expected.shape
         assert reference.relative_error(feature, expected) < 1e-5
+
+
+def test_features_of_the_plain_definitions_equal_the_authors(monkeypatch):
+    monkeypatch.setenv('MLLA_OPS', 'naive')
+    assert_features('t', '75x101', 2)
+
+
+@pytest.mark.slow
+def test_compiled_features_equal_the_authors():
+    assert_features('t', '96x132', 2, compile=True)
 
 
 @pytest.mark.gpu
@@ -187,6 +204,77 @@ def test_checkpointing_saves_memory():
     assert saved_bytes(True) < 0.5 * saved_bytes(False)
 
 
+@pytest.mark.parametrize('training', [False, True])
+def test_a_compiled_model_has_few_graphs(training):
+    """At most four for 20 image sizes; they are counted, not turned into code."""
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    model = MLLA(NANO, compile=dict(backend=counter)).train(training)
+    sizes = torch.randint(33, 200, (20, 2)).tolist()
+    for size in sizes:
+        image = torch.randn(2, 3, *size)
+        plain = MLLA(NANO).train(training)
+        plain.load_state_dict(model.state_dict())
+        with torch.set_grad_enabled(training):
+            for actual, expected in zip(model(image), plain(image)):
+                assert reference.relative_error(actual, expected) < 1e-5
+    assert 1 <= counter.frame_count <= 4
+
+
+def test_a_copy_of_a_compiled_model_is_compiled_for_itself():
+    torch._dynamo.reset()
+    model = MLLA(NANO, compile=dict(backend=CompileCounter())).eval()
+    copied = copy.deepcopy(model)
+    counter = copied._compile_options['backend']
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.zero_()
+        image = torch.randn(1, 3, 64, 64)
+        assert all((x == 0).all() for x in copied(image))
+        assert counter.frame_count == 1
+        assert not any((x == 0).all() for x in model(image))
+
+
+def test_a_compiled_model_can_be_traced():
+    model = MLLA(NANO, compile=dict(backend=CompileCounter())).eval()
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        traced = torch.jit.trace(model, image)
+        for actual, expected in zip(traced(image), model(image)):
+            assert reference.relative_error(actual, expected) < 1e-5
+
+
+def test_normalisation_of_the_moment():
+    """Convolutions with the BatchNorm in them follow weights and statistics."""
+    model = MLLA(NANO).double().eval()
+    image = torch.randn(2, 3, 33, 47, dtype=torch.float64)
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        for value in model.state_dict().values():
+            if value.is_floating_point():
+                # As averages of weights are swapped in, which leaves no trace.
+                value.data.copy_(torch.rand_like(value) + 0.5)
+        separate = copy.deepcopy(model)
+        for module in separate.modules():
+            if isinstance(module, ConvLayer):
+                module.forward = partial(nn.Sequential.forward, module)
+        with torch.no_grad():
+            torch.testing.assert_close(model(image), separate(image))
+
+
+def test_gradients_in_evaluation_mode():
+    """Frozen statistics (norm_eval) leave the weights of a BatchNorm trainable."""
+    layer = ConvLayer(3, 4, 3).double().eval()
+    x = torch.randn(2, 3, 5, 6, dtype=torch.float64)
+    upstream = torch.randn(2, 4, 5, 6, dtype=torch.float64)
+    torch.testing.assert_close(
+        torch.autograd.grad(layer(x), list(layer.parameters()), upstream),
+        torch.autograd.grad(
+            nn.Sequential.forward(layer, x), list(layer.parameters()), upstream
+        ),
+    )
+
+
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize('training', [False, True])
 @pytest.mark.parametrize('scale', [1e-3, 1.0, 1e3])
@@ -321,6 +409,7 @@ def test_state_does_not_depend_on_the_image_size():
         (dict(arch=NANO, in_channels=0), 'in_channels'),
         (dict(arch=NANO, frozen_stages=5), 'frozen_stages'),
         (dict(arch=NANO, in_channels=3.0), 'in_channels must be an int'),
+        (dict(arch=NANO, compile='yes'), 'compile must be True, False or a dict'),
         (dict(arch=NANO, with_cp='false'), 'with_cp must be True or False'),
         (dict(arch=NANO, drop_path_rate=1.5), 'drop_path_rate'),
         (dict(arch=NANO, drop_path_rate=1.0), 'drop_path_rate must be .* below 1'),

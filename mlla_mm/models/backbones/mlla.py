@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from ...ops.tracing import is_tracing
 from ..layers import MLLABlock, PatchMerging, Stem
 from ..weights import load_pretrained
 
@@ -89,6 +90,11 @@ class MLLA(BaseModule):
             Defaults to False.
         with_cp (bool): Recompute the blocks in the backward pass to save memory.
             Defaults to False.
+        compile (bool | dict): Whether to run the forward pass through
+            ``torch.compile``, or the keyword arguments for it. The first call compiles
+            for its image size, the first call with another one for all sizes; so do
+            training and evaluation, and a copy of the model, each for itself.
+            Defaults to False.
         init_cfg (dict | list[dict], optional): MMEngine's initialisation config.
             ``dict(type='Pretrained', checkpoint=PATH)`` reads the official weights and
             ours; with ``ema=True`` the averaged ones, with ``ema=False`` the plain ones
@@ -136,6 +142,7 @@ class MLLA(BaseModule):
         frozen_stages: int = -1,
         norm_eval: bool = False,
         with_cp: bool = False,
+        compile: Union[bool, dict] = False,
         init_cfg: Optional[Union[dict, List[dict]]] = None,
     ) -> None:
         super().__init__(init_cfg=init_cfg)
@@ -178,6 +185,13 @@ class MLLA(BaseModule):
         self.apply(_init_linear)
         self._freeze_stages()
         self._freeze_unused()
+        if not isinstance(compile, (bool, dict)):
+            raise ValueError(
+                'compile must be True, False or a dict of arguments for torch.compile, '
+                f'got {compile!r}.'
+            )
+        self._compile_options = {} if compile is True else compile
+        self._compile()
 
     def forward(self, x: Tensor) -> Tuple[Tensor, ...]:
         """Features of the stages in ``out_indices``.
@@ -209,6 +223,16 @@ class MLLA(BaseModule):
                 break
             x = stage.downsample(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return tuple(outs)
+
+    def __call__(self, *args, **kwargs) -> Tuple[Tensor, ...]:
+        if is_tracing():
+            # A compiled function cannot be traced, counted or exported.
+            return self._call_impl(*args, **kwargs)
+        return super().__call__(*args, **kwargs)
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._compile()  # which a copy has not inherited
 
     def train(self, mode: bool = True) -> 'MLLA':
         """Set training mode, but for what ``frozen_stages`` and ``norm_eval`` hold."""
@@ -253,6 +277,10 @@ class MLLA(BaseModule):
             self._is_init = True
         else:
             super().init_weights()
+
+    def _compile(self) -> None:
+        if self._compile_options is not False:
+            self.compile(**self._compile_options)
 
     def _freeze_stages(self) -> None:
         if self.frozen_stages < 0:

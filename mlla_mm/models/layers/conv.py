@@ -4,39 +4,68 @@ from collections import OrderedDict
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...ops.tracing import is_tracing
+from ...ops import depthwise_conv
+from ...ops.tracing import is_graph, is_tracing
 
 
-def conv_layer(
-    in_channels: int,
-    out_channels: int,
-    kernel_size: int,
-    stride: int = 1,
-    groups: int = 1,
-    bias: bool = False,
-    norm: bool = True,
-    act: bool = True,
-) -> nn.Sequential:
+class ConvLayer(nn.Sequential):
     """Convolution, BatchNorm, ReLU, each of the last two optional.
 
     The children are named ``conv``, ``norm`` and ``act`` as in the official
-    checkpoints. Padding is "same" for stride 1.
+    checkpoints. Padding is "same" for stride 1. In evaluation mode the normalisation is
+    done by the convolution, with weights computed in every call, so they are those of
+    the moment.
+
+    Args:
+        in_channels (int): Number of input channels.
+        out_channels (int): Number of output channels.
+        kernel_size (int): Side of the kernel.
+        stride (int): Stride. Defaults to 1.
+        groups (int): Number of groups. Defaults to 1.
+        bias (bool): Whether the convolution has a bias. Defaults to False.
+        norm (bool): Whether BatchNorm follows. Defaults to True.
+        act (bool): Whether ReLU comes last. Defaults to True.
     """
-    layers: OrderedDict[str, nn.Module] = OrderedDict()
-    layers['conv'] = nn.Conv2d(
-        in_channels,
-        out_channels,
-        kernel_size,
-        stride,
-        padding=kernel_size // 2,
-        groups=groups,
-        bias=bias,
-    )
-    if norm:
-        layers['norm'] = nn.BatchNorm2d(out_channels)
-    if act:
-        layers['act'] = nn.ReLU(inplace=True)
-    return nn.Sequential(layers)
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        groups: int = 1,
+        bias: bool = False,
+        norm: bool = True,
+        act: bool = True,
+    ) -> None:
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        layers['conv'] = nn.Conv2d(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding=kernel_size // 2,
+            groups=groups,
+            bias=bias,
+        )
+        if norm:
+            layers['norm'] = nn.BatchNorm2d(out_channels)
+        if act:
+            layers['act'] = nn.ReLU(inplace=True)
+        super().__init__(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = getattr(self, 'norm', None)
+        # A graph keeps the BatchNorm, as which it is counted and exported.
+        if norm is None or norm.training or is_tracing():
+            return super().forward(x)
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        bias = norm.bias - norm.running_mean * scale
+        if self.conv.bias is not None:
+            bias = bias + self.conv.bias * scale
+        weight = self.conv.weight * scale[:, None, None, None]
+        x = self.conv._conv_forward(x, weight, bias)
+        return self.act(x) if hasattr(self, 'act') else x
 
 
 def pad_to_multiple(x: Tensor, divisor: int) -> Tensor:
@@ -45,7 +74,7 @@ def pad_to_multiple(x: Tensor, divisor: int) -> Tensor:
     # Not -height % divisor, whose multiples torch.export does not recognise as such.
     pad_bottom = (height + divisor - 1) // divisor * divisor - height
     pad_right = (width + divisor - 1) // divisor * divisor - width
-    if is_tracing() or pad_bottom or pad_right:
+    if is_graph() or pad_bottom or pad_right:
         x = F.pad(x, (0, pad_right, 0, pad_bottom))
     return x
 
@@ -53,14 +82,18 @@ def pad_to_multiple(x: Tensor, divisor: int) -> Tensor:
 class DepthwiseConv2d(nn.Conv2d):
     """3x3 depthwise convolution with bias on channels-last maps (N, H, W, C).
 
-    The permuted view is a channels-last tensor to PyTorch, so nothing is copied.
-
     Args:
         channels (int): Number of channels C.
+        residual (bool): Whether to add the input. Defaults to False.
+        act (bool): Whether SiLU follows. Defaults to False.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(
+        self, channels: int, residual: bool = False, act: bool = False
+    ) -> None:
         super().__init__(channels, channels, 3, padding=1, groups=channels)
+        self.residual = residual
+        self.act = act
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return depthwise_conv(x, self.weight, self.bias, self.residual, self.act)

@@ -3,12 +3,12 @@ import torch.nn.functional as F
 from mmcv.cnn.bricks.drop import DropPath
 from torch import Tensor, nn
 
-from ...ops import linear_attention
+from ...ops import mlla_attention, mlp
 from .conv import DepthwiseConv2d
 
 
 class LinearAttention(nn.Module):
-    """Linear attention with rotary and local position encoding.
+    """Gated linear attention with rotary and local position encoding.
 
     Args:
         embed_dims (int): Number of channels C.
@@ -23,10 +23,11 @@ class LinearAttention(nn.Module):
         self.qk = nn.Linear(embed_dims, embed_dims * 2, bias=qkv_bias)
         self.lepe = DepthwiseConv2d(embed_dims)
 
-    def forward(self, v: Tensor) -> Tensor:
-        """(N, H, W, C) -> (N, H, W, C). The input serves as the values."""
-        q, k = self.qk(v).chunk(2, dim=-1)
-        return linear_attention(q, k, v, self.num_heads) + self.lepe(v)
+    def forward(self, v: Tensor, gate: Tensor) -> Tensor:
+        """Values and gate before its SiLU, (N, H, W, C) each -> (N, H, W, C)."""
+        return mlla_attention(
+            self.qk(v), v, gate, self.lepe.weight, self.lepe.bias, self.num_heads
+        )
 
 
 class MLP(nn.Module):
@@ -39,7 +40,10 @@ class MLP(nn.Module):
         self.drop = nn.Dropout(drop_rate)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
+        if self.drop.p and self.training:
+            return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
+        fc1, fc2 = self.fc1, self.fc2
+        return mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
 
 
 class MLLABlock(nn.Module):
@@ -73,26 +77,25 @@ class MLLABlock(nn.Module):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        self.cpe1 = DepthwiseConv2d(embed_dims)
+        self.cpe1 = DepthwiseConv2d(embed_dims, residual=True)
         self.norm1 = nn.LayerNorm(embed_dims)
         self.in_proj = nn.Linear(embed_dims, embed_dims)
         self.act_proj = nn.Linear(embed_dims, embed_dims)
-        self.dwc = DepthwiseConv2d(embed_dims)
+        self.dwc = DepthwiseConv2d(embed_dims, act=True)
         self.attn = LinearAttention(embed_dims, num_heads, qkv_bias)
         self.out_proj = nn.Linear(embed_dims, embed_dims)
         self.drop_path = DropPath(drop_path_rate)
-        self.cpe2 = DepthwiseConv2d(embed_dims)
+        self.cpe2 = DepthwiseConv2d(embed_dims, residual=True)
         self.norm2 = nn.LayerNorm(embed_dims)
         self.mlp = MLP(embed_dims, int(embed_dims * mlp_ratio), drop_rate)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, H, W, C) -> (N, H, W, C)."""
-        x = x + self.cpe1(x)
+        x = self.cpe1(x)
         x = x + self.drop_path(self._attend(self.norm1(x)))
-        x = x + self.cpe2(x)
+        x = self.cpe2(x)
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
     def _attend(self, x: Tensor) -> Tensor:
-        gate = F.silu(self.act_proj(x))
-        v = F.silu(self.dwc(self.in_proj(x)))
-        return self.out_proj(self.attn(v) * gate)
+        v = self.dwc(self.in_proj(x))
+        return self.out_proj(self.attn(v, gate=self.act_proj(x)))

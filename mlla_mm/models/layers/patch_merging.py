@@ -1,7 +1,7 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 from torch import Tensor, nn
 
-from .conv import conv_layer, pad_to_multiple
+from .conv import ConvLayer, pad_to_multiple
 
 
 class PatchMerging(nn.Module):
@@ -15,11 +15,11 @@ class PatchMerging(nn.Module):
         super().__init__()
         hidden = in_channels * 8
         self.conv = nn.Sequential(
-            conv_layer(in_channels, hidden, 1, bias=True, norm=False),
-            conv_layer(
+            ConvLayer(in_channels, hidden, 1, bias=True, norm=False),
+            ConvLayer(
                 hidden, hidden, 3, stride=2, groups=hidden, bias=True, norm=False
             ),
-            conv_layer(hidden, in_channels * 2, 1, bias=True, act=False),
+            ConvLayer(hidden, in_channels * 2, 1, bias=True, act=False),
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+import torch
 from torch import Tensor, nn
 
-from .conv import conv_layer, pad_to_multiple
+from .conv import ConvLayer, pad_to_multiple
 
 
 class Stem(nn.Module):
@@ -18,18 +19,20 @@ class Stem(nn.Module):
     ) -> None:
         super().__init__()
         mid = embed_dims // 2
-        self.conv1 = conv_layer(in_channels, mid, 3, stride=2)
+        self.conv1 = ConvLayer(in_channels, mid, 3, stride=2)
         self.conv2 = nn.Sequential(
-            conv_layer(mid, mid, 3), conv_layer(mid, mid, 3, act=False)
+            ConvLayer(mid, mid, 3), ConvLayer(mid, mid, 3, act=False)
         )
         self.conv3 = nn.Sequential(
-            conv_layer(mid, embed_dims * 4, 3, stride=2),
-            conv_layer(embed_dims * 4, embed_dims, 1, act=False),
+            ConvLayer(mid, embed_dims * 4, 3, stride=2),
+            ConvLayer(embed_dims * 4, embed_dims, 1, act=False),
         )
         self.drop = nn.Dropout(drop_rate)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) -> (N, C, ceil(H / 4), ceil(W / 4))."""
+        # The layout of all maps from here on.
+        x = x.contiguous(memory_format=torch.channels_last)
         x = self.conv1(pad_to_multiple(x, 4))
         x = x + self.conv2(x)
         return self.drop(self.conv3(x))

@@ -1,0 +1,165 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+"""The few passes of ops.eager against the plain definitions."""
+
+import pytest
+import torch
+
+from mlla_mm.models import MLLA
+from mlla_mm.ops import eager, naive, rotary
+
+SHAPES = [
+    ((1, 1, 1, 8), 1),
+    ((1, 1, 1, 8), 2),
+    ((2, 5, 7, 24), 3),
+    ((3, 6, 4, 16), 4),
+    ((1, 14, 14, 64), 2),
+]
+
+
+def attention_arguments(shape, dtype=torch.float64):
+    """Queries and keys, values, gate, and LePE's weight and bias."""
+    channels = shape[-1]
+    shapes = [shape[:-1] + (2 * channels,), shape, shape, (channels, 1, 3, 3)]
+    return [
+        torch.randn(s, dtype=dtype, requires_grad=True) for s in (*shapes, (channels,))
+    ]
+
+
+def mlp_arguments(shape, dtype=torch.float64):
+    channels = shape[-1]
+    shapes = [shape, (3 * channels, channels), (3 * channels,)]
+    shapes += [(channels, 3 * channels), (channels,)]
+    return [torch.randn(s, dtype=dtype, requires_grad=True) for s in shapes]
+
+
+def assert_equal(op, arguments, *options):
+    """Outputs and all gradients, in float64."""
+    actual = getattr(eager, op)(*arguments, *options)
+    expected = getattr(naive, op)(*arguments, *options)
+    torch.testing.assert_close(actual, expected)
+    upstream = torch.randn_like(expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(actual, arguments, upstream),
+        torch.autograd.grad(expected, arguments, upstream),
+    )
+    with torch.no_grad():
+        actual = getattr(eager, op)(*arguments, *options)
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize('shape, heads', SHAPES)
+def test_attention(shape, heads):
+    assert_equal('mlla_attention', attention_arguments(shape), heads)
+
+
+@pytest.mark.parametrize('shape, heads', SHAPES)
+def test_mlp(shape, heads):
+    assert_equal('mlp', mlp_arguments(shape))
+
+
+def test_mlp_in_parts(monkeypatch):
+    monkeypatch.setattr(eager, '_CACHED', 100)
+    assert_equal('mlp', mlp_arguments((2, 5, 7, 8)))
+
+
+@pytest.mark.parametrize('act', [False, True])
+@pytest.mark.parametrize('residual', [False, True])
+@pytest.mark.parametrize('shape, heads', SHAPES)
+def test_depthwise_conv(shape, heads, residual, act):
+    _, x, _, weight, bias = attention_arguments(shape)
+    assert_equal('depthwise_conv', [x, weight, bias], residual, act)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('op', ['mlla_attention', 'mlp'])
+def test_half_precision(op, dtype):
+    if dtype == torch.float16 and torch.__version__ < '2.3':
+        pytest.skip('no float16 kernels on the CPU')
+    make = dict(mlla_attention=attention_arguments, mlp=mlp_arguments)[op]
+    options = (3,) if op == 'mlla_attention' else ()
+    arguments = [x.detach() / 4 for x in make((2, 9, 8, 24))]
+    rounded = [x.to(dtype).requires_grad_() for x in arguments]
+    exact = [x.double().detach().requires_grad_() for x in rounded]
+    actual = getattr(eager, op)(*rounded, *options)
+    expected = getattr(naive, op)(*exact, *options)
+    assert actual.dtype == dtype
+    assert relative_error(actual, expected) < 1e-2
+    upstream = torch.randn_like(expected)
+    found = torch.autograd.grad(actual, rounded, upstream.to(dtype))
+    for gradient, reference in zip(
+        found, torch.autograd.grad(expected, exact, upstream)
+    ):
+        assert gradient.dtype == dtype
+        assert relative_error(gradient, reference) < 1e-2
+
+
+def relative_error(actual, expected):
+    return (actual.double() - expected).norm() / expected.norm()
+
+
+def test_autocast():
+    """Activations in bfloat16, parameters and their gradients in float32."""
+    model = MLLA(dict(embed_dims=16, depths=(1,) * 4, num_heads=(1, 2, 2, 4))).eval()
+    image = torch.randn(2, 3, 64, 64)
+    expected = gradients(model, image)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        actual = gradients(model, image)
+    assert {x.dtype for x in actual} == {torch.float32}
+    actual, expected = (torch.cat([x.flatten() for x in y]) for y in (actual, expected))
+    assert relative_error(actual, expected.double()) < 5e-2
+
+
+def gradients(model, image):
+    """Of all parameters, of a loss that is no constant of the norms."""
+    torch.manual_seed(1)
+    loss = sum((x.float() * torch.randn(x.shape)).mean() for x in model(image))
+    return torch.autograd.grad(loss, list(model.parameters()))
+
+
+def test_output_is_finite_where_the_normaliser_underflows():
+    qk = torch.full((1, 16, 16, 64), -20.0)
+    v, gate = torch.randn(2, 1, 16, 16, 32)
+    y = eager.mlla_attention(qk, v, gate, torch.zeros(32, 1, 3, 3), torch.zeros(32), 1)
+    assert y.isfinite().all()
+
+
+def test_many_tokens_stay_in_the_range_of_float16():
+    """The sum of k~^T v over tokens would not, but its mean does."""
+    if torch.__version__ < '2.3':
+        pytest.skip('no float16 kernels on the CPU')
+    qk, v = torch.full((1, 256, 256, 16), 4.0), torch.full((1, 256, 256, 8), 8.0)
+    weights = torch.zeros(8, 1, 3, 3), torch.zeros(8)
+    arguments = [x.half() for x in (qk, v, v, *weights)]
+    y = eager.mlla_attention(*arguments, 1)
+    expected = naive.mlla_attention(*(x.double() for x in arguments), 1)
+    assert relative_error(y, expected) < 1e-2
+
+
+def test_inputs_are_left_as_they_were():
+    arguments = attention_arguments((1, 1, 1, 8))
+    before = [x.detach().clone() for x in arguments]
+    upstream = torch.randn(1, 1, 1, 8, dtype=torch.float64)
+    copy = upstream.clone()
+    y = eager.mlla_attention(*arguments, 2)
+    torch.autograd.grad(y, arguments, upstream)
+    with torch.no_grad():
+        eager.mlla_attention(*arguments, 2)
+        eager.depthwise_conv(*arguments[2:], True, True)
+    assert torch.equal(upstream, copy)
+    for x, expected in zip(arguments, before):
+        assert torch.equal(x, expected)
+
+
+def test_rotations_of_the_last_size_alone_are_kept():
+    rotary._ROTATIONS.clear()
+    with torch.inference_mode():
+        for size in (3, 9, 5):
+            table = rotary.rotation(torch.zeros(1, size, size + 1, 32))
+    assert table.shape == (5, 6, 8)
+    assert [x.shape for x in rotary._ROTATIONS.values()] == [table.shape]
+    # Made in inference mode, used in training.
+    qk = torch.randn(1, 5, 6, 32, requires_grad=True)
+    v = torch.randn(1, 5, 6, 16)
+    y = eager.mlla_attention(qk, v, v, torch.zeros(16, 1, 3, 3), torch.zeros(16), 1)
+    y.sum().backward()
+    assert qk.grad.isfinite().all()
