@@ -3,6 +3,7 @@
 
 import json
 import platform
+import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Callable, Dict, List, NamedTuple, Tuple, Union
 import torch
 from torch import nn
 
-from .latency import measure_latency
+from .latency import Spread, measure_latency, spread, unsteady_note
 from .markdown import markdown_table
 from .published import METRICS, published_models
 
@@ -35,8 +36,6 @@ DEFAULT_MODELS = (
 )
 TABLE_NAME = 'accuracy_latency.json'
 PICTURE_NAME = 'accuracy_latency.png'
-# PyTorch's own benchmarks warn from here on.
-_STEADY = 0.1
 _TOP1 = METRICS['accuracy/top1'].name
 
 
@@ -140,8 +139,8 @@ def measure_candidates(
         )
     measured = []
     for candidate in candidates:
-        times = torch.tensor(found[candidate.name].times) * 1000 / batch_size
-        low, median, high = times.quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
+        times = [x * 1000 / batch_size for x in found[candidate.name].times]
+        low, median, high = spread(times)
         parameters = sum(p.numel() for p in models[candidate.name].parameters())
         measured.append(
             Measured(*candidate[:3], parameters, median, (low, high)),
@@ -177,8 +176,17 @@ def describe_device(device: str) -> str:
     """Name of a device, for a picture's title."""
     if torch.device(device).type == 'cuda':
         return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f'{platform.machine()} CPU, threads: {threads}'
+    return f'{_cpu_name()}, threads: {torch.get_num_threads()}'
+
+
+def _cpu_name() -> str:
+    """Model of the CPU where Linux tells it, else the architecture."""
+    information = Path('/proc/cpuinfo')
+    if information.is_file():
+        found = re.search(r'^model name\s*: (.+)$', information.read_text(), re.M)
+        if found:
+            return found[1]
+    return f'{platform.machine()} CPU'
 
 
 def format_measured(measured: Sequence[Measured]) -> str:
@@ -195,16 +203,8 @@ def format_measured(measured: Sequence[Measured]) -> str:
         )
         for point in measured
     ]
-    table = markdown_table(columns, rows)
-    unsteady = [
-        point.name
+    spreads = {
+        point.name: Spread(point.quartiles[0], point.latency, point.quartiles[1])
         for point in measured
-        if point.quartiles[1] - point.quartiles[0] > _STEADY * point.latency
-    ]
-    if unsteady:
-        table += (
-            f'\n\nUnsteady, the middle half wider than {_STEADY:.0%} of the median: '
-            f'{", ".join(unsteady)}. Stop other programs on the device, or take more '
-            '--repeats.'
-        )
-    return table
+    }
+    return markdown_table(columns, rows) + unsteady_note(spreads)

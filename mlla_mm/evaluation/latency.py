@@ -3,14 +3,55 @@
 
 import math
 import random
-from collections.abc import Mapping
-from typing import Callable, Dict
+from collections.abc import Mapping, Sequence
+from typing import Callable, Dict, NamedTuple
 
 import torch
 from torch.utils.benchmark import Measurement, Timer
 
 # A sample shorter than this is at the mercy of the clock and of kernel launches.
 _SAMPLE_SECONDS = 0.1
+# PyTorch's own benchmarks warn from here on.
+_STEADY = 0.1
+
+
+class Spread(NamedTuple):
+    """The median of samples, between what bounds the middle half of them."""
+
+    low: float
+    median: float
+    high: float
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether the middle half is narrow enough for the median to be relied on."""
+        return self.high - self.low <= _STEADY * self.median
+
+
+def spread(samples: Sequence[float]) -> Spread:
+    """Quartiles of samples."""
+    quartiles = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+    samples = torch.tensor(samples, dtype=torch.float64)
+    return Spread(*samples.quantile(quartiles).tolist())
+
+
+def unsteady_note(spreads: Mapping[str, Spread]) -> str:
+    """Name the measurements that are not to be relied on, and tell what helps.
+
+    Args:
+        spreads (Mapping[str, Spread]): Measurements by name.
+
+    Returns:
+        str: Two line ends and a sentence, to be appended to a table, or nothing.
+    """
+    unsteady = [name for name, found in spreads.items() if not found.is_steady]
+    if not unsteady:
+        return ''
+    return (
+        f'\n\nUnsteady, the middle half wider than {_STEADY:.0%} of the median: '
+        f'{", ".join(unsteady)}. Stop other programs on the device, or take more '
+        '--repeats.'
+    )
 
 
 def measure_latency(

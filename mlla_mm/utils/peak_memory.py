@@ -77,7 +77,9 @@ def measure_config(
         for _ in range(2):  # the first one makes the optimiser's states
             model.train_step(copy.deepcopy(batch), optim_wrapper)
 
-    resident = _bytes(model) + (_bytes(teacher) if hasattr(model, 'set_teacher') else 0)
+    resident = module_bytes(model)
+    if hasattr(model, 'set_teacher'):
+        resident += module_bytes(teacher)
     return Measured(peak_bytes(steps, device, resident), batch_size, size)
 
 
@@ -112,7 +114,8 @@ def _start(event: Any) -> int:
     return event.start_ns() if hasattr(event, 'start_ns') else event.start_us()
 
 
-def _bytes(module: nn.Module) -> int:
+def module_bytes(module: nn.Module) -> int:
+    """Bytes of a module's parameters and buffers."""
     tensors = [*module.parameters(), *module.buffers()]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 

@@ -143,6 +143,32 @@ def test_plot_accuracy_latency(run_tool, tmp_path):
     assert cv2.imread(str(tmp_path / 'accuracy_latency.png')).std() > 10
 
 
+def test_benchmark(run_tool, tmp_path):
+    output = run_tool(
+        'python', 'tools/analysis_tools/benchmark.py', '--models', 'mlla-t', 'plain-t',
+        '--shape', '32x64', '64x32', '--mode', 'infer', '--dtype', 'bfloat16',
+        '--repeats', 1, '--threads', 1, '--device', 'cpu', '--out', tmp_path,
+    ).stdout  # fmt: skip
+    content = json.loads((tmp_path / 'benchmark.json').read_text())
+    assert content['threads'] == 1
+    assert [case['shape'] for case in content['cases']] == [[32, 64], [64, 32]]
+    names = [model['model'] for model in content['cases'][0]['models']]
+    assert names == ['mlla-t', 'plain-t']
+    assert '### backbone 64x32, batch 1, infer, bfloat16' in output
+    assert '| mlla-t ' in (tmp_path / 'benchmark.md').read_text()
+    assert cv2.imread(str(tmp_path / 'benchmark.png')).std() > 10
+
+
+def test_benchmark_over_image_sizes(run_tool, tmp_path):
+    output = run_tool(
+        'python', 'tools/analysis_tools/benchmark.py', '--models', 'plain-t',
+        '--sweep', 32, 64, '--repeats', 1, '--device', 'cpu', '--out', tmp_path,
+    ).stdout  # fmt: skip
+    assert '| Model   | 64 tokens | 256 tokens | exponent |' in output
+    assert '### ms per image' in (tmp_path / 'benchmark.md').read_text()
+    assert cv2.imread(str(tmp_path / 'benchmark.png')).std() > 10
+
+
 @pytest.mark.parametrize(
     'tool, arguments, message',
     [
@@ -152,6 +178,21 @@ def test_plot_accuracy_latency(run_tool, tmp_path):
             'analysis_tools/plot_accuracy_latency.py',
             ['--models', 'swin-huge'],
             'Failed to find model "swin-huge"',
+        ),
+        (
+            'analysis_tools/benchmark.py',
+            ['--models', 'mlla-t'],
+            'mlla-t is compared with plain-t: add it to --models.',
+        ),
+        (
+            'analysis_tools/benchmark.py',
+            ['--sweep', '--mode', 'infer', 'train'],
+            '--sweep takes one --batch-size, one --mode and one --dtype.',
+        ),
+        (
+            'analysis_tools/benchmark.py',
+            ['--device', 'cpu', '--threads', '0'],
+            '--threads must be at least 1, got 0.',
         ),
         ('misc/print_config.py', ['no.py'], 'Config not found: no.py'),
     ],

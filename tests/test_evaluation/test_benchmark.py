@@ -1,0 +1,266 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+import json
+
+import cv2
+import pytest
+import torch
+
+from mlla_mm.evaluation import benchmark as bm
+from mlla_mm.evaluation.latency import Spread, spread, unsteady_note
+from mlla_mm.evaluation.plain_mlla import PlainMLLA
+from mlla_mm.models import MLLA
+from mlla_mm.visualization.benchmark import plot_benchmark, plot_sweep
+
+NANO = dict(embed_dims=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
+SMALL = bm.Case('backbone', (32, 64), 2)
+
+
+@pytest.fixture
+def nano(monkeypatch):
+    """What 't' means, so that tests take no longer than they have to."""
+    monkeypatch.setitem(MLLA.arch_zoo, 't', NANO)
+
+
+def point(model, times, compiled=False, memory=1000):
+    return bm.Measured(model, compiled, 10, 400, memory, times)
+
+
+def test_cases_are_combinations():
+    cases = bm.make_cases(['classification', '64x96'], [8, 2], bm.MODES, ['float32'])
+    assert cases == [
+        bm.Case('classification', (224, 224), 8, 'infer', 'float32'),
+        bm.Case('classification', (224, 224), 8, 'train', 'float32'),
+        bm.Case('backbone', (64, 96), 2, 'infer', 'float32'),
+        bm.Case('backbone', (64, 96), 2, 'train', 'float32'),
+    ]
+    detection, segmentation = bm.make_cases(['detection', 'segmentation'], [4])
+    assert detection == bm.Case('detection', (800, 1280), 4, 'infer', 'float32')
+    assert segmentation.batch_size == 4
+    assert str(detection) == 'detection 800x1280, batch 4, infer, float32'
+    assert detection.num_tokens == 200 * 320
+    assert bm.Case('backbone', (5, 9), 1).num_tokens == 2 * 3
+
+
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        ((['224'],), "HEIGHTxWIDTH, got '224'"),
+        ((['0x32'],), "HEIGHTxWIDTH, got '0x32'"),
+        ((['32x32'], [0]), 'got 0'),
+        ((['32x32', '64x64', '96x96'], [1, 2]), 'for all 3 shapes, .* got 1 2'),
+    ],
+)
+def test_bad_cases(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        bm.make_cases(*arguments)
+
+
+@pytest.mark.parametrize('sides', [[224], [64, 64], [0, 64]])
+def test_bad_sweep(sides):
+    with pytest.raises(ValueError, match='two or more different positive sides'):
+        bm.make_sweep(sides)
+
+
+@pytest.mark.parametrize(
+    'models, message',
+    [
+        (['mlla-x'], "Unknown model 'mlla-x'. There are: mlla-t, "),
+        (['plain-t', 'mlla-t', 'mlla-t'], 'names one twice'),
+        (['plain-t', 'mlla-t', 'swin-s'], 'swin-s is compared with plain-s: add it'),
+    ],
+)
+def test_bad_models(models, message):
+    with pytest.raises(ValueError, match=message):
+        bm.check_models(models)
+
+
+def test_bad_device_and_repeats():
+    with pytest.raises(ValueError, match="Device 'no-such' cannot be used"):
+        bm.measure_case(SMALL, ['plain-t'], 'no-such')
+    with pytest.raises(ValueError, match='--repeats must be at least 1, got 0'):
+        bm.measure_case(SMALL, ['plain-t'], repeats=0)
+
+
+def test_images_that_are_too_small_to_train(nano):
+    case = bm.Case('backbone', (32, 32), 1, 'train')
+    with pytest.raises(ValueError, match='32x32|Expected more than 1 value'):
+        bm.measure_case(case, ['plain-t'], repeats=1)
+
+
+@pytest.mark.parametrize('classify', [False, True])
+@pytest.mark.parametrize('family', ['mlla', 'plain', 'swin', 'convnext'])
+def test_models_are_comparable(family, classify):
+    """Maps of four strides or logits, of any image, without stochastic depth."""
+    pytest.importorskip('mmpretrain')
+    model = bm.build_model(f'{family}-t', classify)
+    model.train()
+    x = torch.rand(2, 3, 72, 100)
+    outputs = model(x)
+    if classify:
+        assert outputs.shape == (2, 1000)
+    else:
+        assert [output.shape[2] for output in outputs[:2]] == [18, 9]
+        assert len(outputs) == 4
+    again = model(x)
+    outputs = [outputs] if classify else outputs
+    again = [again] if classify else again
+    assert all(torch.equal(a, b) for a, b in zip(outputs, again))
+    parameters = sum(p.numel() for p in model.parameters())
+    assert 23e6 < parameters < 29e6
+
+
+@pytest.mark.parametrize(
+    'task, mode, dtype',
+    [
+        ('backbone', 'infer', 'float32'),
+        ('classification', 'train', 'float32'),
+        ('backbone', 'train', 'bfloat16'),
+    ],
+)
+def test_measured(nano, task, mode, dtype):
+    case = SMALL._replace(task=task, mode=mode, dtype=dtype)
+    ours, plain = bm.measure_case(case, ['mlla-t', 'plain-t'], repeats=2)
+    assert (ours.label, plain.label) == ('mlla-t', 'plain-t')
+    assert ours.parameters == plain.parameters > 10**5
+    for measured in (ours, plain):
+        assert len(measured.times) == 2
+        assert min(measured.times) > 0
+        assert measured.weights >= 4 * measured.parameters
+        images = 4 * 2 * 3 * 32 * 64
+        # In training there are gradients besides.
+        copies = 2 if mode == 'train' else 1
+        assert measured.peak_memory > copies * 4 * measured.parameters + images
+
+
+def test_training_needs_more_memory_and_leaves_the_weights(nano):
+    model = bm.build_model('plain-t', classify=False).train()
+    before = [p.clone() for p in model.parameters()]
+    images = torch.rand(2, 3, 32, 64)
+    train, training = bm._prepare(
+        'plain-t', model, images, SMALL._replace(mode='train')
+    )
+    train()
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before))
+    _, inference = bm._prepare('plain-t', model.eval(), images, SMALL)
+    assert training > inference + bm.module_bytes(model) / 2
+
+
+def test_models_that_differ_are_not_raced(nano, monkeypatch):
+    def forward(self, x):
+        return tuple(1.01 * out for out in MLLA.forward(self, x))
+
+    monkeypatch.setattr(PlainMLLA, 'forward', forward)
+    with pytest.raises(RuntimeError, match='mlla-t and plain-t differ by 0.0099'):
+        bm.measure_case(SMALL, ['mlla-t', 'plain-t'], repeats=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('mode', bm.MODES)
+def test_compiled_models(nano, mode):
+    case = SMALL._replace(mode=mode)
+    measured = bm.measure_case(case, ['mlla-t', 'plain-t'], repeats=1, compiled=True)
+    assert [m.label for m in measured] == [
+        'mlla-t',
+        'plain-t',
+        'mlla-t, compiled',
+        'plain-t, compiled',
+    ]
+
+
+def test_speed_is_compared_round_by_round():
+    """A machine that becomes twice as slow does so for both."""
+    plain = point('plain-t', [4.0, 8.0, 4.0, 8.0])
+    ours = point('mlla-t', [2.0, 4.0, 2.0, 4.0])
+    assert bm.speedup(ours, plain) == Spread(2.0, 2.0, 2.0)
+    assert not spread(ours.times).is_steady
+    compiled = point('plain-t', [1.0] * 4, compiled=True)
+    of_small = point('plain-s', [1.0] * 4)
+    measured = [ours, of_small, compiled, plain]
+    assert bm.find_plain(ours, measured) is plain
+    assert bm.find_plain(ours, measured, compiled=True) is compiled
+
+
+def test_table():
+    measured = [
+        point('mlla-t', [2.0, 2.0, 2.0], memory=3 * 2**20),
+        point('plain-t', [4.0, 4.0, 4.0], memory=4 * 2**20),
+    ]
+    lines = bm.format_case(SMALL, measured).splitlines()
+    assert lines[0] == '### backbone 32x64, batch 2, infer, float32'
+    cells = [cell.strip() for cell in lines[4].split('|')[1:-1]]
+    assert cells == [
+        *('mlla-t', '0.0 M', '2', '2 to 2', '500', '2.00x', '2.00 to 2.00'),
+        *('3 MiB', '0.75x'),
+    ]
+    measured += [point(p.model, [1.0, 1.0, 2.0], compiled=True) for p in measured]
+    text = bm.format_case(SMALL, measured)
+    assert 'speed / plain, compiled' in text
+    assert 'mlla-t, compiled, plain-t, compiled. Stop other programs' in text
+
+
+def test_unsteady_note():
+    steady, unsteady = Spread(9.8, 10.0, 10.2), Spread(9.0, 10.0, 14.0)
+    assert unsteady_note(dict(a=steady)) == ''
+    assert 'of the median: b. Stop' in unsteady_note(dict(a=steady, b=unsteady))
+
+
+def test_saved(tmp_path):
+    results = {
+        case: [
+            point('mlla-t', [2.0, 2.2, 2.1]),
+            point('swin-t', [3.0, 3.0, 3.3]),
+            point('plain-t', [4.0, 4.0, 4.4], memory=2000),
+        ]
+        for case in bm.make_cases(['32x64', '64x64'], modes=bm.MODES)
+    }
+    bm.save_results(results, bm.describe_run('cpu', 3), tmp_path / 'a.json')
+    content = json.loads((tmp_path / 'a.json').read_text())
+    assert content['torch'] == torch.__version__
+    assert content['threads'] == torch.get_num_threads()
+    assert content['repeats'] == 3
+    assert [case['mode'] for case in content['cases']] == ['infer', 'train'] * 2
+    ours = content['cases'][0]['models'][0]
+    assert ours['times'] == [2.0, 2.2, 2.1]
+    assert ours['time']['median'] == 2.1
+    assert ours['speedup']['median'] == pytest.approx(2.0)
+    assert ours['memory_ratio'] == 0.5
+
+    plot_benchmark(results, 'a CPU', tmp_path / 'a.png')
+    picture = cv2.imread(str(tmp_path / 'a.png'))
+    assert min(picture.shape[:2]) > 300
+    assert picture.std() > 10
+
+
+@pytest.mark.parametrize('exponent', [0.5, 1.0, 2.0])
+def test_exponent(exponent):
+    tokens = [3136, 6400, 12544, 25600]
+    costs = [0.01 * n**exponent for n in tokens]
+    assert bm.fit_exponent(tokens, costs) == pytest.approx(exponent)
+
+
+def test_curves(tmp_path):
+    """Time is linear, memory quadratic beside the weights."""
+    results = {
+        case: [
+            point('plain-t', [0.8 * n, n, 1.1 * n], memory=400 + case.batch_size * n**2)
+        ]
+        for case in bm.make_sweep([64, 32, 128], batch_size=2)
+        for n in [case.num_tokens]
+    }
+    (curve,) = bm.fit_curves(results)
+    assert curve.tokens == [64, 256, 1024]
+    assert curve.times == [64, 256, 1024]
+    assert curve.time_exponent == pytest.approx(1)
+    assert curve.memory[0] == 64**2 / 2**20
+    assert curve.memory_exponent == pytest.approx(2)
+
+    text = bm.format_curves([curve])
+    assert [
+        line.split('|')[-2].strip() for line in text.splitlines() if 'plain' in line
+    ]
+    assert '1024 tokens' in text
+    plot_sweep([curve], 'a CPU', tmp_path / 'a.png')
+    picture = cv2.imread(str(tmp_path / 'a.png'))
+    assert picture.shape[1] > picture.shape[0] > 300
+    assert picture.std() > 10
