@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 from mlla_mm.models import MLLA
+from mlla_mm.models.layers.conv import ConvLayer
 
 ANYTHING = st.one_of(
     st.none(),
@@ -90,12 +90,12 @@ def norms_of_one_value(model, x):
     """The BatchNorms that get one value per channel."""
     found = []
 
-    def look(module, inputs):
-        if inputs[0][:, 0].numel() == 1:
-            found.append(module)
+    def look(module, inputs, output):
+        if output[:, 0].numel() == 1:
+            found.append(module.norm)
 
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    hooks = [norm.register_forward_pre_hook(look) for norm in norms]
+    layers = [m for m in model.modules() if isinstance(m, ConvLayer)]
+    hooks = [m.register_forward_hook(look) for m in layers if hasattr(m, 'norm')]
     with torch.no_grad():
         model.eval()(x)
     for hook in hooks:
