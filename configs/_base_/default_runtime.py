@@ -2,7 +2,7 @@ custom_imports = dict(imports=['mlla_mm'], allow_failed_imports=False)
 
 default_hooks = dict(
     timer=dict(type='IterTimerHook'),
-    logger=dict(type='LoggerHook', interval=50),
+    logger=dict(type='MainProcessLoggerHook', interval=50),
     param_scheduler=dict(type='ParamSchedulerHook'),
     checkpoint=dict(type='WholeCheckpointHook', interval=1),
     sampler_seed=dict(type='DistSamplerSeedHook'),

@@ -134,7 +134,14 @@ TASKS = {
 }
 
 
-@pytest.mark.parametrize('task', TASKS)
+@pytest.mark.parametrize(
+    'task',
+    [
+        pytest.param('segmentation', marks=pytest.mark.slow),
+        'classification',
+        pytest.param('detector below its heads', marks=pytest.mark.slow),
+    ],
+)
 def test_updates_on_any_number_of_processes(data, tmp_path, task):
     """The recipe's optimiser, clipping, schedule and augmentations; total batch 8.
 

@@ -2,6 +2,7 @@
 from .check_weights import CheckWeightsHook
 from .checkpoint import WholeCheckpointHook
 from .invalid_loss import DivergedError, StopOnInvalidLossHook
+from .logger import MainProcessLoggerHook
 from .mesa import MESAHook, UseEMAWeightsHook
 from .preemption import Preempted, PreemptionHook
 from .record_recipe import RecordRecipeHook
@@ -12,6 +13,7 @@ __all__ = [
     'CheckWeightsHook',
     'DivergedError',
     'MESAHook',
+    'MainProcessLoggerHook',
     'Preempted',
     'PreemptionHook',
     'RecordRecipeHook',
