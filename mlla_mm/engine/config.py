@@ -95,7 +95,7 @@ def compile_backbone(cfg: Config) -> None:
     Args:
         cfg (Config): The config of a run; changed in place.
     """
-    backbone = cfg.model.get('backbone') or {}
+    backbone = cfg.get('model', {}).get('backbone') or {}
     if cfg.get('compile') and backbone.get('type') == 'MLLA':
         backbone['compile'] = cfg.compile
         cfg.compile = False

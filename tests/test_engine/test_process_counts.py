@@ -134,14 +134,8 @@ TASKS = {
 }
 
 
-@pytest.mark.parametrize(
-    'task',
-    [
-        pytest.param('segmentation', marks=pytest.mark.slow),
-        'classification',
-        pytest.param('detector below its heads', marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('task', TASKS)
 def test_updates_on_any_number_of_processes(data, tmp_path, task):
     """The recipe's optimiser, clipping, schedule and augmentations; total batch 8.
 
@@ -286,7 +280,7 @@ def evaluated(data, nano, tmp_path_factory):
     return data, weights
 
 
-@pytest.mark.parametrize('scope', [DET, SEG, CLS])
+@pytest.mark.parametrize('scope', [DET, pytest.param(SEG, marks=pytest.mark.slow), CLS])
 def test_evaluation_on_any_number_of_processes(evaluated, tmp_path, scope):
     """Every metric and prediction of tools/test.py, to the last digit."""
     data, weights = evaluated

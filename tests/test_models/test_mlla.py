@@ -204,7 +204,9 @@ def test_checkpointing_saves_memory():
     assert saved_bytes(True) < 0.5 * saved_bytes(False)
 
 
-@pytest.mark.parametrize('training', [False, True])
+@pytest.mark.parametrize(
+    'training', [pytest.param(False, marks=pytest.mark.slow), True]
+)
 def test_a_compiled_model_has_few_graphs(training):
     """At most four for 20 image sizes; they are counted, not turned into code."""
     torch._dynamo.reset()
