@@ -69,7 +69,7 @@ class _GatedAttention(torch.autograd.Function):
             q, k = (_heads(x, v.dtype, num_heads) for x in (q, k))
             kv = _mean_of_products(k, _heads(v.flatten(1, 2), v.dtype, num_heads))
             y = _normalised(q @ kv, z).reshape(v.shape)
-            out = (y.add_(lepe) * F.silu(_at_least_float32(gate))).to(v.dtype)
+            out = (y.add_(lepe) * F.silu(naive.at_least_float32(gate))).to(v.dtype)
         ctx.save_for_backward(qk, v, lepe, gate, key_mean, z, kv)
         return out
 
@@ -86,7 +86,7 @@ class _GatedAttention(torch.autograd.Function):
                 for x in (*_queries_keys(rotated), v.flatten(1, 2))
             )
             y = _normalised(q @ kv, z).reshape(v.shape)
-            grad, gate32 = _at_least_float32(grad), _at_least_float32(gate)
+            grad, gate32 = naive.at_least_float32(grad), naive.at_least_float32(gate)
             grad_gate = torch.ops.aten.silu_backward(grad * (y + lepe), gate32)
             grad = grad * F.silu(gate32)  # of y and of lepe
 
@@ -170,13 +170,9 @@ def _as_linear_sees(*tensors: Tensor) -> Tuple[Tensor, ...]:
 
 def _features(x: Tensor) -> Tensor:
     """ELU(x) + 1, in float32 or float64."""
-    x = _at_least_float32(x)
+    x = naive.at_least_float32(x)
     # Its own kernel takes twice as long on the CPU. e^x is at least 1 + x.
     return torch.maximum(x + 1, x.exp().clamp_max_(1))
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _queries_keys(x: Tensor) -> Tuple[Tensor, Tensor]:

@@ -91,8 +91,8 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
         Tensor: (N, H, W, C), the dtype of ``v``.
     """
     height, width = v.shape[1:3]
-    q = F.elu(_at_least_float32(q)) + 1
-    k = F.elu(_at_least_float32(k)) + 1
+    q = F.elu(at_least_float32(q)) + 1
+    k = F.elu(at_least_float32(k)) + 1
     q_rotated = _split_heads(rotary_embedding(q).to(v.dtype), num_heads)
     k_rotated = _split_heads(rotary_embedding(k).to(v.dtype), num_heads)
     # An element-wise sum, since autocast would run a matrix product in half precision.
@@ -101,11 +101,12 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
     # Each factor takes half of 1 / n: the sum over many tokens stays in range.
     scale = (height * width) ** -0.5
     kv = (k_rotated * scale).transpose(-2, -1) @ (_split_heads(v, num_heads) * scale)
-    y = _at_least_float32(q_rotated @ kv) / norm
+    y = at_least_float32(q_rotated @ kv) / norm
     return _merge_heads(y, height, width).to(v.dtype)
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision to float32, all else as it is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
