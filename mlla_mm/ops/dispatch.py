@@ -50,6 +50,17 @@ def mlp(
     return ops.mlp(x, weight1, bias1, weight2, bias2)
 
 
+def in_parts(x: Tensor, size: int) -> int:
+    """In how many parts to compute a hidden map of ``size`` numbers from ``x``.
+
+    In one for gradients, whose pass needs the whole map, in graphs and for
+    ``MLLA_OPS=naive``; else see :func:`mlla_mm.ops.eager.num_parts`.
+    """
+    if torch.is_grad_enabled() or _implementation(x.device) is naive:
+        return 1
+    return eager.num_parts(x.device, size)
+
+
 def _implementation(device: torch.device) -> ModuleType:
     forced = os.environ.get('MLLA_OPS', '')
     if forced not in ('', 'naive', 'fused'):

@@ -4,6 +4,7 @@
 Signatures and results are those of :mod:`mlla_mm.ops.naive`.
 """
 
+from collections.abc import Iterable
 from typing import Optional, Tuple
 
 import torch
@@ -16,7 +17,7 @@ from . import naive
 from .rotary import rotation
 
 _HALF = (torch.float16, torch.bfloat16)
-# Numbers of a part of a map that is computed part by part on the CPU: 4 MiB of float32.
+# Numbers of a part of a map that is computed part by part: 4 MiB of float32.
 _CACHED = 1 << 20
 
 
@@ -44,14 +45,20 @@ def mlla_attention(
 ) -> Tensor:
     """See :func:`mlla_mm.ops.naive.mlla_attention`."""
     lepe = depthwise_conv(v, weight, bias)
-    return _GatedAttention.apply(qk, v, lepe, gate, num_heads)
+    if torch.is_grad_enabled():
+        return _GatedAttention.apply(qk, v, lepe, gate, num_heads)
+    with torch.autocast(v.device.type, enabled=False):
+        features = _features(qk)
+        z, key_mean = _normaliser(features, num_heads)
+        y, _ = _attend_(lepe, _rotate(features, out=features), v, z)
+        return y.mul_(F.silu(naive.at_least_float32(gate))).to(v.dtype)
 
 
 class _GatedAttention(torch.autograd.Function):
     """(LinearAttention(q, k, v) + lepe) * SiLU(gate), with the gradient written out.
 
-    The backward pass keeps the inputs and what is small; it computes the features and
-    rotates them again. With the features q, k, rotated q~, k~, and n tokens::
+    What one pass gives again from what is kept is not kept. With the features q, k,
+    rotated q~, k~, and n tokens::
 
         A = k~^T v / n      z = 1 / (q . mean(k) + eps)      y = z q~ A
     """
@@ -62,56 +69,59 @@ class _GatedAttention(torch.autograd.Function):
     ) -> Tensor:
         with torch.autocast(v.device.type, enabled=False):
             features = _features(qk)
-            q, k = _queries_keys(features)
-            key_mean = _block_diagonal(k.mean(dim=1), num_heads)
-            z = (q @ key_mean).add_(naive.EPS).reciprocal_()
-            _rotate_(features)  # q and k are parts of it
-            q, k = (_heads(x, v.dtype, num_heads) for x in (q, k))
-            kv = _mean_of_products(k, _heads(v.flatten(1, 2), v.dtype, num_heads))
-            y = _normalised(q @ kv, z).reshape(v.shape)
-            out = (y.add_(lepe) * F.silu(naive.at_least_float32(gate))).to(v.dtype)
-        ctx.save_for_backward(qk, v, lepe, gate, key_mean, z, kv)
+            z, key_mean = _normaliser(features, num_heads)
+            y, kv = _attend_(lepe, _rotate(features), v, z)
+            out = (y * F.silu(naive.at_least_float32(gate))).to(v.dtype)
+        # Half precision is smaller than its features.
+        queries_keys = qk if qk.dtype in _HALF else features
+        ctx.save_for_backward(queries_keys, v, y.to(v.dtype), gate, key_mean, z, kv)
+        ctx.dtypes = qk.dtype, lepe.dtype
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
-        qk, v, lepe, gate, key_mean, z, kv = ctx.saved_tensors
+        queries_keys, v, y, gate, key_mean, z, kv = ctx.saved_tensors
+        qk_dtype, lepe_dtype = ctx.dtypes
         num_heads = z.shape[-1]
         with torch.autocast(v.device.type, enabled=False):
-            features = _features(qk)
-            rotated = _rotate_(features.clone())
+            grad, gate32 = naive.at_least_float32(grad), naive.at_least_float32(gate)
+            grad_gate = torch.ops.aten.silu_backward(grad * y, gate32)
+            grad = grad * F.silu(gate32)  # of y
+
+            features = _features(queries_keys) if qk_dtype in _HALF else queries_keys
+            rotated = _rotate(features)
             q, k, values = (
                 _heads(x, v.dtype, num_heads)
                 for x in (*_queries_keys(rotated), v.flatten(1, 2))
             )
-            y = _normalised(q @ kv, z).reshape(v.shape)
-            grad, gate32 = naive.at_least_float32(grad), naive.at_least_float32(gate)
-            grad_gate = torch.ops.aten.silu_backward(grad * (y + lepe), gate32)
-            grad = grad * F.silu(gate32)  # of y and of lepe
-
-            per_head = z.shape + (-1,)
-            grad_norm = (grad * y).view(per_head).sum(-1).mul_(z).neg_()
-            grad_qkv = _heads(
-                (grad.view(per_head) * z[..., None]).flatten(2), v.dtype, num_heads
-            )
+            grad_qkv = grad.view(z.shape + (-1,)) * z[..., None]
+            grad_qkv = _heads(grad_qkv.flatten(2), v.dtype, num_heads)
+            grad_q = grad_qkv @ kv.transpose(-2, -1)
             mean_grad_kv = _mean_of_products(q, grad_qkv)
             grad_v = _merge(k @ mean_grad_kv)
-            grad_features = rotated
+            # What goes through z: grad . y of a token and head is grad_q . q~.
+            grad_norm = (grad_q * q).sum(-1, dtype=z.dtype).transpose(1, 2)
+            grad_norm = grad_norm.mul(z).neg_()
+
+            grad_rotated = rotated  # in its memory
+            for part, x in zip(
+                _queries_keys(grad_rotated),
+                (grad_q, values @ mean_grad_kv.transpose(-2, -1)),
+            ):
+                part.copy_(_merge(x))
+            grad_features = _rotate(grad_rotated, back=True, out=grad_rotated)
             grad_q, grad_k = _queries_keys(grad_features)
-            grad_q.copy_(_merge(grad_qkv @ kv.transpose(-2, -1)))
-            grad_k.copy_(_merge(values @ mean_grad_kv.transpose(-2, -1)))
-            _rotate_(grad_features, back=True)
-            q, k = _queries_keys(features)
-            grad_q += grad_norm @ key_mean.transpose(-2, -1)
-            grad_mean = _diagonal_blocks(q.transpose(-2, -1) @ grad_norm)
-            grad_k += grad_mean[:, None] / k.shape[1]
+            q, _ = _queries_keys(features)
+            grad_q.baddbmm_(grad_norm, key_mean.transpose(-2, -1))
+            grad_mean = _diagonal_blocks(grad_norm.transpose(-2, -1) @ q)
+            grad_k += grad_mean[:, None] / q.shape[1]
             # The derivative of ELU + 1 is itself where it is below one.
-            grad_qk = grad_features.mul_(features.clamp_max_(1))
+            grad_qk = grad_features.mul_(features.clamp_max(1))
         return (
-            grad_qk.to(qk.dtype),
+            grad_qk.to(qk_dtype),
             grad_v.view(v.shape),
-            grad.to(lepe.dtype),
+            grad.to(lepe_dtype),
             grad_gate.to(gate.dtype),
             None,
         )
@@ -121,14 +131,15 @@ def mlp(
     x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor
 ) -> Tensor:
     """See :func:`mlla_mm.ops.naive.mlp`."""
-    parameters = (weight1, bias1, weight2, bias2)
+    tensors = _as_linear_sees(x.flatten(0, -2), weight1, bias1, weight2, bias2)
     if torch.is_grad_enabled():
-        return _MLP.apply(*_as_linear_sees(x, *parameters))
-    tokens = x.flatten(0, -2)
-    # A part of the hidden map stays in a CPU's cache, and its memory is used again.
-    parts = 1 if x.is_cuda else -(-len(tokens) * len(weight1) // _CACHED)
-    out = [naive.mlp(part, *parameters) for part in tokens.chunk(parts)]
-    return torch.cat(out).view(x.shape)
+        return _MLP.apply(*tensors).view(x.shape)
+    tokens, *parameters = tensors
+    out = torch.empty_like(tokens)
+    for part, out_part in _parts(len(weight1), tokens, out):
+        hidden = torch.ops.aten.gelu_(F.linear(part, *parameters[:2]))
+        _linear(hidden, *parameters[2:], out=out_part)
+    return out.view(x.shape)
 
 
 class _MLP(torch.autograd.Function):
@@ -137,26 +148,56 @@ class _MLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight1, bias1, weight2, bias2) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            hidden = F.linear(x, weight1, bias1)
-            ctx.save_for_backward(x, hidden, weight1, weight2)
-            return F.linear(F.gelu(hidden), weight2, bias2)
+            hidden, out = x.new_empty(len(x), len(weight1)), torch.empty_like(x)
+            for x_part, hidden_part, out_part in _parts(len(weight1), x, hidden, out):
+                _linear(x_part, weight1, bias1, out=hidden_part)
+                _linear(F.gelu(hidden_part), weight2, bias2, out=out_part)
+        ctx.save_for_backward(x, hidden, weight1, weight2)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> Tuple[Tensor, ...]:
         x, hidden, weight1, weight2 = ctx.saved_tensors
+        grad_x = torch.empty_like(x)
+        grad_weight1, grad_weight2 = map(torch.zeros_like, (weight1, weight2))
+        grad_bias1 = weight1.new_zeros(len(weight1))
         with torch.autocast(x.device.type, enabled=False):
-            grad, hidden = grad.flatten(0, -2), hidden.flatten(0, -2)
-            grad_hidden = grad @ weight2
-            grad_weight2 = grad.t() @ F.gelu(hidden)
-            grad_hidden = torch.ops.aten.gelu_backward(grad_hidden, hidden)
-            return (
-                (grad_hidden @ weight1).view(x.shape),
-                grad_hidden.t() @ x.flatten(0, -2),
-                grad_hidden.sum(dim=0),
-                grad_weight2,
-                grad.sum(dim=0),
-            )
+            for x_part, hidden_part, grad_part, grad_x_part in _parts(
+                len(weight1), x, hidden, grad, grad_x
+            ):
+                grad_weight2.addmm_(grad_part.t(), F.gelu(hidden_part))
+                grad_hidden = torch.ops.aten.gelu_backward(
+                    grad_part @ weight2, hidden_part
+                )
+                grad_weight1.addmm_(grad_hidden.t(), x_part)
+                grad_bias1 += grad_hidden.sum(dim=0)
+                torch.mm(grad_hidden, weight1, out=grad_x_part)
+        return grad_x, grad_weight1, grad_bias1, grad_weight2, grad.sum(dim=0)
+
+
+def _parts(width: int, *tensors: Tensor) -> Iterable[Tuple[Tensor, ...]]:
+    """Rows of tensors, as many at a time as a CPU's cache holds with ``width`` numbers.
+
+    What is computed for them then uses the same memory again. All at once on a GPU, and
+    in half precision, whose sums over the parts would lose digits.
+    """
+    x = tensors[0]
+    parts = 1 if x.dtype in _HALF else num_parts(x.device, len(x) * width)
+    return zip(*(tensor.chunk(parts) for tensor in tensors))
+
+
+def num_parts(device: torch.device, size: int) -> int:
+    """In how many parts a map of ``size`` numbers is best computed.
+
+    On the CPU in so many that a part stays in the cache, and that its memory serves the
+    next part: memory that is new to the process is slow. Elsewhere in one.
+    """
+    return -(-size // _CACHED) if device.type == 'cpu' else 1
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
+    torch.addmm(bias, x, weight.t(), out=out)
 
 
 def _as_linear_sees(*tensors: Tensor) -> Tuple[Tensor, ...]:
@@ -180,12 +221,39 @@ def _queries_keys(x: Tensor) -> Tuple[Tensor, Tensor]:
     return x.flatten(1, 2).chunk(2, dim=-1)
 
 
-def _rotate_(x: Tensor, back: bool = False) -> Tensor:
-    """Rotate queries and keys (N, H, W, 2C) by position, in place."""
+def _rotate(x: Tensor, back: bool = False, out: Optional[Tensor] = None) -> Tensor:
+    """Rotate queries and keys (N, H, W, 2C) by position; ``out`` may be ``x``."""
     table = rotation(x)[:, :, None]
-    pairs = torch.view_as_complex(x.unflatten(-1, (2, -1, 2)))
-    pairs *= table.conj() if back else table
-    return x
+    out = torch.empty_like(x) if out is None else out
+    pairs, out_pairs = (
+        torch.view_as_complex(y.unflatten(-1, (2, -1, 2))) for y in (x, out)
+    )
+    torch.mul(pairs, table.conj() if back else table, out=out_pairs)
+    return out
+
+
+def _normaliser(features: Tensor, num_heads: int) -> Tuple[Tensor, Tensor]:
+    """z = 1 / (q . mean(k) + eps), (N, n, heads), and mean(k) as a block diagonal."""
+    q, k = _queries_keys(features)
+    key_mean = _block_diagonal(k.mean(dim=1), num_heads)
+    return (q @ key_mean).add_(naive.EPS).reciprocal_(), key_mean
+
+
+def _attend_(
+    lepe: Tensor, rotated: Tensor, v: Tensor, z: Tensor
+) -> Tuple[Tensor, Tensor]:
+    """Add the attention to ``lepe``, in its memory unless it is in half precision.
+
+    Returns:
+        tuple[Tensor, Tensor]: The sum (N, H, W, C), and k~^T v / n of each head.
+    """
+    num_heads = z.shape[-1]
+    q, k = (_heads(x, v.dtype, num_heads) for x in _queries_keys(rotated))
+    kv = _mean_of_products(k, _heads(v.flatten(1, 2), v.dtype, num_heads))
+    y = naive.at_least_float32(q @ kv).transpose(1, 2)
+    out = naive.at_least_float32(lepe)
+    out.view(y.shape).addcmul_(y, z[..., None])
+    return out, kv
 
 
 def _heads(x: Tensor, dtype: torch.dtype, num_heads: int) -> Tensor:
@@ -207,11 +275,6 @@ def _mean_of_products(a: Tensor, b: Tensor) -> Tensor:
     return (a.transpose(-2, -1) @ b).div_(a.shape[-2])
 
 
-def _normalised(y: Tensor, z: Tensor) -> Tensor:
-    """(N, heads, n, C / heads) times z (N, n, heads) -> (N, n, heads, C / heads)."""
-    return y.transpose(1, 2) * z[..., None]
-
-
 def _block_diagonal(x: Tensor, num_heads: int) -> Tensor:
     """(N, C) -> (N, C, heads): a vector per head, zero in the other heads' channels.
 
@@ -224,6 +287,6 @@ def _block_diagonal(x: Tensor, num_heads: int) -> Tensor:
 
 
 def _diagonal_blocks(x: Tensor) -> Tensor:
-    """The inverse of :func:`_block_diagonal`."""
-    blocks = x.unflatten(1, (x.shape[-1], -1))
-    return blocks.diagonal(dim1=1, dim2=3).transpose(1, 2).flatten(1)
+    """(N, heads, C) -> (N, C): of each channel the row of its head."""
+    blocks = x.unflatten(-1, (x.shape[1], -1))
+    return blocks.diagonal(dim1=1, dim2=2).transpose(1, 2).flatten(1)

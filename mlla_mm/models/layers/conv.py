@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from ...ops import depthwise_conv
 from ...ops.tracing import is_graph, is_tracing
+from .unmodified import is_unmodified
 
 
 class ConvLayer(nn.Sequential):
@@ -57,7 +58,7 @@ class ConvLayer(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         norm = getattr(self, 'norm', None)
         # A graph keeps the BatchNorm, as which it is counted and exported.
-        if norm is None or norm.training or is_tracing():
+        if norm is None or norm.training or is_tracing() or not is_unmodified(*self):
             return super().forward(x)
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
         bias = norm.bias - norm.running_mean * scale

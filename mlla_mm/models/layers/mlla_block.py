@@ -3,8 +3,9 @@ import torch.nn.functional as F
 from mmcv.cnn.bricks.drop import DropPath
 from torch import Tensor, nn
 
-from ...ops import mlla_attention, mlp
+from ...ops import linear_attention, mlla_attention, mlp
 from .conv import DepthwiseConv2d
+from .unmodified import is_unmodified
 
 
 class LinearAttention(nn.Module):
@@ -25,9 +26,11 @@ class LinearAttention(nn.Module):
 
     def forward(self, v: Tensor, gate: Tensor) -> Tensor:
         """Values and gate before its SiLU, (N, H, W, C) each -> (N, H, W, C)."""
-        return mlla_attention(
-            self.qk(v), v, gate, self.lepe.weight, self.lepe.bias, self.num_heads
-        )
+        qk, lepe = self.qk(v), self.lepe
+        if is_unmodified(lepe):
+            return mlla_attention(qk, v, gate, lepe.weight, lepe.bias, self.num_heads)
+        y = linear_attention(*qk.chunk(2, dim=-1), v, self.num_heads)
+        return (y + lepe(v)) * F.silu(gate)
 
 
 class MLP(nn.Module):
@@ -40,9 +43,9 @@ class MLP(nn.Module):
         self.drop = nn.Dropout(drop_rate)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.drop.p and self.training:
-            return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
         fc1, fc2 = self.fc1, self.fc2
+        if self.drop.p and self.training or not is_unmodified(fc1, fc2):
+            return self.drop(fc2(self.drop(F.gelu(fc1(x)))))
         return mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
 
 

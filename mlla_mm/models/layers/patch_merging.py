@@ -1,7 +1,14 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...ops.dispatch import in_parts
 from .conv import ConvLayer, pad_to_multiple
+from .unmodified import is_unmodified
+
+# Fewer channels at a time would make their matrix product slower.
+_MIN_CHANNELS = 64
 
 
 class PatchMerging(nn.Module):
@@ -24,4 +31,27 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, d, H, W) -> (N, 2d, ceil(H / 2), ceil(W / 2))."""
-        return self.conv(pad_to_multiple(x, 2))
+        x = pad_to_multiple(x, 2)
+        expand, reduce, project = self.conv
+        hidden = expand.conv.out_channels
+        parts = in_parts(x, x[:, 0].numel() * hidden)
+        if parts == 1 or not is_unmodified(expand, reduce, *expand, *reduce):
+            return self.conv(x)
+        parts = min(parts, -(-hidden // _MIN_CHANNELS))
+        # The hidden map at full resolution is the largest of the network. Each of its
+        # channels is reduced by itself, so a few of them at a time will do.
+        weights = (
+            tensor.chunk(parts)
+            for layer in (expand.conv, reduce.conv)
+            for tensor in (layer.weight, layer.bias)
+        )
+        return project(torch.cat([_bottleneck(x, *part) for part in zip(*weights)], 1))
+
+
+def _bottleneck(
+    x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor
+) -> Tensor:
+    """Expand to some of the hidden channels, and reduce their resolution."""
+    x = F.relu_(F.conv2d(x, weight1, bias1))
+    x = F.conv2d(x, weight2, bias2, stride=2, padding=1, groups=len(weight2))
+    return F.relu_(x)

@@ -1,0 +1,25 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+from torch import nn
+
+_HOOKS = (
+    '_forward_hooks',
+    '_forward_pre_hooks',
+    '_backward_hooks',
+    '_backward_pre_hooks',
+)
+
+
+def is_unmodified(*modules: nn.Module) -> bool:
+    """Whether a faster op may read the weights of modules instead of calling them.
+
+    Not if one has hooks, or was replaced or wrapped, e.g. for LoRA, for quantisation or
+    for a parametrisation: calling it does more than its class says.
+
+    Args:
+        *modules (nn.Module): Linear layers, convolutions and normalisations.
+    """
+    return all(
+        type(module).__module__.startswith(('torch.nn.modules.', __package__))
+        and not any(getattr(module, hooks) for hooks in _HOOKS)
+        for module in modules
+    )
