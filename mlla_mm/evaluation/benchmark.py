@@ -3,6 +3,7 @@
 
 import json
 import math
+import os
 import platform
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,7 @@ import mlla_mm
 
 from ..apis.model import Classifier
 from ..models import MLLA
+from ..utils.compat import require_compiler
 from ..utils.peak_memory import module_bytes, peak_bytes
 from .accuracy_latency import describe_device
 from .latency import Spread, measure_latency, spread, unsteady_note
@@ -317,6 +319,8 @@ def measure_case(
     """
     check_models(models)
     check_device(device)
+    if compiled:
+        require_compiler('--compile')
     if repeats < 1:
         raise ValueError(f'--repeats must be at least 1, got {repeats}.')
     images = _make_images(case, device)
@@ -460,6 +464,7 @@ def describe_run(device: str, repeats: int) -> Dict[str, object]:
         torch=torch.__version__,
         cuda=torch.version.cuda if torch.device(device).type == 'cuda' else None,
         float32_matmul_precision=torch.get_float32_matmul_precision(),
+        mlla_ops=os.environ.get('MLLA_OPS', ''),
         mmengine=mmengine.__version__,
         mlla_mm=mlla_mm.__version__,
     )

@@ -25,6 +25,8 @@ def depthwise_conv(
     x: Tensor, weight: Tensor, bias: Tensor, residual: bool = False, act: bool = False
 ) -> Tensor:
     """See :func:`mlla_mm.ops.naive.depthwise_conv`."""
+    if is_graph():
+        return naive.depthwise_conv(x, weight, bias, residual, act)
     ops = _implementation(x.device)
     if ops is triton and not triton.supports_depthwise_conv(x, weight, bias):
         ops = eager
@@ -36,6 +38,8 @@ def mlla_attention(
 ) -> Tensor:
     """See :func:`mlla_mm.ops.naive.mlla_attention`."""
     tensors = (qk, v, gate, weight, bias)
+    if is_graph():
+        return naive.mlla_attention(*tensors, num_heads)
     ops = _implementation(v.device)
     if ops is triton and not triton.supports_mlla_attention(*tensors, num_heads):
         ops = eager
@@ -46,8 +50,10 @@ def mlp(
     x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor
 ) -> Tensor:
     """See :func:`mlla_mm.ops.naive.mlp`."""
-    ops = naive if _implementation(x.device) is naive else eager
-    return ops.mlp(x, weight1, bias1, weight2, bias2)
+    tensors = (x, weight1, bias1, weight2, bias2)
+    if is_graph() or _implementation(x.device) is naive:
+        return naive.mlp(*tensors)
+    return eager.mlp(*tensors)
 
 
 def in_parts(x: Tensor, size: int) -> int:
@@ -56,7 +62,7 @@ def in_parts(x: Tensor, size: int) -> int:
     In one for gradients, whose pass needs the whole map, in graphs and for
     ``MLLA_OPS=naive``; else see :func:`mlla_mm.ops.eager.num_parts`.
     """
-    if torch.is_grad_enabled() or _implementation(x.device) is naive:
+    if torch.is_grad_enabled() or is_graph() or _implementation(x.device) is naive:
         return 1
     return eager.num_parts(x.device, size)
 
@@ -67,7 +73,7 @@ def _implementation(device: torch.device) -> ModuleType:
         raise ValueError(
             f"MLLA_OPS is '{forced}': set it to 'naive' or 'fused', or unset it."
         )
-    if forced == 'naive' or is_graph():
+    if forced == 'naive':
         return naive
     if forced != 'fused':
         return eager

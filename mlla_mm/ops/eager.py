@@ -16,7 +16,6 @@ from ..utils.compat import autocast_dtype, is_autocast
 from . import naive
 from .rotary import rotation
 
-_HALF = (torch.float16, torch.bfloat16)
 # Numbers of a part of a map that is computed part by part: 4 MiB of float32.
 _CACHED = 1 << 20
 
@@ -37,7 +36,7 @@ def depthwise_conv(
 
 def _in_full_precision(x: Tensor) -> bool:
     """Whether x is multiplied as it is; half precision would round 1 + weight."""
-    return x.dtype not in _HALF and not is_autocast(x.device.type)
+    return x.dtype not in naive.HALF and not is_autocast(x.device.type)
 
 
 def mlla_attention(
@@ -73,7 +72,7 @@ class _GatedAttention(torch.autograd.Function):
             y, kv = _attend_(lepe, _rotate(features), v, z)
             out = (y * F.silu(naive.at_least_float32(gate))).to(v.dtype)
         # Half precision is smaller than its features.
-        queries_keys = qk if qk.dtype in _HALF else features
+        queries_keys = qk if qk.dtype in naive.HALF else features
         ctx.save_for_backward(queries_keys, v, y.to(v.dtype), gate, key_mean, z, kv)
         ctx.dtypes = qk.dtype, lepe.dtype
         return out
@@ -89,7 +88,9 @@ class _GatedAttention(torch.autograd.Function):
             grad_gate = torch.ops.aten.silu_backward(grad * y, gate32)
             grad = grad * F.silu(gate32)  # of y
 
-            features = _features(queries_keys) if qk_dtype in _HALF else queries_keys
+            features = (
+                _features(queries_keys) if qk_dtype in naive.HALF else queries_keys
+            )
             rotated = _rotate(features)
             q, k, values = (
                 _heads(x, v.dtype, num_heads)
@@ -183,7 +184,7 @@ def _parts(width: int, *tensors: Tensor) -> Iterable[Tuple[Tensor, ...]]:
     in half precision, whose sums over the parts would lose digits.
     """
     x = tensors[0]
-    parts = 1 if x.dtype in _HALF else num_parts(x.device, len(x) * width)
+    parts = 1 if x.dtype in naive.HALF else num_parts(x.device, len(x) * width)
     return zip(*(tensor.chunk(parts) for tensor in tensors))
 
 
@@ -268,7 +269,7 @@ def _merge(x: Tensor) -> Tensor:
 
 def _mean_of_products(a: Tensor, b: Tensor) -> Tensor:
     """a^T b / n for matrices of n rows."""
-    if a.dtype in _HALF:
+    if a.dtype in naive.HALF:
         # The sum over many tokens stays in range.
         scale = a.shape[-2] ** -0.5
         return (a * scale).transpose(-2, -1) @ (b * scale)

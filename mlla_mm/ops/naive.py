@@ -11,6 +11,8 @@ from torch import Tensor
 
 from .rotary import rotary_embedding
 
+#: Types whose range or precision does not do for every step.
+HALF = (torch.float16, torch.bfloat16)
 #: Added to the normaliser of the attention.
 EPS = 1e-6
 
@@ -107,7 +109,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
 
 def at_least_float32(x: Tensor) -> Tensor:
     """Half precision to float32, all else as it is."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.float() if x.dtype in HALF else x
 
 
 def _split_heads(x: Tensor, num_heads: int) -> Tensor:

@@ -18,9 +18,26 @@ if hasattr(torch.compiler, 'is_compiling'):
 else:
     from torch._dynamo import is_compiling  # noqa: F401
 
+#: Whether torch.compile can be used. PyTorch 2.1 takes more than eight minutes to trace
+#: even the smallest MLLA.
+COMPILES = torch.__version__ >= (2, 2)
+
 #: Whether torch.load sees that a pickle tells wrong lengths of a file's records.
 #: PyTorch 2.1 believes it, and reads behind their end; 2.11 does not.
 CHECKS_RECORD_LENGTHS = torch.__version__ >= (2, 11)
+
+
+def require_compiler(option: str) -> None:
+    """Refuse an option that needs torch.compile where that cannot be used.
+
+    Raises:
+        ValueError: If so.
+    """
+    if not COMPILES:
+        raise ValueError(
+            f'{option} needs PyTorch 2.2 or newer, and this is {torch.__version__}: '
+            'leave it out.'
+        )
 
 
 def is_exporting() -> bool:

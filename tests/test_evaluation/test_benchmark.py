@@ -11,6 +11,8 @@ from mlla_mm.evaluation.plain_mlla import PlainMLLA
 from mlla_mm.models import MLLA
 from mlla_mm.visualization.benchmark import plot_benchmark, plot_sweep
 
+from ..compiler import needs_compiler
+
 NANO = dict(embed_dims=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
 SMALL = bm.Case('backbone', (32, 64), 2)
 
@@ -156,6 +158,7 @@ def test_models_that_differ_are_not_raced(nano, monkeypatch):
 
 
 @pytest.mark.slow
+@needs_compiler
 @pytest.mark.parametrize('mode', bm.MODES)
 def test_compiled_models(nano, mode):
     case = SMALL._replace(mode=mode)

@@ -6,6 +6,7 @@ from mlla_mm.evaluation.plain_mlla import PlainMLLA
 from mlla_mm.models import MLLA
 
 from .. import reference
+from ..compiler import needs_compiler
 
 NANO = dict(embed_dims=16, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8))
 
@@ -96,6 +97,7 @@ def test_mixed_precision_on_a_gpu(dtype):
 
 
 @pytest.mark.slow
+@needs_compiler
 def test_compiled():
     ours, plain = (model.eval() for model in twins())
     plain.compile()

@@ -14,8 +14,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mlla_mm.models import MLLA
 from mlla_mm.models.layers.conv import ConvLayer
+from mlla_mm.utils import compat
 
 from .. import reference
+from ..compiler import needs_compiler
 
 NANO = dict(embed_dims=16, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8))
 
@@ -49,6 +51,7 @@ def test_features_of_the_plain_definitions_equal_the_authors(monkeypatch):
 
 
 @pytest.mark.slow
+@needs_compiler
 def test_compiled_features_equal_the_authors():
     assert_features('t', '96x132', 2, compile=True)
 
@@ -204,6 +207,7 @@ def test_checkpointing_saves_memory():
     assert saved_bytes(True) < 0.5 * saved_bytes(False)
 
 
+@needs_compiler
 @pytest.mark.parametrize(
     'training', [pytest.param(False, marks=pytest.mark.slow), True]
 )
@@ -223,6 +227,7 @@ def test_a_compiled_model_has_few_graphs(training):
     assert 1 <= counter.frame_count <= 4
 
 
+@needs_compiler
 def test_a_copy_of_a_compiled_model_is_compiled_for_itself():
     torch._dynamo.reset()
     model = MLLA(NANO, compile=dict(backend=CompileCounter())).eval()
@@ -237,6 +242,7 @@ def test_a_copy_of_a_compiled_model_is_compiled_for_itself():
         assert not any((x == 0).all() for x in model(image))
 
 
+@needs_compiler
 def test_a_compiled_model_can_be_traced():
     model = MLLA(NANO, compile=dict(backend=CompileCounter())).eval()
     image = torch.randn(1, 3, 64, 64)
@@ -244,6 +250,12 @@ def test_a_compiled_model_can_be_traced():
         traced = torch.jit.trace(model, image)
         for actual, expected in zip(traced(image), model(image)):
             assert reference.relative_error(actual, expected) < 1e-5
+
+
+def test_compilers_that_are_too_old_are_refused(monkeypatch):
+    monkeypatch.setattr(compat, 'COMPILES', False)
+    with pytest.raises(ValueError, match='compile needs PyTorch 2.2 or newer'):
+        MLLA(NANO, compile=dict(mode='default'))
 
 
 def test_normalisation_of_the_moment():

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from ...ops.tracing import is_tracing
+from ...utils.compat import require_compiler
 from ..layers import MLLABlock, PatchMerging, Stem
 from ..weights import load_pretrained
 
@@ -93,7 +94,8 @@ class MLLA(BaseModule):
         compile (bool | dict): Whether to run the forward pass through
             ``torch.compile``, or the keyword arguments for it. The first call compiles
             for its image size, the first call with another one for all sizes; so do
-            training and evaluation, and a copy of the model, each for itself.
+            training and evaluation, and a copy of the model, each for itself. Needs
+            PyTorch 2.2 or newer.
             Defaults to False.
         init_cfg (dict | list[dict], optional): MMEngine's initialisation config.
             ``dict(type='Pretrained', checkpoint=PATH)`` reads the official weights and
@@ -190,6 +192,8 @@ class MLLA(BaseModule):
                 'compile must be True, False or a dict of arguments for torch.compile, '
                 f'got {compile!r}.'
             )
+        if compile is not False:
+            require_compiler('compile')
         self._compile_options = {} if compile is True else compile
         self._compile()
 

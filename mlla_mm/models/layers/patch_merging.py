@@ -32,14 +32,17 @@ class PatchMerging(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, d, H, W) -> (N, 2d, ceil(H / 2), ceil(W / 2))."""
         x = pad_to_multiple(x, 2)
-        expand, reduce, project = self.conv
-        hidden = expand.conv.out_channels
+        hidden = self.conv[0].conv.out_channels
         parts = in_parts(x, x[:, 0].numel() * hidden)
-        if parts == 1 or not is_unmodified(expand, reduce, *expand, *reduce):
-            return self.conv(x)
         parts = min(parts, -(-hidden // _MIN_CHANNELS))
-        # The hidden map at full resolution is the largest of the network. Each of its
-        # channels is reduced by itself, so a few of them at a time will do.
+        return self.conv(x) if parts == 1 else self._forward_in_parts(x, parts)
+
+    def _forward_in_parts(self, x: Tensor, parts: int) -> Tensor:
+        """Compute the hidden map at full resolution, the largest of the network, and
+        reduce it, in groups of channels."""
+        expand, reduce, project = self.conv
+        if not is_unmodified(expand, reduce, *expand, *reduce):
+            return self.conv(x)
         weights = (
             tensor.chunk(parts)
             for layer in (expand.conv, reduce.conv)

@@ -62,14 +62,8 @@ def _has_triton() -> bool:
 def supports_depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
     """Whether :func:`depthwise_conv` can take these tensors.
 
-    Args:
-        x (Tensor): Feature map (N, H, W, C).
-        weight (Tensor): (C, 1, 3, 3).
-        bias (Tensor): (C,).
-
-    Returns:
-        bool: True if the kernels are available on the device, the map is not empty,
-        has at most 65535 images and every tensor is float32, float16 or bfloat16.
+    That is, whether the kernels are available on the device, the map is not empty and
+    has at most 65535 images, and every tensor is float32, float16 or bfloat16.
     """
     return _fit(x, weight, bias)
 
@@ -79,17 +73,8 @@ def supports_mlla_attention(
 ) -> bool:
     """Whether :func:`mlla_attention` can take these tensors.
 
-    Args:
-        qk (Tensor): Queries, then keys, (N, H, W, 2C).
-        v (Tensor): Values, (N, H, W, C).
-        gate (Tensor): Gate before SiLU, (N, H, W, C).
-        weight (Tensor): Weight of LePE, (C, 1, 3, 3).
-        bias (Tensor): Bias of LePE, (C,).
-        num_heads (int): Number of heads, a divisor of C.
-
-    Returns:
-        bool: What :func:`supports_depthwise_conv` asks for, and heads of an even number
-        of channels (the rotation acts on pairs), at most 64.
+    That is what :func:`supports_depthwise_conv` asks for, and heads of an even number
+    of channels (the rotation acts on pairs), at most 64.
     """
     head_dims = v.shape[-1] // num_heads
     return (
@@ -112,18 +97,7 @@ def _fit(*tensors: Tensor) -> bool:
 def depthwise_conv(
     x: Tensor, weight: Tensor, bias: Tensor, residual: bool = False, act: bool = False
 ) -> Tensor:
-    """:func:`mlla_mm.ops.naive.depthwise_conv` in one kernel.
-
-    Args:
-        x (Tensor): Feature map (N, H, W, C).
-        weight (Tensor): (C, 1, 3, 3).
-        bias (Tensor): (C,).
-        residual (bool): Whether to add the input. Defaults to False.
-        act (bool): Whether SiLU follows the convolution. Defaults to False.
-
-    Returns:
-        Tensor: (N, H, W, C), contiguous.
-    """
+    """:func:`mlla_mm.ops.naive.depthwise_conv` in one kernel, contiguous."""
     from ._depthwise_conv import DepthwiseConv
 
     return DepthwiseConv.apply(x, weight, bias, residual, act)
@@ -134,18 +108,8 @@ def mlla_attention(
 ) -> Tensor:
     """:func:`mlla_mm.ops.naive.mlla_attention` in two passes over the tokens.
 
-    ``qk``, ``v`` and ``gate`` may be slices of wider maps along the channels.
-
-    Args:
-        qk (Tensor): Queries, then keys, before the feature map, (N, H, W, 2C).
-        v (Tensor): Values, (N, H, W, C).
-        gate (Tensor): Gate before SiLU, (N, H, W, C).
-        weight (Tensor): Weight of LePE, (C, 1, 3, 3).
-        bias (Tensor): Bias of LePE, (C,).
-        num_heads (int): Number of heads, a divisor of C.
-
-    Returns:
-        Tensor: (N, H, W, C), contiguous, the dtype of ``v``.
+    ``qk``, ``v`` and ``gate`` may be slices of wider maps along the channels; the
+    output is contiguous.
     """
     from ._mlla_attention import MLLAAttention
 
