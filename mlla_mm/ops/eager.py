@@ -96,7 +96,7 @@ class _GatedAttention(torch.autograd.Function):
                 _heads(x, v.dtype, num_heads)
                 for x in (*_queries_keys(rotated), v.flatten(1, 2))
             )
-            grad_qkv = grad.view(z.shape + (-1,)) * z[..., None]
+            grad_qkv = grad.reshape(z.shape + (-1,)) * z[..., None]
             grad_qkv = _heads(grad_qkv.flatten(2), v.dtype, num_heads)
             grad_q = grad_qkv @ kv.transpose(-2, -1)
             mean_grad_kv = _mean_of_products(q, grad_qkv)
@@ -211,8 +211,8 @@ def _as_linear_sees(*tensors: Tensor) -> Tuple[Tensor, ...]:
 
 
 def _features(x: Tensor) -> Tensor:
-    """ELU(x) + 1, in float32 or float64."""
-    x = naive.at_least_float32(x)
+    """ELU(x) + 1, in float32 or float64, contiguous."""
+    x = naive.at_least_float32(x).contiguous()
     # Its own kernel takes twice as long on the CPU. e^x is at least 1 + x.
     return torch.maximum(x + 1, x.exp().clamp_max_(1))
 
@@ -243,7 +243,7 @@ def _normaliser(features: Tensor, num_heads: int) -> Tuple[Tensor, Tensor]:
 def _attend_(
     lepe: Tensor, rotated: Tensor, v: Tensor, z: Tensor
 ) -> Tuple[Tensor, Tensor]:
-    """Add the attention to ``lepe``, in its memory unless it is in half precision.
+    """Add the attention to ``lepe``, in its memory if that is float32 and contiguous.
 
     Returns:
         tuple[Tensor, Tensor]: The sum (N, H, W, C), and k~^T v / n of each head.
@@ -252,7 +252,7 @@ def _attend_(
     q, k = (_heads(x, v.dtype, num_heads) for x in _queries_keys(rotated))
     kv = _mean_of_products(k, _heads(v.flatten(1, 2), v.dtype, num_heads))
     y = naive.at_least_float32(q @ kv).transpose(1, 2)
-    out = naive.at_least_float32(lepe)
+    out = naive.at_least_float32(lepe).contiguous()
     out.view(y.shape).addcmul_(y, z[..., None])
     return out, kv
 

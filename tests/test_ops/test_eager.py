@@ -133,6 +133,28 @@ def test_many_tokens_stay_in_the_range_of_float16():
     assert relative_error(y, expected) < 1e-2
 
 
+def test_other_strides():
+    """Maps with the channels first in memory, and a gradient with its axes swapped."""
+    shape = (2, 5, 7, 8)
+    arguments = [
+        x.detach().movedim(-1, 1).contiguous().movedim(1, -1).requires_grad_()
+        if x.dim() == 4 and len(x) == 2
+        else x
+        for x in attention_arguments(shape)
+    ]
+    assert not arguments[1].is_contiguous()
+    upstream = torch.randn(2, 8, 7, 5, dtype=torch.float64).transpose(1, 3)
+    found, expected = (
+        torch.autograd.grad(ops.mlla_attention(*arguments, 2), arguments, upstream)
+        for ops in (eager, naive)
+    )
+    torch.testing.assert_close(found, expected)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            eager.mlla_attention(*arguments, 2), naive.mlla_attention(*arguments, 2)
+        )
+
+
 def test_inputs_are_left_as_they_were():
     arguments = attention_arguments((1, 1, 1, 8))
     before = [x.detach().clone() for x in arguments]
