@@ -111,7 +111,14 @@ def logged(work_dir: Path) -> list:
     return [json.loads(x) for f in files for x in f.read_text().splitlines()]
 
 
-@pytest.fixture(scope='module', params=TASKS)
+@pytest.fixture(
+    scope='module',
+    params=[
+        pytest.param('detection', marks=pytest.mark.slow),
+        'segmentation',
+        'classification',
+    ],
+)
 def runs(request, run_tool, tmp_path_factory):
     """Work_dirs of the recipe's run and of the one on fewer processes."""
     name, changes, make_data, (processes, fewer), parts = TASKS[request.param]

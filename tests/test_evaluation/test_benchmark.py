@@ -114,9 +114,8 @@ def test_models_are_comparable(family, classify):
 @pytest.mark.parametrize(
     'task, mode, dtype',
     [
-        ('backbone', 'infer', 'float32'),
-        ('classification', 'train', 'float32'),
-        ('backbone', 'train', 'bfloat16'),
+        ('classification', 'infer', 'bfloat16'),
+        ('backbone', 'train', 'float32'),
     ],
 )
 def test_measured(nano, task, mode, dtype):
