@@ -1087,7 +1087,10 @@ def test_corrupt_image_ends_a_validation(run_tool, folders, tmp_path):
 
 @pytest.mark.parametrize(
     'scope, fixture, name',
-    [(DET, 'coco', 'images/1.jpg'), (SEG, 'masks', 'maps/1.png')],
+    [
+        pytest.param(DET, 'coco', 'images/1.jpg', marks=pytest.mark.slow),
+        (SEG, 'masks', 'maps/1.png'),
+    ],
 )
 def test_corrupt_image_ends_a_test(
     run_tool, request, nano, tmp_path, scope, fixture, name

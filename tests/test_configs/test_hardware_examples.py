@@ -108,6 +108,7 @@ def test_accumulation(demo):
     assert state['step'] == 2
 
 
+@pytest.mark.slow
 def test_zero(example, run_tool, digits_coco, tmp_path):
     """On two processes: --check trains, saves, and resumes."""
     config = example('zero', 'mask-rcnn_mlla-nano_fpn_digits.py')

@@ -115,7 +115,7 @@ def logged(work_dir: Path) -> list:
     scope='module',
     params=[
         pytest.param('detection', marks=pytest.mark.slow),
-        'segmentation',
+        pytest.param('segmentation', marks=pytest.mark.slow),
         'classification',
     ],
 )

@@ -185,6 +185,7 @@ def assert_same_end(work_dir: Path, expected_dir: Path) -> None:
         assert group == expected_group
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_twice(command, tmp_path):
     """Within an epoch, by a signal for the data workers too, and while it starts."""
     name = 'classification'

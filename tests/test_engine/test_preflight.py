@@ -77,6 +77,7 @@ def test_demos(config, capfd, tmp_path, task, size):
     assert not (tmp_path / 'work').exists()
 
 
+@pytest.mark.slow
 def test_two_processes(run_tool, data, tmp_path):
     (tmp_path / 'notes.txt').write_text('keep')
     output = run_tool(

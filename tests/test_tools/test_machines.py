@@ -119,7 +119,8 @@ class FailOnceHook(Hook):
 """
 
 
-@pytest.mark.parametrize('machines', [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize('machines', [1, 2])
 def test_restart(run_tool, data, alone, tmp_path, machines):
     """A process dies; all start again from the newest checkpoint, and finish."""
     (tmp_path / 'failing.py').write_text(FAILING)
