@@ -38,8 +38,10 @@ class PatchMerging(nn.Module):
         return self.conv(x) if parts == 1 else self._forward_in_parts(x, parts)
 
     def _forward_in_parts(self, x: Tensor, parts: int) -> Tensor:
-        """Compute the hidden map at full resolution, the largest of the network, and
-        reduce it, in groups of channels."""
+        """Expand and reduce groups of channels, one after the other.
+
+        All together at full resolution are the largest map of the network.
+        """
         expand, reduce, project = self.conv
         if not is_unmodified(expand, reduce, *expand, *reduce):
             return self.conv(x)
