@@ -56,15 +56,15 @@ def mlp(
     return eager.mlp(*tensors)
 
 
-def in_parts(x: Tensor, size: int) -> int:
-    """In how many parts to compute a hidden map of ``size`` numbers from ``x``.
+def in_parts(x: Tensor, expansion: int) -> int:
+    """In how many parts to compute a map ``expansion`` times as large as ``x`` from it.
 
     In one for gradients, whose pass needs the whole map, in graphs and for
     ``MLLA_OPS=naive``; else see :func:`mlla_mm.ops.eager.num_parts`.
     """
     if torch.is_grad_enabled() or is_graph() or _implementation(x.device) is naive:
         return 1
-    return eager.num_parts(x.device, size)
+    return eager.num_parts(x.device, x.numel() * expansion)
 
 
 def _implementation(device: torch.device) -> ModuleType:

@@ -114,9 +114,8 @@ def logged(work_dir: Path) -> list:
 @pytest.fixture(
     scope='module',
     params=[
-        pytest.param('detection', marks=pytest.mark.slow),
-        pytest.param('segmentation', marks=pytest.mark.slow),
-        'classification',
+        pytest.param(task, marks=[] if task == 'classification' else pytest.mark.slow)
+        for task in TASKS
     ],
 )
 def runs(request, run_tool, tmp_path_factory):

@@ -114,8 +114,9 @@ def test_models_are_comparable(family, classify):
 @pytest.mark.parametrize(
     'task, mode, dtype',
     [
-        ('classification', 'infer', 'bfloat16'),
-        ('backbone', 'train', 'float32'),
+        ('backbone', 'infer', 'float32'),
+        ('classification', 'train', 'float32'),
+        ('backbone', 'train', 'bfloat16'),
     ],
 )
 def test_measured(nano, task, mode, dtype):

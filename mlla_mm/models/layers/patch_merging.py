@@ -7,6 +7,8 @@ from ...ops.dispatch import in_parts
 from .conv import ConvLayer, pad_to_multiple
 from .unmodified import is_unmodified
 
+# Hidden channels for each input channel.
+_EXPANSION = 8
 # Fewer channels at a time would make their matrix product slower.
 _MIN_CHANNELS = 64
 
@@ -20,7 +22,7 @@ class PatchMerging(nn.Module):
 
     def __init__(self, in_channels: int) -> None:
         super().__init__()
-        hidden = in_channels * 8
+        hidden = in_channels * _EXPANSION
         self.conv = nn.Sequential(
             ConvLayer(in_channels, hidden, 1, bias=True, norm=False),
             ConvLayer(
@@ -33,8 +35,7 @@ class PatchMerging(nn.Module):
         """(N, d, H, W) -> (N, 2d, ceil(H / 2), ceil(W / 2))."""
         x = pad_to_multiple(x, 2)
         hidden = self.conv[0].conv.out_channels
-        parts = in_parts(x, x[:, 0].numel() * hidden)
-        parts = min(parts, -(-hidden // _MIN_CHANNELS))
+        parts = min(in_parts(x, _EXPANSION), -(-hidden // _MIN_CHANNELS))
         return self.conv(x) if parts == 1 else self._forward_in_parts(x, parts)
 
     def _forward_in_parts(self, x: Tensor, parts: int) -> Tensor:
