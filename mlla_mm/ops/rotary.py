@@ -6,7 +6,7 @@ from typing import Dict, Tuple
 import torch
 from torch import Tensor
 
-from .tracing import is_graph
+from .tracing import is_compiled, is_graph
 
 _BASE = 10000.0
 
@@ -95,22 +95,20 @@ def rotation(x: Tensor) -> Tensor:
     height, width, channels = x.shape[1:]
     key = (channels, x.device, x.dtype)
     if key not in _ROTATIONS or _ROTATIONS[key].shape[:2] != (height, width):
-        _ROTATIONS[key] = _build_rotation(
-            height, width, channels // 8, x.device, x.dtype
-        )
+        with torch.inference_mode(False), torch.no_grad():
+            _ROTATIONS[key] = _build_rotation(
+                height, width, channels // 8, x.device, x.dtype
+            )
     return _ROTATIONS[key]
 
 
 def _build_rotation(
     height: int, width: int, num_freqs: int, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    with torch.inference_mode(False), torch.no_grad():
-        rows = torch.complex(*axis_tables(height, num_freqs, device, dtype))
-        columns = torch.complex(*axis_tables(width, num_freqs, device, dtype))
-        shape = (height, width, num_freqs)
-        return torch.cat(
-            [rows[:, None].expand(shape), columns[None].expand(shape)], dim=-1
-        )
+    rows = torch.complex(*axis_tables(height, num_freqs, device, dtype))
+    columns = torch.complex(*axis_tables(width, num_freqs, device, dtype))
+    shape = (height, width, num_freqs)
+    return torch.cat([rows[:, None].expand(shape), columns[None].expand(shape)], dim=-1)
 
 
 def rotary_embedding(x: Tensor) -> Tensor:
@@ -128,6 +126,12 @@ def rotary_embedding(x: Tensor) -> Tensor:
     height, width = x.shape[1:3]
     # The image size may be a symbol; the number of channels never is.
     num_freqs = int(x.shape[3]) // 4
+    if is_compiled() and x.device.type == 'cpu':
+        # The compiler's loops over the real formula are not vectorised there, and have
+        # sines and exponentials in them. Complex products it leaves to PyTorch.
+        table = _build_rotation(height, width, num_freqs, x.device, x.dtype)
+        pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * table).flatten(-2)
     rows = axis_tables(height, num_freqs, x.device, x.dtype)
     columns = axis_tables(width, num_freqs, x.device, x.dtype)
     by_row, by_column = x.chunk(2, dim=-1)

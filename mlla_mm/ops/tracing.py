@@ -1,7 +1,7 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 import torch
 
-from ..utils.compat import is_compiling, is_exporting
+from ..utils.compat import TELLS_EXPORT, is_compiling, is_exporting
 
 
 def is_tracing() -> bool:
@@ -20,3 +20,11 @@ def is_graph() -> bool:
     That one could follow a branch, with a graph for each way.
     """
     return is_tracing() or is_compiling()
+
+
+def is_compiled() -> bool:
+    """Whether ``torch.compile`` is at work, and it is not for ``torch.export``.
+
+    False before PyTorch 2.7, where that cannot be told.
+    """
+    return TELLS_EXPORT and is_compiling() and not is_tracing()

@@ -42,7 +42,8 @@ def require_compiler(option: str) -> None:
 
 def is_exporting() -> bool:
     """Whether torch.export is at work; False where that cannot be told."""
-    return TELLS_EXPORT and torch.compiler.is_exporting()
+    # Not is_exporting(), which torch.compile takes to be true.
+    return TELLS_EXPORT and torch.compiler._is_exporting_flag
 
 
 def is_autocast(device_type: str) -> bool:

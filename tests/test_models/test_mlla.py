@@ -228,6 +228,28 @@ def test_a_compiled_model_has_few_graphs(training):
 
 
 @needs_compiler
+@pytest.mark.slow
+def test_compiled_training_on_several_image_sizes():
+    """With PyTorch's own compiler, forward and backward; one stage of the network."""
+    torch._dynamo.reset()
+    plain = MLLA(NANO, out_indices=0).double().train()
+    compiled = MLLA(NANO, out_indices=0, compile=True).double().train()
+    compiled.load_state_dict(plain.state_dict())
+    for size in ((64, 64), (96, 70), (33, 150)):
+        image = torch.randn(2, 3, *size, dtype=torch.float64)
+        gradients = []
+        for model in (compiled, plain):
+            model.zero_grad()
+            (model(image)[0] ** 2).sum().backward()
+            gradients.append(torch.cat([p.grad.flatten() for p in _used(model)]))
+        assert reference.relative_error(*gradients) < 1e-5
+
+
+def _used(model: MLLA) -> list:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+@needs_compiler
 def test_a_copy_of_a_compiled_model_is_compiled_for_itself():
     torch._dynamo.reset()
     model = MLLA(NANO, compile=dict(backend=CompileCounter())).eval()

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from mlla_mm.ops import rotary, rotary_embedding
+from mlla_mm.utils.compat import TELLS_EXPORT
 
 
 @pytest.fixture(autouse=True)
@@ -83,3 +84,39 @@ def test_traced_tables_are_those_of_eager_execution(num_freqs):
         expected = rotary.axis_tables(length, num_freqs, x.device, x.dtype)
         for one, other in zip(traced(x), expected):
             torch.testing.assert_close(one, other, rtol=0, atol=3e-7)
+
+
+class Rotate(torch.nn.Module):
+    def forward(self, x):
+        return rotary_embedding(x)
+
+
+@pytest.mark.skipif(not TELLS_EXPORT, reason='the same in both below PyTorch 2.7')
+def test_compiled_on_the_cpu_it_is_a_complex_product():
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph.code)
+        return graph.forward
+
+    compiled = torch.compile(Rotate(), backend=backend)
+    for size in ((5, 7), (6, 4), (3, 9)):
+        x = torch.randn(2, *size, 16, requires_grad=True)
+        weight = torch.randn(2, *size, 16)
+        expected = rotary_embedding(x)
+        torch.testing.assert_close(compiled(x), expected)
+        gradients = [
+            torch.autograd.grad((y * weight).sum(), x)[0] for y in (compiled(x), expected)
+        ]
+        torch.testing.assert_close(*gradients)
+    assert len(graphs) == 2
+    assert all('view_as_complex' in graph for graph in graphs)
+
+
+@pytest.mark.skipif(not TELLS_EXPORT, reason='the same in both below PyTorch 2.7')
+@pytest.mark.parametrize('strict', [True, False])
+def test_exported_it_has_no_complex_numbers(strict):
+    torch._dynamo.reset()
+    exported = torch.export.export(Rotate(), (torch.randn(2, 5, 7, 16),), strict=strict)
+    assert 'complex' not in exported.graph_module.code

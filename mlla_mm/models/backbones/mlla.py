@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from ...ops.tracing import is_tracing
+from ...utils.allocator import keep_freed_memory
 from ...utils.compat import require_compiler
 from ..layers import MLLABlock, PatchMerging, Stem
 from ..weights import load_pretrained
@@ -184,6 +185,7 @@ class MLLA(BaseModule):
         for i in self.out_indices:
             self.add_module(f'norm{i}', nn.LayerNorm(self.num_features[i]))
 
+        keep_freed_memory()
         self.apply(_init_linear)
         self._freeze_stages()
         self._freeze_unused()
@@ -271,6 +273,18 @@ class MLLA(BaseModule):
         stage, module, block = param_name[len(f'{prefix}layers.') :].split('.')[:3]
         in_stage = int(block) + 1 if module == 'blocks' else blocks[int(stage)]
         return sum(blocks[: int(stage)]) + in_stage, num_depths
+
+    def compile(self, *args, **kwargs) -> None:
+        """Run the forward pass through ``torch.compile``, with these arguments for it.
+
+        Unless a ``mode`` or another ``backend`` is asked for, layouts are left alone:
+        the compiler would choose one for the convolutions, whose maps have it, and
+        cannot for the gradients where image sizes vary (PyTorch 2.11).
+        """
+        if 'mode' not in kwargs and kwargs.get('backend', 'inductor') == 'inductor':
+            options = kwargs.get('options') or {}
+            kwargs['options'] = {'layout_optimization': False, **options}
+        super().compile(*args, **kwargs)
 
     def init_weights(self) -> None:
         """Load the pretrained weights that ``init_cfg`` names, if it does."""
