@@ -107,7 +107,8 @@ def test_compiled_on_the_cpu_it_is_a_complex_product():
         expected = rotary_embedding(x)
         torch.testing.assert_close(compiled(x), expected)
         gradients = [
-            torch.autograd.grad((y * weight).sum(), x)[0] for y in (compiled(x), expected)
+            torch.autograd.grad((y * weight).sum(), x)[0]
+            for y in (compiled(x), expected)
         ]
         torch.testing.assert_close(*gradients)
     assert len(graphs) == 2
