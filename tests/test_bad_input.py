@@ -1074,6 +1074,7 @@ def test_corrupt_image_ends_training(run_tool, folders, tmp_path):
     assert error == f'Error: {folders}/train/7/image.png is truncated. {WAY_OUT}'
 
 
+@pytest.mark.slow
 def test_corrupt_image_ends_a_validation(run_tool, folders, tmp_path):
     """Images of an evaluation are never skipped."""
     truncate(folders / 'val/7/image.png')

@@ -32,6 +32,8 @@ class PlainMLLA(MLLA):
     outputs. It is not in the registry.
     """
 
+    compile = nn.Module.compile
+
     def forward(self, x: Tensor) -> Tuple[Tensor, ...]:
         """Features of the stages in ``out_indices``, see :meth:`MLLA.forward`."""
         self._check_input(x)

@@ -330,6 +330,7 @@ def metrics(work_dir: Path) -> dict:
     return json.loads(sorted(work_dir.glob('*/*.json'))[-1].read_text())
 
 
+@pytest.mark.slow
 def test_two_processes(run_tool, digits_ade20k, tmp_path):
     """Training, evaluation and multi-scale evaluation through the launch scripts."""
     config = CONFIGS / f'{NANO}.py'

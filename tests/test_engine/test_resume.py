@@ -105,7 +105,9 @@ TASKS = {
 }
 
 
-@pytest.mark.parametrize('name', TASKS)
+@pytest.mark.parametrize(
+    'name', [pytest.param('epochs', marks=pytest.mark.slow), 'iterations']
+)
 def test_an_interrupted_run_ends_as_if_it_had_not_been(name, run_tool, tmp_path):
     """Also with another number of workers; augmentation and drop path are random."""
     config, make_data, changes, (half, whole) = TASKS[name]
