@@ -281,7 +281,8 @@ class MLLA(BaseModule):
         the compiler would choose one for the convolutions, whose maps have it, and
         cannot for the gradients where image sizes vary (PyTorch 2.11).
         """
-        if 'mode' not in kwargs and kwargs.get('backend', 'inductor') == 'inductor':
+        backend = kwargs.get('backend', 'inductor')
+        if kwargs.get('mode') is None and backend == 'inductor':
             options = kwargs.get('options') or {}
             kwargs['options'] = {'layout_optimization': False, **options}
         super().compile(*args, **kwargs)
