@@ -1,20 +1,24 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from mmengine.visualization import Visualizer
 
 import mlla_mm  # noqa: F401  (before anything imports mmcv.ops)
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def forget_visualizers():
+    """MMEngine gives runners of one second the same one, and the folder that it had."""
+    yield
+    for cls in (Visualizer, *Visualizer.__subclasses__()):
+        cls._instance_dict.clear()
 
 
 @pytest.fixture(scope='session')
@@ -30,32 +34,9 @@ def digits_coco(tmp_path_factory) -> Path:
 @pytest.fixture(scope='session')
 def run_tool():
     """Run a tool of the repository; returns the finished process."""
+    from .processes import run_tool
 
-    def run(*command, check=True, env=None, cwd=ROOT):
-        # The launchers call 'python'; it has to be the one that runs the tests.
-        environment = {
-            **os.environ,
-            'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}',
-            'PYTHONPATH': str(ROOT),
-            'OMP_NUM_THREADS': '1',
-            # Two processes need two GPUs, or none.
-            'CUDA_VISIBLE_DEVICES': '',
-            **(env or {}),
-        }
-        result = subprocess.run(
-            [str(word) for word in command],
-            cwd=cwd,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=600,
-        )
-        if check:
-            assert result.returncode == 0, result.stdout[-4000:]
-        return result
-
-    return run
+    return run_tool
 
 
 @pytest.fixture(scope='session')

@@ -1,77 +1,122 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""The tools on several CPU processes, started faster than by torchrun."""
+"""Runs of the tools, which mostly take less time than the imports of a new process."""
 
 import multiprocessing
 import os
 import runpy
 import socket
+import subprocess
 import sys
+import tempfile
 from multiprocessing.connection import wait
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).parents[1]
-# What takes most of the time of a short run.
+# What the tools spend some ten seconds on.
 _IMPORTED = ['mlla_mm', 'mmdet.apis', 'mmseg.apis', 'mmpretrain.apis', __name__]
 _LIMIT = 600  # seconds
 
 
-def run_processes(tool: str, *arguments, processes: int, log: Path) -> None:
-    """Run a tool to its end; one process has no launcher.
+def run_tool(
+    *command, check=True, env=None, cwd=ROOT, processes=None
+) -> subprocess.CompletedProcess:
+    """Run a tool of the repository, or any command, to its end.
 
-    They are forked from a process that has imported the packages, once for all runs.
+    ``python`` with the path of a script runs that script in a process that is forked
+    from one with all packages imported, unless variables are given, which a package may
+    read when it is imported. Other commands are run as they are.
 
     Args:
-        tool (str): File name in tools/.
-        *arguments: Of the command line.
-        processes (int): Number of processes.
-        log (Path): Where their output goes.
+        *command: The words.
+        check (bool): Whether an exit status other than 0 fails the test.
+        env (dict, optional): Variables besides those of this process.
+        cwd (Path): Where to run it.
+        processes (int, optional): Number of processes for a script, each with the
+            variables that torchrun would set. Default: one without them. The exit status is that of one that failed, if any.
 
-    Raises:
-        AssertionError: If one of them fails or takes too long; ends with the output.
+    Returns:
+        The exit status, and what was printed, errors included, in ``stdout``.
     """
+    words = [str(word) for word in command]
+    environment = {
+        **os.environ,
+        # The launchers call 'python'; it has to be the one that runs the tests.
+        'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}',
+        'PYTHONPATH': str(ROOT),
+        'OMP_NUM_THREADS': '1',
+        # Two processes need two GPUs, or none.
+        'CUDA_VISIBLE_DEVICES': '',
+        **(env or {}),
+    }
+    if words[0] in ('python', sys.executable) and words[1][0] != '-' and not env:
+        result = _fork(words[1:], environment, cwd, processes)
+    else:
+        assert processes is None, 'only scripts are run in several processes'
+        result = subprocess.run(
+            words, cwd=cwd, env=environment, text=True, timeout=_LIMIT,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    if check:
+        assert result.returncode == 0, result.stdout[-4000:]
+    return result
+
+
+def _fork(script, environment, cwd, processes) -> subprocess.CompletedProcess:
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(_IMPORTED)
-    command = [tool, *map(str, arguments)]
-    if processes > 1:
-        command += ['--launcher', 'pytorch']
-    port = _free_port()
-    running = [
-        context.Process(target=_run, args=(command, rank, processes, port, log))
-        for rank in range(processes)
-    ]
-    for process in running:
-        process.start()
-    while any(process.exitcode is None for process in running):
-        ended = wait([p.sentinel for p in running if p.exitcode is None], _LIMIT)
-        if not ended or any(process.exitcode for process in running):
-            codes = [process.exitcode for process in running]
-            for process in running:
-                process.kill()
-            # None: was still running.
-            raise AssertionError(f'exit codes {codes}: {log.read_text()[-4000:]}')
+    with tempfile.NamedTemporaryFile('r', errors='replace') as log:
+        running = [
+            context.Process(target=_run, args=(script, variables, cwd, log.name))
+            for variables in _launch(environment, processes)
+        ]
+        for process in running:
+            process.start()
+        _wait(running, log)
+        codes = [process.exitcode for process in running]
+        # One that failed by itself, rather than the others, which were killed for it.
+        status = next((code for code in codes if code > 0), min(codes))
+        return subprocess.CompletedProcess(script, status, log.read())
 
 
-def _free_port() -> int:
+def _launch(environment: dict, processes: int) -> list:
+    """The environment of each process."""
+    if processes is None:
+        return [environment]
     with socket.socket() as free:
         free.bind(('', 0))
-        return free.getsockname()[1]
+        port = free.getsockname()[1]
+    return [
+        dict(
+            environment, RANK=str(rank), WORLD_SIZE=str(processes),
+            LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(processes),
+            MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port),
+        )
+        for rank in range(processes)
+    ]  # fmt: skip
 
 
-def _run(command: list, rank: int, processes: int, port: int, log: Path) -> None:
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+def _wait(running: list, log) -> None:
+    """Until all have ended; one that failed takes the others with it after a while."""
+    while any(process.exitcode is None for process in running):
+        limit = 30 if any(process.exitcode for process in running) else _LIMIT
+        if not wait([p.sentinel for p in running if p.exitcode is None], limit):
+            for process in running:
+                process.kill()
+                process.join()
+            if limit == _LIMIT:
+                raise AssertionError(f'no end after {limit} s: {log.read()[-4000:]}')
+
+
+def _run(script: list, environment: dict, cwd: Path, log: str) -> None:
+    output = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    os.environ.update(
-        RANK=str(rank),
-        WORLD_SIZE=str(processes),
-        LOCAL_RANK=str(rank),
-        LOCAL_WORLD_SIZE=str(processes),
-        MASTER_ADDR='127.0.0.1',
-        MASTER_PORT=str(port),
-        OMP_NUM_THREADS='1',
-        CUDA_VISIBLE_DEVICES='',
-    )
-    os.chdir(ROOT)
-    tool, *arguments = command
-    sys.argv = [str(ROOT / 'tools' / tool), *arguments]
-    runpy.run_path(sys.argv[0], run_name='__main__')
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.set_num_threads(int(environment['OMP_NUM_THREADS']))
+    os.chdir(cwd)
+    sys.argv = script
+    sys.path.insert(0, str(Path(script[0]).resolve().parent))
+    runpy.run_path(script[0], run_name='__main__')

@@ -26,7 +26,7 @@ from mlla_mm.models.checkpoint_layout import check_fit, find_weights
 from mlla_mm.utils.checkpoint_file import load_checkpoint_file
 
 from . import reference
-from .conftest import ROOT
+from .processes import ROOT
 from .nano import CONFIGS, NANO, build
 
 for package in ('mmdet', 'mmseg', 'mmpretrain'):
@@ -1006,7 +1006,7 @@ def test_port_in_use(run_tool):
     )
 
 
-def train(run_tool, root, work_dir, *more, processes=1):
+def train(run_tool, root, work_dir, *more, processes):
     """An epoch of the classification demo."""
     options = {
         **{f'{x}_dataloader.dataset.data_root': root for x in ('train', 'val')},
@@ -1016,15 +1016,15 @@ def train(run_tool, root, work_dir, *more, processes=1):
         'val_evaluator.topk': 1,
     }
     return run_tool(
-        'bash', 'tools/dist_train.sh', NANO[CLS], processes, '--seed', 0,
-        '--work-dir', work_dir,
+        'python', 'tools/train.py', NANO[CLS], '--seed', 0, '--work-dir', work_dir,
+        '--launcher', 'pytorch',
         '--cfg-options', *(f'{k}={v}' for k, v in options.items()), *more,
-        check=False,
+        check=False, processes=processes,
     )  # fmt: skip
 
 
 def errors(result):
-    """What the processes said; torchrun adds its own account."""
+    """What the processes said."""
     return [x for x in result.stdout.splitlines() if x.startswith('Error: ')]
 
 

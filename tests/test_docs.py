@@ -19,7 +19,7 @@ import torch
 from mlla_mm.utils.stack import ORIGINAL, collect_stack, compiled_mmcv_commands
 
 from . import checkpoints, nano
-from .conftest import ROOT
+from .processes import ROOT
 
 PAGES = sorted(ROOT.glob('docs/*.md'))
 TEXTS = [ROOT / 'README.md', *sorted(ROOT.glob('configs/*/README.md')), *PAGES]

@@ -17,7 +17,7 @@ from mmengine.runner import Runner
 from mlla_mm.datasets.digits import make_ade20k, make_coco, make_imagenet
 from mlla_mm.engine.launch import replace_sync_bn
 
-from ..conftest import ROOT
+from ..processes import ROOT
 
 EXAMPLES = {
     path: f'# {path}\n{code}'

@@ -18,7 +18,7 @@ from mmengine.registry import (
 )
 from mmengine.runner import Runner
 
-from ..conftest import ROOT
+from ..processes import ROOT
 
 CONFIGS = ROOT / 'configs' / 'detection'
 EXAMPLES = {

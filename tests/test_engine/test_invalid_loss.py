@@ -242,9 +242,8 @@ launch.tear_down()
 def test_all_processes_stop_together(run_tool, tmp_path):
     (tmp_path / 'script.py').write_text(SCRIPT)
     output = run_tool(
-        'python', '-m', 'torch.distributed.run', '--standalone',
-        '--nproc-per-node', 2, tmp_path / 'script.py', tmp_path / 'work',
-    ).stdout  # fmt: skip
+        'python', tmp_path / 'script.py', tmp_path / 'work', processes=2
+    ).stdout
     stopped = re.findall(r'^stopped (\d) (\d+) (.*)$', output, re.MULTILINE)
     assert sorted((rank, iteration) for rank, iteration, _ in stopped) == [
         ('0', '1'),

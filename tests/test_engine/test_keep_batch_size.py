@@ -8,6 +8,9 @@ from statistics import mean
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.dist import get_rank
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
 
 from mlla_mm.datasets.digits import make_ade20k, make_coco, make_imagenet
 
@@ -74,16 +77,11 @@ TASKS = {
     ),
 }
 
-# Writes down the images and the loss of each update, of every process.
-RECORDER = """
-import json
-from mmengine.dist import get_rank
-from mmengine.hooks import Hook
-from mmengine.registry import HOOKS
-
 
 @HOOKS.register_module()
 class Recorder(Hook):
+    """Write down the images and the loss of each update, of every process."""
+
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         batches = data_batch if isinstance(data_batch, list) else [data_batch]
         images = [
@@ -91,8 +89,7 @@ class Recorder(Hook):
         ]
         with open(f'{runner.work_dir}/updates_{get_rank()}.jsonl', 'a') as file:
             line = json.dumps([runner.iter, images, outputs['loss'].item()])
-            file.write(line + '\\n')
-"""
+            file.write(line + '\n')
 
 
 def updates(work_dir: Path) -> tuple:
@@ -123,7 +120,6 @@ def runs(request, run_tool, tmp_path_factory):
     name, changes, make_data, (processes, fewer), parts = TASKS[request.param]
     folder = tmp_path_factory.mktemp(request.param)
     data = make_data(folder / 'data', train=19, val=5, size=64)
-    (folder / 'recorder.py').write_text(RECORDER)
 
     def write_config(path: Path, options: dict) -> Path:
         cfg = Config.fromfile(CONFIGS / name)
@@ -135,7 +131,7 @@ def runs(request, run_tool, tmp_path_factory):
                 'randomness.seed': 1,
                 'default_hooks.logger.interval': 1,
                 'custom_hooks': [*cfg.custom_hooks, dict(type='Recorder')],
-                'custom_imports.imports': [*cfg.custom_imports.imports, 'recorder'],
+                'custom_imports.imports': [*cfg.custom_imports.imports, __name__],
             }
         )
         for split in ('train', 'val'):
@@ -153,8 +149,8 @@ def runs(request, run_tool, tmp_path_factory):
 
     def train(config: Path, processes: int, *arguments) -> None:
         run_tool(
-            'bash', 'tools/dist_train.sh', config, processes, *arguments,
-            env={'PYTHONPATH': str(folder)},
+            'python', 'tools/train.py', config, *arguments,
+            '--launcher', 'pytorch', processes=processes,
         )  # fmt: skip
 
     train(whole, processes, '--work-dir', folder / 'recipe')

@@ -18,7 +18,7 @@ import torch
 from mlla_mm.datasets.digits import make_ade20k, make_coco, make_imagenet
 from mlla_mm.engine.resume import newest_checkpoint
 
-from ..conftest import ROOT
+from ..processes import ROOT
 
 CLASSIFICATION = 'configs/classification/mlla-nano_digits.py'
 SEGMENTATION = 'configs/segmentation/upernet_mlla-nano_digits.py'

@@ -12,7 +12,7 @@ import pytest
 
 from mlla_mm.datasets.digits import make_imagenet
 
-from ..conftest import ROOT
+from ..processes import ROOT
 from ..nano import NANO
 
 PROBE = """

@@ -128,10 +128,7 @@ torch.distributed.destroy_process_group()
 
 def test_gradients_are_reduced_once_an_update(run_tool, tmp_path):
     (tmp_path / 'script.py').write_text(SCRIPT)
-    run_tool(
-        'python', '-m', 'torch.distributed.run', '--standalone',
-        '--nproc-per-node', 2, tmp_path / 'script.py',
-    )  # fmt: skip
+    run_tool('python', tmp_path / 'script.py', processes=2)
 
 
 def test_several_optimizers_are_refused():

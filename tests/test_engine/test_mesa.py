@@ -372,9 +372,9 @@ def test_two_processes(tmp_path, digits_imagenet, run_tool):
         'optim_wrapper.accumulative_counts=2',
     ]
     result = run_tool(
-        *('bash', 'tools/dist_train.sh', CONFIG, 2, '--work-dir', tmp_path),
-        *('--seed', 0, '--cfg-options', *options),
-    )
+        'python', 'tools/train.py', CONFIG, '--work-dir', tmp_path, '--seed', 0,
+        '--launcher', 'pytorch', '--cfg-options', *options, processes=2,
+    )  # fmt: skip
     assert 'EMA decay 0.99999844 for a total batch size of 16.' in result.stdout
     # 40 images are 5 batches of 2 x 4; the teacher is there in the second epoch.
     teaching = [line for line in result.stdout.splitlines() if 'loss_mesa' in line]

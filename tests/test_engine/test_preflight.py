@@ -15,7 +15,7 @@ from mmengine.runner import Runner
 from mlla_mm.datasets.digits import make_ade20k, make_imagenet
 from mlla_mm.engine import launch, preflight
 
-from ..conftest import ROOT
+from ..processes import ROOT
 
 for package in ('mmdet', 'mmseg', 'mmpretrain'):
     pytest.importorskip(package)

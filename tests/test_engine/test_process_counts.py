@@ -17,7 +17,7 @@ from mlla_mm.datasets.digits import make_ade20k, make_coco, make_imagenet
 from mlla_mm.engine.seeding import UPDATE, seed_generators
 
 from ..nano import NANO, build
-from ..processes import run_processes
+from ..processes import run_tool
 
 for package in ('mmdet', 'mmseg', 'mmpretrain'):
     pytest.importorskip(package)
@@ -57,9 +57,11 @@ def run(folder: Path, tool: str, cfg: Config, processes: int, *arguments) -> Pat
     """Run a tool with a config; returns the work_dir."""
     folder.mkdir()
     cfg.dump(folder / 'config.py')
-    run_processes(
-        tool, folder / 'config.py', *arguments, '--work-dir', folder / 'work',
-        processes=processes, log=folder / 'log.txt',
+    run_tool(
+        'python', f'tools/{tool}', folder / 'config.py', *arguments,
+        '--work-dir', folder / 'work',
+        *(['--launcher', 'pytorch'] if processes > 1 else []),
+        processes=processes if processes > 1 else None,
     )  # fmt: skip
     return folder / 'work'
 

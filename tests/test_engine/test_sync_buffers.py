@@ -86,10 +86,7 @@ def train(run_tool, tmp_path):
             checkpoint=checkpoint,
             custom_hooks=[dict(type=hook)],
         )
-        run_tool(
-            'python', '-m', 'torch.distributed.run', '--standalone',
-            '--nproc-per-node', 2, script, json.dumps(options),
-        )  # fmt: skip
+        run_tool('python', script, json.dumps(options), processes=2)
         log = next(work_dir.glob('*/vis_data/scalars.json')).read_text().splitlines()
         evaluated = [
             entry['running_mean']

@@ -1,7 +1,4 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,14 +6,13 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def run_tool(*args, cwd=None):
-    return subprocess.run(
-        [sys.executable, str(ROOT / 'tools/dataset_tools/check_dataset.py'), *args],
-        env={**os.environ, 'PYTHONPATH': str(ROOT)},
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-    )
+@pytest.fixture(scope='module')
+def check_dataset(run_tool):
+    def run(*arguments, **options):
+        tool = ROOT / 'tools/dataset_tools/check_dataset.py'
+        return run_tool('python', tool, *arguments, check=False, **options)
+
+    return run
 
 
 @pytest.fixture(scope='module')
@@ -32,18 +28,20 @@ def ade20k(tmp_path_factory):
     return root
 
 
-def test_complete_data(ade20k):
-    result = run_tool('ade20k', str(ade20k), '--fast')
-    assert result.returncode == 0, result.stdout + result.stderr
+def test_complete_data(check_dataset, ade20k):
+    result = check_dataset('ade20k', ade20k, '--fast')
+    assert result.returncode == 0, result.stdout
     assert str(ade20k) in result.stdout
     # No progress bar where there is no terminal.
     assert '\r' not in result.stdout and '[' not in result.stdout
 
 
-def test_table_of_findings(ade20k):
+def test_table_of_findings(check_dataset, ade20k, monkeypatch):
+    # Wide enough for any path: the cells have one line.
+    monkeypatch.setenv('COLUMNS', '400')
     image = ade20k / 'images/validation/7.jpg'
     image.unlink()
-    result = run_tool('ade20k', str(ade20k), '--fast')
+    result = check_dataset('ade20k', ade20k, '--fast')
     image.write_bytes(b'x')
     assert result.returncode == 1
     table = ' '.join(result.stdout.replace('│', ' ').split())
@@ -52,14 +50,14 @@ def test_table_of_findings(ade20k):
     assert 'ADEChallengeData2016.zip' in result.stdout
 
 
-def test_missing_folder_and_unknown_data_set(tmp_path):
-    result = run_tool('coco', str(tmp_path / 'nowhere'))
+def test_missing_folder_and_unknown_data_set(check_dataset, tmp_path):
+    result = check_dataset('coco', tmp_path / 'nowhere')
     assert result.returncode == 1
-    assert result.stderr.startswith('Error: Folder not found')
-    assert run_tool('pascal', str(tmp_path)).returncode == 2
+    assert result.stdout.startswith('Error: Folder not found')
+    assert check_dataset('pascal', tmp_path).returncode == 2
 
 
-def test_data_of_a_config(digits_coco, tmp_path):
+def test_data_of_a_config(check_dataset, digits_coco, tmp_path):
     config = tmp_path / 'config.py'
     base = ROOT / 'configs/detection/mask-rcnn_mlla-nano_fpn_digits.py'
     config.write_text(
@@ -67,20 +65,21 @@ def test_data_of_a_config(digits_coco, tmp_path):
         f"train_dataloader = dict(dataset=dict(data_root='{digits_coco}'))\n"
         f"val_dataloader = dict(dataset=dict(data_root='{digits_coco}'))\n"
     )
-    result = run_tool(str(config))
-    assert result.returncode == 0, result.stdout + result.stderr
+    result = check_dataset(config)
+    assert result.returncode == 0, result.stdout
     assert result.stdout.endswith('config.py: all as they should be.\n')
     config.write_text(config.read_text() + "model = dict(neck=dict(type='FPNN'))\n")
-    result = run_tool(str(config))
+    result = check_dataset(config)
     assert result.returncode == 1
-    assert "is 'FPN' meant?" in result.stderr
-    assert run_tool('coco').returncode == run_tool(str(config), 'x').returncode == 2
+    assert "is 'FPN' meant?" in result.stdout
+    for wrong in (['coco'], [config, 'x']):
+        assert check_dataset(*wrong).returncode == 2
 
 
-def test_findings_in_the_data_of_a_config(tmp_path):
+def test_findings_in_the_data_of_a_config(check_dataset, tmp_path):
     pytest.importorskip('mmdet')
     config = ROOT / 'configs/detection/mask-rcnn_mlla-t_fpn_1x_coco.py'
-    result = run_tool(str(config), '--fast', cwd=tmp_path)
+    result = check_dataset(config, '--fast', cwd=tmp_path)
     assert result.returncode == 1
     table = ' '.join(result.stdout.replace('│', ' ').split())
     for split in ('train', 'val'):

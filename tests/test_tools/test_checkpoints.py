@@ -10,7 +10,7 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 
 from .. import checkpoints
-from ..conftest import ROOT
+from ..processes import ROOT
 
 pytest.importorskip('mmpretrain')
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from ..conftest import ROOT
+from ..processes import ROOT
 
 CONFIG = 'configs/classification/mlla-nano_digits.py'
 OPTIONS = [

@@ -9,7 +9,7 @@ import threading
 import pytest
 import torch
 
-from ..conftest import ROOT
+from ..processes import ROOT
 
 CONFIG = 'configs/classification/mlla-nano_digits.py'
 pytest.importorskip('mmpretrain')

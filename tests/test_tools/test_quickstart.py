@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from ..conftest import ROOT
+from ..processes import ROOT
 
 
 def test_unknown_task(run_tool):

@@ -5,7 +5,7 @@ from mmengine.config import Config
 
 from mlla_mm.utils.peak_memory import largest_size, measure_config, peak_bytes
 
-from ..conftest import ROOT
+from ..processes import ROOT
 
 
 def config(name):
