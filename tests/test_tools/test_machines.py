@@ -82,7 +82,10 @@ def on_two_machines(run_tool, command, **variables):
 def alone(run_tool, data, tmp_path_factory):
     """A run of two processes on one machine."""
     work_dir = tmp_path_factory.mktemp('alone')
-    run_tool('bash', 'tools/dist_train.sh', CONFIG, 2, *arguments(data, work_dir))
+    run_tool(
+        'python', 'tools/train.py', CONFIG, '--launcher', 'pytorch',
+        *arguments(data, work_dir), processes=2,
+    )  # fmt: skip
     return work_dir
 
 

@@ -114,8 +114,9 @@ def test_resume(trained, run_tool, digits_coco):
     work_dir, _ = trained
     before = torch.load(work_dir / 'epoch_2.pth', weights_only=False)
     output = run_tool(
-        'bash', 'tools/dist_train.sh', CONFIG, 2, '--work-dir', work_dir, '--resume',
-        *overrides(digits_coco, **{'train_cfg.max_epochs': 3}),
+        'python', 'tools/train.py', CONFIG, '--work-dir', work_dir, '--resume',
+        '--launcher', 'pytorch',
+        *overrides(digits_coco, **{'train_cfg.max_epochs': 3}), processes=2,
     ).stdout  # fmt: skip
     assert 'epoch_2.pth' in output
     steps = [entry['step'] for entry in logged(work_dir) if 'loss' in entry]
@@ -160,8 +161,8 @@ def test_another_batch_size_is_announced(run_tool, digits_coco, tmp_path):
 
 def test_a_batch_size_that_does_not_fit(run_tool, tmp_path):
     result = run_tool(
-        'bash', 'tools/dist_train.sh', CONFIG, 3, '--keep-batch-size',
-        '--work-dir', tmp_path, check=False,
+        'python', 'tools/train.py', CONFIG, '--keep-batch-size', '--launcher', 'pytorch',
+        '--work-dir', tmp_path, check=False, processes=3,
     )  # fmt: skip
     assert result.returncode != 0
     assert "3 processes x 4 images does not divide the recipe's total" in result.stdout
