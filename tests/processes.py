@@ -34,10 +34,11 @@ def run_tool(
         env (dict, optional): Variables besides those of this process.
         cwd (Path): Where to run it.
         processes (int, optional): Number of processes for a script, each with the
-            variables that torchrun would set. Default: one without them. The exit status is that of one that failed, if any.
+            variables that torchrun would set. Default: one without them.
 
     Returns:
-        The exit status, and what was printed, errors included, in ``stdout``.
+        The exit status (that of one that failed, if any), and in ``stdout`` all that
+        was printed, errors included.
     """
     words = [str(word) for word in command]
     environment = {

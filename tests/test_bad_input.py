@@ -26,8 +26,8 @@ from mlla_mm.models.checkpoint_layout import check_fit, find_weights
 from mlla_mm.utils.checkpoint_file import load_checkpoint_file
 
 from . import reference
-from .processes import ROOT
 from .nano import CONFIGS, NANO, build
+from .processes import ROOT
 
 for package in ('mmdet', 'mmseg', 'mmpretrain'):
     pytest.importorskip(package)

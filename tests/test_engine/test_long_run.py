@@ -12,8 +12,8 @@ import pytest
 
 from mlla_mm.datasets.digits import make_imagenet
 
-from ..processes import ROOT
 from ..nano import NANO
+from ..processes import ROOT
 
 PROBE = """
 import json, os

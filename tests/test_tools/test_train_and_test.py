@@ -161,8 +161,8 @@ def test_another_batch_size_is_announced(run_tool, digits_coco, tmp_path):
 
 def test_a_batch_size_that_does_not_fit(run_tool, tmp_path):
     result = run_tool(
-        'python', 'tools/train.py', CONFIG, '--keep-batch-size', '--launcher', 'pytorch',
-        '--work-dir', tmp_path, check=False, processes=3,
+        'python', 'tools/train.py', CONFIG, '--keep-batch-size',
+        '--launcher', 'pytorch', '--work-dir', tmp_path, check=False, processes=3,
     )  # fmt: skip
     assert result.returncode != 0
     assert "3 processes x 4 images does not divide the recipe's total" in result.stdout
