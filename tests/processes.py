@@ -10,6 +10,7 @@ import sys
 import tempfile
 from multiprocessing.connection import wait
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -72,8 +73,11 @@ def _fork(script, environment, cwd, processes) -> subprocess.CompletedProcess:
             context.Process(target=_run, args=(script, variables, cwd, log.name))
             for variables in _launch(environment, processes)
         ]
-        for process in running:
-            process.start()
+        # The first one also starts the process with the imports, which finds them by
+        # PYTHONPATH, and is to find no GPU.
+        with mock.patch.dict(os.environ, environment):
+            for process in running:
+                process.start()
         _wait(running, log)
         codes = [process.exitcode for process in running]
         # One that failed by itself, rather than the others, which were killed for it.
