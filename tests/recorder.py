@@ -25,7 +25,6 @@ class UpdateRecorder(Hook):
         self.model = runner.model
         if is_model_wrapper(self.model):
             self.model = self.model.module
-        self.model.backbone.register_forward_pre_hook(_to_default_dtype)
         runner.optim_wrapper.optimizer.register_step_pre_hook(self._before_step)
 
     def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
@@ -50,10 +49,6 @@ class UpdateRecorder(Hook):
         self.update['losses'] = {key: value.item() for key, value in outputs.items()}
         name = f'update_{runner.iter}_{get_rank()}.pth'
         torch.save(self.update, Path(runner.work_dir) / name)
-
-
-def _to_default_dtype(module, images: tuple) -> tuple:
-    return tuple(x.to(torch.get_default_dtype()) for x in images)
 
 
 @MODELS.register_module()

@@ -48,7 +48,7 @@ def mesa(start: float) -> dict:
 
 
 # Config, what differs from it, how its data are made, processes of the recipe and of
-# the other run, and what is half of the training and all of it.
+# the other run, what is half of the training and all of it, and modules to import.
 TASKS = {
     'detection': (
         'detection/mask-rcnn_mlla-nano_fpn_digits.py',
@@ -56,6 +56,7 @@ TASKS = {
         make_coco,
         (2, 1),
         ({'train_cfg.max_epochs': 1}, {'train_cfg.max_epochs': 2}),
+        [],
     ),
     'segmentation': (
         'segmentation/upernet_mlla-nano_digits.py',
@@ -63,6 +64,7 @@ TASKS = {
         make_ade20k,
         (4, 1),
         ({'train_cfg.max_iters': 2}, {'train_cfg.max_iters': 4}),
+        [],
     ),
     'classification': (
         'classification/mlla-nano_digits.py',
@@ -74,6 +76,7 @@ TASKS = {
             {'train_cfg.max_epochs': 1, **mesa(start=1.0)},
             {'train_cfg.max_epochs': 2, **mesa(start=0.5)},
         ),
+        ['tests.float64'],
     ),
 }
 
@@ -117,7 +120,7 @@ def logged(work_dir: Path) -> list:
 )
 def runs(request, run_tool, tmp_path_factory):
     """Work_dirs of the recipe's run and of the one on fewer processes."""
-    name, changes, make_data, (processes, fewer), parts = TASKS[request.param]
+    name, changes, make_data, (processes, fewer), parts, modules = TASKS[request.param]
     folder = tmp_path_factory.mktemp(request.param)
     data = make_data(folder / 'data', train=19, val=5, size=64)
 
@@ -131,7 +134,11 @@ def runs(request, run_tool, tmp_path_factory):
                 'randomness.seed': 1,
                 'default_hooks.logger.interval': 1,
                 'custom_hooks': [*cfg.custom_hooks, dict(type='Recorder')],
-                'custom_imports.imports': [*cfg.custom_imports.imports, __name__],
+                'custom_imports.imports': [
+                    *cfg.custom_imports.imports,
+                    __name__,
+                    *modules,
+                ],
             }
         )
         for split in ('train', 'val'):
