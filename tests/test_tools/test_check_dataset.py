@@ -1,9 +1,7 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-from pathlib import Path
-
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from ..processes import ROOT
 
 
 @pytest.fixture(scope='module')
