@@ -10,6 +10,7 @@ import sys
 import tempfile
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import Optional
 from unittest import mock
 
 import torch
@@ -21,7 +22,7 @@ _LIMIT = 600  # seconds
 
 
 def run_tool(
-    *command, check=True, env=None, cwd=ROOT, processes=None
+    *command, check=True, env=None, cwd=ROOT, processes=None, separate=False
 ) -> subprocess.CompletedProcess:
     """Run a tool of the repository, or any command, to its end.
 
@@ -36,10 +37,11 @@ def run_tool(
         cwd (Path): Where to run it.
         processes (int, optional): Number of processes for a script, each with the
             variables that torchrun would set. Default: one without them.
+        separate (bool): Whether ``stderr`` of the result has what was printed there.
 
     Returns:
         The exit status (that of one that failed, if any), and in ``stdout`` all that
-        was printed, errors included.
+        was printed, errors included unless they are separate.
     """
     words = [str(word) for word in command]
     environment = {
@@ -52,46 +54,57 @@ def run_tool(
         'CUDA_VISIBLE_DEVICES': '',
         **(env or {}),
     }
-    if words[0] in ('python', sys.executable) and words[1][0] != '-' and not env:
-        result = _fork(words[1:], environment, cwd, processes)
+    if words[0] == 'python' and words[1][0] != '-' and not env:
+        result = _fork(words[1:], environment, cwd, processes, separate)
     else:
         assert processes is None, 'only scripts are run in several processes'
         result = subprocess.run(
             words, cwd=cwd, env=environment, text=True, timeout=_LIMIT,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE if separate else subprocess.STDOUT,
         )  # fmt: skip
     if check:
-        assert result.returncode == 0, result.stdout[-4000:]
+        printed = result.stdout + (result.stderr or '')
+        assert result.returncode == 0, printed[-4000:]
     return result
 
 
-def _fork(script, environment, cwd, processes) -> subprocess.CompletedProcess:
+def _fork(script, environment, cwd, processes, separate) -> subprocess.CompletedProcess:
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(_IMPORTED)
-    with tempfile.NamedTemporaryFile('r', errors='replace') as log:
+    with _log() as out, _log() as err:
+        logs = (out.name, err.name if separate else out.name)
         running = [
-            context.Process(target=_run, args=(script, variables, cwd, log.name))
-            for variables in _launch(environment, processes)
+            context.Process(target=_run, args=(script, variables, cwd, logs))
+            for variables in _environments(environment, processes)
         ]
         # The first one also starts the process with the imports, which finds them by
         # PYTHONPATH, and is to find no GPU.
         with mock.patch.dict(os.environ, environment):
             for process in running:
                 process.start()
-        _wait(running, log)
+        _wait(running, out)
         codes = [process.exitcode for process in running]
         # One that failed by itself, rather than the others, which were killed for it.
         status = next((code for code in codes if code > 0), min(codes))
-        return subprocess.CompletedProcess(script, status, log.read())
+        return subprocess.CompletedProcess(script, status, out.read(), err.read())
 
 
-def _launch(environment: dict, processes: int) -> list:
+def _log():
+    return tempfile.NamedTemporaryFile('r', errors='replace')
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(('', 0))
+        return free.getsockname()[1]
+
+
+def _environments(environment: dict, processes: Optional[int]) -> list:
     """The environment of each process."""
     if processes is None:
         return [environment]
-    with socket.socket() as free:
-        free.bind(('', 0))
-        port = free.getsockname()[1]
+    port = free_port()
     return [
         dict(
             environment, RANK=str(rank), WORLD_SIZE=str(processes),
@@ -114,10 +127,9 @@ def _wait(running: list, log) -> None:
                 raise AssertionError(f'no end after {limit} s: {log.read()[-4000:]}')
 
 
-def _run(script: list, environment: dict, cwd: Path, log: str) -> None:
-    output = os.open(log, os.O_WRONLY | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
+def _run(script: list, environment: dict, cwd: Path, logs: tuple) -> None:
+    for stream, log in enumerate(logs, 1):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), stream)
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(int(environment['OMP_NUM_THREADS']))

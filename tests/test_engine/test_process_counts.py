@@ -57,12 +57,14 @@ def run(folder: Path, tool: str, cfg: Config, processes: int, *arguments) -> Pat
     """Run a tool with a config; returns the work_dir."""
     folder.mkdir()
     cfg.dump(folder / 'config.py')
-    run_tool(
+    command = [
         'python', f'tools/{tool}', folder / 'config.py', *arguments,
         '--work-dir', folder / 'work',
-        *(['--launcher', 'pytorch'] if processes > 1 else []),
-        processes=processes if processes > 1 else None,
-    )  # fmt: skip
+    ]  # fmt: skip
+    if processes == 1:
+        run_tool(*command)
+    else:
+        run_tool(*command, '--launcher', 'pytorch', processes=processes)
     return folder / 'work'
 
 

@@ -146,7 +146,7 @@ def test_plot_accuracy_latency(run_tool, tmp_path):
 def test_benchmark(run_tool, tmp_path):
     output = run_tool(
         'python', 'tools/analysis_tools/benchmark.py', '--models', 'mlla-t', 'plain-t',
-        '--shape', '32x64', '64x32', '--mode', 'infer', '--dtype', 'float32',
+        '--shape', '32x64', '64x32', '--mode', 'infer', '--dtype', 'bfloat16',
         '--repeats', 1, '--threads', 1, '--device', 'cpu', '--out', tmp_path,
     ).stdout  # fmt: skip
     content = json.loads((tmp_path / 'benchmark.json').read_text())
@@ -154,7 +154,7 @@ def test_benchmark(run_tool, tmp_path):
     assert [case['shape'] for case in content['cases']] == [[32, 64], [64, 32]]
     names = [model['model'] for model in content['cases'][0]['models']]
     assert names == ['mlla-t', 'plain-t']
-    assert '### backbone 64x32, batch 1, infer, float32' in output
+    assert '### backbone 64x32, batch 1, infer, bfloat16' in output
     assert '| mlla-t ' in (tmp_path / 'benchmark.md').read_text()
     assert cv2.imread(str(tmp_path / 'benchmark.png')).std() > 10
 

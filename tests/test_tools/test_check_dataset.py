@@ -8,7 +8,9 @@ from ..processes import ROOT
 def check_dataset(run_tool):
     def run(*arguments, **options):
         tool = ROOT / 'tools/dataset_tools/check_dataset.py'
-        return run_tool('python', tool, *arguments, check=False, **options)
+        return run_tool(
+            'python', tool, *arguments, check=False, separate=True, **options
+        )
 
     return run
 
@@ -28,7 +30,7 @@ def ade20k(tmp_path_factory):
 
 def test_complete_data(check_dataset, ade20k):
     result = check_dataset('ade20k', ade20k, '--fast')
-    assert result.returncode == 0, result.stdout
+    assert result.returncode == 0, result.stdout + result.stderr
     assert str(ade20k) in result.stdout
     # No progress bar where there is no terminal.
     assert '\r' not in result.stdout and '[' not in result.stdout
@@ -51,7 +53,7 @@ def test_table_of_findings(check_dataset, ade20k, monkeypatch):
 def test_missing_folder_and_unknown_data_set(check_dataset, tmp_path):
     result = check_dataset('coco', tmp_path / 'nowhere')
     assert result.returncode == 1
-    assert result.stdout.startswith('Error: Folder not found')
+    assert result.stderr.startswith('Error: Folder not found')
     assert check_dataset('pascal', tmp_path).returncode == 2
 
 
@@ -64,12 +66,12 @@ def test_data_of_a_config(check_dataset, digits_coco, tmp_path):
         f"val_dataloader = dict(dataset=dict(data_root='{digits_coco}'))\n"
     )
     result = check_dataset(config)
-    assert result.returncode == 0, result.stdout
+    assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.endswith('config.py: all as they should be.\n')
     config.write_text(config.read_text() + "model = dict(neck=dict(type='FPNN'))\n")
     result = check_dataset(config)
     assert result.returncode == 1
-    assert "is 'FPN' meant?" in result.stdout
+    assert "is 'FPN' meant?" in result.stderr
     for wrong in (['coco'], [config, 'x']):
         assert check_dataset(*wrong).returncode == 2
 

@@ -1,5 +1,4 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-import sys
 
 import torch
 
@@ -10,7 +9,7 @@ def test_classifier_and_backbone(run_tool, nano, tmp_path):
     _, checkpoint = nano('mmpretrain')
     out = tmp_path / 'model.pt'
     export = (
-        *(sys.executable, 'tools/export.py', NANO['mmpretrain'], checkpoint),
+        *('python', 'tools/export.py', NANO['mmpretrain'], checkpoint),
         *('--format', 'torchscript', '--shape', '64', '64', '--out', out),
     )
     text = run_tool(*export).stdout
@@ -26,7 +25,7 @@ def test_classifier_and_backbone(run_tool, nano, tmp_path):
 def test_detectors_have_a_backbone_only(run_tool, nano, tmp_path):
     _, checkpoint = nano('mmdet')
     export = (
-        *(sys.executable, 'tools/export.py', NANO['mmdet'], checkpoint),
+        *('python', 'tools/export.py', NANO['mmdet'], checkpoint),
         *('--format', 'torchscript', '--shape', '64', '64'),
     )
     result = run_tool(*export, '--part', 'classifier', check=False)

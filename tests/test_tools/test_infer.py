@@ -1,7 +1,6 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 import json
 import shutil
-import sys
 
 import pytest
 
@@ -13,7 +12,7 @@ def infer(run_tool, nano):
     def run(inputs, *args, **kwargs):
         _, checkpoint = nano('mmpretrain')
         return run_tool(
-            sys.executable,
+            'python',
             'tools/infer.py',
             inputs,
             NANO['mmpretrain'],
@@ -50,7 +49,7 @@ def test_nothing_could_be_read(infer, tmp_path):
 
 def test_user_errors_have_no_traceback(run_tool, tmp_path):
     result = run_tool(
-        *(sys.executable, 'tools/infer.py', tmp_path, 'none.py', 'none.pth'),
+        *('python', 'tools/infer.py', tmp_path, 'none.py', 'none.pth'),
         check=False,
     )
     assert result.returncode == 1

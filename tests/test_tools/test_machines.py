@@ -3,13 +3,12 @@
 
 import json
 import os
-import socket
 import threading
 
 import pytest
 import torch
 
-from ..processes import ROOT
+from ..processes import ROOT, free_port
 
 CONFIG = 'configs/classification/mlla-nano_digits.py'
 pytest.importorskip('mmpretrain')
@@ -43,12 +42,6 @@ def arguments(data, work_dir, **more):
         '--work-dir', work_dir, '--seed', 0, '--cfg-options',
         *(f'{key}={value}' for key, value in options.items()),
     ]  # fmt: skip
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        return s.getsockname()[1]
 
 
 def losses(work_dir):

@@ -18,8 +18,8 @@ TOOL = ('python', 'tools/dataset_tools/make_digits.py')
 def test_layouts_and_their_default_sizes(run_tool, tmp_path, layout, pattern, size):
     out = tmp_path / 'data'
     counts = ('--train', 3, '--val', 2, '--seed', 5)
-    output = run_tool(*TOOL, out, '--format', layout, *counts).stdout
-    assert str(out) in output
+    result = run_tool(*TOOL, out, '--format', layout, *counts, separate=True)
+    assert str(out) in result.stdout
     images = list(out.glob(pattern))
     assert len(images) == 3
     assert cv2.imread(str(images[0])).shape == (size, size, 3)
@@ -28,13 +28,15 @@ def test_layouts_and_their_default_sizes(run_tool, tmp_path, layout, pattern, si
 
 
 def test_errors_are_one_line_without_traceback(run_tool, tmp_path):
-    too_small = run_tool(*TOOL, tmp_path / 'data', '--size', 16, check=False)
+    too_small = run_tool(
+        *TOOL, tmp_path / 'data', '--size', 16, check=False, separate=True
+    )
     (tmp_path / 'notes.txt').write_text('keep')
-    occupied = run_tool(*TOOL, tmp_path, check=False)
+    occupied = run_tool(*TOOL, tmp_path, check=False, separate=True)
     for result, message in (
         (too_small, 'size must be a whole number of at least 32, but got 16'),
         (occupied, 'Remove it or choose another folder'),
     ):
         assert result.returncode == 2
-        assert message in result.stdout
-        assert 'Traceback' not in result.stdout
+        assert message in result.stderr
+        assert 'Traceback' not in result.stderr
