@@ -1,13 +1,17 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 """Time and memory of whole models, raced against the plain assembly of MLLA."""
 
+import copy
 import json
 import math
 import os
 import platform
 import re
+import shlex
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from importlib import metadata
 from itertools import product
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Tuple, Union
@@ -24,22 +28,29 @@ from ..models import MLLA
 from ..utils.compat import require_compiler
 from ..utils.peak_memory import module_bytes, peak_bytes
 from .accuracy_latency import describe_device
+from .eager_mlla import EagerMLLA
 from .latency import Spread, measure_latency, spread, unsteady_note
 from .markdown import markdown_table
 from .plain_mlla import PlainMLLA
 
 _SIZES = ('t', 's', 'b')
+# Of one function.
+_ASSEMBLIES = dict(mlla=MLLA, eager=EagerMLLA, plain=PlainMLLA)
 # In mmpretrain's model zoo.
 _ZOO = dict(swin='swin-{}_16xb64_in1k', convnext='convnext-{}_32xb128_in1k')
 _SIZE_NAMES = dict(t='tiny', s='small', b='base')
 #: Names of the models that can be raced.
 MODELS = tuple(
-    f'{family}-{size}' for family, size in product(('mlla', 'plain', *_ZOO), _SIZES)
+    f'{family}-{size}' for family, size in product((*_ASSEMBLIES, *_ZOO), _SIZES)
 )
 #: What is timed by default, for one size.
 DEFAULT_MODELS = ('mlla-t', 'plain-t', 'swin-t', 'convnext-t')
 MODES = ('infer', 'train')
 DTYPES = ('float32', 'float16', 'bfloat16')
+COMPILED = 'compiled'
+CUDA_GRAPH = 'CUDA graph'
+#: How a model can be timed besides as it is.
+VARIANTS = (COMPILED, CUDA_GRAPH)
 #: Heights and widths that have a name.
 PRESETS = dict(
     classification=(224, 224), detection=(800, 1280), segmentation=(512, 2048)
@@ -52,6 +63,8 @@ PICTURE_NAME = 'benchmark.png'
 # The same function in float32, but for the order of sums.
 _TOLERANCE = 1e-3
 _STRIDE = 4
+# What PyTorch's documentation calls before it captures.
+_CALLS_BEFORE_CAPTURE = 3
 
 
 class Case(NamedTuple):
@@ -92,46 +105,48 @@ class Measured(NamedTuple):
 
     Attributes:
         model (str): Its name, as in :data:`MODELS`.
-        compiled (bool): Whether ``torch.compile`` has compiled the backbone.
+        variant (str): '' for the model as it is, 'compiled' for one whose backbone
+            ``torch.compile`` has compiled, 'CUDA graph' for a replayed graph.
         parameters (int): Number of parameters.
         weights (int): Bytes of parameters and buffers.
-        peak_memory (int): Peak bytes of tensors during a call, see
-            :func:`measure_case`.
+        peak_memory (int, optional): Peak bytes of tensors during a call, see
+            :func:`measure_case`. None for a CUDA graph.
         times (list[float]): Milliseconds per image, a sample per round.
     """
 
     model: str
-    compiled: bool
+    variant: str
     parameters: int
     weights: int
-    peak_memory: int
+    peak_memory: Optional[int]
     times: List[float]
 
     @property
     def label(self) -> str:
-        """Name that tells compiled models from others."""
-        return _label(self.model, self.compiled)
+        """Name that tells the variants of a model apart."""
+        return _label(self.model, self.variant)
 
 
-def _label(model: str, compiled: bool) -> str:
-    return f'{model}, compiled' if compiled else model
+def _label(model: str, variant: str) -> str:
+    return f'{model}, {variant}' if variant else model
 
 
 def find_plain(
-    point: Measured, measured: Sequence[Measured], compiled: bool = False
+    point: Measured, measured: Sequence[Measured], variant: str = ''
 ) -> Measured:
     """Measurement of the plain assembly of a model's size.
 
     Args:
         point (Measured): The model.
         measured (Sequence[Measured]): All models of the case.
-        compiled (bool): Whether the compiled one is meant. Defaults to False.
+        variant (str): Which one of the plain assembly is meant. Defaults to '': as it
+            is.
     """
     size = point.model.split('-')[1]
     return next(
         other
         for other in measured
-        if (other.model, other.compiled) == (f'plain-{size}', compiled)
+        if (other.model, other.variant) == (f'plain-{size}', variant)
     )
 
 
@@ -142,6 +157,13 @@ def speedup(point: Measured, reference: Measured) -> Spread:
     while does so for both.
     """
     return spread([b / a for a, b in zip(point.times, reference.times)])
+
+
+def memory_ratio(point: Measured, reference: Measured) -> Optional[float]:
+    """Peak memory over that of another model; None where it was not measured."""
+    if point.peak_memory is None:
+        return None
+    return point.peak_memory / reference.peak_memory
 
 
 def parse_shape(text: str) -> Tuple[str, Tuple[int, int]]:
@@ -249,21 +271,49 @@ def check_device(device: str) -> None:
         raise ValueError(f'Device {device!r} cannot be used: {error}') from error
 
 
+def check_variants(variants: Sequence[str], device: str) -> None:
+    """Check that models can be timed in these variants.
+
+    Args:
+        variants (Sequence[str]): Of :data:`VARIANTS`.
+        device (str): Where models run.
+
+    Raises:
+        ValueError: If a variant is unknown, PyTorch too old to compile, or the device
+            not one that has CUDA graphs.
+    """
+    unknown = [variant for variant in variants if variant not in VARIANTS]
+    if unknown:
+        raise ValueError(
+            f'Unknown variant {unknown[0]!r}. There are: {", ".join(VARIANTS)}.'
+        )
+    if COMPILED in variants:
+        require_compiler('--compile')
+    if CUDA_GRAPH in variants and not _is_cuda(device):
+        raise ValueError(
+            f'--cuda-graph needs a CUDA device, and this is {device!r}: leave it out.'
+        )
+
+
+def _is_cuda(device: str) -> bool:
+    return torch.device(device).type == 'cuda'
+
+
 def build_model(name: str, classify: bool) -> nn.Module:
     """Build a model with random weights, without stochastic depth.
 
     Args:
         name (str): One of :data:`MODELS`: 'mlla-t' is :class:`mlla_mm.models.MLLA`,
-            'plain-t' its plain assembly, others are mmpretrain's.
+            'eager-t' the same without fused kernels, 'plain-t' its plain assembly;
+            others are mmpretrain's.
         classify (bool): Build a classifier of 1000 classes, else a backbone that
             returns the maps of all four stages.
     """
     family, size = name.split('-')
     if family in _ZOO:
         return _build_from_zoo(family, size, classify)
-    backbone = (PlainMLLA if family == 'plain' else MLLA)(
-        size, out_indices=3 if classify else (0, 1, 2, 3)
-    )
+    out_indices = 3 if classify else (0, 1, 2, 3)
+    backbone = _ASSEMBLIES[family](size, out_indices=out_indices)
     return Classifier(backbone, 1000) if classify else backbone
 
 
@@ -287,18 +337,19 @@ def measure_case(
     models: Sequence[str],
     device: str = 'cpu',
     repeats: int = 20,
-    compiled: bool = False,
+    variants: Sequence[str] = (),
 ) -> List[Measured]:
     """Race models against one another.
 
-    They share the images, and models of the family share the weights: MLLA and its
-    plain assembly have to agree in float32 before anything is measured. Stochastic
-    depth is off. In training BatchNorm is in training mode.
+    They share the images, and models of the family share the weights: the assemblies of
+    MLLA have to agree in float32 before anything is measured. Stochastic depth is off.
+    In training BatchNorm is in training mode.
 
     Peak memory is that of a call after the first: weights, images, and the tensors
     that the call allocates. On CUDA ``torch.cuda.max_memory_allocated`` counts, and so
     does what the first call left behind; on the CPU PyTorch's profiler records the
-    allocations. Neither sees what libraries such as oneDNN allocate by themselves.
+    allocations. Neither sees what libraries such as oneDNN allocate by themselves. That
+    of CUDA graphs is not measured: they share theirs.
 
     Args:
         case (Case): What they do.
@@ -306,56 +357,62 @@ def measure_case(
         device (str): Where to run them, e.g. 'cuda'. Defaults to 'cpu'.
         repeats (int): Number of rounds, see
             :func:`mlla_mm.evaluation.latency.measure_latency`. Defaults to 20.
-        compiled (bool): Time every model a second time with its backbone compiled.
-            Compilation itself is not timed. Defaults to False.
+        variants (Sequence[str]): How to time every model besides: 'compiled', its
+            backbone compiled, and 'CUDA graph', the call captured once and replayed.
+            Compilation and capture are not timed. Defaults to ().
 
     Returns:
-        list[Measured]: In the order of ``models``, compiled ones last.
+        list[Measured]: In the order of ``models``: first as they are, then variant by
+        variant.
 
     Raises:
-        ValueError: If names, device or repeats are wrong, or a model does not run on
-            such images.
-        RuntimeError: If MLLA and its plain assembly differ.
+        ValueError: If names, device, repeats or variants are wrong, or a model does not
+            run on such images or cannot be captured.
+        RuntimeError: If assemblies of MLLA differ.
     """
     check_models(models)
     check_device(device)
-    if compiled:
-        require_compiler('--compile')
+    check_variants(variants, device)
     if repeats < 1:
         raise ValueError(f'--repeats must be at least 1, got {repeats}.')
     images = _make_images(case, device)
-    built = {(name, False): _build_twin(name, case).to(device) for name in models}
-    _check_twins({name: model for (name, _), model in built.items()}, images)
-    if compiled:
-        for name in models:
-            model = built[name, True] = _build_twin(name, case).to(device)
-            getattr(model, 'backbone', model).compile()
-    # Libraries allocate their workspace once: not at the expense of the first model.
-    torch.ones(1, 1, device=device, requires_grad=True).mm(
-        images.new_ones(1, 1)
-    ).backward()
-
     calls, memory = {}, {}
-    for (name, is_compiled), model in built.items():
-        label = _label(name, is_compiled)
-        calls[label], memory[label] = _prepare(label, model, images, case)
-    found = measure_latency(calls, repeats)
-    if compiled:
+    # What waits for a device waits for the current one.
+    with torch.cuda.device_of(images):
+        built = {(name, ''): _build_twin(name, case).to(device) for name in models}
+        _check_twins({name: model for (name, _), model in built.items()}, images)
+        for variant, name in product(variants, models):
+            model = built[name, variant] = copy.deepcopy(built[name, ''])
+            if variant == COMPILED:
+                getattr(model, 'backbone', model).compile()
+        # Libraries allocate their workspace once: not at the expense of the first.
+        torch.ones(1, 1, device=device, requires_grad=True).mm(
+            images.new_ones(1, 1)
+        ).backward()
+        # Graphs are replayed one at a time, so the memory of one serves them all.
+        pool = torch.cuda.graph_pool_handle() if CUDA_GRAPH in variants else None
+        for (name, variant), model in built.items():
+            label = _label(name, variant)
+            calls[label], memory[label] = _prepare(
+                label, model, images, case, pool if variant == CUDA_GRAPH else None
+            )
+        found = measure_latency(calls, repeats)
+    if COMPILED in variants:
         # Another case would otherwise find code that was made for the sizes of this.
         torch.compiler.reset()
     return [
         Measured(
             name,
-            is_compiled,
+            variant,
             sum(p.numel() for p in model.parameters()),
             module_bytes(model),
-            memory[_label(name, is_compiled)],
+            memory[_label(name, variant)],
             [
                 seconds * 1000 / case.batch_size
-                for seconds in found[_label(name, is_compiled)].times
+                for seconds in found[_label(name, variant)].times
             ],
         )
-        for (name, is_compiled), model in built.items()
+        for (name, variant), model in built.items()
     ]
 
 
@@ -375,18 +432,20 @@ def _build_twin(name: str, case: Case) -> nn.Module:
 def _check_twins(models: Mapping[str, nn.Module], images: Tensor) -> None:
     """Make sure that the race is between assemblies of one function."""
     for size in _SIZES:
-        pair = [models.get(f'{family}-{size}') for family in ('mlla', 'plain')]
-        if None in pair:
+        names = [n for family in _ASSEMBLIES if (n := f'{family}-{size}') in models]
+        if len(names) < 2:
             continue
-        ours, plain = (_evaluate(model, images) for model in pair)
-        for a, b in zip(ours, plain):
-            error = ((a - b).norm() / b.norm()).item()
-            if not error < _TOLERANCE:
-                raise RuntimeError(
-                    f'Outputs of mlla-{size} and plain-{size} differ by {error:.2g} '
-                    f'in float32, by more than {_TOLERANCE}: a race between them '
-                    'would mean nothing.'
-                )
+        outputs = {name: _evaluate(models[name], images) for name in names}
+        plain = outputs.pop(f'plain-{size}')
+        for name, found in outputs.items():
+            for a, b in zip(found, plain):
+                error = ((a - b).norm() / b.norm()).item()
+                if not error < _TOLERANCE:
+                    raise RuntimeError(
+                        f'Outputs of {name} and plain-{size} differ by {error:.2g} '
+                        f'in float32, by more than {_TOLERANCE}: a race between them '
+                        'would mean nothing.'
+                    )
 
 
 def _evaluate(model: nn.Module, images: Tensor) -> Tuple[Tensor, ...]:
@@ -405,18 +464,26 @@ def _as_tuple(outputs: Union[Tensor, Sequence[Tensor]]) -> Tuple[Tensor, ...]:
 
 
 def _prepare(
-    label: str, model: nn.Module, images: Tensor, case: Case
-) -> Tuple[Callable[[], object], int]:
-    """Make the call to time; try it, and measure its peak memory."""
-    with torch.cuda.device_of(images):
-        resident = module_bytes(model) + images.numel() * images.element_size()
-        others = torch.cuda.memory_allocated() - resident if images.is_cuda else 0
-        try:
-            call = _make_call(model, images, case)
-            call()
-        except (AssertionError, RuntimeError) as error:
-            raise ValueError(f'{label} fails in {case}: {error}') from error
-        peak = peak_bytes(call, images.device.type, resident)
+    label: str,
+    model: nn.Module,
+    images: Tensor,
+    case: Case,
+    pool: Optional[Tuple[int, int]] = None,
+) -> Tuple[Callable[[], object], Optional[int]]:
+    """Make the call to time; try it, and measure its peak memory.
+
+    With a pool of memory the call is the replay of a CUDA graph, which is not measured.
+    """
+    resident = module_bytes(model) + images.numel() * images.element_size()
+    others = torch.cuda.memory_allocated() - resident if images.is_cuda else 0
+    try:
+        call = _make_call(model, images, case)
+        if pool is not None:
+            return _CudaGraph(call, pool), None
+        call()
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f'{label} fails in {case}: {error}') from error
+    peak = peak_bytes(call, images.device.type, resident)
     return call, peak - others
 
 
@@ -454,20 +521,101 @@ def _train(
     model.zero_grad(set_to_none=True)
 
 
+class _CudaGraph:
+    """A call that is captured in a CUDA graph, and then replayed.
+
+    It returns what the call returned, with values that hold until the next replay in
+    the pool. A training step leaves the gradients None, so the graph has memory of its
+    own for them, and nothing else ever sees it.
+
+    Args:
+        call (Callable): What to capture.
+        pool (tuple[int, int]): Where the graph has its memory, of
+            ``torch.cuda.graph_pool_handle``.
+
+    Raises:
+        RuntimeError: If it cannot be captured.
+    """
+
+    def __init__(self, call: Callable[[], object], pool: Tuple[int, int]) -> None:
+        self._call = call  # holds what the graph reads
+        self._graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        # This stream is also left where capturing fails, unlike that of the capture.
+        with torch.cuda.stream(stream):
+            for _ in range(_CALLS_BEFORE_CAPTURE):
+                call()
+            try:
+                with torch.cuda.graph(self._graph, pool=pool):
+                    self._outputs = call()
+            except RuntimeError as error:
+                # The end of a capture fails after its first error, and would hide it.
+                reason = error.__context__ or error
+                raise RuntimeError(f'it cannot be captured: {reason}') from error
+        torch.cuda.current_stream().wait_stream(stream)
+
+    def __call__(self) -> object:
+        self._graph.replay()
+        return self._outputs
+
+
 def describe_run(device: str, repeats: int) -> Dict[str, object]:
-    """Settings of a race that its numbers depend on."""
+    """Settings of a race that its numbers depend on; None for what there is not."""
+    is_cuda = _is_cuda(device)
     return dict(
         device=describe_device(device),
         threads=torch.get_num_threads(),
         repeats=repeats,
         python=platform.python_version(),
         torch=torch.__version__,
-        cuda=torch.version.cuda if torch.device(device).type == 'cuda' else None,
+        cuda=torch.version.cuda if is_cuda else None,
+        cudnn=torch.backends.cudnn.version() if is_cuda else None,
+        driver=_driver_version() if is_cuda else None,
+        triton=_triton_version(),
         float32_matmul_precision=torch.get_float32_matmul_precision(),
-        mlla_ops=os.environ.get('MLLA_OPS', ''),
+        mlla_ops=os.environ.get('MLLA_OPS') or 'default',
         mmengine=mmengine.__version__,
         mlla_mm=mlla_mm.__version__,
+        command=shlex.join(sys.argv),
     )
+
+
+def _driver_version() -> Optional[str]:
+    """Version of NVIDIA's driver where Linux tells it."""
+    information = Path('/proc/driver/nvidia/version')
+    if not information.is_file():
+        return None
+    found = re.search(r'^NVRM.*?\s(\d+(\.\d+)+)\s', information.read_text(), re.M)
+    return found[1] if found else None
+
+
+def _triton_version() -> Optional[str]:
+    """Version of Triton, without the cost of importing it."""
+    try:
+        return metadata.version('triton')
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def format_settings(settings: Mapping[str, object]) -> str:
+    """Name the device and the versions in a line.
+
+    Args:
+        settings (Mapping): See :func:`describe_run`.
+    """
+    names = dict(
+        torch='torch',
+        cuda='CUDA',
+        cudnn='cuDNN',
+        driver='driver',
+        triton='Triton',
+        python='Python',
+    )
+    versions = [
+        f'{name} {settings[key]}' for key, name in names.items() if settings[key]
+    ]
+    return ', '.join([str(settings['device']), *versions])
 
 
 def save_results(
@@ -499,33 +647,30 @@ def _as_dict(point: Measured, measured: Sequence[Measured]) -> dict:
         point._asdict(),
         time=spread(point.times)._asdict(),
         speedup=speedup(point, plain)._asdict(),
-        memory_ratio=point.peak_memory / plain.peak_memory,
+        memory_ratio=memory_ratio(point, plain),
     )
 
 
 def format_case(case: Case, measured: Sequence[Measured]) -> str:
     """Set a case in a Markdown table, and name what is unsteady.
 
-    Compared with the plain assembly of the same size; compiled models with that one
-    both uncompiled and compiled.
+    Compared with the plain assembly of the same size, as it is and in each variant that
+    was raced.
     """
-    references = {'plain': False}
-    if any(point.compiled for point in measured):
-        references['plain, compiled'] = True
+    variants = list(dict.fromkeys(point.variant for point in measured))
     columns = ['Model', 'Params', 'ms per image', 'middle half', 'images/s']
-    for reference in references:
-        columns += [f'speed / {reference}', 'middle half']
+    for variant in variants:
+        columns += [f'speed / {_label("plain", variant)}', 'middle half']
     columns += ['peak memory', 'memory / plain']
     rows = [
         [
             *_time_cells(point),
             *(
                 cell
-                for compiled in references.values()
-                for cell in _speed_cells(point, find_plain(point, measured, compiled))
+                for variant in variants
+                for cell in _speed_cells(point, find_plain(point, measured, variant))
             ),
-            f'{point.peak_memory / 2**20:.0f} MiB',
-            f'{point.peak_memory / find_plain(point, measured).peak_memory:.2f}x',
+            *_memory_cells(point, find_plain(point, measured)),
         ]
         for point in measured
     ]
@@ -549,6 +694,13 @@ def _speed_cells(point: Measured, reference: Measured) -> List[str]:
     return [f'{median:.2f}x', f'{low:.2f} to {high:.2f}']
 
 
+def _memory_cells(point: Measured, reference: Measured) -> List[str]:
+    if point.peak_memory is None:
+        return ['-', '-']
+    ratio = memory_ratio(point, reference)
+    return [f'{point.peak_memory / 2**20:.0f} MiB', f'{ratio:.2f}x']
+
+
 class Curve(NamedTuple):
     """How the cost of a model grows with the number of tokens.
 
@@ -556,9 +708,10 @@ class Curve(NamedTuple):
         label (str): Name of the model.
         tokens (list[int]): Tokens of an image in the first stage.
         times (list[float]): Median milliseconds per image.
-        memory (list[float]): Peak MiB per image without weights.
+        memory (list[float]): Peak MiB per image without weights. Empty for a CUDA
+            graph.
         time_exponent (float): Time is as tokens to this power.
-        memory_exponent (float): Memory is as tokens to this power.
+        memory_exponent (float, optional): Memory is as tokens to this power.
     """
 
     label: str
@@ -566,7 +719,7 @@ class Curve(NamedTuple):
     times: List[float]
     memory: List[float]
     time_exponent: float
-    memory_exponent: float
+    memory_exponent: Optional[float]
 
 
 def fit_exponent(tokens: Sequence[float], costs: Sequence[float]) -> float:
@@ -591,8 +744,11 @@ def fit_curves(results: Mapping[Case, Sequence[Measured]]) -> List[Curve]:
         memory = [
             (point.peak_memory - point.weights) / case.batch_size / 2**20
             for case, point in zip(results, points)
+            if point.peak_memory is not None
         ]
-        exponents = fit_exponent(tokens, times), fit_exponent(tokens, memory)
+        exponents = [
+            fit_exponent(tokens, costs) if costs else None for costs in (times, memory)
+        ]
         curves.append(Curve(points[0].label, tokens, times, memory, *exponents))
     return curves
 
@@ -603,7 +759,7 @@ def format_curves(curves: Sequence[Curve]) -> str:
     titles = ('ms per image', 'Peak MiB per image, without weights')
     tables = [
         [(c.label, c.times, c.time_exponent) for c in curves],
-        [(c.label, c.memory, c.memory_exponent) for c in curves],
+        [(c.label, c.memory, c.memory_exponent) for c in curves if c.memory],
     ]
     return '\n\n'.join(
         f'### {title}\n\n'

@@ -17,14 +17,15 @@ def plot_benchmark(
 
     Args:
         results (Mapping[Case, Sequence[Measured]]): The same models in each case. Lines
-            on the bars show the middle half of the samples.
+            on the bars show the middle half of the samples. There is no bar for memory
+            that was not measured.
         title (str): What was measured on what.
         out (str | Path): Picture file to write.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    from ..evaluation.benchmark import find_plain, speedup
+    from ..evaluation.benchmark import find_plain, memory_ratio, speedup
 
     labels = [p.label for p in next(iter(results.values())) if not _is_reference(p)]
     colors = colormaps['tab20'].colors
@@ -41,7 +42,7 @@ def plot_benchmark(
             (point,) = (point for point in measured if point.label == label)
             plain = find_plain(point, measured)
             speeds.append(speedup(point, plain))
-            ratios.append(point.peak_memory / plain.peak_memory)
+            ratios.append(memory_ratio(point, plain))
         medians = [s.median for s in speeds]
         errors = (
             [s.median - s.low for s in speeds],
@@ -50,7 +51,8 @@ def plot_benchmark(
         style = dict(height=height, color=colors[i % len(colors)])
         bars = speed.barh(y, medians, xerr=errors, label=label, **style)
         _write_values(speed, bars)
-        _write_values(memory, memory.barh(y, ratios, **style))
+        if None not in ratios:
+            _write_values(memory, memory.barh(y, ratios, **style))
     for axes, text in ((speed, 'speed'), (memory, 'peak memory')):
         axes.axvline(1, color='black', linewidth=1)
         axes.set_xlabel(f'{text} / plain MLLA of the same size')
@@ -67,7 +69,7 @@ def plot_benchmark(
 
 
 def _is_reference(point: 'Measured') -> bool:
-    return point.model.startswith('plain-') and not point.compiled
+    return point.model.startswith('plain-') and not point.variant
 
 
 def _write_values(axes: Any, bars: Any) -> None:
@@ -93,6 +95,8 @@ def plot_sweep(curves: 'Sequence[Curve]', title: str, out: Union[str, Path]) -> 
             (time, curve.times, curve.time_exponent),
             (memory, curve.memory, curve.memory_exponent),
         ):
+            if not costs:
+                continue
             label = f'{curve.label}: tokens$^{{{exponent:.2f}}}$'
             axes.plot(curve.tokens, costs, label=label, **style)
     _draw_linear(time, curves[0].tokens, curves[0].times)

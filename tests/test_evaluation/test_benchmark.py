@@ -1,16 +1,22 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 import json
+import os
+import platform
+import sys
+from importlib import metadata
 
 import cv2
 import pytest
 import torch
 
 from mlla_mm.evaluation import benchmark as bm
+from mlla_mm.evaluation.eager_mlla import EagerMLLA
 from mlla_mm.evaluation.latency import Spread, spread, unsteady_note
 from mlla_mm.evaluation.plain_mlla import PlainMLLA
 from mlla_mm.models import MLLA
 from mlla_mm.visualization.benchmark import plot_benchmark, plot_sweep
 
+from .. import reference
 from ..compiler import needs_compiler
 
 NANO = dict(embed_dims=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
@@ -23,8 +29,13 @@ def nano(monkeypatch):
     monkeypatch.setitem(MLLA.arch_zoo, 't', NANO)
 
 
-def point(model, times, compiled=False, memory=1000):
-    return bm.Measured(model, compiled, 10, 400, memory, times)
+def point(model, times, variant='', memory=1000):
+    return bm.Measured(model, variant, 10, 400, memory, times)
+
+
+def needs_gpu(test):
+    no_gpu = not torch.cuda.is_available()
+    return pytest.mark.gpu(pytest.mark.skipif(no_gpu, reason='needs a GPU')(test))
 
 
 def test_cases_are_combinations():
@@ -69,6 +80,7 @@ def test_bad_sweep(sides):
         (['mlla-x'], "Unknown model 'mlla-x'. There are: mlla-t, "),
         (['plain-t', 'mlla-t', 'mlla-t'], 'names one twice'),
         (['plain-t', 'mlla-t', 'swin-s'], 'swin-s is compared with plain-s: add it'),
+        (['eager-b', 'plain-t'], 'eager-b is compared with plain-b: add it'),
     ],
 )
 def test_bad_models(models, message):
@@ -83,6 +95,13 @@ def test_bad_device_and_repeats():
         bm.measure_case(SMALL, ['plain-t'], repeats=0)
 
 
+def test_bad_variants():
+    with pytest.raises(ValueError, match="--cuda-graph needs a CUDA .* is 'cpu'"):
+        bm.measure_case(SMALL, ['plain-t'], variants=[bm.CUDA_GRAPH])
+    with pytest.raises(ValueError, match="'traced'. There are: compiled, CUDA graph"):
+        bm.measure_case(SMALL, ['plain-t'], variants=['traced'])
+
+
 def test_images_that_are_too_small_to_train(nano):
     case = bm.Case('backbone', (32, 32), 1, 'train')
     with pytest.raises(ValueError, match='32x32|Expected more than 1 value'):
@@ -90,7 +109,7 @@ def test_images_that_are_too_small_to_train(nano):
 
 
 @pytest.mark.parametrize('classify', [False, True])
-@pytest.mark.parametrize('family', ['mlla', 'plain', 'swin', 'convnext'])
+@pytest.mark.parametrize('family', ['mlla', 'eager', 'plain', 'swin', 'convnext'])
 def test_models_are_comparable(family, classify):
     """Maps of four strides or logits, of any image, without stochastic depth."""
     pytest.importorskip('mmpretrain')
@@ -121,10 +140,12 @@ def test_models_are_comparable(family, classify):
 )
 def test_measured(nano, task, mode, dtype):
     case = SMALL._replace(task=task, mode=mode, dtype=dtype)
-    ours, plain = bm.measure_case(case, ['mlla-t', 'plain-t'], repeats=2)
-    assert (ours.label, plain.label) == ('mlla-t', 'plain-t')
-    assert ours.parameters == plain.parameters > 10**5
-    for measured in (ours, plain):
+    names = ['mlla-t', 'eager-t', 'plain-t']
+    found = bm.measure_case(case, names, repeats=2)
+    assert [measured.label for measured in found] == names
+    assert len({measured.parameters for measured in found}) == 1
+    for measured in found:
+        assert measured.parameters > 10**5
         assert len(measured.times) == 2
         assert min(measured.times) > 0
         assert measured.weights >= 4 * measured.parameters
@@ -148,13 +169,16 @@ def test_training_needs_more_memory_and_leaves_the_weights(nano):
     assert training > inference + bm.module_bytes(model) / 2
 
 
-def test_models_that_differ_are_not_raced(nano, monkeypatch):
+@pytest.mark.parametrize('name, other', [('plain', 'mlla'), ('eager', 'eager')])
+def test_models_that_differ_are_not_raced(name, other, nano, monkeypatch):
     def forward(self, x):
         return tuple(1.01 * out for out in MLLA.forward(self, x))
 
-    monkeypatch.setattr(PlainMLLA, 'forward', forward)
-    with pytest.raises(RuntimeError, match='mlla-t and plain-t differ by 0.0099'):
-        bm.measure_case(SMALL, ['mlla-t', 'plain-t'], repeats=1)
+    wrong = dict(plain=PlainMLLA, eager=EagerMLLA)[name]
+    monkeypatch.setattr(wrong, 'forward', forward)
+    message = f'{other}-t and plain-t differ by 0.0(099|1) in float32'
+    with pytest.raises(RuntimeError, match=message):
+        bm.measure_case(SMALL, ['mlla-t', 'plain-t', 'eager-t'], repeats=1)
 
 
 @pytest.mark.slow
@@ -162,7 +186,9 @@ def test_models_that_differ_are_not_raced(nano, monkeypatch):
 @pytest.mark.parametrize('mode', bm.MODES)
 def test_compiled_models(nano, mode):
     case = SMALL._replace(mode=mode)
-    measured = bm.measure_case(case, ['mlla-t', 'plain-t'], repeats=1, compiled=True)
+    measured = bm.measure_case(
+        case, ['mlla-t', 'plain-t'], repeats=1, variants=[bm.COMPILED]
+    )
     assert [m.label for m in measured] == [
         'mlla-t',
         'plain-t',
@@ -171,17 +197,108 @@ def test_compiled_models(nano, mode):
     ]
 
 
+def graph_of(case):
+    """A model, its images, a call of it, and the graph of one."""
+    model = bm._build_twin('mlla-t', case).cuda()
+    images = bm._make_images(case, 'cuda')
+    graph, peak = bm._prepare(
+        'mlla-t, CUDA graph', model, images, case, torch.cuda.graph_pool_handle()
+    )
+    assert peak is None
+    return model, images, bm._make_call(model, images, case), graph
+
+
+@needs_gpu
+def test_a_cuda_graph_computes_anew(nano):
+    """It gives what a call gives, of images that were not there when it was made."""
+    _, images, call, graph = graph_of(SMALL)
+    before = [feature.clone() for feature in graph()]
+    images.copy_(torch.rand_like(images))
+    after = graph()
+    for old, new, expected in zip(before, after, call()):
+        assert reference.relative_error(new, expected) < 1e-3
+        assert reference.relative_error(old, expected) > 1e-2
+
+
+@needs_gpu
+def test_a_cuda_graph_of_a_training_step(nano):
+    """Its gradients, that nothing else sees, and its statistics are those of a call."""
+    case = SMALL._replace(mode='train')
+    model, images, call, _ = graph_of(case)
+    weight = model.layers[0].blocks[0].in_proj.weight
+    statistics = model.patch_embed.conv1.norm.running_mean
+    gradients = []
+    weight.register_hook(gradients.append)
+    graph = bm._CudaGraph(call, torch.cuda.graph_pool_handle())
+    captured = gradients[-1]
+    images.copy_(torch.rand_like(images))
+
+    found = []
+    for step in (graph, call):
+        statistics.zero_()
+        step()
+        found.append((statistics.clone(), gradients[-1].clone()))
+    assert gradients[-1] is not captured
+    for replayed, expected in zip(*found):
+        assert reference.relative_error(replayed, expected) < 1e-3
+    assert all(p.grad is None for p in model.parameters())
+
+
+@needs_gpu
+@pytest.mark.parametrize('mode', bm.MODES)
+@pytest.mark.parametrize('dtype', bm.DTYPES)
+def test_cuda_graphs_are_raced(mode, dtype):
+    pytest.importorskip('mmpretrain')
+    names = ['mlla-t', 'eager-t', 'plain-t', 'swin-t', 'convnext-t']
+    case = bm.Case('classification', (96, 96), 4, mode, dtype)
+    found = bm.measure_case(case, names, 'cuda', 2, [bm.CUDA_GRAPH])
+    labels = [*names, *(f'{name}, CUDA graph' for name in names)]
+    assert [measured.label for measured in found] == labels
+    for measured in found:
+        assert len(measured.times) == 2
+        assert min(measured.times) > 0
+        assert (measured.peak_memory is None) == bool(measured.variant)
+
+
+# In a process of its own, since PyTorch does not get over a capture that failed.
+WAITS = """
+from mlla_mm.evaluation import benchmark as bm
+
+def forward(self, x):
+    x.sum().item()
+    return (x,)
+
+bm.PlainMLLA.forward = forward
+try:
+    bm.measure_case(
+        bm.Case('backbone', (32, 64), 2), ['plain-t'], 'cuda', 1, [bm.CUDA_GRAPH]
+    )
+except ValueError as error:
+    print(error)
+"""
+
+
+@needs_gpu
+def test_a_model_that_cannot_be_captured(run_tool):
+    visible = os.environ.get('CUDA_VISIBLE_DEVICES', '0')
+    env = dict(CUDA_VISIBLE_DEVICES=visible)
+    output = run_tool('python', '-c', WAITS, env=env).stdout
+    assert 'plain-t, CUDA graph fails in backbone 32x64, batch 2, infer' in output
+    assert 'it cannot be captured: ' in output
+    assert 'operation not permitted when stream is capturing' in output
+
+
 def test_speed_is_compared_round_by_round():
     """A machine that becomes twice as slow does so for both."""
     plain = point('plain-t', [4.0, 8.0, 4.0, 8.0])
     ours = point('mlla-t', [2.0, 4.0, 2.0, 4.0])
     assert bm.speedup(ours, plain) == Spread(2.0, 2.0, 2.0)
     assert not spread(ours.times).is_steady
-    compiled = point('plain-t', [1.0] * 4, compiled=True)
+    compiled = point('plain-t', [1.0] * 4, bm.COMPILED)
     of_small = point('plain-s', [1.0] * 4)
     measured = [ours, of_small, compiled, plain]
     assert bm.find_plain(ours, measured) is plain
-    assert bm.find_plain(ours, measured, compiled=True) is compiled
+    assert bm.find_plain(ours, measured, bm.COMPILED) is compiled
 
 
 def test_table():
@@ -196,10 +313,38 @@ def test_table():
         *('mlla-t', '0.0 M', '2', '2 to 2', '500', '2.00x', '2.00 to 2.00'),
         *('3 MiB', '0.75x'),
     ]
-    measured += [point(p.model, [1.0, 1.0, 2.0], compiled=True) for p in measured]
+
+
+def test_table_of_variants():
+    plain = [('mlla-t', 2.0), ('plain-t', 4.0)]
+    measured = [
+        *(point(name, [time] * 3) for name, time in plain),
+        *(point(name, [time / 4, time / 2, time], bm.COMPILED) for name, time in plain),
+        *(point(name, [time / 8] * 3, bm.CUDA_GRAPH, None) for name, time in plain),
+    ]
     text = bm.format_case(SMALL, measured)
-    assert 'speed / plain, compiled' in text
-    assert 'mlla-t, compiled, plain-t, compiled. Stop other programs' in text
+    lines = [
+        [cell.strip() for cell in line.split('|')[1:-1]]
+        for line in text.splitlines()
+        if line.startswith('|')
+    ]
+    assert [title for title in lines[0] if title.startswith('speed')] == [
+        'speed / plain',
+        'speed / plain, compiled',
+        'speed / plain, CUDA graph',
+    ]
+    assert [line[0] for line in lines[4:]] == [
+        'mlla-t, compiled',
+        'plain-t, compiled',
+        'mlla-t, CUDA graph',
+        'plain-t, CUDA graph',
+    ]
+    of_graph = lines[6]
+    assert of_graph[5:] == [
+        *('16.00x', '16.00 to 16.00', '8.00x', '6.00 to 12.00'),
+        *('2.00x', '2.00 to 2.00', '-', '-'),
+    ]
+    assert 'of the median: mlla-t, compiled, plain-t, compiled. Stop other' in text
 
 
 def test_unsteady_note():
@@ -214,6 +359,7 @@ def test_saved(tmp_path):
             point('mlla-t', [2.0, 2.2, 2.1]),
             point('swin-t', [3.0, 3.0, 3.3]),
             point('plain-t', [4.0, 4.0, 4.4], memory=2000),
+            point('plain-t', [1.0, 1.0, 1.1], bm.CUDA_GRAPH, None),
         ]
         for case in bm.make_cases(['32x64', '64x64'], modes=bm.MODES)
     }
@@ -228,11 +374,56 @@ def test_saved(tmp_path):
     assert ours['time']['median'] == 2.1
     assert ours['speedup']['median'] == pytest.approx(2.0)
     assert ours['memory_ratio'] == 0.5
+    assert ours['variant'] == ''
+    graph = content['cases'][0]['models'][3]
+    assert graph['variant'] == 'CUDA graph'
+    assert graph['speedup']['median'] == pytest.approx(4.0)
+    assert graph['peak_memory'] is graph['memory_ratio'] is None
 
     plot_benchmark(results, 'a CPU', tmp_path / 'a.png')
     picture = cv2.imread(str(tmp_path / 'a.png'))
     assert min(picture.shape[:2]) > 300
     assert picture.std() > 10
+
+
+def test_settings(monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['benchmark.py', '--out', 'a folder'])
+    monkeypatch.delenv('MLLA_OPS', raising=False)
+    settings = bm.describe_run('cpu', 3)
+    assert settings['python'] == platform.python_version()
+    assert settings['command'] == "benchmark.py --out 'a folder'"
+    assert settings['mlla_ops'] == 'default'
+    assert settings['cuda'] is settings['cudnn'] is settings['driver'] is None
+    has_triton = any(d.metadata['Name'] == 'triton' for d in metadata.distributions())
+    assert (settings['triton'] is not None) == has_triton
+    monkeypatch.setenv('MLLA_OPS', 'naive')
+    assert bm.describe_run('cpu', 3)['mlla_ops'] == 'naive'
+
+    settings.update(device='a CPU', torch='2.8', triton=None, python='3.12')
+    assert bm.format_settings(settings) == 'a CPU, torch 2.8, Python 3.12'
+    settings.update(device='a GPU', cuda='12.8', cudnn=91002, driver='570.1')
+    assert bm.format_settings(settings) == (
+        'a GPU, torch 2.8, CUDA 12.8, cuDNN 91002, driver 570.1, Python 3.12'
+    )
+
+
+@needs_gpu
+def test_settings_of_a_gpu():
+    settings = bm.describe_run('cuda', 3)
+    assert settings['device'] == torch.cuda.get_device_name()
+    assert settings['cuda'] == torch.version.cuda
+    assert settings['cudnn'] == torch.backends.cudnn.version()
+
+
+def test_triton_is_not_imported(run_tool):
+    """It takes a second, and not every command needs it."""
+    code = """
+import sys
+from mlla_mm.evaluation import benchmark
+benchmark.describe_run('cpu', 1)
+print('triton' in sys.modules)
+"""
+    assert run_tool('python', '-c', code).stdout.splitlines()[-1] == 'False'
 
 
 @pytest.mark.parametrize('exponent', [0.5, 1.0, 2.0])
@@ -246,24 +437,31 @@ def test_curves(tmp_path):
     """Time is linear, memory quadratic beside the weights."""
     results = {
         case: [
-            point('plain-t', [0.8 * n, n, 1.1 * n], memory=400 + case.batch_size * n**2)
+            point(
+                'plain-t', [0.8 * n, n, 1.1 * n], memory=400 + case.batch_size * n**2
+            ),
+            point('plain-t', [n], bm.CUDA_GRAPH, None),
         ]
         for case in bm.make_sweep([64, 32, 128], batch_size=2)
         for n in [case.num_tokens]
     }
-    (curve,) = bm.fit_curves(results)
+    curve, graph = bm.fit_curves(results)
     assert curve.tokens == [64, 256, 1024]
     assert curve.times == [64, 256, 1024]
     assert curve.time_exponent == pytest.approx(1)
     assert curve.memory[0] == 64**2 / 2**20
     assert curve.memory_exponent == pytest.approx(2)
+    assert graph.time_exponent == pytest.approx(1)
+    assert (graph.memory, graph.memory_exponent) == ([], None)
 
-    text = bm.format_curves([curve])
+    text = bm.format_curves([curve, graph])
+    assert text.count('| plain-t ') == 2
+    assert text.count('| plain-t, CUDA graph ') == 1
     assert [
         line.split('|')[-2].strip() for line in text.splitlines() if 'plain' in line
     ]
     assert '1024 tokens' in text
-    plot_sweep([curve], 'a CPU', tmp_path / 'a.png')
+    plot_sweep([curve, graph], 'a CPU', tmp_path / 'a.png')
     picture = cv2.imread(str(tmp_path / 'a.png'))
     assert picture.shape[1] > picture.shape[0] > 300
     assert picture.std() > 10

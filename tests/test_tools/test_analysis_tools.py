@@ -155,7 +155,12 @@ def test_benchmark(run_tool, tmp_path):
     names = [model['model'] for model in content['cases'][0]['models']]
     assert names == ['mlla-t', 'plain-t']
     assert '### backbone 64x32, batch 1, infer, bfloat16' in output
-    assert '| mlla-t ' in (tmp_path / 'benchmark.md').read_text()
+    assert content['command'].endswith(f'--device cpu --out {tmp_path}')
+    table = (tmp_path / 'benchmark.md').read_text()
+    first_line = table.splitlines()[0]
+    assert first_line.startswith(content['device'])
+    assert f', torch {content["torch"]}' in first_line
+    assert '| mlla-t ' in table
     assert cv2.imread(str(tmp_path / 'benchmark.png')).std() > 10
 
 
@@ -166,6 +171,21 @@ def test_benchmark_over_image_sizes(run_tool, tmp_path):
     ).stdout  # fmt: skip
     assert '| Model   | 64 tokens | 256 tokens | exponent |' in output
     assert '### ms per image' in (tmp_path / 'benchmark.md').read_text()
+    assert cv2.imread(str(tmp_path / 'benchmark.png')).std() > 10
+
+
+@pytest.mark.parametrize('images', ['--shape', '--sweep'])
+def test_benchmark_with_a_time_limit(images, run_tool, tmp_path):
+    sides = ['32x32', '64x64'] if images == '--shape' else [32, 64]
+    output = run_tool(
+        'python', 'tools/analysis_tools/benchmark.py', '--models', 'plain-t',
+        images, *sides, '--repeats', 1, '--seconds', 0.01, '--device', 'cpu',
+        '--out', tmp_path,
+    ).stdout  # fmt: skip
+    assert 'Skipped after 0.01 s: backbone 64x64, batch 1, infer, float32' in output
+    content = json.loads((tmp_path / 'benchmark.json').read_text())
+    assert [case['shape'] for case in content['cases']] == [[32, 32]]
+    assert '64x64' not in (tmp_path / 'benchmark.md').read_text()
     assert cv2.imread(str(tmp_path / 'benchmark.png')).std() > 10
 
 
@@ -193,6 +213,16 @@ def test_benchmark_over_image_sizes(run_tool, tmp_path):
             'analysis_tools/benchmark.py',
             ['--device', 'cpu', '--threads', '0'],
             '--threads must be at least 1, got 0.',
+        ),
+        (
+            'analysis_tools/benchmark.py',
+            ['--device', 'cpu', '--cuda-graph'],
+            "--cuda-graph needs a CUDA device, and this is 'cpu': leave it out.",
+        ),
+        (
+            'analysis_tools/benchmark.py',
+            ['--device', 'cpu', '--seconds', '0'],
+            '--seconds must be positive, got 0.',
         ),
         ('misc/print_config.py', ['no.py'], 'Config not found: no.py'),
     ],

@@ -2,6 +2,7 @@
 """Race models against the plain assembly of MLLA: time, peak memory, a picture."""
 
 import argparse
+import time
 from pathlib import Path
 from typing import Dict, List
 
@@ -23,8 +24,8 @@ def parse_args() -> argparse.Namespace:
         nargs='+',
         metavar='NAME',
         default=benchmark.DEFAULT_MODELS,
-        help='{mlla,plain,swin,convnext}-{t,s,b}, with the plain one of each size '
-        f'(default: {" ".join(benchmark.DEFAULT_MODELS)})',
+        help='{mlla,eager,plain,swin,convnext}-{t,s,b}, with the plain one of each '
+        f'size (default: {" ".join(benchmark.DEFAULT_MODELS)})',
     )
     images = parser.add_mutually_exclusive_group()
     images.add_argument(
@@ -69,7 +70,19 @@ def parse_args() -> argparse.Namespace:
         help='time each model a second time with its backbone compiled',
     )
     parser.add_argument(
+        '--cuda-graph',
+        action='store_true',
+        help='time each model a second time as a CUDA graph that is replayed',
+    )
+    parser.add_argument(
         '--repeats', type=int, default=20, help='rounds of a case (default: 20)'
+    )
+    parser.add_argument(
+        '--seconds',
+        type=float,
+        metavar='N',
+        help='skip cases, but for the first, whose turn comes after N seconds '
+        '(default: no limit)',
     )
     parser.add_argument('--threads', type=int, help="CPU threads (default: PyTorch's)")
     parser.add_argument(
@@ -106,16 +119,28 @@ def make_cases(args: argparse.Namespace) -> List[benchmark.Case]:
     )
 
 
+def find_variants(args: argparse.Namespace) -> List[str]:
+    wanted = zip(benchmark.VARIANTS, (args.compile, args.cuda_graph))
+    return [variant for variant, is_wanted in wanted if is_wanted]
+
+
 def race(
-    cases: List[benchmark.Case], args: argparse.Namespace, out: Path
+    cases: List[benchmark.Case],
+    args: argparse.Namespace,
+    settings: Dict[str, object],
+    out: Path,
 ) -> Dict[benchmark.Case, List[benchmark.Measured]]:
     """Measure case by case; what is measured is printed and saved at once."""
-    settings = benchmark.describe_run(args.device, args.repeats)
-    print(f'{settings["device"]}, torch {settings["torch"]}', flush=True)
+    variants = find_variants(args)
     results = {}
+    start = time.monotonic()
     for case in cases:
+        # One case at least: there is something to show.
+        if args.seconds and results and time.monotonic() - start > args.seconds:
+            print(f'\nSkipped after {args.seconds:g} s: {case}', flush=True)
+            continue
         results[case] = benchmark.measure_case(
-            case, args.models, args.device, args.repeats, args.compile
+            case, args.models, args.device, args.repeats, variants
         )
         print(f'\n{benchmark.format_case(case, results[case])}', flush=True)
         benchmark.save_results(results, settings, out / benchmark.SAMPLES_NAME)
@@ -129,15 +154,20 @@ def main() -> None:
     with exit_on_user_error():
         benchmark.check_models(args.models)
         benchmark.check_device(args.device)
+        benchmark.check_variants(find_variants(args), args.device)
         if args.threads is not None:
             set_threads(args.threads)
+        if args.seconds is not None and not args.seconds > 0:
+            raise ValueError(f'--seconds must be positive, got {args.seconds:g}.')
         cases = make_cases(args)
         out = Path(args.out)
         out.mkdir(parents=True, exist_ok=True)
-        results = race(cases, args, out)
+        settings = benchmark.describe_run(args.device, args.repeats)
+        title = benchmark.format_settings(settings)
+        print(title, flush=True)
+        results = race(cases, args, settings, out)
     texts = [benchmark.format_case(case, found) for case, found in results.items()]
-    title = f'{benchmark.describe_device(args.device)}, torch {torch.__version__}'
-    if args.sweep is None:
+    if args.sweep is None or len(results) < 2:  # one point has no slope
         plot_benchmark(results, title, out / benchmark.PICTURE_NAME)
     else:
         curves = benchmark.fit_curves(results)

@@ -1,0 +1,85 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from mlla_mm.evaluation.eager_mlla import EagerMLLA
+from mlla_mm.models import MLLA
+
+from ..compiler import needs_compiler
+
+NANO = dict(embed_dims=16, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8))
+
+
+def twins(**kwargs):
+    """MLLA and the one of eager ops, with the same weights."""
+    ours, eager = MLLA(NANO, **kwargs), EagerMLLA(NANO, **kwargs)
+    eager.load_state_dict(ours.state_dict())
+    return ours, eager
+
+
+def set_ops(monkeypatch, value):
+    if value is None:
+        monkeypatch.delenv('MLLA_OPS', raising=False)
+    else:
+        monkeypatch.setenv('MLLA_OPS', value)
+
+
+@pytest.mark.parametrize('before', [None, '', 'naive'])
+@pytest.mark.parametrize('fails', [False, True])
+def test_the_variable_is_set_meanwhile(before, fails, monkeypatch):
+    def record(*_):
+        seen.append(os.environ['MLLA_OPS'])
+        if fails:
+            raise KeyError('in the stem')
+
+    set_ops(monkeypatch, before)
+    model = EagerMLLA(NANO, out_indices=0)
+    model.layers[0].blocks = nn.Sequential()  # which would run ops
+    seen = []
+    model.patch_embed.register_forward_hook(record)
+    if fails:
+        with pytest.raises(KeyError, match='in the stem'):
+            model(torch.rand(2, 3, 32, 32))
+    else:
+        (feature,) = model(torch.rand(2, 3, 32, 32))
+        assert feature.shape == (2, 16, 8, 8)
+    assert seen == ['eager']
+    assert os.environ.get('MLLA_OPS') == before
+
+
+def nodes(outputs):
+    """Names of the operations that outputs come from."""
+    todo, seen = {output.grad_fn for output in outputs}, set()
+    while todo:
+        node = todo.pop()
+        seen.add(node)
+        todo |= {parent for parent, _ in node.next_functions if parent} - seen
+    return {node.name() for node in seen}
+
+
+@pytest.mark.parametrize('ops', [None, 'naive'])
+def test_ops_are_eager_whatever_is_set(ops, monkeypatch):
+    ours, eager = twins()
+    x = torch.rand(2, 3, 64, 48)
+    monkeypatch.delenv('MLLA_OPS', raising=False)
+    expected = ours(x)
+    assert any('Attention' in name for name in nodes(expected))
+    set_ops(monkeypatch, ops)
+    features = eager(x)
+    assert nodes(features) == nodes(expected)
+    torch.testing.assert_close(features, expected)
+    if ops == 'naive':
+        assert nodes(ours(x)) != nodes(expected)
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_compiled():
+    ours, eager = (model.eval() for model in twins(out_indices=0))
+    eager.compile()
+    x = torch.rand(1, 3, 64, 48)
+    with torch.no_grad():
+        torch.testing.assert_close(eager(x), ours(x), rtol=1e-4, atol=1e-5)
