@@ -194,7 +194,7 @@ def num_parts(device: torch.device, size: int) -> int:
     On the CPU in so many that a part stays in the cache, and that its memory serves the
     next part: memory that is new to the process is slow. Elsewhere in one.
     """
-    return -(-size // _CACHED) if device.type == 'cpu' else 1
+    return max(1, -(-size // _CACHED)) if device.type == 'cpu' else 1
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:

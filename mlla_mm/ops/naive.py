@@ -122,6 +122,62 @@ def _merge_heads(x: Tensor, height: int, width: int) -> Tensor:
     return x.transpose(1, 2).flatten(2).unflatten(1, (height, width))
 
 
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """LayerNorm over the channels.
+
+    Args:
+        x (Tensor): (..., C).
+        weight (Tensor): (C,).
+        bias (Tensor): (C,).
+        eps (float): Added to the variance.
+
+    Returns:
+        Tensor: (..., C), float32 under autocast.
+    """
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def linear_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """ReLU(x W^T + b).
+
+    Args:
+        x (Tensor): (..., C).
+        weight (Tensor): (D, C).
+        bias (Tensor): (D,).
+
+    Returns:
+        Tensor: (..., D).
+    """
+    return F.relu(F.linear(x, weight, bias), inplace=True)
+
+
+def batch_norm(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    act: bool,
+) -> Tensor:
+    """BatchNorm by running statistics, and ReLU if ``act``.
+
+    Args:
+        x (Tensor): (N, C, H, W).
+        mean (Tensor): Running mean, (C,).
+        var (Tensor): Running variance, (C,).
+        weight (Tensor): (C,).
+        bias (Tensor): (C,).
+        eps (float): Added to the variance.
+        act (bool): Whether ReLU follows.
+
+    Returns:
+        Tensor: (N, C, H, W).
+    """
+    y = F.batch_norm(x, mean, var, weight, bias, eps=eps)
+    return F.relu(y, inplace=True) if act else y
+
+
 def mlp(
     x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor
 ) -> Tensor:

@@ -13,6 +13,9 @@ TELLS_EXPORT = torch.__version__ >= (2, 7)
 #: Whether ONNX export goes through torch.export unless told otherwise.
 EXPORTS_ONNX_THROUGH_EXPORT = torch.__version__ >= (2, 9)
 
+#: Whether a matrix product on CUDA can have a wider dtype than its factors.
+MM_TAKES_OUT_DTYPE = torch.__version__ >= (2, 8)
+
 if hasattr(torch.compiler, 'is_compiling'):
     is_compiling = torch.compiler.is_compiling
 else:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mlla_mm.models import MLLA
-from mlla_mm.models.layers import patch_merging
+from mlla_mm.models.layers import MLLABlock, mlla_block, patch_merging
 
 from ..reference import relative_error
 
@@ -26,8 +26,8 @@ class Doubled(nn.Module):
         except AttributeError:
             return getattr(self.layer, name)
 
-    def forward(self, x):
-        return self.layer(x) * 2
+    def forward(self, *args, **kwargs):
+        return self.layer(*args, **kwargs) * 2
 
 
 @pytest.fixture(autouse=True)
@@ -88,3 +88,143 @@ def test_parts_change_nothing(model, monkeypatch):
     monkeypatch.setattr('mlla_mm.ops.eager._CACHED', 1 << 30)
     for part, whole in zip(actual, model(image)):
         assert relative_error(part, whole) < 1e-5
+
+
+# --- Whole blocks ---
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """What is handed to a kernel of whole blocks, which would run for all that it is.
+
+    Nothing is computed by it.
+    """
+    calls = []
+
+    def fused_block(x, parameters, num_heads):
+        return lambda *args: calls.append(args) or x.clone()
+
+    monkeypatch.setattr(mlla_block, 'fused_block', fused_block)
+    return calls
+
+
+BLOCK = [
+    'cpe1',
+    'norm1',
+    'in_proj',
+    'act_proj',
+    'dwc',
+    'attn.qk',
+    'attn.lepe',
+    'out_proj',
+    'cpe2',
+    'norm2',
+    'mlp.fc1',
+    'mlp.fc2',
+]
+# Called twice in a block.
+DROPS = ['mlp.drop', 'drop_path']
+X = torch.randn(2, 3, 5, 16)
+
+
+def test_a_block_hands_over_its_parameters(fused):
+    block = MLLABlock(16, 2, qkv_bias=False)
+    assert torch.equal(block(X), X)
+    ((x, parameters, num_heads, eps, scales),) = fused
+    expected = []
+    for name in BLOCK:
+        layer = block.get_submodule(name)
+        expected += [layer.weight, layer.bias]
+    assert x is X and num_heads == 2 and eps == (1e-5, 1e-5)
+    assert scales == (None, None)
+    assert len(parameters) == 24 and parameters[11] is None
+    assert all(one is other for one, other in zip(parameters, expected))
+    assert {id(p) for p in parameters if p is not None} == set(
+        map(id, block.parameters())
+    )
+
+
+@pytest.mark.parametrize('name', [*BLOCK, 'attn', 'mlp', *DROPS])
+def test_a_block_with_a_hook_is_not_fused(name, fused):
+    block, calls = MLLABlock(16, 2), []
+    handle = block.get_submodule(name).register_forward_hook(
+        lambda *args: calls.append(name)
+    )
+    block(X)
+    assert not fused
+    assert calls == [name] * (2 if name in DROPS else 1)
+    handle.remove()
+    block(X)
+    assert len(fused) == 1
+
+
+@pytest.mark.parametrize('kind', ['forward_pre', 'full_backward', 'full_backward_pre'])
+def test_a_block_with_another_kind_of_hook_is_not_fused(kind, fused):
+    block, calls = MLLABlock(16, 2), []
+    register = getattr(block.out_proj, f'register_{kind}_hook')
+    register(lambda *args: calls.append(kind))
+    block(X).sum().backward()
+    assert not fused and calls == [kind]
+
+
+@pytest.mark.parametrize('name', [*BLOCK, 'attn', 'mlp', *DROPS])
+def test_a_block_with_a_wrapped_layer_is_not_fused(name, fused):
+    block = MLLABlock(16, 2).eval()
+    expected = copy.deepcopy(block)
+    expected.get_submodule(name).register_forward_hook(lambda *args: args[2] * 2)
+    parent, _, child = name.rpartition('.')
+    parent = block.get_submodule(parent)
+    setattr(parent, child, Doubled(getattr(parent, child)))
+    assert relative_error(block(X), expected(X)) < 1e-5
+    assert not fused
+
+
+@pytest.mark.parametrize(
+    'name, layer',
+    [
+        ('norm1', nn.LayerNorm([5, 16])),
+        ('norm2', nn.GroupNorm(1, 3)),
+        ('norm1', nn.Identity()),
+        ('dwc', nn.Identity()),
+        ('drop_path', nn.Identity()),
+        ('mlp.drop', nn.Identity()),
+    ],
+)
+def test_a_block_with_a_layer_of_another_type_is_not_fused(name, layer, fused):
+    block = MLLABlock(16, 2)
+    parent, _, child = name.rpartition('.')
+    setattr(block.get_submodule(parent), child, layer)
+    calls = []
+    layer.register_forward_hook(lambda *args: calls.append(name))
+    block(X)
+    assert not fused and calls
+    layer._forward_hooks.clear()
+    block(X)
+    assert not fused
+
+
+def test_an_mlp_without_bias_is_called():
+    block = MLLABlock(16, 2)
+    block.mlp.fc2 = nn.Linear(64, 16, bias=False)
+    assert block(X).shape == X.shape
+
+
+def test_a_parametrised_block_is_not_fused(fused):
+    block = MLLABlock(16, 2)
+    nn.utils.parametrizations.weight_norm(block.out_proj)
+    block(X).sum().backward()
+    assert not fused
+    assert block.out_proj.parametrizations.weight.original0.grad is not None
+
+
+def test_dropout_is_not_fused_but_stochastic_depth_is(fused):
+    block = MLLABlock(16, 2, drop_rate=0.5, drop_path_rate=0.5)
+    block(X)
+    assert not fused
+    block.eval()(X)
+    ((*_, scales),) = fused
+    assert scales == (None, None)
+    block.train().mlp.drop.p = 0
+    block(X)
+    scales = fused[1][-1]
+    assert all({0.0, 2.0} >= set(scale.tolist()) for scale in scales)

@@ -1,11 +1,13 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from mlla_mm import ops
-from mlla_mm.ops import eager, naive, triton
+from mlla_mm.models.layers import MLLABlock
+from mlla_mm.ops import dispatch, eager, naive, triton
 
 
 def is_naive() -> bool:
@@ -15,10 +17,20 @@ def is_naive() -> bool:
     return type(y.grad_fn).__name__ == 'MulBackward0'
 
 
+def is_eager() -> bool:
+    """Whether it is the one whose gradient is written out."""
+    qk, v = torch.randn(1, 2, 3, 16, requires_grad=True), torch.randn(1, 2, 3, 8)
+    y = ops.mlla_attention(qk, v, v, torch.randn(8, 1, 3, 3), torch.randn(8), 2)
+    return type(y.grad_fn).__name__ == '_GatedAttentionBackward'
+
+
 def test_the_environment_chooses(monkeypatch):
-    assert not is_naive()
+    monkeypatch.delenv('MLLA_OPS', raising=False)
+    assert is_eager()
     monkeypatch.setenv('MLLA_OPS', 'naive')
-    assert is_naive()
+    assert is_naive() and not is_eager()
+    monkeypatch.setenv('MLLA_OPS', 'eager')
+    assert is_eager()
     monkeypatch.setenv('MLLA_OPS', 'fast')
     with pytest.raises(ValueError, match="MLLA_OPS is 'fast'"):
         is_naive()
@@ -26,41 +38,110 @@ def test_the_environment_chooses(monkeypatch):
     monkeypatch.delenv('TRITON_INTERPRET', raising=False)
     with pytest.raises(ValueError, match="MLLA_OPS is 'fused', but .* on cpu"):
         is_naive()
+    with pytest.raises(ValueError, match="MLLA_OPS is 'fused', but .* on cpu"):
+        MLLABlock(8, 2)(torch.randn(1, 2, 3, 8))
+
+
+@pytest.mark.parametrize('available', [False, True])
+def test_the_environment_chooses_on_a_gpu(available, monkeypatch):
+    """Kernels are taken unasked; they are asked for, or done without."""
+    monkeypatch.setattr(triton, 'is_available', lambda device: available)
+    x = SimpleNamespace(is_cuda=True, device=torch.device('cuda'))
+    monkeypatch.delenv('MLLA_OPS', raising=False)
+    assert dispatch._implementation(x) is (triton if available else eager)
+    for name, module in (('naive', naive), ('eager', eager)):
+        monkeypatch.setenv('MLLA_OPS', name)
+        assert dispatch._implementation(x) is module
+    monkeypatch.setenv('MLLA_OPS', 'fused')
+    if available:
+        assert dispatch._implementation(x) is triton
+    else:
+        with pytest.raises(ValueError, match="MLLA_OPS is 'fused', but .* on cuda"):
+            dispatch._implementation(x)
+
+
+def test_nothing_is_fused_on_the_cpu(monkeypatch):
+    monkeypatch.delenv('MLLA_OPS', raising=False)
+    block, x = MLLABlock(8, 2), torch.randn(1, 2, 3, 8)
+    # Even where the kernels are interpreted.
+    monkeypatch.setattr(triton, 'is_available', lambda device: True)
+    assert not ops.is_fused(x)
+    assert ops.fused_block(x, block._parameters_to_fuse(), 2) is None
 
 
 # In a process of its own, since Triton has to be told before it is imported.
 FUSED = """
+import os
+from collections import Counter
+
 import torch
+
 from mlla_mm.models import MLLA
 from mlla_mm.ops import triton
 
 arch = dict(embed_dims=8, depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 2))
-model, image = MLLA(arch), torch.randn(2, 3, 20, 33)
-model.eval()
-features = model(image)
-import os
+model, image = MLLA(arch).eval(), torch.randn(2, 3, 20, 33)
+with torch.no_grad():
+    expected = model(image)
 os.environ["MLLA_OPS"] = "fused"
-calls = []
-for name in ("depthwise_conv", "mlla_attention"):
+calls = Counter()
+for name in OPS:
     op = getattr(triton, name)
-    setattr(triton, name, lambda *x, op=op, name=name: calls.append(name) or op(*x))
-for a, b in zip(features, model(image)):
-    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-print(calls.count("depthwise_conv"), calls.count("mlla_attention"))
-model.double()(image.double())
-print(len(calls))
+    setattr(triton, name, lambda *x, op=op, name=name: calls.update([name]) or op(*x))
+
+
+def run(image):
+    calls.clear()
+    features = model(image)
+    for actual, exact in zip(features, expected):
+        torch.testing.assert_close(actual.to(exact), exact, rtol=1e-4, atol=1e-5)
+    print([calls[name] for name in OPS])
+
+
+with torch.no_grad():
+    run(image)
+run(image)
+for layer in model.modules():
+    if layer.__class__.__name__ == "MLLABlock":
+        layer.norm1.register_forward_hook(lambda *args: None)
+run(image)
+model.double()
+run(image.double())
 """
+OPS = [
+    'mlla_block',
+    'depthwise_conv',
+    'mlla_attention',
+    'layer_norm',
+    'linear_relu',
+    'batch_norm',
+]
 
 
 def test_fused_kernels_are_taken_where_they_fit(run_tool):
-    """Three convolutions and an attention of each block; none in float64."""
+    """Without gradients, with, with hooks in the blocks, and in float64."""
     if not triton._has_triton():
         pytest.skip('needs Triton 3.3')
-    output = run_tool('python', '-c', FUSED, env=dict(TRITON_INTERPRET='1')).stdout
-    assert output.splitlines()[-2:] == ['12 4', '16']
+    code = f'OPS = {OPS}\n{FUSED}'
+    output = run_tool('python', '-c', code, env=dict(TRITON_INTERPRET='1')).stdout
+    # Of a model with four blocks, four LayerNorms of outputs, three reductions of the
+    # resolution, and as many BatchNorms besides those of the stem.
+    assert output.splitlines()[-4:] == EXPECTED_CALLS
 
 
-def test_graphs_have_the_plain_definitions():
+# In the order of OPS.
+EXPECTED_CALLS = [
+    str(calls)
+    for calls in (
+        [4, 0, 0, 4, 3, 8],
+        [4, 0, 0, 4, 3, 0],
+        [0, 12, 4, 12, 3, 0],
+        [0, 0, 0, 0, 0, 0],
+    )
+]
+
+
+def test_graphs_have_the_plain_definitions(monkeypatch):
     class Recorded(torch.nn.Module):
         def forward(self, x):
             return ops.depthwise_conv(x, torch.ones(8, 1, 3, 3), torch.ones(8), True)
@@ -72,11 +153,57 @@ def test_graphs_have_the_plain_definitions():
     assert end.node().kind() == 'aten::add'
 
 
-def test_same_signatures():
-    for name in ('depthwise_conv', 'mlla_attention', 'mlp'):
-        signatures = {
-            str(inspect.signature(getattr(module, name)))
-            for module in (naive, eager, ops, triton)
-            if hasattr(module, name)
+@pytest.mark.parametrize('forced', ['', 'eager', 'fused'])
+def test_graphs_have_no_fused_blocks(forced, monkeypatch):
+    """Whatever the environment says, and where kernels would run."""
+    monkeypatch.setenv('MLLA_OPS', forced)
+    monkeypatch.setattr(triton, 'is_available', lambda device: True)
+    block, x = MLLABlock(8, 2).eval(), torch.randn(1, 2, 3, 8)
+    graph = torch.jit.trace(block, x, check_trace=False).inlined_graph
+    kinds = {node.kind() for node in graph.nodes()}
+    assert {
+        'aten::layer_norm',
+        'aten::gelu',
+        'aten::elu',
+        'aten::_convolution',
+    } <= kinds
+    assert not any(kind.startswith('prim::Python') for kind in kinds)
+
+
+# Which modules have an op; the package has them all.
+IMPLEMENTATIONS = dict(
+    depthwise_conv=(naive, eager, triton),
+    mlla_attention=(naive, eager, triton),
+    mlp=(naive, eager),
+    layer_norm=(naive, triton),
+    linear_relu=(naive, triton),
+    batch_norm=(naive, triton),
+    mlla_block=(triton,),
+)
+
+
+@pytest.mark.parametrize('name', IMPLEMENTATIONS)
+def test_same_signatures(name):
+    modules = IMPLEMENTATIONS[name]
+    assert modules == tuple(m for m in (naive, eager, triton) if hasattr(m, name))
+    if name == 'mlla_block':
+        return  # the op is a module, see ops.fused_block
+    signatures = {inspect.signature(getattr(m, name)) for m in (*modules, ops)}
+    assert len(signatures) == 1
+
+
+def test_no_op_is_forgotten():
+    for module in (naive, eager, triton):
+        ops_of_module = {
+            name
+            for name, value in vars(module).items()
+            if inspect.isfunction(value)
+            and value.__module__ == module.__name__
+            and not name.startswith(('_', 'supports_'))
         }
-        assert len(signatures) == 1
+        helpers = {'linear_attention', 'at_least_float32', 'num_parts', 'is_available'}
+        assert ops_of_module - helpers == {
+            name for name, modules in IMPLEMENTATIONS.items() if module in modules
+        }
+    for name, modules in IMPLEMENTATIONS.items():
+        assert hasattr(triton, f'supports_{name}') == (triton in modules)

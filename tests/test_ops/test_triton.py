@@ -6,13 +6,22 @@ was imported, which other tests do and must not notice. So one test runs this fi
 in a process of its own. The interpreter is slow; hence the small shapes.
 """
 
+import copy
+import importlib
 import os
+import pkgutil
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
+from mlla_mm.models import MLLA
+from mlla_mm.models.layers import MLLABlock
 from mlla_mm.ops import naive
 from mlla_mm.ops import triton as fused
 
@@ -24,7 +33,10 @@ if not INTERPRETED:
     DEVICES = [pytest.param('cuda', marks=[pytest.mark.gpu, no_gpu])]
 
 FLOAT32, HALF = torch.float32, [torch.float16, torch.bfloat16]
+HALF_ONCE = [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
+# What a block keeps of a dozen layers is rounded in each.
+BLOCK_TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
 
 @pytest.fixture(params=DEVICES)
@@ -58,47 +70,116 @@ def test_importing_the_package_does_not_import_triton(run_tool):
     )
 
 
+# Autocast's dtype, and that of the map it is given.
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason='the interpreter does not compile')
-@pytest.mark.parametrize('dtype, precision', [('bf16', 'tf32'), ('fp32', 'ieee')])
-def test_compile_for_hopper(dtype, precision, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    'computed, given',
+    [
+        (FLOAT32, FLOAT32),
+        (torch.float16, FLOAT32),
+        (torch.bfloat16, FLOAT32),
+        (torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_compile_for_hopper(computed, given, tmp_path, monkeypatch):
     """The compiler, which needs no GPU, takes what the interpreter takes."""
     if not fused._has_triton():
         pytest.skip('needs Triton 3.3')
+    from triton import JITFunction
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
-
-    from mlla_mm.ops.triton import _depthwise_conv, _mlla_attention
+    from triton.compiler import compile
 
     monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path))
-    options = dict(C=64, D=32, BLOCK_D=32, BLOCK_C=64, BLOCK=16)
-    options.update(PRECISION=precision, ACT=True, RESIDUAL=True)
-    for module in (_depthwise_conv, _mlla_attention):
-        kernels = [k for name, k in vars(module).items() if name.endswith('_kernel')]
-        assert len(kernels) >= 3
-        for kernel in kernels:
-            constants = {k: v for k, v in options.items() if k in kernel.arg_names}
-            signature = {k: _triton_type(k, dtype) for k in kernel.arg_names}
-            signature.update(dict.fromkeys(constants, 'constexpr'))
-            source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-            assert compile(source, target=GPUTarget('cuda', 90, 32)).asm['cubin']
-
-
-def _triton_type(argument, dtype):
-    if not argument.endswith('_ptr'):
-        return 'i32'
-    exact = (
-        'cos',
-        'sin',
-        'weight',
-        'bias',
-        'sums',
-        'state',
-        'states',
-        'dstate',
-        'dstates',
+    launches, modules = [], _modules()
+    monkeypatch.setattr(
+        JITFunction,
+        'run',
+        lambda kernel, *args, grid, warmup, **options: launches.append(
+            (kernel, args, options)
+        ),
     )
-    return '*fp32' if argument[: -len('_ptr')] in exact else f'*{dtype}'
+    for name in ('_linear', '_mlla_attention'):
+        monkeypatch.setattr(modules[name], 'operand_dtype', _operand_dtype_on_a_gpu)
+    with torch.autocast('cpu', computed, enabled=computed != given):
+        _launch_every_kernel(given)
+
+    target, compiled, seen = GPUTarget('cuda', 90, 32), set(), set()
+    for kernel, args, options in launches:
+        source, options = _source(kernel, args, options)
+        key = source.hash(), *options.values()
+        if key not in seen:
+            assert compile(source, target=target, options=options).asm['cubin']
+        seen.add(key)
+        compiled.add(kernel)
+    kernels = {
+        value
+        for module in modules.values()
+        for name, value in vars(module).items()
+        if name.endswith('_kernel')
+    }
+    if computed == FLOAT32:
+        kernels.remove(modules['_linear']._linear_kernel)  # for half precision alone
+    assert compiled == kernels and len(kernels) >= 11
+
+
+def _modules():
+    """The modules with kernels, by name."""
+    names = [module.name for module in pkgutil.iter_modules(fused.__path__)]
+    return {n: importlib.import_module(f'{fused.__name__}.{n}') for n in names}
+
+
+def _operand_dtype_on_a_gpu(x):
+    import triton.language as tl
+
+    return tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float32
+
+
+def _launch_every_kernel(dtype):
+    """In every way in which they are launched: nothing is computed."""
+    for channels, heads in ((64, 2), (96, 3)):
+        block = MLLABlock(channels, heads)
+        x = torch.zeros(2, 7, 9, channels, dtype=dtype).requires_grad_()
+        for scales in ((None, None), (torch.ones(2), torch.ones(2))):
+            apply_block(block, x, scales).sum().backward()
+            with torch.no_grad():
+                apply_block(block, x, scales)
+    inputs = [t.to(dtype).requires_grad_() for t in attention_inputs((2, 7, 9, 64))]
+    fused.mlla_attention(*inputs, 2).sum().backward()
+    v, weight, bias = inputs[1], *inputs[3:]
+    for act in (False, True):
+        for residual in (False, True):
+            fused.depthwise_conv(v, weight, bias, residual, act).sum().backward()
+        fused.batch_norm(v.detach().permute(0, 3, 1, 2), *[bias.detach()] * 4, 0, act)
+    fused.layer_norm(v, bias, bias, 0).sum().backward()
+    fused.linear_relu(v, inputs[0][0, 0, :, :64], bias[:9]).sum().backward()
+
+
+def _source(kernel, args, options):
+    """What the compiler is given for a launch, and how many warps and stages."""
+    from triton.compiler import ASTSource
+
+    values = {**dict(zip(kernel.arg_names, args)), **options}
+    options = {k: values.pop(k) for k in options if k not in kernel.arg_names}
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value = values.pop(parameter.name)
+        if isinstance(value, torch.Tensor):
+            kind = str(value.dtype).replace('torch.', '')
+            signature[parameter.name] = f'*{_TRITON_TYPES[kind]}'
+            attributes[(i,)] = [['tt.divisibility', 16]]
+        elif parameter.is_constexpr or value is None:
+            signature[parameter.name] = 'constexpr'
+            constants[parameter.name] = value
+        else:
+            signature[parameter.name] = 'i32' if isinstance(value, int) else 'fp32'
+            if not parameter.do_not_specialize and value % 16 == 0:
+                attributes[(i,)] = [['tt.divisibility', 16]]
+    assert not values
+    return ASTSource(kernel, signature, constants, attributes), options
+
+
+_TRITON_TYPES = dict(float32='fp32', float16='fp16', bfloat16='bf16')
 
 
 @pytest.mark.skipif(INTERPRETED, reason='for the ordinary CPU')
@@ -106,6 +187,13 @@ def test_refuse_the_cpu():
     assert not fused.is_available(torch.device('cpu'))
     assert not fused.supports_depthwise_conv(*conv_inputs((1, 2, 3, 8)))
     assert not fused.supports_mlla_attention(*attention_inputs((1, 2, 3, 8)), 2)
+    assert not fused.supports_layer_norm(*norm_inputs((2, 8)))
+    assert not fused.supports_linear_relu(*linear_inputs(2, 8, 8))
+    with torch.no_grad():
+        assert not fused.supports_batch_norm(*batch_norm_inputs((1, 8, 2, 3)))
+    block = MLLABlock(8, 2)
+    parameters = block._parameters_to_fuse()
+    assert not fused.supports_mlla_block(torch.randn(1, 2, 3, 8), parameters, 2)
 
 
 # --- Inputs and comparison ---
@@ -128,6 +216,38 @@ def attention_inputs(shape, dtype=FLOAT32, device='cpu'):
     return [qk.requires_grad_(), v, gate.requires_grad_(), weight, bias]
 
 
+def norm_inputs(shape, dtype=FLOAT32, device='cpu'):
+    """x, far from zero, weight and bias."""
+    x = (torch.randn(shape, device=device) + 3).to(dtype)
+    weight, bias = (torch.randn(shape[-1], device=device) for _ in '12')
+    return [t.requires_grad_() for t in (x, weight, bias)]
+
+
+def linear_inputs(rows, summands, columns, dtype=FLOAT32, device='cpu'):
+    """x, weight and bias, all in one dtype."""
+    x = torch.randn(rows, summands, device=device)
+    weight = torch.randn(columns, summands, device=device) / summands**0.5
+    bias = torch.randn(columns, device=device)
+    return [t.to(dtype).requires_grad_() for t in (x, weight, bias)]
+
+
+def batch_norm_inputs(shape, dtype=FLOAT32, device='cpu'):
+    """x, mean, variance, weight and bias."""
+    mean, weight, bias = (torch.randn(shape[1], device=device) for _ in '123')
+    var = torch.rand(shape[1], device=device) + 0.1
+    return [torch.randn(shape, device=device).to(dtype), mean, var, weight, bias]
+
+
+def image_scales(device='cpu'):
+    """What stochastic depth draws for two images."""
+    return torch.tensor([0.0, 1.25], device=device)
+
+
+def scaled(x, scale):
+    """Rows of two images times their scales."""
+    return x if scale is None else x * scale.repeat_interleave(len(x) // 2)[:, None]
+
+
 def output_and_grads(function, inputs, *options):
     """Output, then gradients of the inputs that require one."""
     output = function(*inputs, *options)
@@ -142,13 +262,13 @@ def in_float64(inputs):
     return [t.detach().double().requires_grad_(t.requires_grad) for t in inputs]
 
 
-def assert_close(actual, expected, dtype=FLOAT32):
+def assert_close(actual, expected, dtype=FLOAT32, tolerances=TOLERANCE):
     """Largest difference against the largest value, or against 1."""
     assert len(actual) == len(expected)
     for one, other in zip(actual, expected):
         assert one.shape == other.shape
         scale = max(1.0, other.abs().max().item())
-        tolerance = max(TOLERANCE[dtype], TOLERANCE[one.dtype])
+        tolerance = max(tolerances[dtype], tolerances[one.dtype])
         assert (one.double() - other).abs().max().item() <= tolerance * scale
 
 
@@ -285,7 +405,553 @@ def test_not_a_number_is_not_hidden(which, device):
     assert torch.equal(actual, naive.mlla_attention(*inputs, 2).isnan())
 
 
-# --- Both ---
+# --- Parts of both ---
+
+
+@pytest.mark.parametrize('scaling', [False, True])
+def test_gated_conv(scaling, device):
+    """Forward and backward; the gate and its gradient are parts of wider maps."""
+    from mlla_mm.ops.triton._depthwise_conv import gated_conv, gated_conv_grad
+
+    x, weight, bias = (t.detach() for t in conv_inputs((2, 3, 9, 12), device=device))
+    added, upstream = torch.randn_like(x), torch.randn_like(x)
+    gate = torch.randn(2, 3, 9, 20, device=device)[..., 8:]
+    scale = image_scales(device) if scaling else None
+    exact = in_float64([added.requires_grad_(), gate.requires_grad_()])
+    y = exact[0] + naive.depthwise_conv(*in_float64([x, weight, bias]))
+    y = y * F.silu(exact[1])
+    scaled_y = y if scale is None else y * scale.view(-1, 1, 1, 1)
+    expected = torch.autograd.grad(scaled_y, exact, upstream.double())
+
+    added, gate = added.detach(), gate.detach()
+    assert_close([gated_conv(x, weight, bias, added, gate)], [y])
+    wide = torch.zeros(2, 3, 9, 20, device=device)
+    grad, again = gated_conv_grad(
+        x, weight, bias, added, gate, upstream, wide[..., 8:], scale
+    )
+    assert_close([grad, wide[..., 8:], again], [*expected, scaled_y])
+    assert not wide[..., :8].any()
+
+
+@pytest.mark.parametrize('residual', [False, True])
+def test_conv_grad_is_added_and_written_where_asked(residual, device):
+    from mlla_mm.ops.triton._depthwise_conv import conv_grad, silu_conv_grad
+
+    inputs = conv_inputs((2, 9, 3, 12), device=device)
+    weight, bias = (t.detach() for t in inputs[1:])
+    wide = torch.randn(2, 9, 3, 20, device=device)
+    added, upstream = torch.randn(2, 2, 9, 3, 12, device=device)
+    # z, in other words SiLU's input.
+    exact = in_float64(inputs)
+    z = naive.depthwise_conv(*exact)
+    (grad_z,) = torch.autograd.grad(F.silu(z), z, upstream.double(), retain_graph=True)
+    x = wide[..., 4:16].copy_(inputs[0].detach())
+    assert_close([silu_conv_grad(x, weight, bias, upstream)], [grad_z])
+
+    expected = list(torch.autograd.grad(z, exact, upstream.double()))
+    expected[0] = expected[0] + added + (upstream if residual else 0)
+    before, out = wide.clone(), wide.clone()
+    grads = conv_grad(x, weight, bias, upstream, residual, added, out[..., 4:16])
+    assert grads[0].data_ptr() == out[..., 4:16].data_ptr()
+    assert_close(grads, expected)
+    assert torch.equal(out[..., :4], before[..., :4])
+    assert torch.equal(out[..., 16:], before[..., 16:])
+
+
+# --- Sums ---
+
+
+@pytest.mark.parametrize('scaling', [False, True])
+@pytest.mark.parametrize(
+    'dtype', [*HALF_ONCE, pytest.param(FLOAT32, marks=pytest.mark.slow)]
+)
+def test_column_sums(dtype, scaling, device, monkeypatch):
+    """Programs take several tiles each, and their sums fill several tiles."""
+    from mlla_mm.ops.triton import _sums
+
+    monkeypatch.setattr(_sums, '_NUMBERS', 32)
+    x = torch.randn(150, 20, device=device).to(dtype)[:, 5:17]
+    scale = image_scales(device) if scaling else None
+    expected = [scaled(x.double(), scale).sum(0)]
+    assert_close([_sums.column_sums(x, scale)], expected)
+    monkeypatch.setattr(_sums, '_PROGRAMS', 4)
+    actual = _sums.column_sums(x, scale)
+    assert actual.dtype == FLOAT32
+    assert_close([actual], expected)
+    like = torch.empty(12, dtype=dtype, device=device)
+    actual = _sums.column_sums(x, scale, like)
+    assert actual.dtype == dtype
+    assert_close([actual], expected)
+
+
+def test_sums_that_float16_cannot_hold_on_the_way(device):
+    from mlla_mm.ops.triton._linear import linear_residual
+    from mlla_mm.ops.triton._sums import column_sums
+
+    x = torch.full((150, 32), 1000.0, dtype=torch.float16, device=device)
+    x[1::2] = -1000
+    assert not column_sums(x).any()
+    x, weight = x.abs()[:2], torch.full((16, 32), 100.0).half().to(device)
+    weight[:, 16:] = -100
+    y = linear_residual(x, weight, weight[:, 0], torch.zeros(2, 1, 1, 16).to(weight))
+    assert torch.equal(y, torch.full_like(y, 100))
+
+
+# --- LayerNorm ---
+
+
+# One row; numbers of channels that are no power of two; more rows than a tile has.
+@pytest.mark.parametrize('shape', [(1, 1, 1, 8), (2, 3, 5, 12), (30, 96), (1, 3, 513)])
+def test_layer_norm(shape, device):
+    check('layer_norm', norm_inputs(shape, device=device), 1e-5)
+
+
+@pytest.mark.parametrize('dtype', HALF)
+def test_layer_norm_in_half_precision(dtype, device):
+    check('layer_norm', norm_inputs((3, 5, 24), dtype, device), 1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('dtype', [FLOAT32, *HALF])
+@pytest.mark.parametrize('shape', [(2, 56, 56, 64), (3, 7, 7, 640), (2, 5, 2048)])
+def test_layer_norm_of_larger_shapes(shape, dtype, device):
+    check('layer_norm', norm_inputs(shape, dtype, device), 1e-5)
+
+
+@pytest.mark.parametrize('dtype', [FLOAT32, torch.bfloat16])
+def test_layer_norm_under_autocast(dtype, device):
+    inputs = norm_inputs((3, 5, 24), dtype, device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        actual = output_and_grads(fused.layer_norm, inputs, 1e-5)
+        if device.type == 'cuda':
+            assert naive.layer_norm(*inputs, 1e-5).dtype == FLOAT32
+    assert [t.dtype for t in actual] == [FLOAT32, *(t.dtype for t in inputs)]
+    expected = output_and_grads(naive.layer_norm, in_float64(inputs), 1e-5)
+    assert_close(actual, expected)
+
+
+def test_layer_norm_grad_is_added_to_another(device, monkeypatch):
+    """And programs take several tiles each, of a part of a wider map."""
+    from mlla_mm.ops.triton import _layer_norm
+
+    monkeypatch.setattr(_layer_norm, '_NUMBERS', 32)
+    monkeypatch.setattr(_layer_norm, '_PROGRAMS', 3)
+    x, weight, bias = norm_inputs((2, 5, 20), device=device)
+    inputs = [x.detach()[..., 4:16].requires_grad_(), weight[:12], bias[:12]]
+    exact = in_float64([t.detach().requires_grad_() for t in inputs])
+    grad, residual = torch.randn(2, 2, 5, 12, device=device)
+    expected = torch.autograd.grad(naive.layer_norm(*exact, 1e-5), exact, grad.double())
+    inputs = [t.detach() for t in inputs]
+    actual = _layer_norm.layer_norm_grad(*inputs, 1e-5, grad, residual)
+    assert_close(actual, [expected[0] + residual, *expected[1:]])
+
+
+# --- Linear layers ---
+
+# Numbers of summands and of columns; none is a multiple of the largest block.
+SIZES = [(96, 40), (40, 24), (24, 96)]
+# Rows of two images: the first tile ends in the second image.
+ROWS = 140
+
+
+@pytest.mark.parametrize('dtype', [FLOAT32, *HALF_ONCE])
+@pytest.mark.parametrize('sizes', SIZES)
+def test_linear_gelu(sizes, dtype, device):
+    from mlla_mm.ops.triton._linear import linear_gelu
+
+    inputs = [t.detach() for t in linear_inputs(ROWS, *sizes, dtype, device)]
+    z = F.linear(*in_float64(inputs))
+    y, kept = linear_gelu(*inputs, keep=True)
+    assert y.dtype == kept.dtype == dtype
+    assert_close([y, kept], [F.gelu(z), z])
+    again, nothing = linear_gelu(*inputs, keep=False)
+    assert torch.equal(again, y) and nothing is None
+
+
+@pytest.mark.parametrize('scaling', [False, True])
+@pytest.mark.parametrize('dtype', [FLOAT32, *HALF_ONCE])
+@pytest.mark.parametrize('sizes', SIZES)
+def test_linear_residual(sizes, dtype, scaling, device):
+    from mlla_mm.ops.triton._linear import linear_residual
+
+    inputs = [t.detach() for t in linear_inputs(ROWS, *sizes, dtype, device)]
+    scale = image_scales(device) if scaling else None
+    z = scaled(F.linear(*in_float64(inputs)), scale)
+    for residual_dtype in {FLOAT32, dtype}:
+        residual = torch.randn(2, 7, 10, sizes[1], device=device).to(residual_dtype)
+        y = linear_residual(*inputs, residual, scale)
+        assert y.dtype == residual_dtype
+        assert_close([y], [residual + z.view(residual.shape)], dtype)
+
+
+@pytest.mark.parametrize('scaling', [False, True])
+@pytest.mark.parametrize('dtype', [FLOAT32, *HALF_ONCE])
+@pytest.mark.parametrize('sizes', SIZES)
+def test_gelu_linear_grad(sizes, dtype, scaling, device):
+    from mlla_mm.ops.triton._linear import gelu_linear_grad
+
+    grad, weight, _ = linear_inputs(ROWS, *sizes, dtype, device)
+    grad, weight = grad.detach(), weight.detach().t().contiguous()
+    hidden = torch.randn(ROWS, sizes[1], device=device).to(dtype)
+    scale = image_scales(device) if scaling else None
+    h = hidden.double().requires_grad_()
+    activated = scaled(F.gelu(h), scale)
+    (expected,) = torch.autograd.grad(activated @ weight.double().t(), h, grad.double())
+    bias = torch.empty(sizes[1], device=device)
+    actual = gelu_linear_grad(grad, weight, hidden, bias, scale)
+    assert [t.dtype for t in actual] == [dtype, dtype, FLOAT32]
+    expected = [expected, activated.detach(), expected.sum(0)]
+    assert_close(actual, expected, dtype)
+
+
+def test_gelu_is_that_with_the_error_function(device):
+    """To seven digits, which half precision would hide: what is written is float32."""
+    from mlla_mm.ops.triton import _linear
+
+    x = torch.linspace(-12, 12, 4800, device=device).half()
+    x[:3] = torch.tensor([0.0, 6e-8, -6e-8])
+    x, identity = x.view(-1, 16), torch.eye(16, device=device).half()
+    exact = x.double().requires_grad_()
+    expected = F.gelu(exact)
+    (expected_grad,) = torch.autograd.grad(expected.sum(), exact)
+
+    y, grad, again = torch.empty(3, *x.shape, device=device)
+    _linear._run(_linear._GELU, x, identity, y)
+    ones, sums = torch.ones_like(x), torch.empty(3, 16, device=device)
+    _linear._run(_linear._GELU_GRAD, ones, identity, grad, again, sums, other=x)
+    for actual, exact in ((y, expected), (again, expected), (grad, expected_grad)):
+        assert (actual.double() - exact).abs().max() < 1e-6
+    assert_close([sums.sum(0)], [expected_grad.sum(0)])
+
+
+def test_gelu_of_what_is_not_finite(device):
+    from mlla_mm.ops.triton._linear import linear_gelu
+
+    x = torch.zeros(3, 16, dtype=torch.float16, device=device)
+    x[:, 0] = torch.tensor([torch.nan, torch.inf, 6e4])
+    weight = torch.ones(16, 16, dtype=torch.float16, device=device)
+    y, _ = linear_gelu(x, weight, weight[0] - 1, keep=False)
+    assert y[0].isnan().all()
+    assert torch.equal(y[1:], F.gelu(F.linear(x, weight)[1:]))
+
+
+@pytest.mark.parametrize('dtype', [FLOAT32, *HALF])
+@pytest.mark.parametrize('sizes', SIZES)
+def test_linear_relu(sizes, dtype, device):
+    check('linear_relu', linear_inputs(ROWS, *sizes, dtype, device))
+
+
+def test_linear_relu_of_maps(device):
+    """The map has any strides, as one with channels first has."""
+    x = torch.randn(2, 12, 3, 5, device=device).requires_grad_()
+    _, weight, bias = linear_inputs(1, 12, 24, device=device)
+
+    def function(ops, x, weight, bias):
+        return ops.linear_relu(x.permute(0, 2, 3, 1), weight, bias)
+
+    inputs = [x, weight, bias]
+    assert_close(
+        output_and_grads(lambda *t: function(fused, *t), inputs),
+        output_and_grads(lambda *t: function(naive, *t), in_float64(inputs)),
+    )
+
+
+def test_linear_relu_under_autocast(device):
+    x, weight, bias = linear_inputs(30, 24, 40, torch.bfloat16, device)
+    inputs = [x, *(t.detach().float().requires_grad_() for t in (weight, bias))]
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        for x in (inputs[0], inputs[0].detach().float().requires_grad_()):
+            y = fused.linear_relu(x, *inputs[1:])
+            assert y.dtype == torch.bfloat16
+    check('linear_relu', inputs)
+    inputs[1].requires_grad_(False)
+    check('linear_relu', inputs)
+
+
+# --- BatchNorm ---
+
+
+@pytest.mark.parametrize('act', [False, True])
+@pytest.mark.parametrize('dtype', [FLOAT32, *HALF])
+@pytest.mark.parametrize('shape', [(1, 8, 1, 1), (2, 12, 3, 5), (1, 96, 5, 7)])
+@torch.no_grad()
+def test_batch_norm(shape, dtype, act, device):
+    inputs = batch_norm_inputs(shape, dtype, device)
+    assert fused.supports_batch_norm(*inputs)
+    expected = [naive.batch_norm(*in_float64(inputs), 1e-5, act)]
+    channels_last = inputs[0].contiguous(memory_format=torch.channels_last)
+    for x in (inputs[0], channels_last):
+        actual = fused.batch_norm(x, *inputs[1:], 1e-5, act)
+        assert actual.dtype == dtype
+        assert_close([actual], expected)
+
+
+@pytest.mark.parametrize('act', [False, True])
+@torch.no_grad()
+def test_batch_norm_does_not_hide_what_is_not_a_number(act, device):
+    inputs = batch_norm_inputs((2, 12, 3, 5), device=device)
+    inputs[0][0, 3, 1, 2] = torch.nan
+    actual = fused.batch_norm(*inputs, 1e-5, act).isnan()
+    assert torch.equal(actual, inputs[0].isnan())
+
+
+def test_linear_relu_does_not_hide_what_is_not_a_number(device):
+    x, weight, bias = linear_inputs(3, 8, 12, device=device)
+    x = x.detach()
+    x[1, 2] = torch.nan
+    actual = fused.linear_relu(x, weight, bias).isnan()
+    assert actual[1].all() and actual.sum() == 12
+
+
+# --- Block ---
+
+
+def make_block(channels, num_heads, device='cpu', **options):
+    block = MLLABlock(channels, num_heads, **options)
+    for parameter in block.parameters():
+        with torch.no_grad():
+            parameter += torch.randn_like(parameter) / 10
+    return block.to(device)
+
+
+def apply_block(block, x, scales):
+    """By the kernels."""
+    eps = block.norm1.eps, block.norm2.eps
+    parameters = block._parameters_to_fuse()
+    return fused.mlla_block(x, parameters, block.attn.num_heads, eps, scales)
+
+
+class Scaled(nn.Module):
+    """Stochastic depth by the given scales, one call after the other."""
+
+    def __init__(self, scales):
+        super().__init__()
+        self.scales = list(scales)
+
+    def forward(self, x):
+        scale = self.scales.pop(0)
+        return x if scale is None else x * scale.view(-1, 1, 1, 1)
+
+
+def apply_naive_block(block, x, scales):
+    block.drop_path = Scaled(scales)
+    with mock.patch.dict(os.environ, MLLA_OPS='naive'):
+        return block(x)
+
+
+def block_and_grads(block, x, scales, apply=apply_block):
+    """Output, and gradients of x and of the parameters by their names."""
+    x = x.detach().requires_grad_()
+    inputs = [x, *dict(sorted(block.named_parameters())).values()]
+    return output_and_grads(lambda *_: apply(block, x, scales), inputs)
+
+
+def check_block(block, x, scales, computed=None):
+    """Compare with the module on plain definitions; ``computed`` is autocast's."""
+    num_heads = block.attn.num_heads
+    assert fused.supports_mlla_block(x, block._parameters_to_fuse(), num_heads)
+    computed = computed or x.dtype
+    with torch.autocast(x.device.type, computed, enabled=computed != FLOAT32):
+        actual = block_and_grads(block, x, scales)
+    parameters = dict(sorted(block.named_parameters())).values()
+    assert [t.dtype for t in actual] == [t.dtype for t in (x, x, *parameters)]
+    exact = copy.deepcopy(block).double()
+    expected = block_and_grads(exact, x.double(), scales, apply_naive_block)
+    assert_close(actual, expected, computed, BLOCK_TOLERANCE)
+
+
+# Heads of 24, 2 and 8 channels; one token; more rows than a strip has.
+@pytest.mark.parametrize(
+    'shape, num_heads, scaling',
+    [
+        ((2, 1, 3, 24), 1, True),
+        pytest.param((2, 1, 1, 8), 4, False, marks=pytest.mark.slow),
+        pytest.param((2, 9, 10, 16), 2, False, marks=pytest.mark.slow),
+        pytest.param((2, 9, 10, 16), 2, True, marks=pytest.mark.slow),
+    ],
+)
+def test_block(shape, num_heads, scaling, device):
+    scale = image_scales(device)
+    scales = (scale, scale.flip(0)) if scaling else (None, None)
+    x = torch.randn(shape, device=device)
+    check_block(make_block(shape[-1], num_heads, device), x, scales)
+
+
+@pytest.mark.parametrize(
+    'dtype, given',
+    [
+        (torch.float16, FLOAT32),
+        (torch.bfloat16, torch.bfloat16),
+        pytest.param(torch.float16, torch.float16, marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, FLOAT32, marks=pytest.mark.slow),
+    ],
+)
+def test_block_under_autocast(dtype, given, device):
+    scale = image_scales(device)
+    x = torch.randn(2, 2, 3, 16, device=device).to(given)
+    check_block(make_block(16, 1, device), x, (scale, scale.flip(0)), dtype)
+
+
+@pytest.mark.parametrize(
+    'dtype', [FLOAT32, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in HALF)]
+)
+def test_block_of_96_channels_without_a_bias(dtype, device):
+    """The number of channels is no power of two; a head has 32."""
+    block = make_block(96, 3, device, qkv_bias=False)
+    x = torch.randn(1, 2, 3, 96, device=device)
+    check_block(block, x, (None, image_scales(device)[1:]), dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('dtype', [FLOAT32, *HALF])
+@pytest.mark.parametrize(
+    'shape, num_heads',
+    [((2, 10, 11, 96), 3), ((2, 7, 7, 128), 4)],
+)
+def test_block_of_larger_shapes(shape, num_heads, dtype, device):
+    scale = image_scales(device)
+    block = make_block(shape[-1], num_heads, device)
+    x = torch.randn(shape, device=device)
+    check_block(block, x, (scale.flip(0), scale), dtype)
+
+
+def test_block_of_any_strides(device):
+    x = torch.randn(1, 8, 2, 3, device=device).permute(0, 2, 3, 1)
+    check_block(make_block(8, 1, device), x, (None, None))
+
+
+@pytest.mark.parametrize('dtype', [FLOAT32, torch.float16])
+def test_block_without_gradients(dtype, device):
+    block, scale = make_block(8, 1, device), image_scales(device)
+    x = torch.randn(2, 1, 3, 8, device=device)
+    with torch.autocast(device.type, torch.float16, enabled=dtype == torch.float16):
+        expected = apply_block(block, x, (scale, scale))
+        assert expected.requires_grad
+        for without in (torch.no_grad, torch.inference_mode):
+            with without():
+                actual = apply_block(block, x, (scale, scale))
+            assert not actual.requires_grad and torch.equal(actual, expected)
+
+
+@torch.no_grad()
+def test_block_whose_parameters_are_in_half_precision(device):
+    block = make_block(16, 2, device).half()
+    x = torch.randn(2, 3, 5, 16, device=device).half()
+    actual = apply_block(block, x, (None, None))
+    assert actual.dtype == torch.float16
+    exact = copy.deepcopy(block).double()
+    assert_close([actual], [apply_naive_block(exact, x.double(), (None, None))])
+
+
+def test_gradients_of_some_parameters(device):
+    block, scale = make_block(8, 1, device), image_scales(device)[1:]
+    x = torch.randn(1, 1, 3, 8, device=device)
+
+    def grads():
+        block.zero_grad()
+        apply_block(block, x, (scale, None)).square().sum().backward()
+        return {name: p.grad for name, p in block.named_parameters()}
+
+    expected = grads()
+    frozen = ['cpe1.weight', 'norm2.bias', 'attn.qk.bias', 'attn.lepe.weight']
+    frozen += [name for name in expected if name.startswith('mlp.fc1')]
+    for name in frozen:
+        block.get_parameter(name).requires_grad_(False)
+    for name, grad in grads().items():
+        if name in frozen:
+            assert grad is None
+        else:
+            assert torch.equal(grad, expected[name]), name
+
+
+def test_block_draws_stochastic_depth(device, monkeypatch):
+    monkeypatch.setenv('MLLA_OPS', 'fused')
+    block = make_block(8, 1, device, drop_path_rate=0.25)
+    x = torch.randn(4, 1, 2, 8, device=device)
+    torch.manual_seed(4)
+    y = block(x)
+    torch.manual_seed(4)
+    scales = [block._draw_scale(x) for _ in '12']
+    for scale in scales:
+        assert scale.shape == (4,) and scale.dtype == FLOAT32
+    assert torch.cat(scales).unique().tolist() == pytest.approx([0, 4 / 3])
+    exact = copy.deepcopy(block).double()
+    assert_close([y], [apply_naive_block(exact, x.double(), scales)])
+    block.eval()
+    assert block._draw_scale(x) is None
+    exact = copy.deepcopy(block).double()
+    assert_close([block(x)], [apply_naive_block(exact, x.double(), (None, None))])
+
+
+@pytest.mark.parametrize(
+    'use_reentrant', [False, pytest.param(True, marks=pytest.mark.slow)]
+)
+def test_block_with_checkpointing(use_reentrant, device, monkeypatch):
+    """Stochastic depth draws the same again."""
+    monkeypatch.setenv('MLLA_OPS', 'fused')
+    block = make_block(8, 1, device, drop_path_rate=0.5)
+    x = torch.randn(2, 1, 2, 8, device=device).requires_grad_()
+    wanted = [x, *block.parameters()]
+    results = []
+    for run in (block, lambda x: checkpoint(block, x, use_reentrant=use_reentrant)):
+        torch.manual_seed(2)
+        for tensor in wanted:
+            tensor.grad = None
+        y = run(x)
+        y.square().sum().backward()
+        results.append([y, *(tensor.grad for tensor in wanted)])
+    assert all(map(torch.equal, *results))
+
+
+def test_not_a_number_is_not_hidden_by_a_block(device):
+    block = make_block(8, 1, device)
+    x = torch.randn(2, 2, 3, 8, device=device)
+    x[0, 1, 2, 3] = torch.nan
+    for dtype in (FLOAT32, torch.float16):
+        with torch.autocast(device.type, torch.float16, enabled=dtype != FLOAT32):
+            actual = apply_block(block, x, (None, None)).isnan()
+        assert actual[0].all() and not actual[1].any()
+
+
+@pytest.mark.slow
+def test_model_with_stochastic_depth(device, monkeypatch):
+    """What the blocks draw is what they multiply by, in training."""
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
+    arch = dict(embed_dims=8, depths=(1, 1, 2, 1), num_heads=(1, 2, 2, 2))
+    model = MLLA(arch, drop_path_rate=0.6).to(device).train()
+    exact = copy.deepcopy(model).double()
+    image = torch.randn(3, 3, 52, 64, device=device)
+    state = torch.get_rng_state(), torch.cuda.get_rng_state_all()
+
+    def features_and_grads(model, image):
+        features = model(image)
+        loss = sum(y.square().mean() for y in features)
+        loss.backward()
+        grads = [p.grad for name, p in sorted(model.named_parameters())]
+        return [*(y.detach() for y in features), *grads]
+
+    with mock.patch.dict(os.environ, MLLA_OPS='fused'):
+        actual = features_and_grads(model, image)
+    torch.set_rng_state(state[0])
+    torch.cuda.set_rng_state_all(state[1])
+    drawn = []
+    for block in exact.modules():
+        if isinstance(block, MLLABlock):
+            scales = [block._draw_scale(image) for _ in '12']
+            block.drop_path = Scaled(scales)
+            drawn += [scale for scale in scales if scale is not None]
+    drawn = torch.cat(drawn)
+    assert len(drawn) == 24 and (drawn == 0).any() and (drawn > 1).any()
+    with mock.patch.dict(os.environ, MLLA_OPS='naive'):
+        expected = features_and_grads(exact, image.double())
+    for i, (one, other) in enumerate(zip(actual, expected)):
+        assert one.shape == other.shape
+        # Behind the features come gradients, in which a ReLU can turn over.
+        tolerance = 1e-4 if i < 4 else 2e-2
+        assert (one - other).norm() <= tolerance * other.norm() + 1e-6
+
+
+# --- All ---
 
 
 def test_slices_of_merged_projections(device):
@@ -318,6 +984,34 @@ def test_any_strides(device):
         assert_close(*grads)
 
 
+def test_parameters_of_any_strides(device):
+    x = torch.randn(2, 3, 4, 8, device=device)
+    apart = [(torch.rand(16, device=device) + 1)[::2] for _ in range(4)]
+    actual = fused.layer_norm(x, *apart[:2], 1e-5)
+    assert_close([actual], [naive.layer_norm(x, *apart[:2], 1e-5).double()])
+    maps = x.permute(0, 3, 1, 2)
+    with torch.no_grad():
+        actual = fused.batch_norm(maps, *apart, 1e-5, True)
+        assert_close([actual], [naive.batch_norm(maps, *apart, 1e-5, True).double()])
+    weight = torch.randn(3, 3, 1, 8, device=device).permute(3, 2, 0, 1)
+    inputs = [x, weight.requires_grad_(), torch.randn(8, device=device)]
+    check('depthwise_conv', inputs)
+
+
+def test_parameters_of_other_shapes_are_refused(device):
+    block = MLLABlock(16, 2).to(device)
+    x = torch.randn(1, 2, 3, 16, device=device)
+    parameters = block._parameters_to_fuse()
+    assert fused.supports_mlla_block(x, parameters, 2)
+    assert not fused.supports_mlla_block(x[..., :8], parameters, 2)
+    for i, parameter in enumerate(parameters):
+        other = parameter.detach().repeat(2, *[1] * (parameter.dim() - 1))
+        for wrong in (other, None):
+            if (i, wrong) != (11, None):  # qkv_bias=False
+                changed = [*parameters[:i], wrong, *parameters[i + 1 :]]
+                assert not fused.supports_mlla_block(x, changed, 2), i
+
+
 @pytest.mark.parametrize('frozen', [[0], [1, 2, 4]])
 def test_gradients_of_some_inputs(frozen, device):
     inputs = attention_inputs((1, 2, 3, 8), device=device)
@@ -336,13 +1030,22 @@ def test_every_run_gives_the_same_bits(device):
         ('depthwise_conv', [inputs[1], *inputs[3:]], [True, True]),
     ):
         runs = [output_and_grads(getattr(fused, name), given, *options) for _ in '12']
-        assert all(torch.equal(one, other) for one, other in zip(*runs))
+        assert all(map(torch.equal, *runs))
+    block, x = make_block(shape[-1], 1, device), inputs[1].detach()
+    scales = image_scales(device)[-len(x) :]
+    runs = [block_and_grads(block, x, (scales, scales)) for _ in '12']
+    assert all(map(torch.equal, *runs))
 
 
 def test_second_derivatives_are_refused(device):
     inputs = conv_inputs((1, 1, 2, 4), device=device)
     y = fused.depthwise_conv(*inputs)
     (grad,) = torch.autograd.grad(y.square().sum(), inputs[0], create_graph=True)
+    with pytest.raises(RuntimeError, match='once_differentiable'):
+        grad.sum().backward()
+    x = inputs[0]
+    y = apply_block(make_block(4, 1, device), x, (None, None))
+    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match='once_differentiable'):
         grad.sum().backward()
 
@@ -357,6 +1060,49 @@ def test_what_is_not_supported(device):
     inputs = attention_inputs((1, 2, 3, 12), device=device)
     assert fused.supports_mlla_attention(*inputs, 6)
     assert not fused.supports_mlla_attention(*inputs, 4)  # three channels in a head
+    inputs = attention_inputs((1, 2, 3, 6), device=device)
+    assert not fused.supports_mlla_attention(*inputs, 1)  # half of three pairs
     inputs = attention_inputs((1, 1, 1, 128), device=device)
     assert fused.supports_mlla_attention(*inputs, 2)
     assert not fused.supports_mlla_attention(*inputs, 1)
+
+    for name, inputs in (
+        ('layer_norm', norm_inputs((2, 12), device=device)),
+        ('linear_relu', linear_inputs(2, 12, 8, device=device)),
+    ):
+        supports = getattr(fused, f'supports_{name}')
+        x, weight, bias = inputs
+        assert supports(*inputs)
+        assert not supports(x.double(), weight, bias)
+        assert not supports(x, weight, bias.double())
+        assert not supports(x[:0], weight, bias)
+    wide = norm_inputs((1, 2049), device=device)
+    assert not fused.supports_layer_norm(*wide)
+    assert not fused.supports_linear_relu(*linear_inputs(1, 4, 8193, device=device))
+
+    x, *rest = batch_norm_inputs((1, 12, 2, 3), device=device)
+    assert not fused.supports_batch_norm(x, *rest)  # gradients
+    with torch.no_grad():
+        assert fused.supports_batch_norm(x, *rest)
+        assert not fused.supports_batch_norm(x.double(), *rest)
+        wide = batch_norm_inputs((1, 2049, 1, 1), device=device)
+        assert not fused.supports_batch_norm(*wide)
+
+
+def test_blocks_that_are_not_supported(device):
+    x = torch.randn(1, 2, 3, 24, device=device)
+    block = make_block(24, 2, device)
+    parameters = block._parameters_to_fuse()
+    assert fused.supports_mlla_block(x, parameters, 2)
+    assert not fused.supports_mlla_block(x, parameters, 8)  # three channels in a head
+    assert not fused.supports_mlla_block(x.double(), parameters, 2)
+    assert not fused.supports_mlla_block(x[:0], parameters, 2)
+    many = x[:, :1, :1].expand(65536, 1, 1, 24)
+    assert not fused.supports_mlla_block(many, parameters, 2)
+    block.mlp.fc2.double()
+    parameters = block._parameters_to_fuse()
+    assert not fused.supports_mlla_block(x, parameters, 2)
+    block = make_block(128, 1, device)
+    x, parameters = torch.randn(1, 1, 1, 128, device=device), list(block.parameters())
+    assert not fused.supports_mlla_block(x, parameters, 1)
+    assert fused.supports_mlla_block(x, parameters, 2)

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from ...ops.tracing import is_tracing
 from ...utils.allocator import keep_freed_memory
 from ...utils.compat import require_compiler
-from ..layers import MLLABlock, PatchMerging, Stem
+from ..layers import LayerNorm, MLLABlock, PatchMerging, Stem
 from ..weights import load_pretrained
 
 
@@ -183,7 +183,7 @@ class MLLA(BaseModule):
             for i in range(self.num_stages)
         )
         for i in self.out_indices:
-            self.add_module(f'norm{i}', nn.LayerNorm(self.num_features[i]))
+            self.add_module(f'norm{i}', LayerNorm(self.num_features[i]))
 
         keep_freed_memory()
         self.apply(_init_linear)

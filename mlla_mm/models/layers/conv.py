@@ -4,7 +4,7 @@ from collections import OrderedDict
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...ops import depthwise_conv
+from ...ops import batch_norm, depthwise_conv, is_fused
 from ...ops.tracing import is_graph, is_tracing
 from .unmodified import is_unmodified
 
@@ -15,7 +15,7 @@ class ConvLayer(nn.Sequential):
     The children are named ``conv``, ``norm`` and ``act`` as in the official
     checkpoints. Padding is "same" for stride 1. In evaluation mode the normalisation is
     done by the convolution, with weights computed in every call, so they are those of
-    the moment.
+    the moment; by fused kernels it is one with ReLU.
 
     Args:
         in_channels (int): Number of input channels.
@@ -60,6 +60,12 @@ class ConvLayer(nn.Sequential):
         # A graph keeps the BatchNorm, as which it is counted and exported.
         if norm is None or norm.training or is_tracing() or not is_unmodified(*self):
             return super().forward(x)
+        if is_fused(x):
+            # Folding takes ten small kernels, and the bias that it gives a pass.
+            statistics = norm.running_mean, norm.running_var
+            x = self.conv(x)
+            act = hasattr(self, 'act')
+            return batch_norm(x, *statistics, norm.weight, norm.bias, norm.eps, act)
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
         bias = norm.bias - norm.running_mean * scale
         if self.conv.bias is not None:

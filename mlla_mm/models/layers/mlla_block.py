@@ -1,11 +1,15 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+from typing import List, Optional
+
+import torch
 import torch.nn.functional as F
 from mmcv.cnn.bricks.drop import DropPath
 from torch import Tensor, nn
 
-from ...ops import linear_attention, mlla_attention, mlp
+from ...ops import fused_block, linear_attention, mlla_attention, mlp
 from .conv import DepthwiseConv2d
-from .unmodified import is_unmodified
+from .layer_norm import LayerNorm
+from .unmodified import has_hooks, is_unmodified
 
 
 class LinearAttention(nn.Module):
@@ -44,7 +48,9 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         fc1, fc2 = self.fc1, self.fc2
-        if self.drop.p and self.training or not is_unmodified(fc1, fc2):
+        drops = type(self.drop) is not nn.Dropout or self.drop.p and self.training
+        biased = fc1.bias is not None and fc2.bias is not None
+        if drops or not biased or not is_unmodified(fc1, fc2, self.drop):
             return self.drop(fc2(self.drop(F.gelu(fc1(x)))))
         return mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
 
@@ -81,7 +87,7 @@ class MLLABlock(nn.Module):
     ) -> None:
         super().__init__()
         self.cpe1 = DepthwiseConv2d(embed_dims, residual=True)
-        self.norm1 = nn.LayerNorm(embed_dims)
+        self.norm1 = LayerNorm(embed_dims)
         self.in_proj = nn.Linear(embed_dims, embed_dims)
         self.act_proj = nn.Linear(embed_dims, embed_dims)
         self.dwc = DepthwiseConv2d(embed_dims, act=True)
@@ -89,11 +95,17 @@ class MLLABlock(nn.Module):
         self.out_proj = nn.Linear(embed_dims, embed_dims)
         self.drop_path = DropPath(drop_path_rate)
         self.cpe2 = DepthwiseConv2d(embed_dims, residual=True)
-        self.norm2 = nn.LayerNorm(embed_dims)
+        self.norm2 = LayerNorm(embed_dims)
         self.mlp = MLP(embed_dims, int(embed_dims * mlp_ratio), drop_rate)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, H, W, C) -> (N, H, W, C)."""
+        parameters = self._parameters_to_fuse()
+        block = parameters and fused_block(x, parameters, self.attn.num_heads)
+        if block:
+            eps = self.norm1.eps, self.norm2.eps
+            scales = self._draw_scale(x), self._draw_scale(x)
+            return block(x, parameters, self.attn.num_heads, eps, scales)
         x = self.cpe1(x)
         x = x + self.drop_path(self._attend(self.norm1(x)))
         x = self.cpe2(x)
@@ -102,3 +114,41 @@ class MLLABlock(nn.Module):
     def _attend(self, x: Tensor) -> Tensor:
         v = self.dwc(self.in_proj(x))
         return self.out_proj(self.attn(v, gate=self.act_proj(x)))
+
+    def _parameters_to_fuse(self) -> Optional[List[Optional[Tensor]]]:
+        """Weight and bias of each layer, in order, if nothing else is at work."""
+        attn, mlp = self.attn, self.mlp
+        layers = (
+            (self.cpe1, DepthwiseConv2d),
+            (self.norm1, LayerNorm),
+            (self.in_proj, nn.Linear),
+            (self.act_proj, nn.Linear),
+            (self.dwc, DepthwiseConv2d),
+            (attn.qk, nn.Linear),
+            (attn.lepe, DepthwiseConv2d),
+            (self.out_proj, nn.Linear),
+            (self.cpe2, DepthwiseConv2d),
+            (self.norm2, LayerNorm),
+            (mlp.fc1, nn.Linear),
+            (mlp.fc2, nn.Linear),
+        )
+        others = (
+            (attn, LinearAttention),
+            (mlp, MLP),
+            (mlp.drop, nn.Dropout),
+            (self.drop_path, DropPath),
+        )
+        for module, expected in layers + others:
+            if type(module) is not expected or has_hooks(module):
+                return None
+        if mlp.drop.p and self.training:
+            return None
+        return [tensor for layer, _ in layers for tensor in (layer.weight, layer.bias)]
+
+    def _draw_scale(self, x: Tensor) -> Optional[Tensor]:
+        """What stochastic depth multiplies the images by, (N,); None for 1."""
+        rate = self.drop_path.drop_prob
+        if not rate or not self.training:
+            return None
+        kept = x.new_empty(len(x), dtype=torch.float32).bernoulli_(1 - rate)
+        return kept.div_(1 - rate)

@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...ops import is_fused, linear_relu
 from ...ops.dispatch import in_parts
 from .conv import ConvLayer, pad_to_multiple
 from .unmodified import is_unmodified
@@ -34,6 +35,11 @@ class PatchMerging(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, d, H, W) -> (N, 2d, ceil(H / 2), ceil(W / 2))."""
         x = pad_to_multiple(x, 2)
+        expand = self.conv[0]
+        if is_fused(x) and is_unmodified(expand, *expand):
+            weight, bias = expand.conv.weight.flatten(1), expand.conv.bias
+            x = linear_relu(x.permute(0, 2, 3, 1), weight, bias)
+            return self.conv[1:](x.permute(0, 3, 1, 2))
         hidden = self.conv[0].conv.out_channels
         parts = min(in_parts(x, _EXPANSION), -(-hidden // _MIN_CHANNELS))
         return self.conv(x) if parts == 1 else self._forward_in_parts(x, parts)

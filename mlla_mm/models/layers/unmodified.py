@@ -20,6 +20,11 @@ def is_unmodified(*modules: nn.Module) -> bool:
     """
     return all(
         type(module).__module__.startswith(('torch.nn.modules.', __package__))
-        and not any(getattr(module, hooks) for hooks in _HOOKS)
+        and not has_hooks(module)
         for module in modules
     )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of a module does more than its forward method."""
+    return any(getattr(module, hooks) for hooks in _HOOKS)

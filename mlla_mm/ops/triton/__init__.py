@@ -11,6 +11,7 @@ of first order.
 
 import functools
 import os
+from typing import Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -25,6 +26,9 @@ _MIN_CAPABILITY = (8, 0)
 
 # A program holds a whole head, and its state, in registers.
 _MAX_HEAD_DIMS = 64
+
+# A program holds a whole row of LayerNorm.
+_MAX_CHANNELS = 2048
 
 # The images are an axis of the grid.
 _MAX_IMAGES = 65535
@@ -73,15 +77,15 @@ def supports_mlla_attention(
 ) -> bool:
     """Whether :func:`mlla_attention` can take these tensors.
 
-    That is what :func:`supports_depthwise_conv` asks for, and heads of an even number
-    of channels (the rotation acts on pairs), at most 64.
+    That is what :func:`supports_depthwise_conv` asks for, a multiple of four channels
+    (half of their pairs rotate by row), and heads of an even number, at most 64.
     """
-    head_dims = v.shape[-1] // num_heads
-    return (
-        head_dims % 2 == 0
-        and head_dims <= _MAX_HEAD_DIMS
-        and _fit(v, qk, gate, weight, bias)
-    )
+    return _heads_fit(v.shape[-1], num_heads) and _fit(v, qk, gate, weight, bias)
+
+
+def _heads_fit(channels: int, num_heads: int) -> bool:
+    head_dims = channels // num_heads
+    return channels % 4 == 0 and head_dims % 2 == 0 and head_dims <= _MAX_HEAD_DIMS
 
 
 def _fit(*tensors: Tensor) -> bool:
@@ -91,6 +95,64 @@ def _fit(*tensors: Tensor) -> bool:
         and tensors[0].numel() > 0
         and tensors[0].shape[0] <= _MAX_IMAGES
         and is_available(device)
+    )
+
+
+def supports_linear_relu(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
+    """As :func:`supports_depthwise_conv`, and for at most 8192 output channels."""
+    return len(weight) <= 4 * _MAX_CHANNELS and _fit(x, weight, bias)
+
+
+def supports_batch_norm(
+    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor
+) -> bool:
+    """Whether :func:`batch_norm` can take these tensors.
+
+    That is what :func:`supports_depthwise_conv` asks for, at most 2048 channels, and
+    that no gradient is asked for.
+    """
+    return (
+        not torch.is_grad_enabled()
+        and x.shape[1] <= _MAX_CHANNELS
+        and _fit(x, mean, var, weight, bias)
+    )
+
+
+def supports_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
+    """Whether :func:`layer_norm` can take these tensors.
+
+    That is what :func:`supports_depthwise_conv` asks for, and at most 2048 channels.
+    """
+    return x.shape[-1] <= _MAX_CHANNELS and _fit(x, weight, bias)
+
+
+def supports_mlla_block(
+    x: Tensor, parameters: Sequence[Optional[Tensor]], num_heads: int
+) -> bool:
+    """Whether :func:`mlla_block` can take these tensors.
+
+    That is what :func:`supports_mlla_attention` and :func:`supports_layer_norm` ask
+    for, and parameters of the shapes that a block has, all but the bias of ``qk``.
+    """
+    channels = x.shape[-1]
+    hidden = -1 if parameters[20] is None else len(parameters[20])
+    map_, vector, square = (channels, 1, 3, 3), (channels,), (channels, channels)
+    # In the order of a block's layers, each with a weight and a bias.
+    shapes = (
+        (map_, vector, vector, vector, square, vector, square, vector, map_, vector)
+        + ((2 * channels, channels), (2 * channels,), map_, vector, square, vector)
+        + (map_, vector, vector, vector)
+        + ((hidden, channels), (hidden,), (channels, hidden), vector)
+    )
+    tensors = [t for t in parameters if t is not None]
+    return (
+        _heads_fit(channels, num_heads)
+        and channels <= _MAX_CHANNELS
+        and all(
+            (i == 11 if t is None else t.shape == shape)
+            for i, (t, shape) in enumerate(zip(parameters, shapes))
+        )
+        and _fit(x, *tensors)
     )
 
 
@@ -106,7 +168,7 @@ def depthwise_conv(
 def mlla_attention(
     qk: Tensor, v: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, num_heads: int
 ) -> Tensor:
-    """:func:`mlla_mm.ops.naive.mlla_attention` in two passes over the tokens.
+    """:func:`mlla_mm.ops.naive.mlla_attention` in three passes over the tokens.
 
     ``qk``, ``v`` and ``gate`` may be slices of wider maps along the channels; the
     output is contiguous.
@@ -114,3 +176,62 @@ def mlla_attention(
     from ._mlla_attention import MLLAAttention
 
     return MLLAAttention.apply(qk, v, gate, weight, bias, num_heads)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """:func:`mlla_mm.ops.naive.layer_norm` in one kernel, contiguous."""
+    from ._layer_norm import LayerNorm
+
+    return LayerNorm.apply(x, weight, bias, eps)
+
+
+def linear_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """:func:`mlla_mm.ops.naive.linear_relu` in one product, and its gradient."""
+    from ._linear import LinearReLU
+
+    return LinearReLU.apply(x, weight, bias)
+
+
+def batch_norm(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    act: bool,
+) -> Tensor:
+    """:func:`mlla_mm.ops.naive.batch_norm` in one kernel, without gradients."""
+    from ._batch_norm import batch_norm
+
+    return batch_norm(x, mean, var, weight, bias, eps, act)
+
+
+def mlla_block(
+    x: Tensor,
+    parameters: Sequence[Optional[Tensor]],
+    num_heads: int,
+    eps: Tuple[float, float],
+    scales: Tuple[Optional[Tensor], Optional[Tensor]],
+) -> Tensor:
+    """A whole :class:`mlla_mm.models.layers.MLLABlock`.
+
+    Args:
+        x (Tensor): (N, H, W, C).
+        parameters (Sequence[Tensor | None]): Those of the block, in their order:
+            weight and bias of each layer.
+        num_heads (int): Number of attention heads.
+        eps (tuple[float, float]): Of both LayerNorms.
+        scales (tuple[Tensor | None, Tensor | None]): What stochastic depth multiplies
+            the branches of each image by, (N,) in float32; None for 1.
+
+    Returns:
+        Tensor: (N, H, W, C), the dtype that x keeps when half precision is added to it.
+    """
+    from . import _block
+
+    x = x.contiguous()
+    if torch.is_grad_enabled():
+        return _block.MLLABlock.apply(x, num_heads, eps, scales, *parameters)
+    weights = _block.Weights(*parameters)
+    return _block.forward(x, num_heads, eps, scales, weights, keep=False)[0]

@@ -1,61 +1,76 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""What the kernels share: tiles of a feature map and the 3x3 stencil.
+"""What the kernels share: strips of a feature map, and functions of numbers."""
 
-A feature map (N, H, W, C) is cut into tiles of ``BLOCK`` tokens, 8 columns wide, of one
-image. Tiles are numbered down a strip of columns, then strip after strip, and a program
-goes through consecutive ones: the two rows that neighbouring tiles share are still in
-the cache. Tokens outside the map are masked.
-"""
+import math
+from typing import Dict, Tuple
 
-from typing import NamedTuple, Tuple
-
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE_WIDTH = tl.constexpr(8)
-
 #: Sizes that change from image to image must not each compile a kernel of their own.
-SIZES = ['height', 'width', 'tiles_per_program']
+SIZES = [
+    'height',
+    'width',
+    'rows',
+    'num_rows',
+    'num_tokens',
+    'tiles',
+    'parts',
+    'rows_per_image',
+]
+
+_LOG2_E = tl.constexpr(math.log2(math.e))
+
+# Tokens of a strip.
+_TOKENS = 8
+# Programs that keep a GPU busy, and rows that are worth one, which reads two more.
+_PROGRAMS, _LEAST_ROWS = 2048, 8
 
 
-class Tiling(NamedTuple):
-    """How the tiles of an image are dealt out to programs."""
+def plan_strips(
+    x: Tensor, channels: int, numbers: int
+) -> Tuple[Tuple[int, int, int], Dict[str, int]]:
+    """Cut a map (N, H, W, C) for a 3x3 stencil.
 
-    programs: int
-    tiles_per_program: int
-
-
-def deal_tiles(
-    height: int, width: int, block: int, others: int, programs: int, least: int
-) -> Tiling:
-    """Choose how many programs share an image.
-
-    The choice depends on sizes alone, so that sums are taken in the same order
-    everywhere.
+    A program takes some channels of a strip of 8 columns and goes down its rows, so
+    that each row is read once. The cut depends on sizes alone, so that sums are taken
+    in the same order everywhere.
 
     Args:
-        height (int): Height of the map in tokens.
-        width (int): Width of the map in tokens.
-        block (int): Tokens of a tile.
-        others (int): What the number of programs is multiplied by: images times heads
-            or blocks of channels.
-        programs (int): Programs wanted in all, to keep a GPU busy.
-        least (int): Tiles that a program should have at least, to be worth its start
-            and its partial sums.
+        x (Tensor): The map.
+        channels (int): Channels that a program takes at most.
+        numbers (int): Numbers of a row that a thread takes.
 
     Returns:
-        Tiling: Programs for an image and tiles for each.
+        tuple: The grid (blocks of channels, strips times runs of rows, images), and the
+        sizes that every such kernel takes.
     """
-    tiles = _ceil_div(height, block // TILE_WIDTH.value) * _ceil_div(
-        width, TILE_WIDTH.value
+    number, height, width, all_channels = x.shape
+    block_c = min(channels, block_size(all_channels, least=16))
+    blocks, strips = triton.cdiv(all_channels, block_c), triton.cdiv(width, _TOKENS)
+    runs = min(_PROGRAMS // (blocks * strips * number), height // _LEAST_ROWS)
+    rows = triton.cdiv(height, max(1, runs))
+    sizes = dict(
+        height=height,
+        width=width,
+        rows=rows,
+        C=all_channels,
+        TOKENS=_TOKENS,
+        BLOCK_C=block_c,
+        num_warps=max(1, _TOKENS * block_c // (32 * numbers)),
     )
-    per_program = max(least, _ceil_div(tiles * others, programs))
-    return Tiling(_ceil_div(tiles, per_program), per_program)
+    return (blocks, strips * triton.cdiv(height, rows), number), sizes
 
 
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
+def block_size(size: int, least: int) -> int:
+    """A power of two that divides a size if ``least`` does, else one that covers it.
+
+    32 for 96 channels: blocks of 64 would be idle in part.
+    """
+    divisor = size & -size
+    return divisor if divisor >= least else max(16, triton.next_power_of_2(size))
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -64,36 +79,61 @@ def as_rows(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def reduce_sums(sums: Tensor, weight: Tensor, bias: Tensor) -> Tuple[Tensor, Tensor]:
-    """Gradients of a convolution from the partial sums (P, 10, C) of its kernel."""
-    sums = sums.sum(0)
-    grad_weight = sums[:9].t().reshape(weight.shape).to(weight.dtype)
-    return grad_weight, sums[9].to(bias.dtype)
+def computed_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that a convolution or a linear layer gives for x: autocast's, if on."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
 
 
-@triton.jit
-def tile_range(program, tiles_per_program, height, width, BLOCK: tl.constexpr):
-    """First tile of a program, and the one behind its last."""
-    tiles = tl.cdiv(height, BLOCK // TILE_WIDTH) * tl.cdiv(width, TILE_WIDTH)
-    first = program * tiles_per_program
-    return first, tl.minimum(first + tiles_per_program, tiles)
+def operand_dtype(x: Tensor) -> tl.dtype:
+    """What the factors of a matrix product are, for a map.
 
-
-@triton.jit
-def locate(image, tile, height, width, BLOCK: tl.constexpr):
-    """Where the tokens of a tile are.
-
-    Returns:
-        The rows and columns in the image, the numbers in the batch, and whether the
-        tokens are inside the map, all (BLOCK,). The numbers are int64, since they are
-        multiplied by the channels.
+    bfloat16 for itself, as those of the definition; else float32, whose product is
+    taken in TF32: as float16 numbers, sums over tokens could overflow. The interpreter
+    has no products in bfloat16.
     """
-    tile_rows = tl.cdiv(height, BLOCK // TILE_WIDTH)
-    index = tl.arange(0, BLOCK)
-    rows = (tile % tile_rows) * (BLOCK // TILE_WIDTH) + index // TILE_WIDTH
-    columns = (tile // tile_rows) * TILE_WIDTH + index % TILE_WIDTH
-    tokens = (image.to(tl.int64) * height + rows) * width + columns
-    return rows, columns, tokens, (rows < height) & (columns < width)
+    return tl.bfloat16 if x.dtype == torch.bfloat16 and x.is_cuda else tl.float32
+
+
+@triton.jit
+def locate_strip(height, width, rows, TOKENS: tl.constexpr):
+    """A program's rows, from the first to the one behind the last, and its columns."""
+    strips = tl.cdiv(width, TOKENS)
+    first = (tl.program_id(1) // strips) * rows
+    columns = (tl.program_id(1) % strips) * TOKENS + tl.arange(0, TOKENS)
+    return first, tl.minimum(first + rows, height), columns
+
+
+@triton.jit
+def strip_masks(columns, width, channel_mask):
+    """Whether a token, and its neighbours to the left and to the right, are inside."""
+    here = columns < width
+    left = here & (columns > 0)
+    right = columns < width - 1
+    return (
+        left[:, None] & channel_mask[None, :],
+        here[:, None] & channel_mask[None, :],
+        right[:, None] & channel_mask[None, :],
+    )
+
+
+@triton.jit
+def load_row(pointers, stride, is_inside, masks):
+    """A row's tokens moved by -1, 0 and 1 columns, as they are, zero outside the map.
+
+    Args:
+        pointers: Pointers to the tokens, (TOKENS, channels).
+        stride: Elements from one token to the next.
+        is_inside: Whether the row is in the map.
+        masks: See :func:`strip_masks`.
+    """
+    return (
+        tl.load(pointers - stride, mask=masks[0] & is_inside, other=0.0),
+        tl.load(pointers, mask=masks[1] & is_inside, other=0.0),
+        tl.load(pointers + stride, mask=masks[2] & is_inside, other=0.0),
+    )
 
 
 @triton.jit
@@ -102,14 +142,27 @@ def load_float(pointers, mask):
 
 
 @triton.jit
+def exp(x):
+    """One instruction and a product; tl.exp and a quotient, below, take five each."""
+    return tl.exp2(x * _LOG2_E)
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x for x > 0, within a few units of the last place."""
+    root = tl.rsqrt(x)
+    return root * root
+
+
+@triton.jit
 def silu(x):
-    return x * tl.sigmoid(x)
+    return x * reciprocal(1.0 + exp(-x))
 
 
 @triton.jit
 def silu_grad(x):
-    sigmoid = tl.sigmoid(x)
-    return sigmoid * (1 + x * (1 - sigmoid))
+    sigmoid = reciprocal(1.0 + exp(-x))
+    return sigmoid * (1.0 + x * (1.0 - sigmoid))
 
 
 @triton.jit
@@ -117,104 +170,5 @@ def load_taps(weight_ptr, channels, mask):
     """The nine weights of each channel, row by row, from (C, 1, 3, 3)."""
     taps = ()
     for i in tl.static_range(9):
-        taps += (load_float(weight_ptr + channels * 9 + i, mask),)
+        taps += (load_float(weight_ptr + channels * 9 + i, mask)[None, :],)
     return taps
-
-
-@triton.jit
-def load_neighbour(
-    pointers,
-    stride,
-    rows,
-    columns,
-    channel_mask,
-    height,
-    width,
-    DOWN: tl.constexpr,
-    RIGHT: tl.constexpr,
-):
-    """A tile moved by some rows and columns, zero outside the map.
-
-    Args:
-        pointers: Pointers to the tile, (BLOCK, channels).
-        stride: Elements from one token to the next.
-    """
-    rows += DOWN
-    columns += RIGHT
-    inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
-    return load_float(
-        pointers + (DOWN * width + RIGHT) * stride,
-        inside[:, None] & channel_mask[None, :],
-    )
-
-
-@triton.jit
-def conv3x3(pointers, stride, rows, columns, channel_mask, height, width, taps):
-    """Depthwise convolution at the tokens of a tile, (BLOCK, channels) in float32."""
-    y = tl.zeros(pointers.shape, tl.float32)
-    for i in tl.static_range(9):
-        x = load_neighbour(
-            pointers,
-            stride,
-            rows,
-            columns,
-            channel_mask,
-            height,
-            width,
-            i // 3 - 1,
-            i % 3 - 1,
-        )
-        y += x * taps[i][None, :]
-    return y
-
-
-@triton.jit
-def zero_sums(BLOCK: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Where :func:`conv3x3_grad` starts: nine sums for the weight, one for the bias."""
-    zero = tl.zeros((BLOCK, BLOCK_C), tl.float32)
-    return (zero, zero, zero, zero, zero, zero, zero, zero, zero, zero)
-
-
-@triton.jit
-def conv3x3_grad(
-    grads, stride, rows, columns, channel_mask, height, width, taps, x, sums
-):
-    """Gradients of a depthwise convolution from one read of the output's gradient.
-
-    Args:
-        grads: Pointers to the output's gradient at the tile, (BLOCK, channels).
-        stride: Its elements from one token to the next.
-        taps: The weights.
-        x: The input at the tile, zero outside the map.
-        sums: See :func:`zero_sums`. They are kept per token of a tile, so that threads
-            add them up once, at the end.
-
-    Returns:
-        The input's gradient at the tile, and the sums with the tile's share.
-    """
-    dx = tl.zeros(x.shape, tl.float32)
-    new_sums = ()
-    for i in tl.static_range(9):
-        # The output that sees this input through a tap lies on the tap's other side.
-        dy = load_neighbour(
-            grads,
-            stride,
-            rows,
-            columns,
-            channel_mask,
-            height,
-            width,
-            1 - i // 3,
-            1 - i % 3,
-        )
-        dx += dy * taps[i][None, :]
-        new_sums += (sums[i] + x * dy,)
-    dy = load_neighbour(grads, stride, rows, columns, channel_mask, height, width, 0, 0)
-    return dx, new_sums + (sums[9] + dy,)
-
-
-@triton.jit
-def store_sums(pointers, mask, sums, C: tl.constexpr):
-    """Write a program's sums, (10, C)."""
-    for i in tl.static_range(10):
-        tl.store(pointers + i * C, tl.sum(sums[i], axis=0), mask=mask)

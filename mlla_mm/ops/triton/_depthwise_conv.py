@@ -1,12 +1,22 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""3x3 depthwise convolution with bias, SiLU and residual.
+"""3x3 depthwise convolution with bias, and what comes right behind it.
 
-With ``z = conv(x) + b`` and ``y = [x +] [SiLU](z)``, forward reads x and writes y.
-Backward recomputes z from x to write its gradient (without SiLU that is y's); a second
-kernel reads it and x for every other gradient.
+With ``z = conv(x) + b``, one kernel goes down the rows of a strip and, for each row of
+z, writes one of
+
+- ``[x +] z`` or ``SiLU(z)``, the layer;
+- ``e SiLU'(z)``, the gradient before SiLU from the one behind it, e;
+- ``(a + z) SiLU(g)``, the position encoding added to the attention a, gated;
+- for its gradient e, times the scale of stochastic depth: ``e (a + z) SiLU'(g)`` of the
+  gate, ``e SiLU(g)`` of a and z, and the output once more, which the weight behind it
+  needs.
+
+A row is read once and added to the three rows of z that see it, so that two sums are
+held and no row. A second kernel gives the gradients of x, weight and bias from that of
+z.
 """
 
-from typing import Dict, Tuple
+from typing import Optional, Tuple
 
 import torch
 import triton
@@ -17,24 +27,23 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from ._common import (
     SIZES,
     as_rows,
-    conv3x3,
-    conv3x3_grad,
-    deal_tiles,
+    computed_dtype,
     load_float,
+    load_row,
     load_taps,
-    locate,
-    reduce_sums,
+    locate_strip,
+    plan_strips,
     silu,
     silu_grad,
-    store_sums,
-    tile_range,
-    zero_sums,
+    strip_masks,
 )
+from ._sums import add_up
 
-_BLOCK = 32
-# Ten sums per token and channel are held in registers.
-_BLOCK_OF_SUMS = 16
-_MAX_BLOCK_C = 64
+_LAYER, _SILU_GRAD, _GATE, _GATE_GRAD = 0, 1, 2, 3
+# Channels of a program, and numbers of a row for each thread. The gradients' kernel
+# holds ten sums for each: fewer threads have fewer of them to add up.
+_STRIP = dict(channels=64, numbers=4)
+_STRIP_OF_SUMS = dict(channels=32, numbers=8)
 
 
 class DepthwiseConv(torch.autograd.Function):
@@ -51,219 +60,346 @@ class DepthwiseConv(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
         ctx.residual, ctx.act = residual, act
-        y = torch.empty(x.shape, dtype=_result_dtype(x, residual), device=x.device)
-        rows = as_rows(x)
-        weight, bias = weight.contiguous(), bias.contiguous()
-        grid, sizes = _plan(x, _BLOCK, programs=4096, least=1)
-        with torch.cuda.device_of(x):
-            _forward_kernel[grid](
-                rows,
-                rows.stride(0),
-                weight,
-                bias,
-                y,
-                **sizes,
-                ACT=act,
-                RESIDUAL=residual,
-                num_warps=4,
-            )
-        return y
+        return conv(x, weight, bias, residual, act)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> Tuple:
         x, weight, bias = ctx.saved_tensors
-        grad_z = _grad_before_act(x, weight, bias, grad) if ctx.act else grad
-        rows, grad_rows, grad_z_rows = as_rows(x), as_rows(grad), as_rows(grad_z)
-        grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        grid, sizes = _plan(x, _BLOCK_OF_SUMS, programs=2048, least=8)
-        # One row per program and image, each the ten sums of all channels.
-        sums = grad.new_empty((grid[1] * grid[2], 10, x.shape[-1]), dtype=torch.float32)
-        with torch.cuda.device_of(x):
-            _grad_kernel[grid](
-                rows,
-                rows.stride(0),
-                weight.contiguous(),
-                grad_rows,
-                grad_rows.stride(0),
-                grad_z_rows,
-                grad_z_rows.stride(0),
-                grad_x,
-                sums,
-                **sizes,
-                RESIDUAL=ctx.residual,
-                num_warps=4,
-            )
-        grads = (grad_x, *reduce_sums(sums, weight, bias))
+        grad_z = silu_conv_grad(x, weight, bias, grad) if ctx.act else grad
+        separate = grad if ctx.act and ctx.residual else None
+        grads = conv_grad(
+            x, weight, bias, grad_z, ctx.residual and not ctx.act, added=separate
+        )
         needed = zip(grads, ctx.needs_input_grad)
         return (*(grad if needs else None for grad, needs in needed), None, None)
 
 
-def _result_dtype(x: Tensor, residual: bool) -> torch.dtype:
-    """The dtype that autocast gives the plain definition."""
-    device = x.device.type
-    dtype = x.dtype
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-    return torch.promote_types(x.dtype, dtype) if residual else dtype
+def conv(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: bool = False, act: bool = False
+) -> Tensor:
+    """``[x +] [SiLU](z)``, in the dtype that autocast gives the plain definition."""
+    dtype = computed_dtype(x)
+    dtype = torch.promote_types(x.dtype, dtype) if residual else dtype
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    _run(_LAYER, x, weight, bias, outputs=(y,), residual=residual, act=act)
+    return y
 
 
-def _grad_before_act(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor) -> Tensor:
-    """Gradient before SiLU from the one behind it, (N, H, W, C)."""
+def silu_conv_grad(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor) -> Tensor:
+    """``e SiLU'(z)``: the gradient of z from that of SiLU(z)."""
     grad_z = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
-    rows, grad_rows = as_rows(x), as_rows(grad)
-    grid, sizes = _plan(x, _BLOCK, programs=4096, least=1)
+    _run(_SILU_GRAD, x, weight, bias, grad=grad, outputs=(grad_z,))
+    return grad_z
+
+
+def gated_conv(
+    x: Tensor, weight: Tensor, bias: Tensor, added: Tensor, gate: Tensor
+) -> Tensor:
+    """``(a + z) SiLU(g)``."""
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _run(_GATE, x, weight, bias, added=added, gate=gate, outputs=(y,))
+    return y
+
+
+def gated_conv_grad(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    added: Tensor,
+    gate: Tensor,
+    grad: Tensor,
+    grad_gate: Tensor,
+    scale: Optional[Tensor] = None,
+) -> Tuple[Tensor, Tensor]:
+    """Backward of :func:`gated_conv`, but for x; fills ``grad_gate``.
+
+    ``scale`` has one number per image, float32, by which ``grad`` and the output are
+    multiplied. Defaults to None, 1.
+
+    Returns:
+        tuple[Tensor, Tensor]: Gradient of a and z, and the output once more.
+    """
+    grad_z, y = (
+        torch.empty(x.shape, dtype=dtype, device=x.device)
+        for dtype in (grad.dtype, x.dtype)
+    )
+    outputs = (grad_z, y, grad_gate)
+    _run(_GATE_GRAD, x, weight, bias, added, gate, grad, scale, outputs)
+    return grad_z, y
+
+
+def _run(
+    mode: int,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    added: Optional[Tensor] = None,
+    gate: Optional[Tensor] = None,
+    grad: Optional[Tensor] = None,
+    scale: Optional[Tensor] = None,
+    outputs: Tuple[Tensor, ...] = (),
+    residual: bool = False,
+    act: bool = False,
+) -> None:
+    """Start the first kernel; what it does not use is given x in its place."""
+    rows = as_rows(x)
+    added, gate, grad = (rows if y is None else as_rows(y) for y in (added, gate, grad))
+    y, second, third = (*outputs, *[outputs[0]] * (3 - len(outputs)))
+    grid, sizes = plan_strips(x, **_STRIP)
     with torch.cuda.device_of(x):
-        _grad_before_act_kernel[grid](
+        _conv_kernel[grid](
             rows,
             rows.stride(0),
             weight.contiguous(),
             bias.contiguous(),
-            grad_rows,
-            grad_rows.stride(0),
-            grad_z,
+            added,
+            added.stride(0),
+            gate,
+            gate.stride(0),
+            grad,
+            grad.stride(0),
+            scale,
+            y,
+            second,
+            third,
+            third.stride(-2),
             **sizes,
-            num_warps=4,
+            MODE=mode,
+            ACT=act,
+            RESIDUAL=residual,
         )
-    return grad_z
 
 
-def _plan(
-    x: Tensor, block: int, programs: int, least: int
-) -> Tuple[Tuple[int, int, int], Dict[str, int]]:
-    """The grid (blocks of channels, programs per image, images), and kernels' sizes."""
-    number, height, width, channels = x.shape
-    block_c = min(triton.next_power_of_2(channels), _MAX_BLOCK_C)
-    blocks = triton.cdiv(channels, block_c)
-    tiling = deal_tiles(height, width, block, blocks * number, programs, least)
-    sizes = dict(
-        height=height,
-        width=width,
-        tiles_per_program=tiling.tiles_per_program,
-        C=channels,
-        BLOCK=block,
-        BLOCK_C=block_c,
-    )
-    return (blocks, tiling.programs, number), sizes
+def conv_grad(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    grad_z: Tensor,
+    residual: bool = False,
+    added: Optional[Tensor] = None,
+    out: Optional[Tensor] = None,
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias from that of z.
+
+    Args:
+        x (Tensor): (N, H, W, C).
+        weight (Tensor): (C, 1, 3, 3).
+        bias (Tensor): (C,).
+        grad_z (Tensor): (N, H, W, C).
+        residual (bool): Whether x was added to z, so that its gradient is that of z as
+            well. Defaults to False.
+        added (Tensor, optional): Another gradient of x, to be added. Defaults to None.
+        out (Tensor, optional): Where the gradient of x goes, of its shape; channels
+            may be a part of a wider map's. Defaults to None, a new map.
+    """
+    if out is None:
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    rows, grads = as_rows(x), as_rows(grad_z)
+    others = grads if added is None else as_rows(added)
+    grid, sizes = plan_strips(x, **_STRIP_OF_SUMS)
+    # One row per program and image, each the ten sums of all channels.
+    sums = x.new_empty((grid[1] * grid[2], 10, x.shape[-1]), dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        _conv_grad_kernel[grid](
+            rows,
+            rows.stride(0),
+            weight.contiguous(),
+            grads,
+            grads.stride(0),
+            others,
+            others.stride(0),
+            out,
+            out.stride(-2),
+            sums,
+            **sizes,
+            RESIDUAL=residual,
+            ADD=added is not None,
+        )
+    return (out, *add_up(sums, weight, bias))
 
 
 @triton.jit(do_not_specialize=SIZES)
-def _forward_kernel(
+def _conv_kernel(
     x_ptr,
     x_stride,
     weight_ptr,
     bias_ptr,
+    added_ptr,
+    added_stride,
+    gate_ptr,
+    gate_stride,
+    grad_ptr,
+    grad_stride,
+    scale_ptr,
     y_ptr,
+    second_ptr,
+    third_ptr,
+    third_stride,
     height,
     width,
-    tiles_per_program,
+    rows,
     C: tl.constexpr,
-    BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    MODE: tl.constexpr,
     ACT: tl.constexpr,
     RESIDUAL: tl.constexpr,
 ):
     channels = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     channel_mask = channels < C
     taps = load_taps(weight_ptr, channels, channel_mask)
-    bias = load_float(bias_ptr + channels, channel_mask)
-    first, last = tile_range(tl.program_id(1), tiles_per_program, height, width, BLOCK)
-    for tile in range(first, last):
-        rows, columns, tokens, inside = locate(
-            tl.program_id(2), tile, height, width, BLOCK
-        )
-        mask = inside[:, None] & channel_mask[None, :]
-        x = x_ptr + tokens[:, None] * x_stride + channels[None, :]
-        y = conv3x3(x, x_stride, rows, columns, channel_mask, height, width, taps)
-        y += bias[None, :]
-        if ACT:
-            y = silu(y)
-        if RESIDUAL:
-            y += load_float(x, mask)
-        tl.store(y_ptr + tokens[:, None] * C + channels[None, :], y, mask=mask)
+    bias = load_float(bias_ptr + channels, channel_mask)[None, :]
+    first, last, columns = locate_strip(height, width, rows, TOKENS)
+    masks = strip_masks(columns, width, channel_mask)
+    # The row before the first, which the first one sees.
+    tokens = (tl.program_id(2).to(tl.int64) * height + first - 1) * width + columns
+    x = x_ptr + tokens[:, None] * x_stride + channels[None, :]
+    # What is written belongs to the row before the one that is read.
+    tokens = tokens[:, None] - width
+    current = load_row(x, x_stride, first > 0, masks)
+    x += width * x_stride
+    ahead = load_row(x, x_stride, first < height, masks)
+    # Sums of the rows of z that have been seen in part: this one and the next.
+    this = tl.zeros((TOKENS, BLOCK_C), tl.float32)
+    next = tl.zeros((TOKENS, BLOCK_C), tl.float32)
+    for row in range(first - 1, last + 1):
+        # Read two rows ahead: numbers arrive while others are computed.
+        x += width * x_stride
+        far_ahead = load_row(x, x_stride, (row + 2 < height) & (row + 1 < last), masks)
+        inside = masks[1] & (row > first)
+        if MODE == 1 or MODE == 3:
+            grad = load_float(
+                grad_ptr + tokens * grad_stride + channels[None, :], inside
+            )
+        if MODE == 2 or MODE == 3:
+            added = load_float(
+                added_ptr + tokens * added_stride + channels[None, :], inside
+            )
+            gate = load_float(
+                gate_ptr + tokens * gate_stride + channels[None, :], inside
+            )
+
+        a = current[0].to(tl.float32)
+        b = current[1].to(tl.float32)
+        c = current[2].to(tl.float32)
+        z = this + a * taps[6] + b * taps[7] + c * taps[8]
+        this = next + a * taps[3] + b * taps[4] + c * taps[5]
+        if RESIDUAL and not ACT:
+            this += b
+        next = bias + a * taps[0] + b * taps[1] + c * taps[2]
+        current, ahead = ahead, far_ahead
+
+        out = tokens * C + channels[None, :]
+        if MODE == 0:
+            if ACT:
+                z = silu(z)
+                if RESIDUAL:
+                    z += load_float(x - 3 * width * x_stride, inside)
+            tl.store(y_ptr + out, z, mask=inside)
+        elif MODE == 1:
+            tl.store(y_ptr + out, grad * silu_grad(z), mask=inside)
+        elif MODE == 2:
+            tl.store(y_ptr + out, (added + z) * silu(gate), mask=inside)
+        else:
+            z += added
+            if scale_ptr is not None:
+                # Once for the gradients, and once for the output.
+                scale = tl.load(scale_ptr + tl.program_id(2))
+                grad *= scale
+            third = tokens * third_stride + channels[None, :]
+            tl.store(y_ptr + out, grad * silu(gate), mask=inside)
+            tl.store(third_ptr + third, grad * z * silu_grad(gate), mask=inside)
+            if scale_ptr is not None:
+                z *= scale
+            tl.store(second_ptr + out, z * silu(gate), mask=inside)
+        tokens += width
 
 
 @triton.jit(do_not_specialize=SIZES)
-def _grad_before_act_kernel(
+def _conv_grad_kernel(
     x_ptr,
     x_stride,
     weight_ptr,
-    bias_ptr,
-    dy_ptr,
-    dy_stride,
-    dz_ptr,
-    height,
-    width,
-    tiles_per_program,
-    C: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    channels = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    channel_mask = channels < C
-    taps = load_taps(weight_ptr, channels, channel_mask)
-    bias = load_float(bias_ptr + channels, channel_mask)
-    first, last = tile_range(tl.program_id(1), tiles_per_program, height, width, BLOCK)
-    for tile in range(first, last):
-        rows, columns, tokens, inside = locate(
-            tl.program_id(2), tile, height, width, BLOCK
-        )
-        mask = inside[:, None] & channel_mask[None, :]
-        x = x_ptr + tokens[:, None] * x_stride + channels[None, :]
-        z = conv3x3(x, x_stride, rows, columns, channel_mask, height, width, taps)
-        z += bias[None, :]
-        dy = load_float(dy_ptr + tokens[:, None] * dy_stride + channels[None, :], mask)
-        dz = dy * silu_grad(z)
-        tl.store(dz_ptr + tokens[:, None] * C + channels[None, :], dz, mask=mask)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def _grad_kernel(
-    x_ptr,
-    x_stride,
-    weight_ptr,
-    dy_ptr,
-    dy_stride,
     dz_ptr,
     dz_stride,
+    added_ptr,
+    added_stride,
     dx_ptr,
+    dx_stride,
     sums_ptr,
     height,
     width,
-    tiles_per_program,
+    rows,
     C: tl.constexpr,
-    BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    ADD: tl.constexpr,
 ):
     channels = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     channel_mask = channels < C
     taps = load_taps(weight_ptr, channels, channel_mask)
-    sums = zero_sums(BLOCK, BLOCK_C)
-    first, last = tile_range(tl.program_id(1), tiles_per_program, height, width, BLOCK)
-    for tile in range(first, last):
-        rows, columns, tokens, inside = locate(
-            tl.program_id(2), tile, height, width, BLOCK
+    first, last, columns = locate_strip(height, width, rows, TOKENS)
+    masks = strip_masks(columns, width, channel_mask)
+    tokens = (tl.program_id(2).to(tl.int64) * height + first - 1) * width + columns
+    dz = dz_ptr + tokens[:, None] * dz_stride + channels[None, :]
+    x = x_ptr + tokens[:, None] * x_stride + channels[None, :]
+    tokens = tokens[:, None] - width
+    current = load_row(dz, dz_stride, first > 0, masks)
+    dz += dz_stride * width
+    ahead = load_row(dz, dz_stride, first < height, masks)
+    x_ahead = tl.load(x + width * x_stride, mask=masks[1] & (first < last), other=0.0)
+    this = tl.zeros((TOKENS, BLOCK_C), tl.float32)
+    next = tl.zeros((TOKENS, BLOCK_C), tl.float32)
+    # Of x the rows before, at and behind the one of dz; others' rows are left to them.
+    x0 = tl.zeros((TOKENS, BLOCK_C), tl.float32)
+    x1 = tl.zeros((TOKENS, BLOCK_C), tl.float32)
+    zero = tl.zeros((TOKENS, BLOCK_C), tl.float32)
+    sums = (zero, zero, zero, zero, zero, zero, zero, zero, zero, zero)
+    x += width * x_stride
+    for row in range(first - 1, last + 1):
+        dz += dz_stride * width
+        x += x_stride * width
+        far_ahead = load_row(
+            dz, dz_stride, (row + 2 < height) & (row + 1 < last), masks
         )
-        mask = inside[:, None] & channel_mask[None, :]
-        x = load_float(x_ptr + tokens[:, None] * x_stride + channels[None, :], mask)
-        dz = dz_ptr + tokens[:, None] * dz_stride + channels[None, :]
-        dx, sums = conv3x3_grad(
-            dz,
-            dz_stride,
-            rows,
-            columns,
-            channel_mask,
-            height,
-            width,
-            taps,
-            x,
-            sums,
-        )
+        x2 = x_ahead.to(tl.float32)
+        x_ahead = tl.load(x, mask=masks[1] & (row + 2 < last), other=0.0)
+        inside = masks[1] & (row > first)
+        if ADD:
+            added = load_float(
+                added_ptr + tokens * added_stride + channels[None, :], inside
+            )
+
+        a = current[0].to(tl.float32)
+        b = current[1].to(tl.float32)
+        c = current[2].to(tl.float32)
+        # The output that sees an input through a tap lies on the tap's other side.
+        dx = this + a * taps[2] + b * taps[1] + c * taps[0]
+        this = next + a * taps[5] + b * taps[4] + c * taps[3]
         if RESIDUAL:
-            dy = dy_ptr + tokens[:, None] * dy_stride + channels[None, :]
-            dx += load_float(dy, mask)
-        tl.store(dx_ptr + tokens[:, None] * C + channels[None, :], dx, mask=mask)
+            this += b
+        next = a * taps[8] + b * taps[7] + c * taps[6]
+        own = tl.where((row >= first) & (row < last), b, 0.0)
+        sums = (
+            sums[0] + c * x0,
+            sums[1] + b * x0,
+            sums[2] + a * x0,
+            sums[3] + c * x1,
+            sums[4] + b * x1,
+            sums[5] + a * x1,
+            sums[6] + c * x2,
+            sums[7] + b * x2,
+            sums[8] + a * x2,
+            sums[9] + own,
+        )
+        x0, x1, current, ahead = x1, x2, ahead, far_ahead
+        if ADD:
+            dx += added
+        tl.store(dx_ptr + tokens * dx_stride + channels[None, :], dx, mask=inside)
+        tokens += width
     program = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
     sums_ptr += program.to(tl.int64) * (10 * C) + channels
-    store_sums(sums_ptr, channel_mask, sums, C)
+    for i in tl.static_range(10):
+        tl.store(sums_ptr + i * C, tl.sum(sums[i], axis=0), mask=channel_mask)

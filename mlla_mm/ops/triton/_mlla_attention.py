@@ -4,24 +4,26 @@
 For one head, with q and k behind ELU + 1, R_t the rotation of token t, n tokens::
 
     A = sum_t (R_t k_t) v_t^T / n,   m = sum_t k_t / n           state, first pass
-    z_t = 1 / (q_t . m + 1e-6),      y_t = z_t A^T R_t q_t
-    out_t = (y_t + LePE(v)_t) * SiLU(g_t)                        second pass
+    z_t = 1 / (q_t . m + 1e-6),      y_t = z_t A^T R_t q_t       second pass
+    out_t = (y_t + LePE(v)_t) SiLU(g_t)                          see _depthwise_conv.py
 
-Backward, with e the gradient of out, takes two passes as well. The first recomputes y::
+Backward, with p the gradient of y, takes two passes as well::
 
-    dg_t = e_t (y_t + LePE(v)_t) SiLU'(g_t),   p_t = e_t SiLU(g_t),   o_t = p_t z_t
-    ds_t = -z_t p_t . y_t,   dq_t = R_t^T A o_t + ds_t m
+    o_t = z_t p_t,   dq~_t = A o_t,   ds_t = -z_t p_t . y_t
+    dq_t = R_t^T dq~_t + ds_t m
     dA = sum_t (R_t q_t) o_t^T / n,   dm = sum_t ds_t q_t / n
 
 and the second::
 
-    dk_t = R_t^T dA v_t + dm,   dv_t = dA^T R_t k_t + LePE^T(p)_t
+    dk_t = R_t^T dA v_t + dm,   dv_t = dA^T R_t k_t
 
-Only the state, d + 1 rows of d numbers per image and head, is kept for it. The state is
-in float32 and its products in TF32 at least: as a float16 number it could overflow.
+The state is d + 1 rows of d numbers per image and head. Programs that share an image
+have partial sums of it, which the next pass adds up. It is in float32. Products are in
+bfloat16 for bfloat16, as those of the definition, else in TF32 at least: as a float16
+number the state could overflow.
 """
 
-from typing import Dict, Tuple
+from typing import Dict, Optional, Tuple
 
 import torch
 import triton
@@ -31,29 +33,18 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from .. import naive
 from ..rotary import axis_tables
-from ._common import (
-    SIZES,
-    as_rows,
-    conv3x3,
-    conv3x3_grad,
-    deal_tiles,
-    load_float,
-    load_taps,
-    locate,
-    reduce_sums,
-    silu,
-    silu_grad,
-    store_sums,
-    tile_range,
-    zero_sums,
-)
+from ._common import SIZES, as_rows, exp, load_float, operand_dtype
+from ._depthwise_conv import conv_grad, gated_conv, gated_conv_grad
 
 _EPS = tl.constexpr(naive.EPS)
 
-# Tokens of a tile, as many as registers hold for a head of 32 channels. The last kernel
-# keeps ten sums for each token and channel.
-_STATE_BLOCK, _OUTPUT_BLOCK = 64, 32
-_QUERY_GRAD_BLOCK, _KEY_VALUE_GRAD_BLOCK = 64, 16
+# Tokens of a tile, and warps. The forward passes read no tile ahead (num_stages=1):
+# they would read the rotation ahead as well, past the nearest cache.
+_BLOCK, _NUM_WARPS = 32, 2
+# Programs that keep a GPU busy; fewer where each has partial sums to be added.
+_PROGRAMS, _PROGRAMS_OF_SUMS = 4096, 1024
+# Partial sums that every program of the next pass may add up by itself.
+_MAX_PARTS = 4
 
 
 class MLLAAttention(torch.autograd.Function):
@@ -69,149 +60,109 @@ class MLLAAttention(torch.autograd.Function):
         bias: Tensor,
         num_heads: int,
     ) -> Tensor:
-        state = _state(qk, v, num_heads)
-        y = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-        qk_rows, v_rows, gate_rows = as_rows(qk), as_rows(v), as_rows(gate)
-        grid, sizes = _plan(v, num_heads, _OUTPUT_BLOCK, programs=4096, least=1)
-        with torch.cuda.device_of(v):
-            _output_kernel[grid](
-                qk_rows,
-                qk_rows.stride(0),
-                v_rows,
-                v_rows.stride(0),
-                gate_rows,
-                gate_rows.stride(0),
-                *_tables(v),
-                weight.contiguous(),
-                bias.contiguous(),
-                state,
-                y,
-                **sizes,
-                num_warps=4,
-                num_stages=1,
-            )
-        ctx.save_for_backward(qk, v, gate, weight, bias, state)
+        y, states = linear_attention(qk, v, num_heads)
+        ctx.save_for_backward(qk, v, gate, weight, bias, y, states)
         ctx.num_heads = num_heads
-        return y
+        return gated_conv(v, weight, bias, y, gate)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> Tuple:
-        qk, v, gate, weight, bias, state = ctx.saved_tensors
-        grad_qk = torch.empty(qk.shape, dtype=qk.dtype, device=qk.device)
-        grad_gate, grad_y, grad_state = _query_grad(
-            qk, v, gate, weight, bias, state, grad, grad_qk
-        )
-        grad_v, sums = _key_value_grad(qk, v, weight, grad_state, grad_y, grad_qk)
-        grads = (grad_qk, grad_v, grad_gate, *reduce_sums(sums, weight, bias))
+    def backward(ctx: FunctionCtx, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
+        qk, v, gate, weight, bias, y, states = ctx.saved_tensors
+        grad_gate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+        grad_y, _ = gated_conv_grad(v, weight, bias, y, gate, grad, grad_gate)
+        grad_qk, grad_v = linear_attention_grad(qk, v, y, states, grad_y, ctx.num_heads)
+        grad_v, *grads = conv_grad(v, weight, bias, grad_y, added=grad_v)
+        grads = (grad_qk, grad_v, grad_gate, *grads)
         needed = zip(grads, ctx.needs_input_grad)
         return (*(grad if needs else None for grad, needs in needed), None)
 
 
-def _state(qk: Tensor, v: Tensor, num_heads: int) -> Tensor:
-    """A, then m as its last row: (N, heads, C / heads + 1, C / heads) in float32."""
-    grid, sizes = _plan(v, num_heads, _STATE_BLOCK, programs=1024, least=4)
-    states = _empty_states(v, grid)
+def linear_attention(qk: Tensor, v: Tensor, num_heads: int) -> Tuple[Tensor, Tensor]:
+    """Both forward passes.
+
+    Args:
+        qk (Tensor): Queries, then keys, before the feature map, (N, H, W, 2C).
+        v (Tensor): Values, (N, H, W, C).
+        num_heads (int): Number of heads.
+
+    Returns:
+        tuple[Tensor, Tensor]: y, (N, H, W, C), and partial sums of A and, as its last
+        row, m: (programs, N, heads, C / heads + 1, C / heads) in float32.
+    """
     qk_rows, v_rows = as_rows(qk), as_rows(v)
+    grid, sizes = _plan(v, num_heads, _PROGRAMS_OF_SUMS)
+    states = _empty_states(v, grid)
+    y = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    tables = _tables(v)
     with torch.cuda.device_of(v):
         _state_kernel[grid](
             qk_rows,
             qk_rows.stride(0),
             v_rows,
             v_rows.stride(0),
-            *_tables(v),
+            *tables,
             states,
             **sizes,
-            num_warps=4,
+            num_stages=1,
         )
-    return states.sum(0)
+        states = _add_up_many(states)
+        grid, sizes = _plan(v, num_heads, _PROGRAMS)
+        _output_kernel[grid](
+            qk_rows,
+            qk_rows.stride(0),
+            *tables,
+            states,
+            y,
+            len(states),
+            **sizes,
+            num_stages=1,
+        )
+    return y, states
 
 
-def _query_grad(
-    qk: Tensor,
-    v: Tensor,
-    gate: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    state: Tensor,
-    grad: Tensor,
-    grad_qk: Tensor,
-) -> Tuple[Tensor, Tensor, Tensor]:
-    """First pass back; fills the queries' half of ``grad_qk``.
+def linear_attention_grad(
+    qk: Tensor, v: Tensor, y: Tensor, states: Tensor, grad: Tensor, num_heads: int
+) -> Tuple[Tensor, Tensor]:
+    """Both passes back: gradients of ``qk`` and ``v``, contiguous.
 
-    Returns:
-        tuple[Tensor, Tensor, Tensor]: Gradients of the gate, of what the gate
-        multiplies, both (N, H, W, C), and of the state.
+    ``y`` and ``states`` are what :func:`linear_attention` gave, ``grad`` is of y.
     """
-    num_heads = state.shape[1]
-    grid, sizes = _plan(v, num_heads, _QUERY_GRAD_BLOCK, programs=1024, least=4)
+    qk_rows, v_rows, grad_rows = as_rows(qk), as_rows(v), as_rows(grad)
+    grid, sizes = _plan(v, num_heads, _PROGRAMS_OF_SUMS)
     grad_states = _empty_states(v, grid)
-    grad_gate = torch.empty(v.shape, dtype=gate.dtype, device=v.device)
-    grad_y = torch.empty(v.shape, dtype=grad.dtype, device=v.device)
-    qk_rows, v_rows, gate_rows = as_rows(qk), as_rows(v), as_rows(gate)
-    grad_rows = as_rows(grad)
+    grad_qk = torch.empty(qk.shape, dtype=qk.dtype, device=qk.device)
+    grad_v = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    tables = _tables(v)
     with torch.cuda.device_of(v):
         _query_grad_kernel[grid](
             qk_rows,
             qk_rows.stride(0),
-            v_rows,
-            v_rows.stride(0),
-            gate_rows,
-            gate_rows.stride(0),
             grad_rows,
             grad_rows.stride(0),
-            *_tables(v),
-            weight.contiguous(),
-            bias.contiguous(),
-            state,
+            y,
+            *tables,
+            states,
             grad_qk,
-            grad_gate,
-            grad_y,
             grad_states,
+            len(states),
             **sizes,
-            num_warps=8,
-            num_stages=1,
         )
-    return grad_gate, grad_y, grad_states.sum(0)
-
-
-def _key_value_grad(
-    qk: Tensor,
-    v: Tensor,
-    weight: Tensor,
-    grad_state: Tensor,
-    grad_y: Tensor,
-    grad_qk: Tensor,
-) -> Tuple[Tensor, Tensor]:
-    """Second pass back; fills the keys' half of ``grad_qk``.
-
-    Returns:
-        tuple[Tensor, Tensor]: Gradient of the values, (N, H, W, C), and partial sums of
-        those of LePE's weight and bias, (programs, 10, C).
-    """
-    num_heads = grad_state.shape[1]
-    grid, sizes = _plan(v, num_heads, _KEY_VALUE_GRAD_BLOCK, programs=2048, least=8)
-    grad_v = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    sums = v.new_empty((grid[1] * grid[2], 10, v.shape[-1]), dtype=torch.float32)
-    qk_rows, v_rows = as_rows(qk), as_rows(v)
-    with torch.cuda.device_of(v):
+        grad_states = _add_up_many(grad_states)
+        grid, sizes = _plan(v, num_heads, _PROGRAMS)
         _key_value_grad_kernel[grid](
             qk_rows,
             qk_rows.stride(0),
             v_rows,
             v_rows.stride(0),
-            grad_y,
-            *_tables(v),
-            weight.contiguous(),
-            grad_state,
+            *tables,
+            grad_states,
             grad_qk,
             grad_v,
-            sums,
+            len(grad_states),
             **sizes,
-            num_warps=4,
-            num_stages=1,
         )
-    return grad_v, sums
+    return grad_qk, grad_v
 
 
 def _tables(v: Tensor) -> Tuple[Tensor, Tensor]:
@@ -228,47 +179,84 @@ def _empty_states(v: Tensor, grid: Tuple[int, int, int]) -> Tensor:
     return v.new_empty(shape, dtype=torch.float32)
 
 
+def _add_up_many(states: Tensor) -> Tensor:
+    """Few partial sums as they are; the sum of many, as few images have."""
+    return states if len(states) <= _MAX_PARTS else states.sum(0, keepdim=True)
+
+
 def _plan(
-    v: Tensor, num_heads: int, block: int, programs: int, least: int
+    v: Tensor, num_heads: int, programs: int
 ) -> Tuple[Tuple[int, int, int], Dict[str, object]]:
-    """The grid (heads, programs per image, images), and what every kernel is told."""
+    """The grid (heads, programs per image, images), and what every kernel is told.
+
+    It depends on sizes alone, so that sums are taken in the same order everywhere.
+    """
     number, height, width, channels = v.shape
-    tiling = deal_tiles(height, width, block, num_heads * number, programs, least)
+    all_tiles = triton.cdiv(height * width, _BLOCK)
+    tiles = triton.cdiv(all_tiles, max(1, programs // (num_heads * number)))
     exact = v.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
     dims = channels // num_heads
     sizes = dict(
-        height=height,
+        num_tokens=height * width,
         width=width,
-        tiles_per_program=tiling.tiles_per_program,
+        tiles=tiles,
         C=channels,
         D=dims,
         # A matrix product needs at least 16.
         BLOCK_D=max(16, triton.next_power_of_2(dims)),
-        BLOCK=block,
+        BLOCK=_BLOCK,
         PRECISION='ieee' if exact else 'tf32',
+        OPERAND=operand_dtype(v),
+        num_warps=_NUM_WARPS,
     )
-    return (num_heads, tiling.programs, number), sizes
+    return (num_heads, triton.cdiv(all_tiles, tiles), number), sizes
+
+
+@triton.jit
+def _locate(tile, num_tokens, width, C: tl.constexpr, D: tl.constexpr, BLOCK, BLOCK_D):
+    """Where a tile of consecutive tokens of an image is.
+
+    Returns:
+        The tokens in the image and in the batch, (BLOCK,), the channels of the head,
+        (BLOCK_D,), and whether both exist, (BLOCK, BLOCK_D).
+    """
+    tokens = tile * BLOCK + tl.arange(0, BLOCK)
+    dims = tl.arange(0, BLOCK_D)
+    mask = (tokens < num_tokens)[:, None] & (dims < D)[None, :]
+    in_batch = tl.program_id(2).to(tl.int64) * num_tokens + tokens
+    return tokens, in_batch[:, None], (tl.program_id(0) * D + dims)[None, :], mask
 
 
 @triton.jit
 def _load_feature(pointers, mask):
-    """ELU + 1, and zero where masked."""
+    """ELU + 1."""
     x = load_float(pointers, mask)
     # Not the minimum with zero under the exponential: that would hide a NaN.
-    return tl.where(mask, tl.where(x > 0, x + 1, tl.exp(x)), 0.0)
+    return tl.where(x > 0, x + 1, exp(x))
 
 
 @triton.jit
 def _load_rotation(
-    cos_ptr, sin_ptr, rows, columns, inside, C: tl.constexpr, D: tl.constexpr, BLOCK_D
+    cos_ptr,
+    sin_ptr,
+    tokens,
+    num_tokens,
+    width,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D,
 ):
     """Cosines and sines for the head's pairs of channels, both (BLOCK, BLOCK_D / 2)."""
     # Numbered over all channels: a head can have pairs that rotate by row and others.
     pairs = tl.program_id(0) * (D // 2) + tl.arange(0, BLOCK_D // 2)
+    rows, columns = tokens // width, tokens % width
     positions = tl.where(pairs[None, :] < C // 4, rows[:, None], columns[:, None])
     offsets = positions * (C // 4) + pairs[None, :] % (C // 4)
-    mask = inside[:, None] & (pairs[None, :] < C // 2)
-    return load_float(cos_ptr + offsets, mask), load_float(sin_ptr + offsets, mask)
+    mask = (tokens < num_tokens)[:, None] & (pairs[None, :] < C // 2)
+    # Through the nearest cache: all tokens of a row or a column read the same.
+    cos = tl.load(cos_ptr + offsets, mask=mask, other=0.0, cache_modifier='.ca')
+    sin = tl.load(sin_ptr + offsets, mask=mask, other=0.0, cache_modifier='.ca')
+    return cos, sin
 
 
 @triton.jit
@@ -280,26 +268,38 @@ def _rotate(x, cos, sin):
 
 
 @triton.jit
-def _load_state(state_ptr, slot, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """A, (BLOCK_D, BLOCK_D), and m, (BLOCK_D,), of one image and head."""
+def _load_state(state_ptr, parts, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A, (BLOCK_D, BLOCK_D), and m, (BLOCK_D,), of the program's image and head."""
     dims = tl.arange(0, BLOCK_D)
     mask = dims < D
+    slot = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
     state_ptr += slot.to(tl.int64) * ((D + 1) * D) + dims
-    matrix = load_float(state_ptr[None, :] + dims[:, None] * D, mask[:, None] & mask)
-    return matrix, load_float(state_ptr + D * D, mask)
+    step = tl.num_programs(2).to(tl.int64) * tl.num_programs(0) * ((D + 1) * D)
+    matrix = tl.zeros((BLOCK_D, BLOCK_D), tl.float32)
+    vector = tl.zeros((BLOCK_D,), tl.float32)
+    for _ in range(parts):
+        matrix += load_float(
+            state_ptr[None, :] + dims[:, None] * D, mask[:, None] & mask[None, :]
+        )
+        vector += load_float(state_ptr + D * D, mask)
+        state_ptr += step
+    return matrix, vector
 
 
 @triton.jit
 def _store_state(
-    state_ptr, slot, matrix, vector, scale, D: tl.constexpr, BLOCK_D: tl.constexpr
+    state_ptr, matrix, vector, scale, D: tl.constexpr, BLOCK_D: tl.constexpr
 ):
+    """Write a program's share."""
     dims = tl.arange(0, BLOCK_D)
     mask = dims < D
-    state_ptr += slot.to(tl.int64) * ((D + 1) * D) + dims
+    slot = tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)
+    slot = slot.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    state_ptr += slot * ((D + 1) * D) + dims
     tl.store(
         state_ptr[None, :] + dims[:, None] * D,
         matrix * scale,
-        mask=mask[:, None] & mask,
+        mask=mask[:, None] & mask[None, :],
     )
     tl.store(state_ptr + D * D, vector * scale, mask=mask)
 
@@ -313,170 +313,132 @@ def _state_kernel(
     cos_ptr,
     sin_ptr,
     states_ptr,
-    height,
+    num_tokens,
     width,
-    tiles_per_program,
+    tiles,
     C: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
+    OPERAND: tl.constexpr,
 ):
-    head, image = tl.program_id(0), tl.program_id(2)
-    channels = head * D + tl.arange(0, BLOCK_D)
-    channel_mask = tl.arange(0, BLOCK_D) < D
     matrix = tl.zeros((BLOCK_D, BLOCK_D), tl.float32)
     k_sum = tl.zeros((BLOCK, BLOCK_D), tl.float32)
-    first, last = tile_range(tl.program_id(1), tiles_per_program, height, width, BLOCK)
+    first = tl.program_id(1) * tiles
+    last = tl.minimum(first + tiles, tl.cdiv(num_tokens, BLOCK))
     for tile in range(first, last):
-        rows, columns, tokens, inside = locate(image, tile, height, width, BLOCK)
-        mask = inside[:, None] & channel_mask[None, :]
-        cos, sin = _load_rotation(
-            cos_ptr, sin_ptr, rows, columns, inside, C, D, BLOCK_D
+        tokens, rows, channels, mask = _locate(
+            tile, num_tokens, width, C, D, BLOCK, BLOCK_D
         )
-        k_ptr = qk_ptr + C + tokens[:, None] * qk_stride + channels[None, :]
-        k = _load_feature(k_ptr, mask)
-        v = load_float(v_ptr + tokens[:, None] * v_stride + channels[None, :], mask)
-        rotated = tl.trans(_rotate(k, cos, sin))
-        matrix = tl.dot(rotated, v, matrix, input_precision=PRECISION)
-        k_sum += k
-    scale = 1.0 / (height * width)
-    slot = (tl.program_id(1) * tl.num_programs(2) + image) * tl.num_programs(0) + head
-    _store_state(states_ptr, slot, matrix, tl.sum(k_sum, axis=0), scale, D, BLOCK_D)
+        cos, sin = _load_rotation(
+            cos_ptr, sin_ptr, tokens, num_tokens, width, C, D, BLOCK_D
+        )
+        k = _load_feature(qk_ptr + C + rows * qk_stride + channels, mask)
+        v = load_float(v_ptr + rows * v_stride + channels, mask)
+        rotated = tl.trans(_rotate(k, cos, sin).to(OPERAND))
+        matrix = tl.dot(rotated, v.to(OPERAND), matrix, input_precision=PRECISION)
+        k_sum += tl.where(mask, k, 0.0)
+    _store_state(
+        states_ptr, matrix, tl.sum(k_sum, axis=0), 1.0 / num_tokens, D, BLOCK_D
+    )
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _output_kernel(
     qk_ptr,
     qk_stride,
-    v_ptr,
-    v_stride,
-    gate_ptr,
-    gate_stride,
     cos_ptr,
     sin_ptr,
-    weight_ptr,
-    bias_ptr,
-    state_ptr,
+    states_ptr,
     y_ptr,
-    height,
+    parts,
+    num_tokens,
     width,
-    tiles_per_program,
+    tiles,
     C: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
+    OPERAND: tl.constexpr,
 ):
-    head, image = tl.program_id(0), tl.program_id(2)
-    channels = head * D + tl.arange(0, BLOCK_D)
-    channel_mask = tl.arange(0, BLOCK_D) < D
-    taps = load_taps(weight_ptr, channels, channel_mask)
-    bias = load_float(bias_ptr + channels, channel_mask)
-    slot = image * tl.num_programs(0) + head
-    matrix, k_mean = _load_state(state_ptr, slot, D, BLOCK_D)
-    first, last = tile_range(tl.program_id(1), tiles_per_program, height, width, BLOCK)
+    matrix, k_mean = _load_state(states_ptr, parts, D, BLOCK_D)
+    matrix = matrix.to(OPERAND)
+    first = tl.program_id(1) * tiles
+    last = tl.minimum(first + tiles, tl.cdiv(num_tokens, BLOCK))
     for tile in range(first, last):
-        rows, columns, tokens, inside = locate(image, tile, height, width, BLOCK)
-        mask = inside[:, None] & channel_mask[None, :]
+        tokens, rows, channels, mask = _locate(
+            tile, num_tokens, width, C, D, BLOCK, BLOCK_D
+        )
         cos, sin = _load_rotation(
-            cos_ptr, sin_ptr, rows, columns, inside, C, D, BLOCK_D
+            cos_ptr, sin_ptr, tokens, num_tokens, width, C, D, BLOCK_D
         )
-        q = _load_feature(
-            qk_ptr + tokens[:, None] * qk_stride + channels[None, :], mask
-        )
-        norm = tl.sum(q * k_mean[None, :], axis=1) + _EPS
-        y = tl.dot(_rotate(q, cos, sin), matrix, input_precision=PRECISION)
-        y = y / norm[:, None] + bias[None, :]
-        v = v_ptr + tokens[:, None] * v_stride + channels[None, :]
-        y += conv3x3(v, v_stride, rows, columns, channel_mask, height, width, taps)
-        gate = load_float(
-            gate_ptr + tokens[:, None] * gate_stride + channels[None, :], mask
-        )
-        y *= silu(gate)
-        tl.store(y_ptr + tokens[:, None] * C + channels[None, :], y, mask=mask)
+        q = _load_feature(qk_ptr + rows * qk_stride + channels, mask)
+        inverse = 1.0 / (tl.sum(q * k_mean[None, :], axis=1) + _EPS)
+        # Before the product: in half precision the sum stays in range.
+        rotated = (_rotate(q, cos, sin) * inverse[:, None]).to(OPERAND)
+        y = tl.dot(rotated, matrix, input_precision=PRECISION)
+        tl.store(y_ptr + rows * C + channels, y, mask=mask)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _query_grad_kernel(
     qk_ptr,
     qk_stride,
-    v_ptr,
-    v_stride,
-    gate_ptr,
-    gate_stride,
-    grad_ptr,
-    grad_stride,
+    dy_ptr,
+    dy_stride,
+    y_ptr,
     cos_ptr,
     sin_ptr,
-    weight_ptr,
-    bias_ptr,
-    state_ptr,
+    states_ptr,
     dqk_ptr,
-    dgate_ptr,
-    dy_ptr,
     dstates_ptr,
-    height,
+    parts,
+    num_tokens,
     width,
-    tiles_per_program,
+    tiles,
     C: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
+    OPERAND: tl.constexpr,
 ):
-    head, image = tl.program_id(0), tl.program_id(2)
-    channels = head * D + tl.arange(0, BLOCK_D)
-    channel_mask = tl.arange(0, BLOCK_D) < D
-    taps = load_taps(weight_ptr, channels, channel_mask)
-    bias = load_float(bias_ptr + channels, channel_mask)
-    slot = image * tl.num_programs(0) + head
-    matrix, k_mean = _load_state(state_ptr, slot, D, BLOCK_D)
+    matrix, k_mean = _load_state(states_ptr, parts, D, BLOCK_D)
+    transposed = tl.trans(matrix.to(OPERAND))
     dmatrix = tl.zeros((BLOCK_D, BLOCK_D), tl.float32)
     dk_mean = tl.zeros((BLOCK, BLOCK_D), tl.float32)
-    first, last = tile_range(tl.program_id(1), tiles_per_program, height, width, BLOCK)
+    first = tl.program_id(1) * tiles
+    last = tl.minimum(first + tiles, tl.cdiv(num_tokens, BLOCK))
     for tile in range(first, last):
-        rows, columns, tokens, inside = locate(image, tile, height, width, BLOCK)
-        mask = inside[:, None] & channel_mask[None, :]
-        out = tokens[:, None] * C + channels[None, :]
+        tokens, rows, channels, mask = _locate(
+            tile, num_tokens, width, C, D, BLOCK, BLOCK_D
+        )
         cos, sin = _load_rotation(
-            cos_ptr, sin_ptr, rows, columns, inside, C, D, BLOCK_D
+            cos_ptr, sin_ptr, tokens, num_tokens, width, C, D, BLOCK_D
         )
-        q = _load_feature(
-            qk_ptr + tokens[:, None] * qk_stride + channels[None, :], mask
-        )
+        q = _load_feature(qk_ptr + rows * qk_stride + channels, mask)
+        dy = load_float(dy_ptr + rows * dy_stride + channels, mask)
+        y = load_float(y_ptr + rows * C + channels, mask)
         inverse = 1.0 / (tl.sum(q * k_mean[None, :], axis=1) + _EPS)
         rotated = _rotate(q, cos, sin)
-        y = tl.dot(rotated, matrix, input_precision=PRECISION) * inverse[:, None]
-
-        gate = load_float(
-            gate_ptr + tokens[:, None] * gate_stride + channels[None, :], mask
+        dproduct = (dy * inverse[:, None]).to(OPERAND)
+        drotated = tl.dot(dproduct, transposed, input_precision=PRECISION)
+        dmatrix = tl.dot(
+            tl.trans(rotated.to(OPERAND)), dproduct, dmatrix, input_precision=PRECISION
         )
-        grad = load_float(
-            grad_ptr + tokens[:, None] * grad_stride + channels[None, :], mask
-        )
-        v = v_ptr + tokens[:, None] * v_stride + channels[None, :]
-        lepe = conv3x3(v, v_stride, rows, columns, channel_mask, height, width, taps)
-        dgate = grad * (y + lepe + bias[None, :]) * silu_grad(gate)
-        tl.store(dgate_ptr + out, dgate, mask=mask)
-        dy = grad * silu(gate)
-        tl.store(dy_ptr + out, dy, mask=mask)
-
-        dproduct = dy * inverse[:, None]
         dnorm = -inverse * tl.sum(dy * y, axis=1)
-        dq = tl.dot(dproduct, tl.trans(matrix), input_precision=PRECISION)
-        dq = _rotate(dq, cos, -sin) + dnorm[:, None] * k_mean[None, :]
+        # Numbers of half the size change threads, and nothing is computed twice.
+        drotated = drotated.to(OPERAND).to(tl.float32)
+        dq = _rotate(drotated, cos, -sin) + dnorm[:, None] * k_mean[None, :]
         # q is ELU + 1, whose derivative is q up to 1.
         dq *= tl.minimum(q, 1.0)
-        tl.store(dqk_ptr + out + tokens[:, None] * C, dq, mask=mask)
-        dmatrix = tl.dot(
-            tl.trans(rotated), dproduct, dmatrix, input_precision=PRECISION
-        )
+        tl.store(dqk_ptr + rows * (2 * C) + channels, dq, mask=mask)
         dk_mean += dnorm[:, None] * q
-    scale = 1.0 / (height * width)
-    slot = (tl.program_id(1) * tl.num_programs(2) + image) * tl.num_programs(0) + head
-    dk_mean = tl.sum(dk_mean, axis=0)
-    _store_state(dstates_ptr, slot, dmatrix, dk_mean, scale, D, BLOCK_D)
+    _store_state(
+        dstates_ptr, dmatrix, tl.sum(dk_mean, axis=0), 1.0 / num_tokens, D, BLOCK_D
+    )
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -485,53 +447,39 @@ def _key_value_grad_kernel(
     qk_stride,
     v_ptr,
     v_stride,
-    dy_ptr,
     cos_ptr,
     sin_ptr,
-    weight_ptr,
-    dstate_ptr,
+    dstates_ptr,
     dqk_ptr,
     dv_ptr,
-    sums_ptr,
-    height,
+    parts,
+    num_tokens,
     width,
-    tiles_per_program,
+    tiles,
     C: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
+    OPERAND: tl.constexpr,
 ):
-    head, image = tl.program_id(0), tl.program_id(2)
-    channels = head * D + tl.arange(0, BLOCK_D)
-    channel_mask = tl.arange(0, BLOCK_D) < D
-    taps = load_taps(weight_ptr, channels, channel_mask)
-    slot = image * tl.num_programs(0) + head
-    dmatrix, dk_mean = _load_state(dstate_ptr, slot, D, BLOCK_D)
-    sums = zero_sums(BLOCK, BLOCK_D)
-    first, last = tile_range(tl.program_id(1), tiles_per_program, height, width, BLOCK)
+    dmatrix, dk_mean = _load_state(dstates_ptr, parts, D, BLOCK_D)
+    dmatrix = dmatrix.to(OPERAND)
+    transposed = tl.trans(dmatrix)
+    first = tl.program_id(1) * tiles
+    last = tl.minimum(first + tiles, tl.cdiv(num_tokens, BLOCK))
     for tile in range(first, last):
-        rows, columns, tokens, inside = locate(image, tile, height, width, BLOCK)
-        mask = inside[:, None] & channel_mask[None, :]
-        out = tokens[:, None] * C + channels[None, :]
+        tokens, rows, channels, mask = _locate(
+            tile, num_tokens, width, C, D, BLOCK, BLOCK_D
+        )
         cos, sin = _load_rotation(
-            cos_ptr, sin_ptr, rows, columns, inside, C, D, BLOCK_D
+            cos_ptr, sin_ptr, tokens, num_tokens, width, C, D, BLOCK_D
         )
-        k_ptr = qk_ptr + C + tokens[:, None] * qk_stride + channels[None, :]
-        k = _load_feature(k_ptr, mask)
-        v = load_float(v_ptr + tokens[:, None] * v_stride + channels[None, :], mask)
-
-        dk = tl.dot(v, tl.trans(dmatrix), input_precision=PRECISION)
-        dk = _rotate(dk, cos, -sin) + dk_mean[None, :]
-        dk *= tl.minimum(k, 1.0)
-        tl.store(dqk_ptr + C + out + tokens[:, None] * C, dk, mask=mask)
-
-        dv, sums = conv3x3_grad(
-            dy_ptr + out, C, rows, columns, channel_mask, height, width, taps, v, sums
-        )
-        rotated = _rotate(k, cos, sin)
-        dv = tl.dot(rotated, dmatrix, dv, input_precision=PRECISION)
-        tl.store(dv_ptr + out, dv, mask=mask)
-    program = image * tl.num_programs(1) + tl.program_id(1)
-    sums_ptr += program.to(tl.int64) * (10 * C) + channels
-    store_sums(sums_ptr, channel_mask, sums, C)
+        k = _load_feature(qk_ptr + C + rows * qk_stride + channels, mask)
+        v = load_float(v_ptr + rows * v_stride + channels, mask)
+        rotated = _rotate(k, cos, sin).to(OPERAND)
+        dk = tl.dot(v.to(OPERAND), transposed, input_precision=PRECISION)
+        dv = tl.dot(rotated, dmatrix, input_precision=PRECISION)
+        dk = (_rotate(dk, cos, -sin) + dk_mean[None, :]) * tl.minimum(k, 1.0)
+        tl.store(dqk_ptr + C + rows * (2 * C) + channels, dk, mask=mask)
+        tl.store(dv_ptr + rows * C + channels, dv, mask=mask)

@@ -1,0 +1,75 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+"""BatchNorm by its running statistics, with ReLU, in one pass over a map."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._common import SIZES, load_float
+
+_NUMBERS = 2048
+
+
+def batch_norm(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    act: bool,
+) -> Tensor:
+    """See :func:`mlla_mm.ops.naive.batch_norm`; without gradients."""
+    # (N, C, H, W) in the order of its memory.
+    rows = x.permute(0, 2, 3, 1).contiguous()
+    y = torch.empty_like(rows)
+    channels = rows.shape[-1]
+    num_rows = rows.numel() // channels
+    block_c = triton.next_power_of_2(channels)
+    block = max(1, _NUMBERS // block_c)
+    with torch.cuda.device_of(x):
+        _batch_norm_kernel[(triton.cdiv(num_rows, block),)](
+            rows,
+            *(tensor.contiguous() for tensor in (mean, var, weight, bias)),
+            y,
+            num_rows,
+            eps,
+            C=channels,
+            BLOCK=block,
+            BLOCK_C=block_c,
+            ACT=act,
+            num_warps=4,
+        )
+    return y.permute(0, 3, 1, 2)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _batch_norm_kernel(
+    x_ptr,
+    mean_ptr,
+    var_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    num_rows,
+    eps,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ACT: tl.constexpr,
+):
+    rows = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    channels = tl.arange(0, BLOCK_C)
+    mask = (rows < num_rows)[:, None] & (channels < C)[None, :]
+    mean = load_float(mean_ptr + channels, channels < C)
+    variance = load_float(var_ptr + channels, channels < C)
+    scale = tl.rsqrt(variance + eps) * load_float(weight_ptr + channels, channels < C)
+    bias = load_float(bias_ptr + channels, channels < C)
+    offsets = rows[:, None] * C + channels[None, :]
+    y = load_float(x_ptr + offsets, mask) - mean[None, :]
+    y = y * scale[None, :] + bias[None, :]
+    if ACT:
+        # Not the maximum with zero: that would hide a NaN.
+        y = tl.where(y < 0, 0.0, y)
+    tl.store(y_ptr + offsets, y, mask=mask)

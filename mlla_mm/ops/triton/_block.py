@@ -1,0 +1,255 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+"""A whole MLLA block, forward and backward, by the kernels of this package.
+
+One autograd function in the place of a dozen: what one layer leaves for the next is
+written once, in the dtype of autocast, and the gradients of residual connections are
+added where they are needed. Products without a further step are PyTorch's.
+"""
+
+from typing import List, NamedTuple, Optional, Sequence, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from ._common import computed_dtype
+from ._depthwise_conv import (
+    conv,
+    conv_grad,
+    gated_conv,
+    gated_conv_grad,
+    silu_conv_grad,
+)
+from ._layer_norm import layer_norm, layer_norm_grad
+from ._linear import gelu_linear_grad, linear_gelu, linear_residual, weight_grad
+from ._mlla_attention import linear_attention, linear_attention_grad
+from ._sums import column_sums
+
+
+class Weights(NamedTuple):
+    """Parameters of a block, each layer's weight and bias; see :class:`MLLABlock`."""
+
+    cpe1: Tensor
+    cpe1_bias: Tensor
+    norm1: Tensor
+    norm1_bias: Tensor
+    in_proj: Tensor
+    in_proj_bias: Tensor
+    act_proj: Tensor
+    act_proj_bias: Tensor
+    dwc: Tensor
+    dwc_bias: Tensor
+    qk: Tensor
+    qk_bias: Optional[Tensor]
+    lepe: Tensor
+    lepe_bias: Tensor
+    out_proj: Tensor
+    out_proj_bias: Tensor
+    cpe2: Tensor
+    cpe2_bias: Tensor
+    norm2: Tensor
+    norm2_bias: Tensor
+    fc1: Tensor
+    fc1_bias: Tensor
+    fc2: Tensor
+    fc2_bias: Tensor
+
+
+class _Products(NamedTuple):
+    """Weights and biases of the matrix products, in the dtype that these run in."""
+
+    in_act: Tensor
+    in_act_bias: Tensor
+    qk: Tensor
+    qk_bias: Optional[Tensor]
+    out: Tensor
+    out_bias: Tensor
+    fc1: Tensor
+    fc1_bias: Tensor
+    fc2: Tensor
+    fc2_bias: Tensor
+
+
+class MLLABlock(torch.autograd.Function):
+    """See :func:`mlla_mm.ops.triton.mlla_block`."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        x: Tensor,
+        num_heads: int,
+        eps: Tuple[float, float],
+        scales: Tuple[Optional[Tensor], Optional[Tensor]],
+        *parameters: Optional[Tensor],
+    ) -> Tensor:
+        weights = Weights(*parameters)
+        out, kept, products = forward(x, num_heads, eps, scales, weights, keep=True)
+        ctx.save_for_backward(*kept, *products, *scales, *parameters)
+        ctx.num_heads, ctx.eps = num_heads, eps
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
+        saved = ctx.saved_tensors
+        kept, saved = saved[:_NUM_KEPT], saved[_NUM_KEPT:]
+        count = len(_Products._fields)
+        products, saved = _Products(*saved[:count]), saved[count:]
+        scales, parameters = saved[:2], saved[2:]
+        weights = Weights(*parameters)
+        with torch.autocast(grad.device.type, enabled=False):
+            grad_x, grads = backward(
+                grad, kept, ctx.num_heads, ctx.eps, scales, weights, products
+            )
+        needed = zip(grads, ctx.needs_input_grad[4:])
+        grads = (grad if needs else None for grad, needs in needed)
+        return (grad_x, None, None, None, *grads)
+
+
+_NUM_KEPT = 10
+
+
+def forward(
+    x: Tensor,
+    num_heads: int,
+    eps: Tuple[float, float],
+    scales: Sequence[Optional[Tensor]],
+    w: Weights,
+    keep: bool,
+) -> Tuple[Tensor, Optional[Tuple[Tensor, ...]], Optional[_Products]]:
+    """Output, and if asked for what the backward pass needs."""
+    dtype = computed_dtype(x)
+    products = _cast(w, dtype)
+    channels = x.shape[-1]
+    with torch.autocast(x.device.type, enabled=False):
+        x1 = conv(x, w.cpe1, w.cpe1_bias, residual=True)
+        u = layer_norm(x1, w.norm1, w.norm1_bias, eps[0], dtype)
+        projected = F.linear(u, products.in_act, products.in_act_bias)
+        inner, gate = projected.split(channels, dim=-1)
+        v = conv(inner, w.dwc, w.dwc_bias, act=True)
+        qk = F.linear(v, products.qk, products.qk_bias)
+        y, states = linear_attention(qk, v, num_heads)
+        gated = gated_conv(v, w.lepe, w.lepe_bias, y, gate)
+        x2 = linear_residual(
+            gated.view(-1, channels), products.out, products.out_bias, x1, scales[0]
+        )
+        x3 = conv(x2, w.cpe2, w.cpe2_bias, residual=True)
+        u = layer_norm(x3, w.norm2, w.norm2_bias, eps[1], dtype).view(-1, channels)
+        activated, hidden = linear_gelu(u, products.fc1, products.fc1_bias, keep)
+        out = linear_residual(activated, products.fc2, products.fc2_bias, x3, scales[1])
+    if not keep:
+        return out, None, None
+    kept = (x, x1, projected, v, qk, y, states, x2, x3, hidden)
+    return out, kept, products
+
+
+def backward(
+    grad: Tensor,
+    kept: Sequence[Tensor],
+    num_heads: int,
+    eps: Tuple[float, float],
+    scales: Sequence[Optional[Tensor]],
+    w: Weights,
+    products: _Products,
+) -> Tuple[Tensor, List[Optional[Tensor]]]:
+    """Gradients of the input and, in their order, of the parameters."""
+    x, x1, projected, v, qk, y, states, x2, x3, hidden = kept
+    dtype, channels = projected.dtype, x.shape[-1]
+    inner, gate = projected.split(channels, dim=-1)
+    grad = grad.contiguous()
+
+    # x3 + s fc2(GELU(fc1(LN(x3))))
+    rows = grad.view(-1, channels).to(dtype)
+    grad_hidden, activated, fc1_bias = gelu_linear_grad(
+        rows, products.fc2, hidden, w.fc1_bias, scales[1]
+    )
+    fc2 = weight_grad(rows, activated, w.fc2)
+    fc2_bias = column_sums(rows, scales[1], w.fc2_bias)
+    u = layer_norm(x3, w.norm2, w.norm2_bias, eps[1], dtype).view(-1, channels)
+    fc1 = weight_grad(grad_hidden, u, w.fc1)
+    grad_u = (grad_hidden @ products.fc1).view(x3.shape)
+    del hidden, activated, grad_hidden, u
+    grad, *norm2 = layer_norm_grad(x3, w.norm2, w.norm2_bias, eps[1], grad_u, grad)
+    grad, *cpe2 = conv_grad(x2, w.cpe2, w.cpe2_bias, grad, residual=True)
+
+    # x1 + s out_proj(gated)
+    rows = grad.view(-1, channels).to(dtype)
+    grad_gated = (rows @ products.out).view(v.shape)
+    grad_projected = torch.empty_like(projected)
+    grad_inner, grad_gate = grad_projected.split(channels, dim=-1)
+    grad_y, gated = gated_conv_grad(
+        v, w.lepe, w.lepe_bias, y, gate, grad_gated, grad_gate, scales[0]
+    )
+    out = weight_grad(rows, gated.view(-1, channels), w.out_proj)
+    out_bias = column_sums(rows, scales[0], w.out_proj_bias)
+    grad_qk, grad_v = linear_attention_grad(qk, v, y, states, grad_y, num_heads)
+    rows = grad_qk.view(-1, 2 * channels)
+    qk = weight_grad(rows, v.view(-1, channels), w.qk)
+    qk_bias = None if w.qk_bias is None else column_sums(rows, like=w.qk_bias)
+    grad_v.view(-1, channels).addmm_(rows, products.qk)
+    del grad_qk, gated, grad_gated
+    grad_v, *lepe = conv_grad(v, w.lepe, w.lepe_bias, grad_y, added=grad_v)
+    grad_v = silu_conv_grad(inner, w.dwc, w.dwc_bias, grad_v)
+    _, *dwc = conv_grad(inner, w.dwc, w.dwc_bias, grad_v, out=grad_inner)
+
+    # in_proj(LN(x1)), act_proj(LN(x1)), x1 = x + conv(x)
+    rows = grad_projected.view(-1, 2 * channels)
+    u = layer_norm(x1, w.norm1, w.norm1_bias, eps[0], dtype).view(-1, channels)
+    in_act = weight_grad(rows, u, w.in_proj)
+    in_act_bias = column_sums(rows).to(w.in_proj_bias.dtype)
+    grad_u = (rows @ products.in_act).view(x1.shape)
+    grad, *norm1 = layer_norm_grad(x1, w.norm1, w.norm1_bias, eps[0], grad_u, grad)
+    grad, *cpe1 = conv_grad(x, w.cpe1, w.cpe1_bias, grad, residual=True)
+
+    in_proj, act_proj = in_act.chunk(2)
+    in_proj_bias, act_proj_bias = in_act_bias.chunk(2)
+    return grad, [
+        *cpe1,
+        *norm1,
+        in_proj,
+        in_proj_bias,
+        act_proj,
+        act_proj_bias,
+        *dwc,
+        qk,
+        qk_bias,
+        *lepe,
+        out,
+        out_bias,
+        *cpe2,
+        *norm2,
+        fc1,
+        fc1_bias,
+        fc2,
+        fc2_bias,
+    ]
+
+
+def _cast(w: Weights, dtype: torch.dtype) -> _Products:
+    """Parameters of the products in their dtype, all in one kernel."""
+    channels = len(w.in_proj)
+    wanted = [
+        w.in_proj,
+        w.act_proj,
+        w.in_proj_bias,
+        w.act_proj_bias,
+        w.qk,
+        w.out_proj,
+        w.out_proj_bias,
+        w.fc1,
+        w.fc1_bias,
+        w.fc2,
+        w.fc2_bias,
+    ]
+    if w.qk_bias is not None:
+        wanted.append(w.qk_bias)
+    sizes = [t.numel() for t in wanted]
+    memory = torch.empty(sum(sizes), dtype=dtype, device=w.qk.device)
+    parts = [part.view(t.shape) for part, t in zip(memory.split(sizes), wanted)]
+    torch._foreach_copy_(parts, wanted)
+    # The first two pairs lie behind one another: a layer with both outputs.
+    in_act = memory[: 2 * channels**2].view(2 * channels, channels)
+    in_act_bias = memory[2 * channels**2 :][: 2 * channels]
+    qk_bias = None if w.qk_bias is None else parts[11]
+    return _Products(in_act, in_act_bias, parts[4], qk_bias, *parts[5:11])

@@ -1,0 +1,197 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+"""LayerNorm over the channels of a map, computed in float32.
+
+With ``h = (x - mean) / sqrt(var + eps)`` the output is ``h w + b``. PyTorch's kernel
+gives each row a block of threads, of which a row of few channels keeps busy a part;
+autocast has it read and write float32, which this one need not. Backward computes h
+again, and adds the gradient of the residual connection around the layers that follow::
+
+    dx = (g - mean(g) - h mean(g h)) / sqrt(var + eps) + r,    g = w e
+"""
+
+from typing import Dict, Optional, Tuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from ._common import SIZES, as_rows, load_float
+from ._sums import add_up
+
+# Numbers of a tile, 8 for each thread.
+_NUMBERS = 1024
+# Programs of the backward pass, each with partial sums, and tiles that are worth one.
+_PROGRAMS, _TILES = 1056, 8
+
+
+class LayerNorm(torch.autograd.Function):
+    """See :func:`mlla_mm.ops.naive.layer_norm`."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor, eps: float
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        ctx.eps = eps
+        # As autocast has it, unlike a block that is computed as a whole.
+        autocast = torch.is_autocast_enabled(x.device.type)
+        return layer_norm(x, weight, bias, eps, torch.float32 if autocast else x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
+        x, weight, bias = ctx.saved_tensors
+        return (*layer_norm_grad(x, weight, bias, ctx.eps, grad), None)
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+) -> Tensor:
+    """(..., C) -> (..., C), contiguous, of a dtype."""
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    rows = as_rows(x)
+    sizes = _plan(rows)
+    with torch.cuda.device_of(x):
+        _layer_norm_kernel[(triton.cdiv(len(rows), sizes['BLOCK']),)](
+            rows,
+            rows.stride(0),
+            weight.contiguous(),
+            bias.contiguous(),
+            y,
+            len(rows),
+            eps,
+            **sizes,
+        )
+    return y
+
+
+def layer_norm_grad(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    grad: Tensor,
+    residual: Optional[Tensor] = None,
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias.
+
+    Args:
+        x (Tensor): (..., C).
+        weight (Tensor): (C,).
+        bias (Tensor): (C,).
+        eps (float): Added to the variance.
+        grad (Tensor): Gradient of the output, (..., C).
+        residual (Tensor, optional): Another gradient of x, to be added, (..., C).
+            Defaults to None.
+    """
+    rows, grads = as_rows(x), as_rows(grad)
+    others = grads if residual is None else as_rows(residual)
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    sizes = _plan(rows)
+    programs = min(_PROGRAMS, triton.cdiv(len(rows), _TILES * sizes['BLOCK']))
+    sums = x.new_empty((programs, 2, x.shape[-1]), dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        _layer_norm_grad_kernel[(programs,)](
+            rows,
+            rows.stride(0),
+            weight.contiguous(),
+            grads,
+            grads.stride(0),
+            others,
+            others.stride(0),
+            grad_x,
+            sums,
+            len(rows),
+            eps,
+            **sizes,
+            ADD=residual is not None,
+        )
+    return (grad_x, *add_up(sums, weight, bias))
+
+
+def _plan(rows: Tensor) -> Dict[str, int]:
+    channels = rows.shape[1]
+    block_c = triton.next_power_of_2(channels)
+    return dict(
+        C=channels,
+        BLOCK=max(1, _NUMBERS // block_c),
+        BLOCK_C=block_c,
+        num_warps=4,
+    )
+
+
+@triton.jit
+def _load_normalised(x_ptr, x_stride, rows, channels, mask, eps, C: tl.constexpr):
+    """h, zero where masked, and 1 / sqrt(var + eps)."""
+    x = load_float(x_ptr + rows[:, None] * x_stride + channels[None, :], mask)
+    mean = tl.sum(x, axis=1) / C
+    x = tl.where(mask, x - mean[:, None], 0.0)
+    inverse = tl.rsqrt(tl.sum(x * x, axis=1) / C + eps)
+    return x * inverse[:, None], inverse
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _layer_norm_kernel(
+    x_ptr,
+    x_stride,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    num_rows,
+    eps,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    rows = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    channels = tl.arange(0, BLOCK_C)
+    mask = (rows < num_rows)[:, None] & (channels < C)[None, :]
+    h, _ = _load_normalised(x_ptr, x_stride, rows, channels, mask, eps, C)
+    weight = load_float(weight_ptr + channels, channels < C)
+    bias = load_float(bias_ptr + channels, channels < C)
+    y = h * weight[None, :] + bias[None, :]
+    tl.store(y_ptr + rows[:, None] * C + channels[None, :], y, mask=mask)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _layer_norm_grad_kernel(
+    x_ptr,
+    x_stride,
+    weight_ptr,
+    dy_ptr,
+    dy_stride,
+    added_ptr,
+    added_stride,
+    dx_ptr,
+    sums_ptr,
+    num_rows,
+    eps,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ADD: tl.constexpr,
+):
+    channels = tl.arange(0, BLOCK_C)
+    weight = load_float(weight_ptr + channels, channels < C)
+    weight_sum = tl.zeros((BLOCK, BLOCK_C), tl.float32)
+    bias_sum = tl.zeros((BLOCK, BLOCK_C), tl.float32)
+    for tile in range(tl.program_id(0), tl.cdiv(num_rows, BLOCK), tl.num_programs(0)):
+        rows = (tile * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+        mask = (rows < num_rows)[:, None] & (channels < C)[None, :]
+        h, inverse = _load_normalised(x_ptr, x_stride, rows, channels, mask, eps, C)
+        dy = load_float(dy_ptr + rows[:, None] * dy_stride + channels[None, :], mask)
+        weight_sum += dy * h
+        bias_sum += dy
+        g = dy * weight[None, :]
+        mean = tl.sum(g, axis=1) / C
+        product = tl.sum(g * h, axis=1) / C
+        dx = (g - mean[:, None] - h * product[:, None]) * inverse[:, None]
+        if ADD:
+            added = added_ptr + rows[:, None] * added_stride + channels[None, :]
+            dx += load_float(added, mask)
+        tl.store(dx_ptr + rows[:, None] * C + channels[None, :], dx, mask=mask)
+    sums_ptr += tl.program_id(0) * (2 * C) + channels
+    tl.store(sums_ptr, tl.sum(weight_sum, axis=0), mask=channels < C)
+    tl.store(sums_ptr + C, tl.sum(bias_sum, axis=0), mask=channels < C)

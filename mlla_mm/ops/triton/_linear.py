@@ -1,0 +1,332 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+"""Linear layers whose output takes another step before it is written.
+
+With ``z = x W^T + b``, one kernel gives
+
+- ``ReLU(z)``;
+- ``GELU(z)``, and z itself for the gradient;
+- ``r + s z``, with the residual connection r and the scale s of an image by which
+  stochastic depth drops it;
+- for the gradient e of ``s z``, of which ``GELU(h)`` is the input and W the weight:
+  ``s (e W) GELU'(h)``, ``s GELU(h)``, by which the weight's gradient is multiplied, and
+  the sums of the former over its rows, the gradient of the bias before GELU.
+
+In half precision alone: products of float32 numbers, and those without such a step, are
+left to PyTorch.
+"""
+
+from typing import Dict, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from ...utils.compat import MM_TAKES_OUT_DTYPE
+from .. import naive
+from ._common import (
+    SIZES,
+    block_size,
+    computed_dtype,
+    exp,
+    operand_dtype,
+    reciprocal,
+)
+from ._sums import add_up, column_sums
+
+_GELU, _RESIDUAL, _GELU_GRAD, _RELU = 0, 1, 2, 3
+# Rows of a tile of the gradient, each tile with partial sums.
+_GRAD_ROWS = 128
+_PEAK = tl.constexpr(0.3989422804014327)  # of the standard normal density
+
+
+def linear_gelu(
+    x: Tensor, weight: Tensor, bias: Tensor, keep: bool
+) -> Tuple[Tensor, Optional[Tensor]]:
+    """GELU(z), and z if it is to be kept.
+
+    Args:
+        x (Tensor): (rows, K).
+        weight (Tensor): (N, K).
+        bias (Tensor): (N,).
+        keep (bool): Whether z is asked for.
+
+    Returns:
+        tuple[Tensor, Tensor | None]: (rows, N) each.
+    """
+    if not _fits(x):
+        z = F.linear(x, weight, bias)
+        return F.gelu(z), z if keep else None
+    y = x.new_empty(len(x), len(weight))
+    z = torch.empty_like(y) if keep else None
+    _run(_GELU, x, weight, y, z, bias=bias)
+    return y, z
+
+
+def linear_residual(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor,
+    scale: Optional[Tensor] = None,
+) -> Tensor:
+    """r + s z.
+
+    Args:
+        x (Tensor): (rows, K).
+        weight (Tensor): (N, K).
+        bias (Tensor): (N,).
+        residual (Tensor): (images, ..., N), contiguous, of as many rows.
+        scale (Tensor, optional): One number per image, float32. Defaults to None, 1.
+
+    Returns:
+        Tensor: As ``residual``.
+    """
+    if not _fits(x):
+        z = F.linear(x, weight, bias).view(residual.shape)
+        return residual + (z if scale is None else z * scale.view(-1, 1, 1, 1))
+    y = torch.empty_like(residual)
+    _run(_RESIDUAL, x, weight, y, bias=bias, other=residual, scale=scale)
+    return y
+
+
+def gelu_linear_grad(
+    grad: Tensor,
+    weight: Tensor,
+    hidden: Tensor,
+    bias: Tensor,
+    scale: Optional[Tensor] = None,
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """Backward of a linear layer on GELU(h), see the top of this file.
+
+    Args:
+        grad (Tensor): Gradient of the output, (rows, K).
+        weight (Tensor): (K, N).
+        hidden (Tensor): h, (rows, N).
+        bias (Tensor): Bias of the layer that gave h, (N,).
+        scale (Tensor, optional): One number per image, float32. Defaults to None, 1.
+
+    Returns:
+        tuple[Tensor, Tensor, Tensor]: Gradient of h and s GELU(h), (rows, N), and that
+        of the bias.
+    """
+    if not _fits(grad):
+        activated = F.gelu(hidden)
+        if scale is not None:
+            scale = scale.repeat_interleave(len(grad) // len(scale))[:, None]
+            grad, activated = grad * scale, activated * scale
+        grad = torch.ops.aten.gelu_backward(grad @ weight, hidden)
+        return grad, activated, column_sums(grad, like=bias)
+    grad_hidden, activated = torch.empty_like(hidden), torch.empty_like(hidden)
+    tiles = triton.cdiv(len(grad), _GRAD_ROWS)
+    sums = hidden.new_empty((tiles, 1, hidden.shape[1]), dtype=torch.float32)
+    outputs = grad_hidden, activated, sums
+    _run(_GELU_GRAD, grad, weight, *outputs, other=hidden, scale=scale)
+    return grad_hidden, activated, add_up(sums, None, bias)[1]
+
+
+class LinearReLU(torch.autograd.Function):
+    """See :func:`mlla_mm.ops.naive.linear_relu`."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        dtype = computed_dtype(x)
+        with torch.autocast(x.device.type, enabled=False):
+            x, matrix = x.to(dtype), weight.to(dtype).contiguous()
+            rows = x.reshape(-1, x.shape[-1]).contiguous()
+            y = _linear_relu(rows, matrix, bias.to(dtype))
+        ctx.save_for_backward(rows, matrix, weight, bias, y)
+        ctx.shape = x.shape
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
+        rows, matrix, weight, bias, y = ctx.saved_tensors
+        with torch.autocast(grad.device.type, enabled=False):
+            grad = torch.ops.aten.threshold_backward(grad.reshape(y.shape), y, 0)
+            grads = (
+                (grad @ matrix).view(ctx.shape),
+                weight_grad(grad, rows, weight),
+                column_sums(grad, like=bias),
+            )
+        needed = zip(grads, ctx.needs_input_grad)
+        return tuple(grad if needs else None for grad, needs in needed)
+
+
+def _linear_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """(rows, K) -> (rows, N). cuBLAS can do it, but hides what is not a number."""
+    if not _fits(x):
+        return F.linear(x, weight, bias).relu_()
+    y = x.new_empty(len(x), len(weight))
+    _run(_RELU, x, weight, y, bias=bias.contiguous())
+    return y
+
+
+def weight_grad(grad: Tensor, x: Tensor, like: Tensor) -> Tensor:
+    """Gradient of a linear layer's weight, in the weight's dtype."""
+    if grad.dtype == like.dtype or not (grad.is_cuda and MM_TAKES_OUT_DTYPE):
+        return (grad.t() @ x).to(like.dtype)
+    return torch.mm(grad.t(), x, out_dtype=like.dtype)
+
+
+def _fits(x: Tensor) -> bool:
+    return x.dtype in naive.HALF
+
+
+def _run(
+    mode: int,
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    second: Optional[Tensor] = None,
+    sums: Optional[Tensor] = None,
+    bias: Optional[Tensor] = None,
+    other: Optional[Tensor] = None,
+    scale: Optional[Tensor] = None,
+) -> None:
+    rows, columns = len(x), y.shape[-1]
+    sizes = _plan(mode, x.shape[1], columns)
+    tiles = triton.cdiv(rows, sizes['BLOCK_M']), triton.cdiv(columns, sizes['BLOCK_N'])
+    grid = (tiles[0] * tiles[1],)
+    with torch.cuda.device_of(x):
+        _linear_kernel[grid](
+            x,
+            x.stride(0),
+            weight,
+            bias,
+            other,
+            scale,
+            y,
+            second,
+            sums,
+            rows,
+            rows if scale is None else rows // len(scale),
+            **sizes,
+            OPERAND=tl.float16 if x.dtype == torch.float16 else operand_dtype(x),
+            MODE=mode,
+        )
+
+
+def _plan(mode: int, summands: int, columns: int) -> Dict[str, int]:
+    block_k = min(block_size(summands, least=32), 64)
+    block_n = min(block_size(columns, least=32), 128)
+    block_m, num_warps = _GRAD_ROWS, 8
+    if mode == _GELU_GRAD:
+        # The last step takes the registers of half a tile.
+        block_n = min(block_n, 64)
+    elif mode == _GELU and summands <= 64:
+        # It takes longer than the product: more programs at once.
+        block_m, block_n, num_warps = 64, min(block_n, 64), 4
+    elif mode == _RESIDUAL:
+        block_m, num_warps = (64 if block_n == 128 else 128), 4
+    return dict(
+        N=columns,
+        K=summands,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        num_warps=num_warps,
+        num_stages=3,
+    )
+
+
+@triton.jit
+def _normal(x):
+    """Distribution function and density of the standard normal distribution.
+
+    Abramowitz and Stegun 26.2.17, whose error is below 7.5e-8. It has half the
+    instructions of erf, which would take longer than reading and writing the map.
+    """
+    density = _PEAK * exp(-0.5 * x * x)
+    t = reciprocal(1.0 + 0.2316419 * tl.abs(x))
+    tail = t * (-1.821255978 + t * 1.330274429)
+    tail = t * (-0.356563782 + t * (1.781477937 + tail))
+    tail = density * t * (0.319381530 + tail)
+    return tl.where(x > 0, 1.0 - tail, tail), density
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _linear_kernel(
+    x_ptr,
+    x_stride,
+    weight_ptr,
+    bias_ptr,
+    other_ptr,
+    scale_ptr,
+    y_ptr,
+    second_ptr,
+    sums_ptr,
+    num_rows,
+    rows_per_image,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    OPERAND: tl.constexpr,
+    MODE: tl.constexpr,
+):
+    # Neighbouring programs share the rows, which are then in the cache.
+    blocks = tl.cdiv(N, BLOCK_N)
+    block = tl.program_id(0) // blocks
+    rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = rows < num_rows
+    # Rows that are not there are read as the last one, without a mask.
+    x_rows = tl.minimum(rows, num_rows - 1).to(tl.int64)
+    columns = (tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    summands = tl.arange(0, BLOCK_K)
+    x_ptr += x_rows[:, None] * x_stride + summands[None, :]
+    w_columns = columns % N
+    if MODE == 2:
+        weight_ptr += summands[:, None] * N + w_columns[None, :]
+    else:
+        weight_ptr += w_columns[None, :] * K + summands[:, None]
+    z = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        if K % BLOCK_K == 0:
+            x = tl.load(x_ptr)
+            weight = tl.load(weight_ptr)
+        else:
+            x = tl.load(x_ptr, mask=(summands < K - k)[None, :], other=0.0)
+            weight = tl.load(weight_ptr, mask=(summands < K - k)[:, None], other=0.0)
+        z = tl.dot(x.to(OPERAND), weight.to(OPERAND), z)
+        x_ptr += BLOCK_K
+        weight_ptr += BLOCK_K * N if MODE == 2 else BLOCK_K
+
+    mask = inside[:, None] & (columns < N)[None, :]
+    offsets = rows.to(tl.int64)[:, None] * N + columns[None, :]
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + columns, mask=columns < N, other=0.0)
+        z += bias.to(tl.float32)[None, :]
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr + x_rows // rows_per_image)[:, None]
+    if MODE == 0:
+        if second_ptr is not None:
+            tl.store(second_ptr + offsets, z, mask=mask)
+        distribution, _ = _normal(z)
+        tl.store(y_ptr + offsets, z * distribution, mask=mask)
+    elif MODE == 1:
+        if scale_ptr is not None:
+            z *= scale
+        z += tl.load(other_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        tl.store(y_ptr + offsets, z, mask=mask)
+    elif MODE == 3:
+        # Not the maximum with zero: that would hide a NaN.
+        tl.store(y_ptr + offsets, tl.where(z < 0, 0.0, z), mask=mask)
+    else:
+        hidden = tl.load(other_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        distribution, density = _normal(hidden)
+        activated = hidden * distribution
+        # Numbers of half the size change threads, and nothing is computed twice.
+        z = z.to(OPERAND).to(tl.float32)
+        z *= distribution + hidden * density
+        if scale_ptr is not None:
+            activated *= scale
+            z *= scale
+        tl.store(second_ptr + offsets, activated, mask=mask)
+        tl.store(y_ptr + offsets, z, mask=mask)
+        z = tl.where(mask, z, 0.0)
+        tl.store(sums_ptr + block * N + columns, tl.sum(z, axis=0), mask=columns < N)
