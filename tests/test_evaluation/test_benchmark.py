@@ -212,12 +212,13 @@ def graph_of(case):
 def test_a_cuda_graph_computes_anew(nano):
     """It gives what a call gives, of images that were not there when it was made."""
     _, images, call, graph = graph_of(SMALL)
-    before = [feature.clone() for feature in graph()]
+    before = graph()[0].clone()
     images.copy_(torch.rand_like(images))
-    after = graph()
-    for old, new, expected in zip(before, after, call()):
-        assert reference.relative_error(new, expected) < 1e-3
-        assert reference.relative_error(old, expected) > 1e-2
+    after, expected = graph(), call()
+    for new, feature in zip(after, expected):
+        assert reference.relative_error(new, feature) < 1e-3
+    # Features of deeper stages depend little on the images where weights are random.
+    assert reference.relative_error(before, expected[0]) > 1e-2
 
 
 @needs_gpu

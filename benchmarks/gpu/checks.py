@@ -1,0 +1,524 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+"""Checks of whole networks on a GPU that the tests do not make.
+
+Usage: python benchmarks/gpu/checks.py [env golden grads shapes models inout graphs]
+
+Each prints PASS or FAIL, or KNOWN for a failure that is not ours, and a number. The
+exit status is 1 if one failed. Without a GPU what can be is run on the CPU.
+"""
+
+import contextlib
+import copy
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Dict, List, Optional
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))  # for the recorded outputs, which are the tests'
+
+import mlla_mm  # noqa: E402
+from mlla_mm.models import MLLA  # noqa: E402
+from mlla_mm.ops import triton as fused  # noqa: E402
+
+GPU = torch.cuda.is_available()
+DEVICE = 'cuda' if GPU else 'cpu'
+FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
+HALF = [FLOAT16, BFLOAT16] if GPU else [BFLOAT16]
+NANO = dict(embed_dims=32, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8))
+# One block a stage, of channels that are no power of two.
+WIDE = dict(embed_dims=96, depths=(1, 1, 1, 1), num_heads=(3, 6, 12, 24))
+DEMOS = (
+    'classification/mlla-nano_digits.py',
+    'segmentation/upernet_mlla-nano_digits.py',
+    'detection/mask-rcnn_mlla-nano_fpn_digits.py',
+)
+failed = []
+
+
+# --- What the checks share ---
+
+
+def variants() -> List[str]:
+    """Values of MLLA_OPS."""
+    found = ['naive', 'eager']
+    if fused.is_available(torch.device(DEVICE)):
+        found.append('fused')
+    return found
+
+
+def ops(name: str) -> contextlib.AbstractContextManager:
+    return mock.patch.dict(os.environ, MLLA_OPS=name)
+
+
+def autocast(dtype: torch.dtype) -> contextlib.AbstractContextManager:
+    if dtype in HALF:
+        return torch.autocast(DEVICE, dtype=dtype)
+    return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def tf32(allow: bool) -> Iterator[None]:
+    """Of convolutions, which PyTorch allows by default."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = allow
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def short(dtype: Optional[torch.dtype]) -> str:
+    return str(dtype).replace('torch.', '')
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    """Relative L2 error, in float64."""
+    actual, expected = (t.detach().double().cpu() for t in (actual, expected))
+    return float((actual - expected).norm() / expected.norm().clamp_min(1e-30))
+
+
+def worst(actual, expected) -> float:
+    return max(map(error, actual, expected))
+
+
+def report(
+    name: str, value: float, limit: float, note: str = '', known: str = ''
+) -> None:
+    """Print a line. ``known`` tells why it is no failure of ours if it fails."""
+    good = value <= limit  # not for NaN
+    verdict = 'PASS' if good else 'KNOWN' if known else 'FAIL'
+    notes = '; '.join(filter(None, (note, '' if good else known)))
+    line = f'{verdict} {name}: {value:.3g} (limit {limit:g}) {notes}'
+    print(line.rstrip(), flush=True)
+    if verdict == 'FAIL':
+        failed.append(name)
+
+
+@contextlib.contextmanager
+def check(name: str) -> Iterator[None]:
+    """What is raised fails this check, and the others go on."""
+    try:
+        yield
+    except Exception as raised:
+        failed.append(name)
+        traceback.print_exc()
+        message = f'{type(raised).__name__}: {raised}'.replace('\n', ' ')
+        print(f'FAIL {name}: {message[:300]}', flush=True)
+
+
+# --- The checks ---
+
+
+def env() -> None:
+    """Versions, and that all packages can be imported."""
+    import cv2
+    import mmdet.apis  # noqa: F401
+    import mmpretrain.apis  # noqa: F401
+    import mmseg.apis  # noqa: F401
+    import numpy
+
+    try:
+        import triton
+    except ImportError:
+        triton = None
+    print(
+        f'  mlla_mm {mlla_mm.__version__}, Python {sys.version.split()[0]}, '
+        f'torch {torch.__version__}, CUDA {torch.version.cuda}, '
+        f'cuDNN {torch.backends.cudnn.version()}, '
+        f'Triton {getattr(triton, "__version__", "missing")}, '
+        f'NumPy {numpy.__version__}, OpenCV {cv2.__version__}'
+    )
+    print(f'  {os.cpu_count()} cores, ops {", ".join(variants())}')
+    if GPU:
+        _print_gpu()
+
+
+def _print_gpu() -> None:
+    found = torch.cuda.get_device_properties(0)
+    memory = found.total_memory / 2**30
+    print(f'  {found.name}, {found.multi_processor_count} SMs, {memory:.0f} GiB')
+    a = torch.empty(2**30, dtype=torch.uint8, device=DEVICE).random_(0, 255)
+    b = torch.empty_like(a)
+    x, w = (torch.randn(8192, 8192, device=DEVICE, dtype=BFLOAT16) for _ in range(2))
+    copied = 2 * a.numel() / _seconds(lambda: b.copy_(a))
+    multiplied = 2 * 8192**3 / _seconds(lambda: x @ w)
+    print(
+        f'  copies {copied / 1e12:.2f} TB/s, bfloat16 products '
+        f'{multiplied / 1e12:.0f} TFLOP/s'
+    )
+
+
+def _seconds(call, calls: int = 10) -> float:
+    for _ in range(3):
+        call()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(calls):
+        call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / calls / 1000
+
+
+def golden() -> None:
+    """The authors' recorded features, in every implementation and precision."""
+    from tests import reference
+
+    sizes = dict(t='96x132', s='64x96', b='64x96')
+    for arch in sizes if GPU else 't':
+        size = sizes[arch]
+        expected = [reference.recorded(f'feat{i}_mlla-{arch}_{size}') for i in range(4)]
+        model = MLLA(arch).eval()
+        weights = reference.official_weights(f'mlla-{arch}_downstream')
+        found = model.load_state_dict(weights, strict=False)
+        assert not found.missing_keys, found.missing_keys
+        model = model.to(DEVICE)
+        x = reference.image(size, 2 if arch == 't' else 1).to(DEVICE)
+        for name in variants():
+            with check(f'golden {arch} {name}'), torch.no_grad(), ops(name):
+                _compare_golden(f'golden {arch} {name}', model, x, expected)
+
+
+def _compare_golden(
+    name: str, model: nn.Module, x: Tensor, expected: List[Tensor]
+) -> None:
+    with tf32(False):
+        report(f'{name} float32', worst(model(x), expected), 1e-4)
+    if GPU:
+        with tf32(True):
+            report(f'{name} TF32 convolutions', worst(model(x), expected), 3e-3)
+    for dtype in HALF:
+        with autocast(dtype):
+            limit = 2e-2 if dtype == FLOAT16 else 6e-2
+            report(f'{name} {short(dtype)}', worst(model(x), expected), limit)
+
+
+def grads() -> None:
+    """Gradients of a network in training against float64 and the definitions."""
+    limits = {FLOAT32: 1e-2, FLOAT16: 1e-1, BFLOAT16: 3e-1}
+    cases = [('nano', NANO, (64, 96)), ('nano', NANO, (75, 101))]
+    if GPU:
+        cases.append(('t', 't', (96, 132)))
+    for label, arch, size in cases:
+        label = f'grads {label} {size[0]}x{size[1]}'
+        torch.manual_seed(0)
+        model, x = MLLA(arch).train(), torch.randn(2, 3, *size)
+        with ops('naive'):
+            expected = _gradients(copy.deepcopy(model).double(), x.double())
+        model, x = model.to(DEVICE), x.to(DEVICE)
+        for name in variants():
+            for dtype in (FLOAT32, *HALF):
+                title = f'{label} {name} {short(dtype)}'
+                with check(title), tf32(False), ops(name):
+                    found = _gradients(model, x, dtype)
+                    report(title, _error_of_all(found, expected), limits[dtype])
+            with check(f'{label} {name} with_cp'), tf32(False), ops(name):
+                before = _gradients(model, x)
+                for stage in model.layers:
+                    stage.with_cp = True
+                found = _gradients(model, x)
+                for stage in model.layers:
+                    stage.with_cp = False
+                report(f'{label} {name} with_cp', _error_of_all(found, before), 1e-3)
+
+
+def _gradients(
+    model: nn.Module, x: Tensor, dtype: torch.dtype = FLOAT32
+) -> Dict[str, Tensor]:
+    """Of all parameters; running statistics stay as they were."""
+    model.zero_grad(set_to_none=True)
+    state = {key: buffer.clone() for key, buffer in model.named_buffers()}
+    with autocast(dtype):
+        outputs = model(x)
+    generator = torch.Generator().manual_seed(1)
+    loss = 0
+    for output in outputs:
+        weights = torch.randn(output.shape, generator=generator)
+        # In the model's float64, or in float32.
+        output = output.to(torch.promote_types(output.dtype, FLOAT32))
+        loss = loss + (output * weights.to(output)).sum()
+    loss.backward()
+    model.load_state_dict(state, strict=False)
+    parameters = model.named_parameters()
+    return {key: p.grad for key, p in parameters if p.grad is not None}
+
+
+def _error_of_all(found: Dict[str, Tensor], expected: Dict[str, Tensor]) -> float:
+    def flat(gradients: Dict[str, Tensor]) -> Tensor:
+        return torch.cat([gradients[key].double().cpu().flatten() for key in expected])
+
+    return error(flat(found), flat(expected))
+
+
+def shapes() -> None:
+    """Large and odd maps, and the same bits twice."""
+    sizes = [(1, 65, 33), (1, 32, 32)]
+    if GPU:
+        sizes += [(1, 800, 1280), (1, 512, 2048), (3, 65, 33), (130, 32, 64)]
+    for label, arch in (('nano', NANO), ('wide', WIDE)):
+        torch.manual_seed(0)
+        model = MLLA(arch).to(DEVICE).eval()
+        for number, height, width in sizes:
+            title = f'shapes {label} {number}x{height}x{width}'
+            x = torch.randn(number, 3, height, width, device=DEVICE)
+            with torch.no_grad(), tf32(False):
+                with ops('naive'):
+                    expected = model(x)
+                for name in variants()[1:]:
+                    with check(f'{title} {name}'), ops(name):
+                        found, again = model(x), model(x)
+                        report(f'{title} {name}', worst(found, expected), 1e-4)
+                        if name == 'fused':
+                            differ = not all(map(torch.equal, found, again))
+                            report(f'{title} {name}, other bits', float(differ), 0)
+    with check('rotations of two devices'), torch.no_grad(), tf32(False):
+        model, x = MLLA(NANO).eval(), torch.randn(2, 3, 64, 96)
+        first = model(x)
+        on_device = copy.deepcopy(model).to(DEVICE)(x.to(DEVICE))
+        last = model(x)
+        value = max(worst(on_device, first), worst(last, first))
+        report('rotations of two devices', value, 1e-4)
+
+
+def models() -> None:
+    """Training steps of the demos' models, and the stand-ins for mmcv's ops."""
+    settings = [(None, 1), ('float16', 1), ('bfloat16', 2)] if GPU else [(None, 2)]
+    for path in DEMOS:
+        for dtype, micro_batches in settings:
+            for name in variants():
+                task = path.split('/')[0]
+                title = f'steps {task} {dtype or "float32"} x{micro_batches} {name}'
+                with check(title), ops(name):
+                    losses = _train(path, dtype, micro_batches, 8 if GPU else 2)
+                    finite = all(abs(loss) < 1e9 for loss in losses)
+                    note = f'loss {losses[0]:.3f} to {losses[-1]:.3f}'
+                    report(f'{title}, not finite', float(not finite), 0, note)
+    with check('stand-in ops'):
+        _compare_stand_ins()
+    for kind in ('bbox', 'mask'):
+        with check(f'RoI levels of the {kind} head'):
+            _compare_roi_levels(kind)
+
+
+def _train(
+    path: str, dtype: Optional[str], micro_batches: int, steps: int
+) -> List[float]:
+    """Losses on made-up images; the classifier learns from its average (MESA)."""
+    from mmengine.config import Config
+    from mmengine.optim import AmpOptimWrapper, OptimWrapper
+    from mmengine.registry import MODELS, DefaultScope
+
+    from mlla_mm.engine.ema import ModelEMA
+    from mlla_mm.engine.launch import replace_sync_bn
+    from mlla_mm.engine.loops import train_step
+    from mlla_mm.utils.peak_memory import _BATCHES, largest_size
+
+    cfg = Config.fromfile(ROOT / 'configs' / path)
+    replace_sync_bn(cfg.model)
+    torch.manual_seed(0)
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        model = MODELS.build(cfg.model).to(DEVICE).train()
+        average = None
+        if hasattr(model, 'set_teacher'):
+            average = ModelEMA(model, 0.9)
+            model.set_teacher(average.module)
+        options = dict(
+            optimizer=torch.optim.AdamW(model.parameters(), lr=1e-3),
+            accumulative_counts=micro_batches,
+            clip_grad=dict(max_norm=1.0),
+        )
+        if dtype is None:
+            wrapper = OptimWrapper(**options)
+        else:
+            scale = 'dynamic' if dtype == 'float16' else 1.0
+            wrapper = AmpOptimWrapper(dtype=dtype, loss_scale=scale, **options)
+        wrapper.initialize_count_status(nn.Identity(), 0, 100)
+        make_batch = _BATCHES[cfg.default_scope]
+        batches = [make_batch(cfg, 4, largest_size(cfg)) for _ in range(micro_batches)]
+        losses = []
+        for step in range(steps):
+            # Preprocessing changes a batch in place.
+            found = train_step(model, copy.deepcopy(batches), wrapper, (0, step))
+            losses.append(float(found['loss']))
+            if average is not None:
+                average.update(model)
+    return losses
+
+
+def _compare_stand_ins() -> None:
+    from mmcv.ops import roi_align
+
+    from mlla_mm.ops import mmcv_ext
+
+    torch.manual_seed(0)
+    boxes = torch.rand(2000, 4) * 300
+    boxes[:, 2:] += boxes[:, :2] + 1
+    scores = torch.rand(2000)
+    expected = mmcv_ext.nms(boxes, scores, 0.5, 0)
+    found = mmcv_ext.nms(boxes.to(DEVICE), scores.to(DEVICE), 0.5, 0).cpu()
+    report('nms, other boxes', float(not torch.equal(found, expected)), 0)
+    for dtype in HALF:  # runs
+        mmcv_ext.nms(boxes.to(DEVICE), scores.to(DEVICE, dtype), 0.5, 0)
+
+    def align(x: Tensor) -> List[Tensor]:
+        x = x.clone().requires_grad_()
+        y = roi_align(x, rois.to(x.device), (7, 7), 0.25, 0, 'avg', True)
+        return [y, *torch.autograd.grad(y.float().sum(), x)]
+
+    x = torch.randn(2, 8, 40, 40)
+    first, last = torch.rand(50, 2) * 60, torch.rand(50, 2) * 60 + 70
+    rois = torch.cat([torch.randint(2, (50, 1)).float(), first, last], dim=1)
+    expected = align(x)
+    report('roi_align float32', worst(align(x.to(DEVICE)), expected), 1e-5)
+    for dtype in HALF:
+        found = align(x.to(DEVICE, dtype))
+        report(f'roi_align {short(dtype)}', worst(found, expected), 1e-2)
+
+
+def _compare_roi_levels(kind: str) -> None:
+    """Under autocast boxes are to be pooled from the level of float32."""
+    from mmengine.config import Config
+    from mmengine.registry import MODELS, DefaultScope
+
+    cfg = Config.fromfile(ROOT / 'configs' / DEMOS[2])
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        extractor = MODELS.build(cfg.model.roi_head[f'{kind}_roi_extractor'])
+    sides = (100, 300, 400, 447, 500)
+    rois = torch.tensor([[0, 10.3, 10.3, 10.3 + side, 10.3 + side] for side in sides])
+    maps = [torch.randn(1, 64, 256 // 2**i, 256 // 2**i) for i in range(4)]
+    extractor, rois = extractor.to(DEVICE), rois.to(DEVICE)
+    maps = [feature.to(DEVICE) for feature in maps]
+    map_roi_levels, seen = extractor.map_roi_levels, []
+
+    def record(rois: Tensor, num_levels: int) -> Tensor:
+        seen.append(map_roi_levels(rois, num_levels))
+        return seen[-1]
+
+    with mock.patch.object(extractor, 'map_roi_levels', record):
+        extractor(maps, rois)
+        for dtype in HALF:
+            extractor([feature.to(dtype) for feature in maps], rois)
+            wrong = [s for s, bad in zip(sides, (seen[-1] != seen[0]).tolist()) if bad]
+            report(
+                f'RoI levels of the {kind} head, {short(dtype)} maps',
+                float(len(wrong)),
+                0,
+                f'sides {wrong}' if wrong else '',
+                known="mmdet's extractor casts boxes to the dtype of the maps",
+            )
+
+
+def inout() -> None:
+    """Checkpoints between devices, and PyTorch's new settings of precision."""
+    from mlla_mm.utils.checkpoint_file import load_checkpoint_file
+
+    with check('checkpoint'), tempfile.TemporaryDirectory() as folder:
+        layer = nn.Linear(3, 3).to(DEVICE)
+        optimizer = torch.optim.AdamW(layer.parameters())
+        layer(torch.randn(2, 3, device=DEVICE)).sum().backward()
+        optimizer.step()
+        saved = dict(
+            state_dict=layer.state_dict(),
+            optimizer=optimizer.state_dict(),
+            scaler=torch.amp.GradScaler(DEVICE).state_dict(),
+            where=torch.device(DEVICE),
+        )
+        path = os.path.join(folder, 'checkpoint.pth')
+        torch.save(saved, path)
+        for where in dict.fromkeys(('cpu', DEVICE)):
+            weight = load_checkpoint_file(path, where)['state_dict']['weight']
+            assert weight.device.type == where
+            report(f'checkpoint {DEVICE} to {where}', error(weight, layer.weight), 0)
+    # In a process of its own: old and new settings may not be mixed.
+    code = (
+        'import torch, mlla_mm\n'
+        "torch.backends.fp32_precision = 'tf32'\n"
+        'from mlla_mm.models import MLLA\n'
+        f'x = torch.randn(1, 3, 64, 64, device={DEVICE!r})\n'
+        f'MLLA({NANO!r}).to({DEVICE!r}).eval()(x)\n'
+    )
+    found = subprocess.run(
+        [sys.executable, '-W', 'ignore', '-c', code],
+        cwd=ROOT,
+        env={**os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+    )
+    note = found.stderr.strip().splitlines()[-1][:150] if found.returncode else ''
+    report("fp32_precision = 'tf32', raises", float(found.returncode != 0), 0, note)
+
+
+def graphs() -> None:
+    """CUDA graphs, which must not read what other image sizes replace."""
+    if not GPU:
+        print('Skipped without a GPU: graphs')
+        return
+    for name in variants():
+        with check(f'graph {name}'), torch.no_grad(), tf32(False), ops(name):
+            model = MLLA(NANO).to(DEVICE).eval()
+            x = torch.randn(2, 3, 64, 96, device=DEVICE)
+            graph, captured = _capture(model, x)
+            x.copy_(torch.randn_like(x))
+            graph.replay()
+            report(f'graph {name}', worst(captured, model(x)), 1e-5)
+            for size in ((96, 64), (128, 128), (160, 96)):
+                model(torch.randn(2, 3, *size, device=DEVICE))
+            # What the graph reads may have been freed, and is overwritten.
+            junk = [
+                torch.full((2**k,), float('nan'), device=DEVICE) for k in range(6, 22)
+            ]
+            graph.replay()
+            found = [output.clone() for output in captured]
+            del junk
+            value = worst(found, model(x))
+            report(f'graph {name} after other image sizes', value, 1e-5)
+
+
+def _capture(model: nn.Module, x: Tensor):
+    """A CUDA graph of the call, and its outputs."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            model(x)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = model(x)
+    return graph, outputs
+
+
+CHECKS = (env, golden, grads, shapes, models, inout, graphs)
+
+
+def main() -> None:
+    warnings.filterwarnings('ignore')
+    checks = {function.__name__: function for function in CHECKS}
+    names = sys.argv[1:] or list(checks)
+    unknown = [name for name in names if name not in checks]
+    if unknown:
+        sys.exit(__doc__)
+    for name in names:
+        begin = time.monotonic()
+        with check(name):
+            checks[name]()
+        print(f'--- {name}: {time.monotonic() - begin:.0f} s', flush=True)
+    if failed:
+        print(f'{len(failed)} failed: {", ".join(failed)}')
+        sys.exit(1)
+    print('All passed')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,470 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+"""Time that a GPU needs for a model at least, kernel by kernel, counted without a GPU.
+
+A kernel takes as long as its bytes at the rate of the memory, its products at that of
+the tensor cores, or its launch, whichever is longest. Its bytes are those of the
+tensors that it takes and of those that it gives, each once and as a whole, though a
+kernel may read a part, or read twice. Most real kernels are slower, and small maps come
+from a cache: it is a bound to compare measured times and assemblies with.
+"""
+
+import argparse
+import contextlib
+import importlib
+import json
+import math
+import pkgutil
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Dict, List, NamedTuple, Optional, Tuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import mlla_mm  # noqa: E402, F401  (before anything imports mmcv.ops)
+from benchmarks.pretended_cuda import backward, pretended_cuda  # noqa: E402
+from mlla_mm.evaluation import benchmark  # noqa: E402
+from mlla_mm.evaluation.benchmark import Case  # noqa: E402
+from mlla_mm.evaluation.markdown import markdown_table  # noqa: E402
+from mlla_mm.ops import naive, triton  # noqa: E402
+
+MODELS = tuple(f'{a}-{b}' for a, b in product(('mlla', 'plain'), 'tsb'))
+OPS = ('naive', 'eager', 'fused')
+FORWARD, BACKWARD = 'forward', 'backward'
+
+# Where the factors of matrix products are among the arguments.
+_PRODUCTS = dict(mm=0, bmm=0, addmm=1, baddbmm=1, _addmm_activation=1)
+# What is written without having been read.
+_OVERWRITING = ('copy_', '_foreach_copy_', 'fill_', 'zero_', '_foreach_zero_')
+_FILLING = re.compile('(new_)?(zeros|ones|full)(_like)?')
+_EMPTY = re.compile('(new_)?empty(_like|_strided|_permuted)*')
+
+
+class Kernel(NamedTuple):
+    """What a kernel does.
+
+    Attributes:
+        stage (str): 'forward' or 'backward'.
+        name (str): Operator of PyTorch, or name of a Triton kernel.
+        bytes (int): Of all tensors that it reads or writes.
+        flops (int): Of matrix products and convolutions, two for a multiplication and
+            its addition.
+        dtype (torch.dtype): Of the factors.
+    """
+
+    stage: str
+    name: str
+    bytes: int
+    flops: int
+    dtype: torch.dtype
+
+
+class GPU(NamedTuple):
+    """How fast a GPU is; those of an H100 by default.
+
+    Attributes:
+        bandwidth (float): Bytes per second that a kernel reads and writes.
+            Defaults to 2.7e12.
+        half (float): Operations per second of products in half precision.
+            Defaults to 6e14.
+        single (float): The same in float32. Defaults to 4.5e13.
+        launch (float): Seconds that any kernel takes. Defaults to 2.2e-6.
+    """
+
+    bandwidth: float = 2.7e12
+    half: float = 6e14
+    single: float = 4.5e13
+    launch: float = 2.2e-6
+
+    def seconds(self, kernel: Kernel) -> float:
+        """Time of a kernel."""
+        rate = self.half if kernel.dtype in naive.HALF else self.single
+        return max(kernel.bytes / self.bandwidth, kernel.flops / rate, self.launch)
+
+
+class Total(NamedTuple):
+    """Sum over kernels: how many, their bytes and operations, and their time."""
+
+    launches: int
+    bytes: int
+    flops: int
+    seconds: float
+
+
+def add_up(kernels: Sequence[Kernel], gpu: GPU) -> Total:
+    """Sum over kernels on a GPU."""
+    return Total(
+        len(kernels),
+        sum(kernel.bytes for kernel in kernels),
+        sum(kernel.flops for kernel in kernels),
+        sum(gpu.seconds(kernel) for kernel in kernels),
+    )
+
+
+def add_up_by_name(kernels: Sequence[Kernel], gpu: GPU) -> Dict[Tuple[str, str], Total]:
+    """Sums of each stage and name, those that take longest first."""
+    groups = defaultdict(list)
+    for kernel in kernels:
+        groups[kernel.stage, kernel.name].append(kernel)
+    totals = {key: add_up(group, gpu) for key, group in groups.items()}
+    return dict(sorted(totals.items(), key=lambda item: -item[1].seconds))
+
+
+class Counter(TorchDispatchMode):
+    """Lists the kernels that operators on CUDA tensors start within the context.
+
+    An operator is a kernel, but for the gradients of a convolution: one each. Views and
+    new memory are none. Triton's kernels are listed within :func:`recorded_kernels`; of
+    their products, those of linear layers count, the small ones of attention do not.
+
+    Attributes:
+        kernels (list[Kernel]): What was counted.
+        stage (str): What the next kernels belong to. Defaults to 'forward'.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels: List[Kernel] = []
+        self.stage = FORWARD
+        self._is_entered = False
+
+    def __enter__(self) -> 'Counter':
+        self._is_entered = True
+        return super().__enter__()
+
+    def __exit__(self, *error) -> None:
+        self._is_entered = False
+        super().__exit__(*error)
+
+    def add(self, name: str, size: int, flops: int, dtype: torch.dtype) -> None:
+        """List a kernel of the present stage, if within the context."""
+        if self._is_entered:
+            self.kernels.append(Kernel(self.stage, name, size, flops, dtype))
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        name = func.overloadpacket.__name__
+        if name == 'convolution_backward':
+            self._add_convolution_backward(out, *args)
+        elif not _EMPTY.fullmatch(name):
+            self._add_operator(func, name, args, kwargs, out)
+        return out
+
+    def _add_operator(self, func, name, args, kwargs, out) -> None:
+        taken, given = _tensors((args, kwargs)), _tensors(out)
+        changed = _changed(func, args, kwargs)
+        memory = {_memory(x) for x in taken}
+        is_view = not changed and all(_memory(x) in memory for x in given)
+        if is_view or not any(x.is_cuda for x in taken + given):
+            return
+        if _FILLING.fullmatch(name):
+            taken = []
+        elif name in _OVERWRITING or 'out' in kwargs:
+            written = set(map(id, changed))
+            taken = [x for x in taken if id(x) not in written]
+        flops = 0
+        base = name.rstrip('_')
+        if base in _PRODUCTS:
+            first = _PRODUCTS[base]
+            a, b = args[first : first + 2]
+            flops = 2 * a.numel() * b.shape[-1]
+        elif name == 'convolution':
+            x, weight = args[:2]
+            flops = _convolution_flops(out, weight)
+            name = _name_convolution(name, x, weight)
+        dtype = args[1].dtype if flops else (given or taken or changed)[0].dtype
+        self.add(name, count_bytes(taken) + count_bytes(given or changed), flops, dtype)
+
+    def _add_convolution_backward(self, out, grad, x, weight, *options) -> None:
+        name = _name_convolution('convolution_backward', x, weight)
+        flops = _convolution_flops(grad, weight)
+        of_x, of_weight, of_bias = out
+        for given, taken, products in (
+            (of_x, [grad, weight], flops),
+            (of_weight, [grad, x], flops),
+            (of_bias, [grad], 0),
+        ):
+            if given is not None:
+                self.add(name, count_bytes([*taken, given]), products, weight.dtype)
+
+
+def _tensors(tree: object) -> List[Tensor]:
+    return [x for x in tree_flatten(tree)[0] if isinstance(x, Tensor)]
+
+
+def _changed(func, args: Sequence, kwargs: dict) -> List[Tensor]:
+    """Arguments that an operator writes to."""
+    declared = func._schema.arguments
+    given = dict(zip((argument.name for argument in declared), args), **kwargs)
+    return _tensors(
+        [
+            given.get(argument.name)
+            for argument in declared
+            if argument.alias_info is not None and argument.alias_info.is_write
+        ]
+    )
+
+
+def _memory(x: Tensor) -> int:
+    return x.untyped_storage()._cdata
+
+
+def count_bytes(tensors: Sequence[Tensor]) -> int:
+    """Bytes of tensors: each part of the memory once, what is expanded unexpanded."""
+    sizes = {}
+    for x in tensors:
+        numbers = math.prod(
+            size for size, stride in zip(x.shape, x.stride()) if stride or not size
+        )
+        key = _memory(x), x.storage_offset(), numbers
+        sizes[key] = numbers * x.element_size()
+    return sum(sizes.values())
+
+
+def _convolution_flops(y: Tensor, weight: Tensor) -> int:
+    return 2 * y.numel() * weight[0].numel()
+
+
+def _name_convolution(name: str, x: Tensor, weight: Tensor) -> str:
+    """Such as 'convolution 3x3 depthwise'."""
+    kernel = 'x'.join(map(str, weight.shape[2:]))
+    depthwise = ' depthwise' if 1 == weight.shape[1] < x.shape[1] else ''
+    return f'{name} {kernel}{depthwise}'
+
+
+class _Recorded:
+    """Stands for a Triton kernel: its launches are listed and do nothing."""
+
+    def __init__(self, kernel: object, name: str, counter: Counter) -> None:
+        self._names = kernel.arg_names
+        self._name = name
+        self._counter = counter
+
+    def __getitem__(self, grid: Tuple[int, ...]) -> Callable[..., None]:
+        return self._launch
+
+    def _launch(self, *args, **kwargs) -> None:
+        given = dict(zip(self._names, args), **kwargs)
+        tensors = _tensors(list(given.values()))
+        if not all(x.is_cuda for x in tensors):
+            devices = ', '.join(sorted({str(x.device) for x in tensors}))
+            raise RuntimeError(f'{self._name} is given tensors on {devices}.')
+        flops = 0
+        if self._name == '_linear_kernel':
+            flops = 2 * given['num_rows'] * given['N'] * given['K']
+        self._counter.add(self._name, count_bytes(tensors), flops, tensors[0].dtype)
+
+
+@contextlib.contextmanager
+def recorded_kernels(counter: Counter) -> Iterator[None]:
+    """Have launches of Triton kernels listed by a counter, on the pretended device."""
+
+    def is_available(device: torch.device) -> bool:
+        return device.type == 'cuda' and triton._has_triton()
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(triton, 'is_available', is_available))
+        for module in _kernel_modules() if triton._has_triton() else ():
+            for name, kernel in list(vars(module).items()):
+                if name.endswith('_kernel'):
+                    recorded = _Recorded(kernel, name, counter)
+                    stack.enter_context(mock.patch.object(module, name, recorded))
+        yield
+
+
+def _kernel_modules() -> Iterator[object]:
+    for module in pkgutil.iter_modules(triton.__path__):
+        yield importlib.import_module(f'{triton.__name__}.{module.name}')
+
+
+@contextlib.contextmanager
+def counted(ops: str = 'fused') -> Iterator[Counter]:
+    """A pretended device, and a counter for it, which counts where it is entered.
+
+    Args:
+        ops (str): Which implementation of the ops runs, 'naive', 'eager' or 'fused'.
+            Defaults to 'fused'.
+    """
+    counter = Counter()
+    with mock.patch.dict('os.environ', MLLA_OPS=ops), pretended_cuda():
+        with recorded_kernels(counter):
+            yield counter
+
+
+def count_model(name: str, case: Case, ops: str = 'fused') -> List[Kernel]:
+    """Kernels of a call of a model.
+
+    Args:
+        name (str): One of :data:`mlla_mm.evaluation.benchmark.MODELS`.
+        case (Case): What it does.
+        ops (str): Which implementation of the ops runs, 'naive', 'eager' or 'fused'.
+            Defaults to 'fused'.
+
+    Raises:
+        ValueError: If the fused kernels are asked for and there is no Triton.
+    """
+    training = case.mode == 'train'
+    dtype = getattr(torch, case.dtype)
+    enabled = dtype in naive.HALF
+    autocast = dict(
+        device_type='cuda', dtype=dtype if enabled else None, enabled=enabled
+    )
+    with counted(ops) as counter:
+        # Without numbers, which take long to draw; rates of stochastic depth are 0.
+        with torch.device('cuda'):
+            model = benchmark.build_model(name, case.task == 'classification')
+        model.train(training)
+        images = torch.randn(case.batch_size, 3, *case.shape, device='cuda')
+        with torch.set_grad_enabled(training):
+            with torch.autocast(**autocast):
+                # What the first call leaves to others is not a part of one.
+                model(images)
+            with counter, torch.autocast(**autocast):
+                outputs = model(images)
+        if training:
+            outputs = [outputs] if isinstance(outputs, Tensor) else outputs
+            grads = [torch.ones_like(output) for output in outputs]
+            counter.stage = BACKWARD
+            with counter:
+                backward(outputs, grads)
+    return counter.kernels
+
+
+def format_totals(kernels: Sequence[Kernel], gpu: GPU) -> str:
+    """A line of sums, and a table by operator, in Markdown."""
+    total = add_up(kernels, gpu)
+    rows = [
+        [
+            stage,
+            name,
+            str(part.launches),
+            f'{part.bytes / 1e9:.2f}',
+            f'{part.flops / 1e12:.3f}',
+            f'{part.seconds * 1e3:.2f}',
+        ]
+        for (stage, name), part in add_up_by_name(kernels, gpu).items()
+    ]
+    columns = ['Pass', 'Operator', 'launches', 'GB', 'TFLOP', 'ms']
+    return (
+        f'{total.launches} launches, {total.bytes / 1e9:.1f} GB, '
+        f'{total.flops / 1e12:.2f} TFLOP, {total.seconds * 1e3:.2f} ms\n\n'
+        f'{markdown_table(columns, rows)}'
+    )
+
+
+def save_totals(kernels: Sequence[Kernel], gpu: GPU, settings: dict, out: Path) -> None:
+    """Save the sums in JSON.
+
+    Args:
+        kernels (Sequence[Kernel]): What was counted.
+        gpu (GPU): What it runs on.
+        settings (dict): What else the numbers depend on.
+        out (Path): File to write.
+    """
+    operators = [
+        dict(stage=stage, name=name, **part._asdict())
+        for (stage, name), part in add_up_by_name(kernels, gpu).items()
+    ]
+    found = dict(
+        settings,
+        gpu=gpu._asdict(),
+        total=add_up(kernels, gpu)._asdict(),
+        operators=operators,
+    )
+    out.write_text(json.dumps(found, indent=2) + '\n')
+
+
+def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('model', choices=MODELS)
+    parser.add_argument(
+        '--ops',
+        choices=OPS,
+        default='fused',
+        help='implementation of the ops (default: fused)',
+    )
+    parser.add_argument(
+        '--batch-size', type=int, default=128, help='images (default: 128)'
+    )
+    parser.add_argument(
+        '--shape',
+        default='224x224',
+        help=f'{", ".join(benchmark.PRESETS)}, or HEIGHTxWIDTH. A classifier for '
+        '224x224, else the backbone (default: 224x224)',
+    )
+    parser.add_argument(
+        '--dtype',
+        choices=benchmark.DTYPES,
+        default='bfloat16',
+        help='half precision: by autocast (default: bfloat16)',
+    )
+    parser.add_argument(
+        '--mode',
+        choices=benchmark.MODES,
+        default='infer',
+        help='train: forward and backward (default: infer)',
+    )
+    parser.add_argument(
+        '--bandwidth', type=float, default=2.7, help='TB/s (default: 2.7, of an H100)'
+    )
+    parser.add_argument(
+        '--tflops',
+        type=float,
+        help='of products in the dtype, per second (default: 600, in float32 45)',
+    )
+    parser.add_argument(
+        '--launch',
+        type=float,
+        default=2.2,
+        help='microseconds that a kernel takes at least (default: 2.2)',
+    )
+    parser.add_argument('--json', type=Path, metavar='FILE', help='save the sums here')
+    args = parser.parse_args(argv)
+    try:
+        (args.case,) = benchmark.make_cases(
+            [args.shape], [args.batch_size], [args.mode], [args.dtype]
+        )
+    except ValueError as error:
+        parser.error(str(error))
+    if args.case.shape == benchmark.PRESETS['classification']:
+        args.case = args.case._replace(task='classification')
+    if min(args.bandwidth, args.tflops or 1) <= 0 or args.launch < 0:
+        parser.error(
+            '--bandwidth and --tflops take positive numbers, --launch no less than 0.'
+        )
+    return args
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Count a model's kernels.
+
+    Args:
+        argv (Sequence[str], optional): Arguments. Defaults to None, those of the
+            command line.
+    """
+    args = parse_args(argv)
+    gpu = GPU(bandwidth=args.bandwidth * 1e12, launch=args.launch * 1e-6)
+    if args.tflops is not None:
+        rate = 'single' if args.dtype == 'float32' else 'half'
+        gpu = gpu._replace(**{rate: args.tflops * 1e12})
+    kernels = count_model(args.model, args.case, args.ops)
+    print(f'{args.model}, {args.ops}: {args.case}')
+    print(format_totals(kernels, gpu))
+    if args.json:
+        settings = dict(model=args.model, ops=args.ops, **args.case._asdict())
+        save_totals(kernels, gpu, settings, args.json)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,344 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+import json
+import os
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mlla_mm.evaluation.plain_mlla import PlainMLLA
+from mlla_mm.models import MLLA
+from mlla_mm.models.layers import MLLABlock
+from mlla_mm.ops import rotary, triton
+
+if not triton._has_triton():  # nor a PyTorch as new as the pretended device needs
+    pytest.skip('needs Triton 3.3', allow_module_level=True)
+
+from benchmarks import roofline
+from benchmarks.pretended_cuda import backward, pretended_cuda
+from benchmarks.roofline import GPU, Case, Kernel
+
+ARCH = dict(embed_dims=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 2))
+SHAPE = (64, 96)
+
+
+def build_nano(name, classify=False):
+    return (PlainMLLA if name.startswith('plain') else MLLA)(ARCH)
+
+
+@pytest.fixture
+def nano(monkeypatch):
+    """Models of four blocks in the place of the named ones."""
+    monkeypatch.setattr(roofline.benchmark, 'build_model', build_nano)
+
+
+def count(prepare, dtype='float32', ops='fused'):
+    """Kernels of the second call of what is prepared, without gradients."""
+    with roofline.counted(ops) as counter:
+        with torch.device('cuda'):
+            call = prepare()
+        autocast = dict(dtype=getattr(torch, dtype), enabled=dtype != 'float32')
+        with torch.no_grad():
+            call()
+            with counter, torch.autocast('cuda', **autocast):
+                call()
+    return counter.kernels
+
+
+def linear_and_residual():
+    layer, x, y = nn.Linear(64, 32), torch.ones(8, 64), torch.ones(8, 32)
+    return lambda: y + layer(x)
+
+
+def test_linear_layer_and_residual_in_float32():
+    single = torch.float32
+    assert count(linear_and_residual) == [
+        Kernel(
+            'forward',
+            'addmm',
+            4 * (8 * 64 + 64 * 32 + 32 + 8 * 32),
+            2 * 8 * 64 * 32,
+            single,
+        ),
+        Kernel('forward', 'add', 4 * 3 * 8 * 32, 0, single),
+    ]
+
+
+def test_linear_layer_and_residual_in_half_precision():
+    *casts, product, add = count(linear_and_residual, 'bfloat16')
+    # From four bytes to two, each a kernel.
+    assert {kernel.name for kernel in casts} == {'_to_copy'}
+    assert sorted(kernel.bytes for kernel in casts) == [
+        (4 + 2) * numbers for numbers in (32, 8 * 64, 64 * 32)
+    ]
+    numbers = 8 * 64 + 64 * 32 + 32 + 8 * 32
+    assert product == ('forward', 'addmm', 2 * numbers, 2 * 8 * 64 * 32, torch.bfloat16)
+    assert (add.name, add.bytes) == ('add', (4 + 2 + 4) * 8 * 32)
+
+
+@pytest.mark.parametrize(
+    'op, size',
+    [
+        (lambda x: x + x, 4 * 2 * 60),
+        (lambda x: F.relu_(x), 4 * 2 * 60),  # read and written
+        (lambda x: x + x[:, :1].expand_as(x), 4 * (2 * 60 + 10)),
+        (lambda x: x.half(), (4 + 2) * 60),
+        (lambda x: torch.zeros_like(x), 4 * 60),
+        (lambda x: x.zero_(), 4 * 60),
+        (lambda x: x[:, :3].copy_(x[:, 3:]), 4 * 60),
+        (lambda x: torch._foreach_copy_([x[0], x[1]], [x[2], x[3]]), 4 * 24),
+        (lambda x: x.t().contiguous(), 4 * 2 * 60),
+        (lambda x: x.view(2, 5, 6).transpose(0, 1)[..., 2:].detach(), None),
+        (lambda x: torch.empty_like(x), None),
+        (lambda x: torch.zeros(9, device='cpu').exp(), None),
+    ],
+)
+def test_bytes_of_operators(op, size):
+    def prepare():
+        x = torch.ones(10, 6)
+        return lambda: op(x)
+
+    kernels = count(prepare)
+    assert [kernel.bytes for kernel in kernels] == ([] if size is None else [size])
+
+
+def test_a_kernel_takes_what_takes_longest():
+    gpu = GPU(bandwidth=1e12, half=4e12, single=2e12, launch=1e-6)
+    kernels = [
+        Kernel('forward', 'a', 5_000_000, 0, torch.float32),
+        Kernel('forward', 'b', 5_000_000, 12_000_000, torch.float32),
+        Kernel('backward', 'b', 1_000_000, 12_000_000, torch.bfloat16),
+        Kernel('backward', 'b', 10, 10, torch.float16),
+    ]
+    times = [gpu.seconds(kernel) * 1e6 for kernel in kernels]
+    assert times == pytest.approx([5, 6, 3, 1])
+    total = roofline.add_up(kernels, gpu)
+    assert total == (4, 11_000_010, 24_000_010, pytest.approx(15e-6))
+    parts = roofline.add_up_by_name(kernels, gpu)
+    assert list(parts) == [('forward', 'b'), ('forward', 'a'), ('backward', 'b')]
+    assert parts['backward', 'b'].launches == 2
+
+
+def test_a_fused_block():
+    """The launches of a block, and bytes and products of some, by their definition."""
+    images, height, width, channels = 2, 8, 12, 64
+    tokens = images * height * width
+
+    def prepare():
+        block = MLLABlock(channels, 2).eval()
+        x = torch.ones(images, height, width, channels)
+        return lambda: block(x)
+
+    kernels = count(prepare, 'bfloat16')
+    assert Counter(kernel.name for kernel in kernels) == dict(
+        _foreach_copy_=1,  # weights to half precision
+        _conv_kernel=4,  # CPE1, DWC, LePE with the gate, CPE2
+        _layer_norm_kernel=2,
+        addmm=2,  # both input projections in one; queries and keys
+        _state_kernel=1,
+        _output_kernel=1,
+        _linear_kernel=3,  # output projection, both layers of the MLP
+    )
+    convs = [kernel for kernel in kernels if kernel.name == '_conv_kernel']
+    map_, taps = tokens * channels, 4 * 10 * channels
+    assert [kernel.bytes for kernel in convs] == [
+        (4 + 4) * map_ + taps,
+        (2 + 2) * map_ + taps,
+        (2 + 2 + 2 + 2) * map_ + taps,
+        (4 + 4) * map_ + taps,
+    ]
+    _, fc1, fc2 = (kernel for kernel in kernels if kernel.name == '_linear_kernel')
+    weight, hidden = 4 * channels**2, 4 * tokens * channels
+    assert fc1.bytes == 2 * (map_ + weight + 4 * channels + hidden)
+    assert fc2.bytes == 2 * (hidden + weight + channels) + (4 + 4) * map_
+    assert fc1.flops == fc2.flops == 2 * tokens * weight
+    assert fc1.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize('mode', ['infer', 'train'])
+def test_products_are_those_of_pytorch_s_counter(nano, mode):
+    kernels = roofline.count_model('plain-t', Case('backbone', SHAPE, 2, mode))
+    found = Counter()
+    for kernel in kernels:
+        found[kernel.name.split()[0]] += kernel.flops
+    found = +found
+    model = build_nano('plain-t').train(mode == 'train')
+    with FlopCounterMode(display=False) as counter:
+        outputs = model(torch.randn(2, 3, *SHAPE))
+        if mode == 'train':
+            sum(output.sum() for output in outputs).backward()
+    counts = counter.get_flop_counts()['Global']
+    wanted = {str(op).split('.')[-1]: flops for op, flops in counts.items()}
+    if mode == 'train':
+        # PyTorch's takes the gradients of depthwise weights for those of full ones.
+        del wanted['convolution_backward']
+        first = next(k for k in kernels if k.name.startswith('convolution'))
+        # Images get none.
+        backward = 2 * found['convolution'] - first.flops
+        assert found.pop('convolution_backward') == backward
+    assert found == wanted
+
+
+def test_fused_kernels_save_traffic(nano):
+    def add_up(name, ops):
+        # Maps so large that launches do not matter.
+        case = Case('backbone', (128, 128), 64, 'train', 'bfloat16')
+        kernels = roofline.count_model(name, case, ops)
+        assert {kernel.stage for kernel in kernels} == {'forward', 'backward'}
+        return roofline.add_up(kernels, GPU())
+
+    fused, plain = add_up('mlla-t', 'fused'), add_up('plain-t', 'naive')
+    assert fused.bytes < plain.bytes
+    assert fused.seconds < plain.seconds
+    assert fused.launches < plain.launches
+
+
+def test_convolutions_leave_maps_channels_last(nano):
+    """BatchNorm and the blocks find them as they need them."""
+    case = Case('backbone', SHAPE, 2, dtype='bfloat16')
+    names = [kernel.name for kernel in roofline.count_model('mlla-t', case)]
+    # The images, and the outputs of four stages.
+    assert names.count('clone') == 1 + 4
+
+
+@pytest.mark.parametrize('layout', [torch.channels_last, torch.contiguous_format])
+def test_layouts_of_convolutions(layout):
+    with pretended_cuda(), torch.device('cuda'):
+        x = torch.ones(2, 4, 6, 8).to(memory_format=layout).requires_grad_()
+        weight = torch.ones(8, 4, 3, 3, requires_grad=True)
+        y = F.conv2d(x, weight, padding=1)
+        backward([y], [torch.ones_like(y)])
+        assert all(t.is_contiguous(memory_format=layout) for t in (y, x.grad))
+        # As the parameter, whatever the convolution gives.
+        assert weight.grad.is_contiguous()
+
+
+def test_gradients_are_those_of_pytorch_s_engine():
+    model = build_nano('mlla-t')
+    outputs = model(torch.randn(2, 3, *SHAPE))
+    grads = [torch.randn_like(output) for output in outputs]
+    parameters = list(model.parameters())
+    wanted = torch.autograd.grad(outputs, parameters, grads, retain_graph=True)
+    backward(outputs, grads)
+    for parameter, grad in zip(parameters, wanted):
+        torch.testing.assert_close(parameter.grad, grad)
+
+
+class OnTheWrongDevice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.cpu()
+
+
+def test_devices_are_not_mixed():
+    with roofline.counted():
+        x, y = torch.ones(4, 8, device='cuda'), torch.ones(4, 8)
+        with pytest.raises(RuntimeError, match='cuda:0, cpu'):
+            x + y
+        with pytest.raises(RuntimeError, match='_layer_norm_kernel .* on cpu, cuda:0'):
+            triton.layer_norm(x, y[0], y[0], 1e-6)
+        z = OnTheWrongDevice.apply(x.requires_grad_())
+        with pytest.raises(RuntimeError, match='on cuda:0, got one on cpu'):
+            backward([z], [torch.ones_like(z)])
+
+
+def state():
+    """All that a count replaces."""
+    kernels = {
+        (module.__name__, name): kernel
+        for module in roofline._kernel_modules()
+        for name, kernel in vars(module).items()
+        if name.endswith('_kernel')
+    }
+    return dict(
+        kernels=kernels,
+        environment=dict(os.environ),
+        available=triton.is_available,
+        device_of=torch.cuda.device_of,
+        autocast=torch.cuda.amp.common.amp_definitely_not_available,
+        bf16=torch.cuda.is_bf16_supported,
+        context=torch._subclasses.fake_tensor.init_gpu_context,
+        tables=dict(rotary._TABLES),
+        rotations=dict(rotary._ROTATIONS),
+    )
+
+
+@pytest.mark.parametrize('ops', [None, 'eager'])
+def test_all_is_restored(nano, monkeypatch, ops):
+    monkeypatch.delenv('MLLA_OPS', raising=False)
+    if ops:
+        monkeypatch.setenv('MLLA_OPS', ops)
+    rotary.axis_tables(5, 3, torch.device('cpu'), torch.float32)
+    before = state()
+    assert any(name == '_linear_kernel' for _, name in before['kernels'])
+    roofline.count_model('mlla-t', Case('backbone', SHAPE, 1))
+    assert state() == before
+    with pytest.raises(ZeroDivisionError), roofline.counted() as counter, counter:
+        assert state()['kernels'] != before['kernels']
+        raise ZeroDivisionError
+    assert state() == before
+    # No mode is left either.
+    assert type(torch.ones(1)) is torch.Tensor
+
+
+def test_without_triton_there_is_no_fused_count(nano, monkeypatch):
+    monkeypatch.setattr(triton, '_has_triton', lambda: False)
+    with pytest.raises(ValueError, match='need an NVIDIA GPU .* and Triton 3.3'):
+        roofline.count_model('mlla-t', Case('backbone', SHAPE, 1))
+
+
+def test_command_line(tmp_path, capsys):
+    out = tmp_path / 'roofline.json'
+    arguments = ['mlla-t', '--batch-size', '2', '--bandwidth', '3.8', '--tflops', '500']
+    roofline.main([*arguments, '--json', str(out)])
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == (
+        'mlla-t, fused: classification 224x224, batch 2, infer, bfloat16'
+    )
+    found = json.loads(out.read_text())
+    assert found['gpu'] == dict(
+        bandwidth=3.8e12, half=5e14, single=4.5e13, launch=pytest.approx(2.2e-6)
+    )
+    total, operators = found['total'], found['operators']
+    for key in total:
+        assert total[key] == pytest.approx(sum(part[key] for part in operators))
+    assert printed[1] == (
+        f'{total["launches"]} launches, {total["bytes"] / 1e9:.1f} GB, '
+        f'{total["flops"] / 1e12:.2f} TFLOP, {total["seconds"] * 1e3:.2f} ms'
+    )
+    # One row for each, below the titles and a rule.
+    assert len(printed) == 5 + len(operators)
+    # One for each block.
+    (state,) = (part for part in operators if part['name'] == '_state_kernel')
+    assert state['launches'] == 18
+
+
+def test_shapes_and_modes_of_the_command_line(nano, capsys):
+    arguments = ['plain-s', '--ops', 'naive', '--batch-size', '2', '--shape', '64x96']
+    roofline.main([*arguments, '--dtype', 'float32', '--mode', 'train'])
+    title, total, *_ = capsys.readouterr().out.splitlines()
+    assert title == 'plain-s, naive: backbone 64x96, batch 2, train, float32'
+    assert 'launches' in total
+
+
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        (['swin-t'], 'invalid choice'),
+        (['mlla-t', '--shape', '224'], '--shape takes'),
+        (['mlla-t', '--batch-size', '0'], '--batch-size takes'),
+        (['mlla-t', '--bandwidth', '0'], '--bandwidth and --tflops take'),
+        (['mlla-t', '--launch', '-1'], 'no less than 0'),
+    ],
+)
+def test_wrong_arguments(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        roofline.main(arguments)
+    assert message in capsys.readouterr().err
