@@ -268,11 +268,11 @@ def _conv_kernel(
         x += width * x_stride
         far_ahead = load_row(x, x_stride, (row + 2 < height) & (row + 1 < last), masks)
         inside = masks[1] & (row > first)
-        if MODE == 1 or MODE == 3:
+        if MODE == 1 or MODE == 3:  # _SILU_GRAD, _GATE_GRAD
             grad = load_float(
                 grad_ptr + tokens * grad_stride + channels[None, :], inside
             )
-        if MODE == 2 or MODE == 3:
+        if MODE == 2 or MODE == 3:  # _GATE, _GATE_GRAD
             added = load_float(
                 added_ptr + tokens * added_stride + channels[None, :], inside
             )
@@ -291,17 +291,17 @@ def _conv_kernel(
         current, ahead = ahead, far_ahead
 
         out = tokens * C + channels[None, :]
-        if MODE == 0:
+        if MODE == 0:  # _LAYER
             if ACT:
                 z = silu(z)
                 if RESIDUAL:
                     z += load_float(x - 3 * width * x_stride, inside)
             tl.store(y_ptr + out, z, mask=inside)
-        elif MODE == 1:
+        elif MODE == 1:  # _SILU_GRAD
             tl.store(y_ptr + out, grad * silu_grad(z), mask=inside)
-        elif MODE == 2:
+        elif MODE == 2:  # _GATE
             tl.store(y_ptr + out, (added + z) * silu(gate), mask=inside)
-        else:
+        else:  # _GATE_GRAD
             z += added
             if scale_ptr is not None:
                 # Once for the gradients, and once for the output.

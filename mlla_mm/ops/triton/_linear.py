@@ -280,7 +280,7 @@ def _linear_kernel(
     summands = tl.arange(0, BLOCK_K)
     x_ptr += x_rows[:, None] * x_stride + summands[None, :]
     w_columns = columns % N
-    if MODE == 2:
+    if MODE == 2:  # _GELU_GRAD, whose weight is not transposed
         weight_ptr += summands[:, None] * N + w_columns[None, :]
     else:
         weight_ptr += w_columns[None, :] * K + summands[:, None]
@@ -303,20 +303,20 @@ def _linear_kernel(
         z += bias.to(tl.float32)[None, :]
     if scale_ptr is not None:
         scale = tl.load(scale_ptr + x_rows // rows_per_image)[:, None]
-    if MODE == 0:
+    if MODE == 0:  # _GELU
         if second_ptr is not None:
             tl.store(second_ptr + offsets, z, mask=mask)
         distribution, _ = _normal(z)
         tl.store(y_ptr + offsets, z * distribution, mask=mask)
-    elif MODE == 1:
+    elif MODE == 1:  # _RESIDUAL
         if scale_ptr is not None:
             z *= scale
         z += tl.load(other_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         tl.store(y_ptr + offsets, z, mask=mask)
-    elif MODE == 3:
+    elif MODE == 3:  # _RELU
         # Not the maximum with zero: that would hide a NaN.
         tl.store(y_ptr + offsets, tl.where(z < 0, 0.0, z), mask=mask)
-    else:
+    else:  # _GELU_GRAD
         hidden = tl.load(other_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         distribution, density = _normal(hidden)
         activated = hidden * distribution
