@@ -14,13 +14,14 @@
 #   OUT=FOLDER      results (/tmp/mlla_mm_gpu/out)
 #   WORK=FOLDER     environment, data, trainings, logs (/tmp/mlla_mm_gpu/work)
 #   DEMOS_ALONE=1   leaves out the runs that are checked, stopped and resumed
+#   RACE=0          number of the race in speed.py to begin with
 #   PYTHON=python3  the interpreter
 #   DRY=1           a dry run on the CPU, with tiny shapes and short trainings
 set -uo pipefail
 
 case ${1:-} in
 -h | --help)
-    sed -n '2,20s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    sed -n '2,21s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
     exit
     ;;
 esac
@@ -468,7 +469,7 @@ warm_cache() {
 }
 
 stage_speed() {
-    local options=(--seconds "$(($(left) - 25))" --out "$OUT")
+    local options=(--seconds "$(($(left) - 25))" --out "$OUT" --first "${RACE:-0}")
     [ -z "$DRY" ] || options+=(--dry)
     run speed "$(($(left) - 3))" "$PYTHON" "$HERE/speed.py" "${options[@]}"
     grep -aE '^(#|\||SKIP|FAIL)' "$LOGS/speed.log"

@@ -1,7 +1,7 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 """Races of models on a GPU, the most telling first, in one process.
 
-    python benchmarks/gpu/speed.py --out DIR [--seconds N] [--dry]
+    python benchmarks/gpu/speed.py --out DIR [--seconds N] [--first RACE] [--dry]
     python benchmarks/gpu/speed.py --warm t bfloat16
     python benchmarks/gpu/speed.py --draw DIR/speed.json PICTURE
 
@@ -140,6 +140,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument('--warm', nargs=2, metavar=('SIZE', 'DTYPE'))
     parser.add_argument('--draw', nargs=2, metavar=('RESULTS', 'PICTURE'))
+    parser.add_argument(
+        '--first', type=int, default=0, help='number of the race to begin with'
+    )
     parser.add_argument('--dry', action='store_true', help='tiny images, no graphs')
     parser.add_argument('--seconds', type=float, default=float('inf'))
     parser.add_argument('--repeats', type=int, default=3)
@@ -157,10 +160,10 @@ def main() -> None:
     # mmpretrain would tell how each of its classifiers augments images in training.
     MMLogger.get_instance('benchmark', log_level='ERROR')
     args.out.mkdir(parents=True, exist_ok=True)
-    races, repeats = RACES, args.repeats
+    races, repeats = RACES[args.first :], args.repeats
     if args.dry:
         tiny = dict(shape='64x64', batch_size=2, variants=())
-        races, repeats = [race._replace(**tiny) for race in RACES], 1
+        races, repeats = [race._replace(**tiny) for race in races], 1
     sys.exit(not run(races, args.device, repeats, args.seconds, args.out))
 
 
