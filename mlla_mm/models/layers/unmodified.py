@@ -1,13 +1,6 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 from torch import nn
 
-_HOOKS = (
-    '_forward_hooks',
-    '_forward_pre_hooks',
-    '_backward_hooks',
-    '_backward_pre_hooks',
-)
-
 
 def is_unmodified(*modules: nn.Module) -> bool:
     """Whether a faster op may read the weights of modules instead of calling them.
@@ -27,4 +20,9 @@ def is_unmodified(*modules: nn.Module) -> bool:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether a call of a module does more than its forward method."""
-    return any(getattr(module, hooks) for hooks in _HOOKS)
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )

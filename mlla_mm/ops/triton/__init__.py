@@ -135,24 +135,27 @@ def supports_mlla_block(
     for, and parameters of the shapes that a block has, all but the bias of ``qk``.
     """
     channels = x.shape[-1]
+    if not _heads_fit(channels, num_heads) or channels > _MAX_CHANNELS:
+        return False
     hidden = -1 if parameters[20] is None else len(parameters[20])
+    tensors = [x]
+    for i, (t, shape) in enumerate(zip(parameters, _block_shapes(channels, hidden))):
+        if t is not None and t.shape == shape:
+            tensors.append(t)
+        elif t is not None or i != 11:
+            return False
+    return _fit(*tensors)
+
+
+@functools.lru_cache
+def _block_shapes(channels: int, hidden: int) -> Tuple[Tuple[int, ...], ...]:
+    """Shapes of weight and bias of each layer of a block, in their order."""
     map_, vector, square = (channels, 1, 3, 3), (channels,), (channels, channels)
-    # In the order of a block's layers, each with a weight and a bias.
-    shapes = (
+    return (
         (map_, vector, vector, vector, square, vector, square, vector, map_, vector)
         + ((2 * channels, channels), (2 * channels,), map_, vector, square, vector)
         + (map_, vector, vector, vector)
         + ((hidden, channels), (hidden,), (channels, hidden), vector)
-    )
-    tensors = [t for t in parameters if t is not None]
-    return (
-        _heads_fit(channels, num_heads)
-        and channels <= _MAX_CHANNELS
-        and all(
-            (i == 11 if t is None else t.shape == shape)
-            for i, (t, shape) in enumerate(zip(parameters, shapes))
-        )
-        and _fit(x, *tensors)
     )
 
 

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import SIZES, load_float
+from ._common import SIZES, ceil_div, load_float, power_of_two
 
 _NUMBERS = 2048
 
@@ -26,10 +26,10 @@ def batch_norm(
     y = torch.empty_like(rows)
     channels = rows.shape[-1]
     num_rows = rows.numel() // channels
-    block_c = triton.next_power_of_2(channels)
+    block_c = power_of_two(channels)
     block = max(1, _NUMBERS // block_c)
     with torch.cuda.device_of(x):
-        _batch_norm_kernel[(triton.cdiv(num_rows, block),)](
+        _batch_norm_kernel[(ceil_div(num_rows, block),)](
             rows,
             *(tensor.contiguous() for tensor in (mean, var, weight, bias)),
             y,

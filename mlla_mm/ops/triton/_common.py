@@ -1,6 +1,7 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 """What the kernels share: strips of a feature map, and functions of numbers."""
 
+import functools
 import math
 from typing import Dict, Tuple
 
@@ -21,6 +22,8 @@ SIZES = [
     'rows_per_image',
 ]
 
+# Plans that are kept, for so many shapes of maps: each kernel of a call asks for one.
+_PLANS = 4096
 _LOG2_E = tl.constexpr(math.log2(math.e))
 
 # Tokens of a strip.
@@ -29,8 +32,20 @@ _TOKENS = 8
 _PROGRAMS, _LEAST_ROWS = 2048, 8
 
 
+# Triton's own two are made for kernels: on the host they take ten times as long.
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def power_of_two(size: int) -> int:
+    """The smallest one of at least ``size``."""
+    return 1 << (size - 1).bit_length()
+
+
+@functools.lru_cache(maxsize=_PLANS)
 def plan_strips(
-    x: Tensor, channels: int, numbers: int
+    shape: Tuple[int, int, int, int], channels: int, numbers: int
 ) -> Tuple[Tuple[int, int, int], Dict[str, int]]:
     """Cut a map (N, H, W, C) for a 3x3 stencil.
 
@@ -39,7 +54,7 @@ def plan_strips(
     in the same order everywhere.
 
     Args:
-        x (Tensor): The map.
+        shape (tuple[int, int, int, int]): That of the map.
         channels (int): Channels that a program takes at most.
         numbers (int): Numbers of a row that a thread takes.
 
@@ -47,11 +62,11 @@ def plan_strips(
         tuple: The grid (blocks of channels, strips times runs of rows, images), and the
         sizes that every such kernel takes.
     """
-    number, height, width, all_channels = x.shape
+    number, height, width, all_channels = shape
     block_c = min(channels, block_size(all_channels, least=16))
-    blocks, strips = triton.cdiv(all_channels, block_c), triton.cdiv(width, _TOKENS)
+    blocks, strips = ceil_div(all_channels, block_c), ceil_div(width, _TOKENS)
     runs = min(_PROGRAMS // (blocks * strips * number), height // _LEAST_ROWS)
-    rows = triton.cdiv(height, max(1, runs))
+    rows = ceil_div(height, max(1, runs))
     sizes = dict(
         height=height,
         width=width,
@@ -61,7 +76,7 @@ def plan_strips(
         BLOCK_C=block_c,
         num_warps=max(1, _TOKENS * block_c // (32 * numbers)),
     )
-    return (blocks, strips * triton.cdiv(height, rows), number), sizes
+    return (blocks, strips * ceil_div(height, rows), number), sizes
 
 
 def block_size(size: int, least: int) -> int:
@@ -70,7 +85,7 @@ def block_size(size: int, least: int) -> int:
     32 for 96 channels: blocks of 64 would be idle in part.
     """
     divisor = size & -size
-    return divisor if divisor >= least else max(16, triton.next_power_of_2(size))
+    return divisor if divisor >= least else max(16, power_of_two(size))
 
 
 def as_rows(x: Tensor) -> Tensor:

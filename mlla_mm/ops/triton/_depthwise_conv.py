@@ -146,7 +146,7 @@ def _run(
     rows = as_rows(x)
     added, gate, grad = (rows if y is None else as_rows(y) for y in (added, gate, grad))
     y, second, third = (*outputs, *[outputs[0]] * (3 - len(outputs)))
-    grid, sizes = plan_strips(x, **_STRIP)
+    grid, sizes = plan_strips(x.shape, **_STRIP)
     with torch.cuda.device_of(x):
         _conv_kernel[grid](
             rows,
@@ -197,7 +197,7 @@ def conv_grad(
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows, grads = as_rows(x), as_rows(grad_z)
     others = grads if added is None else as_rows(added)
-    grid, sizes = plan_strips(x, **_STRIP_OF_SUMS)
+    grid, sizes = plan_strips(x.shape, **_STRIP_OF_SUMS)
     # One row per program and image, each the ten sums of all channels.
     sums = x.new_empty((grid[1] * grid[2], 10, x.shape[-1]), dtype=torch.float32)
     with torch.cuda.device_of(x):

@@ -9,6 +9,7 @@ again, and adds the gradient of the residual connection around the layers that f
     dx = (g - mean(g) - h mean(g h)) / sqrt(var + eps) + r,    g = w e
 """
 
+import functools
 from typing import Dict, Optional, Tuple
 
 import torch
@@ -17,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from ._common import SIZES, as_rows, load_float
+from ._common import SIZES, as_rows, ceil_div, load_float, power_of_two
 from ._sums import add_up
 
 # Numbers of a tile, 8 for each thread.
@@ -52,9 +53,9 @@ def layer_norm(
     """(..., C) -> (..., C), contiguous, of a dtype."""
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     rows = as_rows(x)
-    sizes = _plan(rows)
+    sizes = _plan(rows.shape[1])
     with torch.cuda.device_of(x):
-        _layer_norm_kernel[(triton.cdiv(len(rows), sizes['BLOCK']),)](
+        _layer_norm_kernel[(ceil_div(len(rows), sizes['BLOCK']),)](
             rows,
             rows.stride(0),
             weight.contiguous(),
@@ -89,8 +90,8 @@ def layer_norm_grad(
     rows, grads = as_rows(x), as_rows(grad)
     others = grads if residual is None else as_rows(residual)
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    sizes = _plan(rows)
-    programs = min(_PROGRAMS, triton.cdiv(len(rows), _TILES * sizes['BLOCK']))
+    sizes = _plan(rows.shape[1])
+    programs = min(_PROGRAMS, ceil_div(len(rows), _TILES * sizes['BLOCK']))
     sums = x.new_empty((programs, 2, x.shape[-1]), dtype=torch.float32)
     with torch.cuda.device_of(x):
         _layer_norm_grad_kernel[(programs,)](
@@ -111,9 +112,9 @@ def layer_norm_grad(
     return (grad_x, *add_up(sums, weight, bias))
 
 
-def _plan(rows: Tensor) -> Dict[str, int]:
-    channels = rows.shape[1]
-    block_c = triton.next_power_of_2(channels)
+@functools.lru_cache
+def _plan(channels: int) -> Dict[str, int]:
+    block_c = power_of_two(channels)
     return dict(
         C=channels,
         BLOCK=max(1, _NUMBERS // block_c),

@@ -15,6 +15,7 @@ In half precision alone: products of float32 numbers, and those without such a s
 left to PyTorch.
 """
 
+import functools
 from typing import Dict, Optional, Tuple
 
 import torch
@@ -29,6 +30,7 @@ from .. import naive
 from ._common import (
     SIZES,
     block_size,
+    ceil_div,
     computed_dtype,
     exp,
     operand_dtype,
@@ -120,7 +122,7 @@ def gelu_linear_grad(
         grad = torch.ops.aten.gelu_backward(grad @ weight, hidden)
         return grad, activated, column_sums(grad, like=bias)
     grad_hidden, activated = torch.empty_like(hidden), torch.empty_like(hidden)
-    tiles = triton.cdiv(len(grad), _GRAD_ROWS)
+    tiles = ceil_div(len(grad), _GRAD_ROWS)
     sums = hidden.new_empty((tiles, 1, hidden.shape[1]), dtype=torch.float32)
     outputs = grad_hidden, activated, sums
     _run(_GELU_GRAD, grad, weight, *outputs, other=hidden, scale=scale)
@@ -189,7 +191,7 @@ def _run(
 ) -> None:
     rows, columns = len(x), y.shape[-1]
     sizes = _plan(mode, x.shape[1], columns)
-    tiles = triton.cdiv(rows, sizes['BLOCK_M']), triton.cdiv(columns, sizes['BLOCK_N'])
+    tiles = ceil_div(rows, sizes['BLOCK_M']), ceil_div(columns, sizes['BLOCK_N'])
     grid = (tiles[0] * tiles[1],)
     with torch.cuda.device_of(x):
         _linear_kernel[grid](
@@ -210,6 +212,7 @@ def _run(
         )
 
 
+@functools.lru_cache
 def _plan(mode: int, summands: int, columns: int) -> Dict[str, int]:
     block_k = min(block_size(summands, least=32), 64)
     block_n = min(block_size(columns, least=32), 128)

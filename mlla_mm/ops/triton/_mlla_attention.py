@@ -33,7 +33,15 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from .. import naive
 from ..rotary import axis_tables
-from ._common import SIZES, as_rows, exp, load_float, operand_dtype
+from ._common import (
+    SIZES,
+    as_rows,
+    ceil_div,
+    exp,
+    load_float,
+    operand_dtype,
+    power_of_two,
+)
 from ._depthwise_conv import conv_grad, gated_conv, gated_conv_grad
 
 _EPS = tl.constexpr(naive.EPS)
@@ -192,8 +200,8 @@ def _plan(
     It depends on sizes alone, so that sums are taken in the same order everywhere.
     """
     number, height, width, channels = v.shape
-    all_tiles = triton.cdiv(height * width, _BLOCK)
-    tiles = triton.cdiv(all_tiles, max(1, programs // (num_heads * number)))
+    all_tiles = ceil_div(height * width, _BLOCK)
+    tiles = ceil_div(all_tiles, max(1, programs // (num_heads * number)))
     exact = v.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
     dims = channels // num_heads
     sizes = dict(
@@ -203,13 +211,13 @@ def _plan(
         C=channels,
         D=dims,
         # A matrix product needs at least 16.
-        BLOCK_D=max(16, triton.next_power_of_2(dims)),
+        BLOCK_D=max(16, power_of_two(dims)),
         BLOCK=_BLOCK,
         PRECISION='ieee' if exact else 'tf32',
         OPERAND=operand_dtype(v),
         num_warps=_NUM_WARPS,
     )
-    return (num_heads, triton.cdiv(all_tiles, tiles), number), sizes
+    return (num_heads, ceil_div(all_tiles, tiles), number), sizes
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import SIZES, load_float
+from ._common import SIZES, ceil_div, load_float, power_of_two
 
 _PROGRAMS, _NUMBERS = 512, 2048
 # Programs and channels of a tile of the second step.
@@ -33,9 +33,9 @@ def column_sums(
             float32.
     """
     rows, channels = x.shape
-    block_c = triton.next_power_of_2(channels)
+    block_c = power_of_two(channels)
     block = max(1, _NUMBERS // block_c)
-    programs = min(_PROGRAMS, triton.cdiv(rows, block))
+    programs = min(_PROGRAMS, ceil_div(rows, block))
     sums = x.new_empty((programs, 1, channels), dtype=torch.float32)
     with torch.cuda.device_of(x):
         _column_sums_kernel[(programs,)](
@@ -73,7 +73,7 @@ def add_up(
         for x in (first, last)
     )
     with torch.cuda.device_of(sums):
-        _add_up_kernel[(triton.cdiv(channels, _COLUMNS), rows)](
+        _add_up_kernel[(ceil_div(channels, _COLUMNS), rows)](
             sums,
             first,
             last,
