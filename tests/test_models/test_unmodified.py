@@ -90,6 +90,49 @@ def test_parts_change_nothing(model, monkeypatch):
         assert relative_error(part, whole) < 1e-5
 
 
+@pytest.mark.parametrize(
+    'name, layer',
+    [
+        ('patch_embed.conv2.0.norm', nn.GroupNorm(1, 8)),
+        ('patch_embed.conv2.0.norm', nn.Identity()),
+        ('patch_embed.conv2.0.act', nn.GELU()),
+        ('layers.0.downsample.conv.0.act', nn.GELU()),
+        ('layers.0.downsample.conv.1.conv', nn.AvgPool2d(2)),
+        ('layers.0.blocks.0.attn.lepe', nn.Identity()),
+        ('layers.0.blocks.0.attn.lepe', nn.Linear(16, 16)),
+        ('layers.0.blocks.0.mlp.fc1', nn.Identity()),
+        ('layers.0.blocks.0.mlp.drop', nn.Identity()),
+    ],
+)
+def test_layers_of_another_type_are_called(model, name, layer):
+    if name.endswith('fc1'):
+        model.layers[0].blocks[0].mlp.fc2 = nn.Linear(16, 16)
+    parent, _, child = name.rpartition('.')
+    setattr(model.get_submodule(parent), child, layer)
+    calls = []
+    layer.register_forward_hook(lambda *args: calls.append(args[2]))
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(image)
+        assert calls
+        # Without a hook nothing but its type tells it from the layer that was there.
+        layer._forward_hooks.clear()
+        for actual, output in zip(model(image), expected):
+            assert relative_error(actual, output) < 1e-5
+
+
+def test_synchronised_batch_norm_is_folded(model):
+    """In evaluation it is BatchNorm."""
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(image)
+        other = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        assert type(other.patch_embed.conv1.norm) is nn.SyncBatchNorm
+        assert other.patch_embed.conv1.has_own_layers()
+        for actual, output in zip(other(image), expected):
+            assert relative_error(actual, output) < 1e-5
+
+
 # --- Whole blocks ---
 
 
@@ -104,6 +147,7 @@ def fused(monkeypatch):
     def fused_block(x, parameters, num_heads):
         return lambda *args: calls.append(args) or x.clone()
 
+    monkeypatch.setattr(mlla_block, 'is_fused', lambda x: True)
     monkeypatch.setattr(mlla_block, 'fused_block', fused_block)
     return calls
 

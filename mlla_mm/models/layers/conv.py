@@ -8,6 +8,9 @@ from ...ops import batch_norm, depthwise_conv, is_fused
 from ...ops.tracing import is_graph, is_tracing
 from .unmodified import is_unmodified
 
+# The second one is the first in evaluation mode.
+_BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+
 
 class ConvLayer(nn.Sequential):
     """Convolution, BatchNorm, ReLU, each of the last two optional.
@@ -58,7 +61,7 @@ class ConvLayer(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         norm = getattr(self, 'norm', None)
         # A graph keeps the BatchNorm, as which it is counted and exported.
-        if norm is None or norm.training or is_tracing() or not is_unmodified(*self):
+        if norm is None or norm.training or is_tracing() or not self.has_own_layers():
             return super().forward(x)
         if is_fused(x):
             # Folding takes ten small kernels, and the bias that it gives a pass.
@@ -73,6 +76,14 @@ class ConvLayer(nn.Sequential):
         weight = self.conv.weight * scale[:, None, None, None]
         x = self.conv._conv_forward(x, weight, bias)
         return self.act(x) if hasattr(self, 'act') else x
+
+    def has_own_layers(self) -> bool:
+        """Whether the children are those that it was made with, without hooks."""
+        kinds = dict(conv=nn.Conv2d, norm=_BATCH_NORMS, act=nn.ReLU)
+        return all(
+            is_unmodified(kinds.get(name, ()), layer)
+            for name, layer in self.named_children()
+        )
 
 
 def pad_to_multiple(x: Tensor, divisor: int) -> Tensor:

@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from mmcv.cnn.bricks.drop import DropPath
 from torch import Tensor, nn
 
-from ...ops import fused_block, linear_attention, mlla_attention, mlp
+from ...ops import fused_block, is_fused, linear_attention, mlla_attention, mlp
 from .conv import DepthwiseConv2d
 from .layer_norm import LayerNorm
-from .unmodified import has_hooks, is_unmodified
+from .unmodified import is_unmodified
 
 
 class LinearAttention(nn.Module):
@@ -31,7 +31,7 @@ class LinearAttention(nn.Module):
     def forward(self, v: Tensor, gate: Tensor) -> Tensor:
         """Values and gate before its SiLU, (N, H, W, C) each -> (N, H, W, C)."""
         qk, lepe = self.qk(v), self.lepe
-        if is_unmodified(lepe):
+        if is_unmodified(DepthwiseConv2d, lepe):
             return mlla_attention(qk, v, gate, lepe.weight, lepe.bias, self.num_heads)
         y = linear_attention(*qk.chunk(2, dim=-1), v, self.num_heads)
         return (y + lepe(v)) * F.silu(gate)
@@ -47,11 +47,15 @@ class MLP(nn.Module):
         self.drop = nn.Dropout(drop_rate)
 
     def forward(self, x: Tensor) -> Tensor:
-        fc1, fc2 = self.fc1, self.fc2
-        drops = type(self.drop) is not nn.Dropout or self.drop.p and self.training
-        biased = fc1.bias is not None and fc2.bias is not None
-        if drops or not biased or not is_unmodified(fc1, fc2, self.drop):
-            return self.drop(fc2(self.drop(F.gelu(fc1(x)))))
+        fc1, fc2, drop = self.fc1, self.fc2, self.drop
+        if (
+            not is_unmodified(nn.Linear, fc1, fc2)
+            or not is_unmodified(nn.Dropout, drop)
+            or (drop.p and self.training)
+            or fc1.bias is None
+            or fc2.bias is None
+        ):
+            return drop(fc2(drop(F.gelu(fc1(x)))))
         return mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
 
 
@@ -100,7 +104,7 @@ class MLLABlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, H, W, C) -> (N, H, W, C)."""
-        parameters = self._parameters_to_fuse()
+        parameters = self._parameters_to_fuse() if is_fused(x) else None
         block = parameters and fused_block(x, parameters, self.attn.num_heads)
         if block:
             eps = self.norm1.eps, self.norm2.eps
@@ -118,32 +122,35 @@ class MLLABlock(nn.Module):
     def _parameters_to_fuse(self) -> Optional[List[Optional[Tensor]]]:
         """Weight and bias of each layer, in order, if nothing else is at work."""
         attn, mlp = self.attn, self.mlp
-        layers = (
-            (self.cpe1, DepthwiseConv2d),
-            (self.norm1, LayerNorm),
-            (self.in_proj, nn.Linear),
-            (self.act_proj, nn.Linear),
-            (self.dwc, DepthwiseConv2d),
-            (attn.qk, nn.Linear),
-            (attn.lepe, DepthwiseConv2d),
-            (self.out_proj, nn.Linear),
-            (self.cpe2, DepthwiseConv2d),
-            (self.norm2, LayerNorm),
-            (mlp.fc1, nn.Linear),
-            (mlp.fc2, nn.Linear),
-        )
-        others = (
-            (attn, LinearAttention),
-            (mlp, MLP),
-            (mlp.drop, nn.Dropout),
-            (self.drop_path, DropPath),
-        )
-        for module, expected in layers + others:
-            if type(module) is not expected or has_hooks(module):
-                return None
-        if mlp.drop.p and self.training:
+        if (
+            not is_unmodified(DepthwiseConv2d, self.cpe1, self.dwc, self.cpe2)
+            or not is_unmodified(LayerNorm, self.norm1, self.norm2)
+            or not is_unmodified(nn.Linear, self.in_proj, self.act_proj, self.out_proj)
+            or not is_unmodified(DropPath, self.drop_path)
+            or not is_unmodified(LinearAttention, attn)
+            or not is_unmodified(nn.Linear, attn.qk)
+            or not is_unmodified(DepthwiseConv2d, attn.lepe)
+            or not is_unmodified(MLP, mlp)
+            or not is_unmodified(nn.Linear, mlp.fc1, mlp.fc2)
+            or not is_unmodified(nn.Dropout, mlp.drop)
+            or (mlp.drop.p and self.training)
+        ):
             return None
-        return [tensor for layer, _ in layers for tensor in (layer.weight, layer.bias)]
+        layers = (
+            self.cpe1,
+            self.norm1,
+            self.in_proj,
+            self.act_proj,
+            self.dwc,
+            attn.qk,
+            attn.lepe,
+            self.out_proj,
+            self.cpe2,
+            self.norm2,
+            mlp.fc1,
+            mlp.fc2,
+        )
+        return [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
 
     def _draw_scale(self, x: Tensor) -> Optional[Tensor]:
         """What stochastic depth multiplies the images by, (N,); None for 1."""

@@ -36,7 +36,7 @@ class PatchMerging(nn.Module):
         """(N, d, H, W) -> (N, 2d, ceil(H / 2), ceil(W / 2))."""
         x = pad_to_multiple(x, 2)
         expand = self.conv[0]
-        if is_fused(x) and is_unmodified(expand, *expand):
+        if is_fused(x) and _is_unmodified(expand):
             weight, bias = expand.conv.weight.flatten(1), expand.conv.bias
             x = linear_relu(x.permute(0, 2, 3, 1), weight, bias)
             return self.conv[1:](x.permute(0, 3, 1, 2))
@@ -50,7 +50,7 @@ class PatchMerging(nn.Module):
         All together at full resolution are the largest map of the network.
         """
         expand, reduce, project = self.conv
-        if not is_unmodified(expand, reduce, *expand, *reduce):
+        if not (_is_unmodified(expand) and _is_unmodified(reduce)):
             return self.conv(x)
         weights = (
             tensor.chunk(parts)
@@ -58,6 +58,10 @@ class PatchMerging(nn.Module):
             for tensor in (layer.weight, layer.bias)
         )
         return project(torch.cat([_bottleneck(x, *part) for part in zip(*weights)], 1))
+
+
+def _is_unmodified(layer: nn.Module) -> bool:
+    return is_unmodified(ConvLayer, layer) and layer.has_own_layers()
 
 
 def _bottleneck(
