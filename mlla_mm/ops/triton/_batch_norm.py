@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import SIZES, ceil_div, load_float, power_of_two
+from ._common import SIZES, ceil_div, load_float, plan_rows
 
 _NUMBERS = 2048
 
@@ -26,20 +26,16 @@ def batch_norm(
     y = torch.empty_like(rows)
     channels = rows.shape[-1]
     num_rows = rows.numel() // channels
-    block_c = power_of_two(channels)
-    block = max(1, _NUMBERS // block_c)
+    sizes = plan_rows(channels, _NUMBERS)
     with torch.cuda.device_of(x):
-        _batch_norm_kernel[(ceil_div(num_rows, block),)](
+        _batch_norm_kernel[(ceil_div(num_rows, sizes['BLOCK']),)](
             rows,
             *(tensor.contiguous() for tensor in (mean, var, weight, bias)),
             y,
             num_rows,
             eps,
-            C=channels,
-            BLOCK=block,
-            BLOCK_C=block_c,
+            **sizes,
             ACT=act,
-            num_warps=4,
         )
     return y.permute(0, 3, 1, 2)
 

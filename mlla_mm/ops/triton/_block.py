@@ -169,7 +169,7 @@ def backward(
     u = layer_norm(x3, w.norm2, w.norm2_bias, eps[1], dtype).view(-1, channels)
     fc1 = weight_grad(grad_hidden, u, w.fc1)
     grad_u = (grad_hidden @ products.fc1).view(x3.shape)
-    del hidden, activated, grad_hidden, u
+    del activated, grad_hidden, u
     grad, *norm2 = layer_norm_grad(x3, w.norm2, w.norm2_bias, eps[1], grad_u, grad)
     grad, *cpe2 = conv_grad(x2, w.cpe2, w.cpe2_bias, grad, residual=True)
 

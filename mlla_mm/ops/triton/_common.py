@@ -79,6 +79,15 @@ def plan_strips(
     return (blocks, strips * ceil_div(height, rows), number), sizes
 
 
+@functools.lru_cache
+def plan_rows(channels: int, numbers: int) -> Dict[str, int]:
+    """Tiles of whole rows (BLOCK, C) of about so many numbers."""
+    block_c = power_of_two(channels)
+    return dict(
+        C=channels, BLOCK=max(1, numbers // block_c), BLOCK_C=block_c, num_warps=4
+    )
+
+
 def block_size(size: int, least: int) -> int:
     """A power of two that divides a size if ``least`` does, else one that covers it.
 

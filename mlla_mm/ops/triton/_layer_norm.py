@@ -9,8 +9,7 @@ again, and adds the gradient of the residual connection around the layers that f
     dx = (g - mean(g) - h mean(g h)) / sqrt(var + eps) + r,    g = w e
 """
 
-import functools
-from typing import Dict, Optional, Tuple
+from typing import Optional, Tuple
 
 import torch
 import triton
@@ -18,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from ._common import SIZES, as_rows, ceil_div, load_float, power_of_two
+from ._common import SIZES, as_rows, ceil_div, load_float, plan_rows
 from ._sums import add_up
 
 # Numbers of a tile, 8 for each thread.
@@ -53,7 +52,7 @@ def layer_norm(
     """(..., C) -> (..., C), contiguous, of a dtype."""
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     rows = as_rows(x)
-    sizes = _plan(rows.shape[1])
+    sizes = plan_rows(rows.shape[1], _NUMBERS)
     with torch.cuda.device_of(x):
         _layer_norm_kernel[(ceil_div(len(rows), sizes['BLOCK']),)](
             rows,
@@ -90,7 +89,7 @@ def layer_norm_grad(
     rows, grads = as_rows(x), as_rows(grad)
     others = grads if residual is None else as_rows(residual)
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    sizes = _plan(rows.shape[1])
+    sizes = plan_rows(rows.shape[1], _NUMBERS)
     programs = min(_PROGRAMS, ceil_div(len(rows), _TILES * sizes['BLOCK']))
     sums = x.new_empty((programs, 2, x.shape[-1]), dtype=torch.float32)
     with torch.cuda.device_of(x):
@@ -110,17 +109,6 @@ def layer_norm_grad(
             ADD=residual is not None,
         )
     return (grad_x, *add_up(sums, weight, bias))
-
-
-@functools.lru_cache
-def _plan(channels: int) -> Dict[str, int]:
-    block_c = power_of_two(channels)
-    return dict(
-        C=channels,
-        BLOCK=max(1, _NUMBERS // block_c),
-        BLOCK_C=block_c,
-        num_warps=4,
-    )
 
 
 @triton.jit

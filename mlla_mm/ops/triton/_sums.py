@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import SIZES, ceil_div, load_float, power_of_two
+from ._common import SIZES, ceil_div, load_float, plan_rows
 
 _PROGRAMS, _NUMBERS = 512, 2048
 # Programs and channels of a tile of the second step.
@@ -33,9 +33,8 @@ def column_sums(
             float32.
     """
     rows, channels = x.shape
-    block_c = power_of_two(channels)
-    block = max(1, _NUMBERS // block_c)
-    programs = min(_PROGRAMS, ceil_div(rows, block))
+    sizes = plan_rows(channels, _NUMBERS)
+    programs = min(_PROGRAMS, ceil_div(rows, sizes['BLOCK']))
     sums = x.new_empty((programs, 1, channels), dtype=torch.float32)
     with torch.cuda.device_of(x):
         _column_sums_kernel[(programs,)](
@@ -45,10 +44,7 @@ def column_sums(
             sums,
             rows,
             rows if scale is None else rows // len(scale),
-            C=channels,
-            BLOCK=block,
-            BLOCK_C=block_c,
-            num_warps=4,
+            **sizes,
         )
     return add_up(sums, None, sums[0, 0] if like is None else like)[1]
 
