@@ -1,31 +1,34 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 """Classified pictures with their true and predicted classes."""
 
+import math
+import textwrap
 from pathlib import Path
 from typing import Union
 
 import mmcv
-import numpy as np
 from mmengine.config import Config
 from mmengine.fileio import load
 from mmengine.registry import DATASETS, init_default_scope
+
+from .sheet import spread
 
 
 def classification_sheet(
     cfg: Config,
     predictions: Union[str, Path],
     out: Union[str, Path],
+    metrics: str,
     num_images: int = 24,
     columns: int = 8,
 ) -> None:
-    """Save a sheet of pictures, each under its predicted class and score.
-
-    Wrong predictions are red and name the true class.
+    """Save a sheet of pictures, each under its predicted and its true class.
 
     Args:
         cfg (Config): Config of the classifier; its test set is drawn.
         predictions (str | Path): What `tools/test.py --out` wrote.
         out (str | Path): Picture file to write.
+        metrics (str): What the test measured, for the title.
         num_images (int): Number of images, spread over the test set. Defaults to 24.
         columns (int): Pictures per row. Defaults to 8.
     """
@@ -34,17 +37,29 @@ def classification_sheet(
     init_default_scope('mmpretrain')
     classes = DATASETS.build(cfg.test_dataloader.dataset).CLASSES
     results = load(predictions)
-    rows = -(-num_images // columns)
-    figure = Figure(figsize=(1.5 * columns, 1.8 * rows), layout='constrained')
+    chosen = [results[i] for i in spread(len(results), num_images)]
+    rows = math.ceil(len(chosen) / columns)
+    figure = Figure(
+        figsize=(1.6 * columns, 1.95 * rows + 0.4), dpi=150, layout='constrained'
+    )
+    figure.suptitle(
+        f'{metrics} on {len(results)} validation images; wrong predictions are red'
+    )
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for ax in axes:
         ax.axis('off')
-    indices = np.linspace(0, len(results) - 1, num_images).astype(int)
-    for ax, result in zip(axes, (results[i] for i in indices)):
+    for ax, result in zip(axes, chosen):
         predicted, true = int(result['pred_label']), int(result['gt_label'])
-        title = f'{classes[predicted]} ({float(result["pred_score"].max()):.2f})'
-        if predicted != true:
-            title += f', is {classes[true]}'
-        ax.set_title(title, fontsize=9, color='black' if predicted == true else 'red')
+        score = float(result['pred_score'].max())
+        lines = (
+            f'ground truth: {classes[true]}',
+            f'prediction: {classes[predicted]} ({score:.2f})',
+        )
+        ax.set_title(
+            # Names may be longer than a picture is wide.
+            '\n'.join(textwrap.fill(line, 24) for line in lines),
+            fontsize=9,
+            color='black' if predicted == true else 'red',
+        )
         ax.imshow(mmcv.imread(result['img_path'], channel_order='rgb'))
-    figure.savefig(out, dpi=120)
+    figure.savefig(out)

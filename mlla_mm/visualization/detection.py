@@ -2,24 +2,23 @@
 """Detections beside ground truth."""
 
 from pathlib import Path
-from typing import List, Tuple, Union
+from typing import List, Union
 
 import mmcv
 import numpy as np
-import torch
 from mmengine.config import Config
 from mmengine.fileio import load
 from mmengine.registry import DATASETS, init_default_scope
-from mmengine.structures import InstanceData
 
-from .sheet import enlarge, enlargement, save_sheet
+from .sheet import class_colors, draw_instances, new_sheet, save_sheet, show, spread
 
 
 def detection_sheet(
     cfg: Config,
     predictions: Union[str, Path],
     out: Union[str, Path],
-    num_images: int = 8,
+    metrics: str,
+    num_images: int = 6,
     score_thr: float = 0.5,
 ) -> None:
     """Save a sheet of detections beside ground truth.
@@ -28,62 +27,51 @@ def detection_sheet(
         cfg (Config): Config of the detector; its test set is drawn.
         predictions (str | Path): What `tools/test.py --out` wrote.
         out (str | Path): Picture file to write.
-        num_images (int): Number of images, spread over the test set. Defaults to 8.
+        metrics (str): What the test measured, for the title.
+        num_images (int): Number of images, spread over the test set. Defaults to 6.
         score_thr (float): Least score of a detection to draw. Defaults to 0.5.
     """
-    from mmdet.structures import DetDataSample
-    from mmdet.visualization import DetLocalVisualizer
-
     init_default_scope('mmdet')
     dataset = DATASETS.build(cfg.test_dataloader.dataset)
+    classes, colors = dataset.metainfo['classes'], class_colors(dataset.metainfo)
     infos = (dataset.get_data_info(i) for i in range(len(dataset)))
     instances = {info['img_id']: info['instances'] for info in infos}
-    visualizer = DetLocalVisualizer()
-    visualizer.dataset_meta = dataset.metainfo
     results = load(predictions)
-    pairs: List[Tuple[np.ndarray, np.ndarray]] = []
-    for i in np.linspace(0, len(results) - 1, num_images).astype(int):
-        result = results[i]
+    chosen = [results[i] for i in spread(len(results), num_images)]
+    figure, axes = new_sheet(
+        len(chosen),
+        ('image', 'ground truth', f'prediction, score > {score_thr:g}'),
+        f'{metrics} on {len(results)} validation images',
+    )
+    for panels, result in zip(axes, chosen):
         image = mmcv.imread(result['img_path'], channel_order='rgb')
-        factor = enlargement(image.shape[:2])
-        image = enlarge(image, factor)
-        truth = DetDataSample(
-            gt_instances=_ground_truth(instances[result['img_id']], factor)
+        for ax in panels:
+            show(ax, image)
+        truth = instances[result['img_id']]
+        labels = [instance['bbox_label'] for instance in truth]
+        draw_instances(
+            panels[1],
+            [instance['bbox'] for instance in truth],
+            [classes[label] for label in labels],
+            [colors[label] for label in labels],
+            _decode([instance['mask'] for instance in truth]),
         )
-        found = DetDataSample(pred_instances=_detections(result, factor))
-        visualizer.add_datasample('truth', image, truth, draw_pred=False)
-        left = visualizer.get_image()
-        visualizer.add_datasample(
-            'found', image, found, draw_gt=False, pred_score_thr=score_thr
+        found = result['pred_instances']
+        kept = np.flatnonzero(found['scores'] > score_thr)
+        labels = found['labels'][kept].tolist()
+        scores = found['scores'][kept].tolist()
+        draw_instances(
+            panels[2],
+            found['bboxes'][kept].tolist(),
+            [f'{classes[label]} {p:.2f}' for label, p in zip(labels, scores)],
+            [colors[label] for label in labels],
+            _decode([found['masks'][i] for i in kept]),
         )
-        pairs.append((left, visualizer.get_image()))
-    save_sheet(pairs, ('ground truth', f'detections, score > {score_thr:g}'), out)
+    save_sheet(figure, out)
 
 
-def _ground_truth(instances: List[dict], factor: int) -> InstanceData:
-    boxes = [instance['bbox'] for instance in instances]
-    return InstanceData(
-        bboxes=torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4) * factor,
-        labels=torch.tensor([instance['bbox_label'] for instance in instances]),
-        masks=_decode([instance['mask'] for instance in instances], factor),
-    )
-
-
-def _detections(result: dict, factor: int) -> InstanceData:
-    found = result['pred_instances']
-    return InstanceData(
-        bboxes=found['bboxes'] * factor,
-        scores=found['scores'],
-        labels=found['labels'],
-        masks=_decode(found['masks'], factor),
-    )
-
-
-def _decode(masks: List[dict], factor: int) -> np.ndarray:
-    """Run-length encoded masks to (n, H, W), bool."""
+def _decode(masks: List[dict]) -> List[np.ndarray]:
+    """Run-length encoded masks to (H, W), bool."""
     from pycocotools import mask as mask_utils
 
-    if not masks:
-        return np.zeros((0, 1, 1), dtype=bool)
-    decoded = [mask_utils.decode(mask).astype(bool) for mask in masks]
-    return np.stack(decoded).repeat(factor, axis=1).repeat(factor, axis=2)
+    return [mask_utils.decode(mask).astype(bool) for mask in masks]

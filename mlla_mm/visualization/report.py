@@ -20,19 +20,20 @@ class Line(NamedTuple):
     metric: str  # name that it logged
     label: str
     digits: int  # decimals
+    title: str = ''  # how the title of the predictions says it, if it does
 
 
 LINES = {
     'mmdet': [
-        Line('test', 'coco/bbox_mAP', 'bbox_mAP', 3),
-        Line('test', 'coco/segm_mAP', 'segm_mAP', 3),
+        Line('test', 'coco/bbox_mAP', 'bbox_mAP', 3, 'bbox mAP {}'),
+        Line('test', 'coco/segm_mAP', 'segm_mAP', 3, 'segm mAP {}'),
     ],
     'mmseg': [
-        Line('test', 'mIoU', 'mIoU', 1),
+        Line('test', 'mIoU', 'mIoU', 1, 'mIoU {}'),
         Line('test_tta', 'mIoU', 'mIoU (multi-scale)', 1),
     ],
     'mmpretrain': [
-        Line('test', 'accuracy/top1', 'accuracy/top1', 1),
+        Line('test', 'accuracy/top1', 'accuracy/top1', 1, 'top-1 accuracy {} %'),
         Line('test_ema', 'accuracy/top1', 'accuracy/top1 (EMA)', 1),
     ],
 }
@@ -63,12 +64,20 @@ def write_report(cfg: Config, work_dir: Union[str, Path]) -> List[str]:
         FileNotFoundError: If a test has not been run.
     """
     work_dir = Path(work_dir)
-    summary = []
+    summary, titles = [], []
     for line in LINES[cfg.default_scope]:
-        value = _newest_metrics(work_dir / line.test)[line.metric]
-        summary.append(f'{line.label}: {value:.{line.digits}f}')
+        metric = _newest_metrics(work_dir / line.test)[line.metric]
+        value = f'{metric:.{line.digits}f}'
+        summary.append(f'{line.label}: {value}')
+        if line.title:
+            titles.append(line.title.format(value))
     draw, predictions = _SHEETS[cfg.default_scope]
-    draw(cfg, work_dir / 'test' / predictions, work_dir / 'predictions.png')
+    draw(
+        cfg,
+        work_dir / 'test' / predictions,
+        work_dir / 'predictions.png',
+        ', '.join(titles),
+    )
     plot_curves(work_dir, _CURVES[cfg.default_scope], work_dir / 'curves.png')
     return [
         *summary,

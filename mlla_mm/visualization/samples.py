@@ -1,19 +1,28 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 """Training samples as the model gets them, with their labels."""
 
+import textwrap
 from pathlib import Path
-from typing import Callable, Union
+from typing import TYPE_CHECKING, Set, Union
 
 import mmcv
-import numpy as np
 from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
+from mmengine.structures import BaseDataElement
 
-from .segmentation import overlay
-from .sheet import enlarge, enlargement, save_sheet
+from .sheet import (
+    add_legend,
+    class_colors,
+    draw_classes,
+    draw_instances,
+    new_sheet,
+    save_sheet,
+    show,
+    spread,
+)
 
-# Draws the labels of a sample on its RGB picture.
-Draw = Callable[[np.ndarray, object], np.ndarray]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def training_sheet(
@@ -44,74 +53,63 @@ def training_sheet(
         raise ValueError(f'The number of images must be at least 1, got {num_images}.')
     init_default_scope(cfg.default_scope)
     dataset = DATASETS.build(cfg.train_dataloader.dataset)
-    draw = _DRAWERS[cfg.default_scope](dataset.metainfo)
-    last = 0 if repeat else len(dataset) - 1
-    pairs = []
-    for i in np.linspace(0, last, num_images).astype(int):
+    draw = _DRAWERS[cfg.default_scope]
+    positions = [0] * num_images if repeat else spread(len(dataset), num_images)
+    figure, axes = new_sheet(len(positions), ('as stored', 'augmented, with labels'))
+    seen = set()
+    for (left, right), i in zip(axes, positions):
         packed = dataset[i]
         sample = packed['data_samples']
-        stored = mmcv.imread(sample.img_path, channel_order='rgb')
+        show(left, mmcv.imread(sample.img_path, channel_order='rgb'))
         # Inputs are (3, H, W), BGR.
-        augmented = packed['inputs'].numpy()[::-1].transpose(1, 2, 0)
-        stored = enlarge(stored, enlargement(stored.shape[:2]))
-        pairs.append((stored, draw(np.ascontiguousarray(augmented), sample)))
-    save_sheet(pairs, ('as stored', 'augmented, with labels'), out)
+        show(right, packed['inputs'].numpy()[::-1].transpose(1, 2, 0))
+        seen |= draw(right, sample, dataset.metainfo)
+    if seen:
+        add_legend(figure, dataset.metainfo, seen)
+    save_sheet(figure, out)
 
 
-def _detection_drawer(metainfo: dict) -> Draw:
+def _draw_detection(ax: 'Axes', sample: BaseDataElement, metainfo: dict) -> Set[int]:
     from mmdet.models.utils import mask2ndarray
-    from mmdet.structures import DetDataSample
-    from mmdet.visualization import DetLocalVisualizer
-    from mmengine.structures import InstanceData
 
-    visualizer = DetLocalVisualizer()
-    visualizer.dataset_meta = metainfo
-
-    def draw(image: np.ndarray, sample: DetDataSample) -> np.ndarray:
-        factor = enlargement(image.shape[:2])
-        instances = sample.gt_instances
-        enlarged = InstanceData(
-            bboxes=instances.bboxes.tensor * factor, labels=instances.labels
-        )
-        if 'masks' in instances:
-            masks = mask2ndarray(instances.masks).astype(bool)
-            enlarged.masks = masks.repeat(factor, axis=1).repeat(factor, axis=2)
-        visualizer.add_datasample(
-            'sample',
-            enlarge(image, factor),
-            DetDataSample(gt_instances=enlarged),
-            draw_pred=False,
-        )
-        return visualizer.get_image()
-
-    return draw
+    instances = sample.gt_instances
+    colors = class_colors(metainfo)
+    labels = instances.labels.tolist()
+    draw_instances(
+        ax,
+        instances.bboxes.tensor.tolist(),
+        [metainfo['classes'][label] for label in labels],
+        [colors[label] for label in labels],
+        mask2ndarray(instances.masks).astype(bool) if 'masks' in instances else None,
+    )
+    return set()
 
 
-def _segmentation_drawer(metainfo: dict) -> Draw:
-    palette = np.array(metainfo['palette'], dtype=np.float32)
-
-    def draw(image: np.ndarray, sample) -> np.ndarray:
-        return overlay(image, sample.gt_sem_seg.data[0].numpy(), palette)
-
-    return draw
+def _draw_segmentation(ax: 'Axes', sample: BaseDataElement, metainfo: dict) -> Set[int]:
+    return draw_classes(ax, sample.gt_sem_seg.data[0].numpy(), metainfo)
 
 
-def _classification_drawer(metainfo: dict) -> Draw:
-    from mmpretrain.visualization import UniversalVisualizer
+def _draw_classification(
+    ax: 'Axes', sample: BaseDataElement, metainfo: dict
+) -> Set[int]:
+    classes = metainfo.get('classes')
+    labels = sample.gt_label.tolist()
+    names = ', '.join(str(classes[i] if classes else i) for i in labels)
+    ax.text(
+        0.03,
+        0.97,
+        textwrap.fill(names, 24),
+        transform=ax.transAxes,
+        verticalalignment='top',
+        fontsize=9,
+        bbox=dict(boxstyle='square,pad=0.2', facecolor='white', edgecolor='none'),
+    )
+    return set()
 
-    visualizer = UniversalVisualizer()
 
-    def draw(image: np.ndarray, sample) -> np.ndarray:
-        image = enlarge(image, enlargement(image.shape[:2]))
-        return visualizer.visualize_cls(
-            image, sample, classes=metainfo.get('classes'), draw_pred=False
-        )
-
-    return draw
-
-
+# They draw the labels of a sample and return the classes to be named in a legend.
 _DRAWERS = {
-    'mmdet': _detection_drawer,
-    'mmseg': _segmentation_drawer,
-    'mmpretrain': _classification_drawer,
+    'mmdet': _draw_detection,
+    'mmseg': _draw_segmentation,
+    'mmpretrain': _draw_classification,
 }

@@ -1,22 +1,22 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""Segmentation overlays beside ground truth."""
+"""Segmentation beside ground truth."""
 
 from pathlib import Path
 from typing import Union
 
 import mmcv
-import numpy as np
 from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
 
-from .sheet import enlarge, enlargement, save_sheet
+from .sheet import add_legend, draw_classes, new_sheet, save_sheet, show, spread
 
 
 def segmentation_sheet(
     cfg: Config,
     predictions: Union[str, Path],
     out: Union[str, Path],
-    num_images: int = 8,
+    metrics: str,
+    num_images: int = 6,
 ) -> None:
     """Save a sheet of predicted label maps beside ground truth, over the pictures.
 
@@ -24,36 +24,30 @@ def segmentation_sheet(
         cfg (Config): Config of the segmentor; its test set is drawn.
         predictions (str | Path): Folder that `tools/test.py --out` wrote.
         out (str | Path): Picture file to write.
-        num_images (int): Number of images, spread over the test set. Defaults to 8.
+        metrics (str): What the test measured, for the title.
+        num_images (int): Number of images, spread over the test set. Defaults to 6.
     """
     init_default_scope('mmseg')
     dataset = DATASETS.build(cfg.test_dataloader.dataset)
-    palette = np.array(dataset.metainfo['palette'], dtype=np.float32)
     # Label maps in files count from 1 where 0 means unlabelled.
     offset = int(dataset.reduce_zero_label)
-    pairs = []
-    for i in np.linspace(0, len(dataset) - 1, num_images).astype(int):
+    chosen = spread(len(dataset), num_images)
+    figure, axes = new_sheet(
+        len(chosen),
+        ('image', 'ground truth', 'prediction'),
+        f'{metrics} on {len(dataset)} validation images',
+    )
+    seen = set()
+    for panels, i in zip(axes, chosen):
         info = dataset.get_data_info(i)
-        name = f'{Path(info["img_path"]).stem}.png'
         image = mmcv.imread(info['img_path'], channel_order='rgb')
-        maps = (info['seg_map_path'], Path(predictions) / name)
-        pairs.append(
-            tuple(
-                overlay(
-                    image,
-                    mmcv.imread(str(path), 'unchanged').astype(int) - offset,
-                    palette,
-                )
-                for path in maps
-            )
-        )
-    save_sheet(pairs, ('ground truth', 'prediction'), out)
-
-
-def overlay(image: np.ndarray, labels: np.ndarray, palette: np.ndarray) -> np.ndarray:
-    """Blend the classes' colours into a picture; unlabelled pixels stay as they are."""
-    known = (labels >= 0) & (labels < len(palette))
-    colours = palette[np.where(known, labels, 0)]
-    blended = np.where(known[..., None], (image + 2 * colours) / 3, image)
-    blended = blended.astype(np.uint8)
-    return enlarge(blended, enlargement(image.shape[:2]))
+        name = f'{Path(info["img_path"]).stem}.png'
+        for ax in panels:
+            show(ax, image)
+        for ax, path in zip(
+            panels[1:], (info['seg_map_path'], Path(predictions) / name)
+        ):
+            labels = mmcv.imread(str(path), 'unchanged').astype(int) - offset
+            seen |= draw_classes(ax, labels, dataset.metainfo)
+    add_legend(figure, dataset.metainfo, seen)
+    save_sheet(figure, out)

@@ -1,5 +1,6 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 import copy
+import json
 from pathlib import Path
 
 import cv2
@@ -8,7 +9,6 @@ import pytest
 from mmengine.config import Config
 
 from mlla_mm.datasets import digits
-from mlla_mm.visualization import samples
 from mlla_mm.visualization.samples import training_sheet
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
@@ -30,75 +30,84 @@ def cfg(request, tmp_path_factory):
     return cfg
 
 
-def pairs(cfg, monkeypatch, **options) -> list:
-    """The pictures that would be put on the sheet."""
-    seen = []
-    monkeypatch.setattr(samples, 'save_sheet', lambda p, titles, out: seen.extend(p))
-    training_sheet(cfg, 'unused.png', **options)
-    return seen
+def pairs(cfg, figures, tmp_path, **options) -> list:
+    """The panels of every sample: as stored, and augmented."""
+    training_sheet(cfg, tmp_path / 'sheet.png', **options)
+    axes = [ax for ax in figures[-1].axes if ax.images]
+    # The sheet goes through the figure's left half first.
+    return [(left, right) for left, right in zip(axes[::2], axes[1::2])]
 
 
-def test_samples_of_the_data_set(cfg, monkeypatch):
-    found = pairs(cfg, monkeypatch, num_images=3)
+def picture(ax) -> np.ndarray:
+    return np.asarray(ax.images[0].get_array())
+
+
+def test_samples_of_the_data_set(cfg, figures, tmp_path):
+    found = pairs(cfg, figures, tmp_path, num_images=3)
     assert len(found) == 3
-    stored = [left for left, _ in found]
-    assert not np.array_equal(stored[0], stored[1])
+    assert not np.array_equal(picture(found[0][0]), picture(found[1][0]))
     for left, right in found:
-        assert left.dtype == right.dtype == np.uint8
-        assert left.shape[2] == right.shape[2] == 3
-        # Large enough for labels.
-        assert min(left.shape[:2]) >= 256 and min(right.shape[:2]) >= 256
+        assert picture(left).dtype == picture(right).dtype == np.uint8
+        assert picture(left).shape[2] == picture(right).shape[2] == 3
+    sheet = cv2.imread(str(tmp_path / 'sheet.png'))
+    assert sheet.shape[1] > 1000
+    assert sheet.std() > 20
 
 
-def test_colours_are_those_of_the_file(cfg, monkeypatch):
-    """RGB on both sides, where nothing but the size changes and no label is drawn."""
+def test_colours_are_those_of_the_file(cfg, figures, tmp_path):
+    """RGB on both sides, where nothing but the size changes."""
     cfg = copy.deepcopy(cfg)  # the fixture serves other tests
     pipeline = cfg.train_dataloader.dataset.pipeline
     kept = ('Load', 'Pack', 'Resize')
     cfg.train_dataloader.dataset.pipeline = [
         step for step in pipeline if step['type'].startswith(kept)
     ]
-    monkeypatch.setitem(
-        samples._DRAWERS, cfg.default_scope, lambda metainfo: lambda image, _: image
-    )
-    ((left, right),) = pairs(cfg, monkeypatch, num_images=1)
-    mean_left, mean_right = (x.reshape(-1, 3).mean(0) for x in (left, right))
+    ((left, right),) = pairs(cfg, figures, tmp_path, num_images=1)
+    mean_left, mean_right = (picture(x).reshape(-1, 3).mean(0) for x in (left, right))
     assert np.ptp(mean_left) > 3  # the order of the channels shows
     assert np.abs(mean_left - mean_right).max() < 2
 
 
-def test_one_sample_again_and_again(cfg, monkeypatch):
-    found = pairs(cfg, monkeypatch, num_images=3, repeat=True)
+def test_one_sample_again_and_again(cfg, figures, tmp_path):
+    found = pairs(cfg, figures, tmp_path, num_images=3, repeat=True)
+    assert len(found) == 3
     for left, _ in found:
-        assert np.array_equal(left, found[0][0])
+        assert np.array_equal(picture(left), picture(found[0][0]))
     if cfg.default_scope == 'mmpretrain':  # the others are not augmented
-        assert not np.array_equal(found[0][1], found[1][1])
+        assert not np.array_equal(picture(found[0][1]), picture(found[1][1]))
 
 
-def test_sheet(cfg, tmp_path):
-    training_sheet(cfg, tmp_path / 'sheet.png', num_images=2)
-    picture = cv2.imread(str(tmp_path / 'sheet.png'))
-    assert picture.shape[1] > 1000
-    assert picture.std() > 20
-
-
-def test_labels_are_drawn(tmp_path, monkeypatch):
-    """A pixel's colour is its class's, where the digit is."""
-    pytest.importorskip('mmseg')
-    name, make = TASKS['mmseg']
-    cfg = Config.fromfile(CONFIGS / f'{name}.py')
-    root = make(tmp_path / 'digits', train=10, val=10, size=96)
-    cfg.train_dataloader.dataset.data_root = str(root)
-    ((left, right),) = pairs(cfg, monkeypatch, num_images=1)
-    path = sorted((root / 'annotations' / 'training').iterdir())[0]
-    labels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
-    label = labels.max()  # 1 is the background
-    palette = cfg.train_dataloader.dataset.metainfo.palette
-    factor = right.shape[0] // 96
-    inside = right[factor // 2 :: factor, factor // 2 :: factor][labels == label]
-    stored = left[factor // 2 :: factor, factor // 2 :: factor][labels == label]
-    expected = (stored + 2 * np.array(palette[label - 1])) / 3
-    assert np.median(np.abs(inside - expected)) < 6
+def test_labels_are_drawn(cfg, figures, tmp_path):
+    """The first sample's, as they are in its files."""
+    ((left, right),) = pairs(cfg, figures, tmp_path, num_images=1)
+    root = Path(cfg.train_dataloader.dataset.data_root)
+    texts = [text.get_text() for text in right.texts]
+    assert not left.texts
+    if cfg.default_scope == 'mmdet':
+        stored = json.loads((root / 'annotations' / 'instances_train.json').read_text())
+        names = {category['id']: category['name'] for category in stored['categories']}
+        first = stored['images'][0]['id']
+        assert texts == [
+            names[a['category_id']]
+            for a in stored['annotations']
+            if a['image_id'] == first
+        ]
+        assert len(right.patches) == len(texts)
+    elif cfg.default_scope == 'mmpretrain':
+        # Folders are classes.
+        assert texts == [sorted((root / 'train').iterdir())[0].name]
+    else:
+        path = sorted((root / 'annotations' / 'training').iterdir())[0]
+        labels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED) - 1  # 0: unlabelled
+        [legend] = figures[-1].legends
+        names = [text.get_text() for text in legend.get_texts()]
+        assert names == [digits.SEG_CLASSES[i] for i in np.unique(labels)]
+        painted = right.images[1].get_array()
+        assert painted.shape[:2] == (96, 96)
+        label = labels.max()
+        expected = np.array(digits.SEG_PALETTE[label]) / 255
+        share = np.isclose(painted[..., :3], expected).all(-1).mean()
+        assert share == pytest.approx((labels == label).mean(), abs=0.02)
 
 
 def test_errors():

@@ -1,5 +1,7 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+import json
 import pickle
+import warnings
 from pathlib import Path
 
 import cv2
@@ -9,55 +11,141 @@ import torch
 from mmengine.config import Config
 
 from mlla_mm.datasets import digits
+from mlla_mm.visualization.report import write_report
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
 
 
-def test_perfect_segmentation_looks_like_the_ground_truth(tmp_path):
-    pytest.importorskip('mmseg')
-    from mlla_mm.visualization.segmentation import segmentation_sheet
+@pytest.fixture
+def work_dir(tmp_path):
+    """What a finished run leaves, without its predictions."""
 
-    data = digits.make_ade20k(tmp_path / 'data', train=1, val=2, size=64)
+    def make(metrics, **others):
+        for name, values in dict(test=metrics, **others).items():
+            path = tmp_path / name / '20260101_000000' / '20260101_000000.json'
+            path.parent.mkdir(parents=True)
+            path.write_text(json.dumps(values))
+        log = tmp_path / '20260101_000000' / 'vis_data' / 'scalars.json'
+        log.parent.mkdir(parents=True)
+        entries = [dict(loss=1.0, step=1, epoch=1), dict(metrics, step=1)]
+        entries[1].update({f'ema_{key}': value for key, value in metrics.items()})
+        log.write_text('\n'.join(json.dumps(entry) for entry in entries))
+        return tmp_path
+
+    return make
+
+
+def titles(figure):
+    return [ax.get_title() for ax in figure.axes]
+
+
+def test_detection(tmp_path, work_dir, figures):
+    pytest.importorskip('mmdet')
+    data = digits.make_coco(tmp_path / 'data', train=1, val=2, size=64)
+    cfg = Config.fromfile(CONFIGS / 'detection' / 'mask-rcnn_mlla-nano_fpn_digits.py')
+    annotations = data / 'annotations' / 'instances_val.json'
+    cfg.test_dataloader.dataset.data_root = str(data)
+    cfg.test_dataloader.dataset.ann_file = str(annotations)
+    stored = json.loads(annotations.read_text())
+    names = {category['id']: category['name'] for category in stored['categories']}
+    image = stored['images'][0]
+    truth = [a for a in stored['annotations'] if a['image_id'] == image['id']]
+    mask = truth[0]['segmentation']
+    # A box to the very edge, one that hides the first, and one below the threshold.
+    found = dict(
+        bboxes=torch.tensor([[40.0, 0, 64, 64], [40, 1, 64, 64], [0, 0, 9, 9]]),
+        labels=torch.tensor([7, 1, 2]),
+        scores=torch.tensor([0.91, 0.62, 0.4]),
+        masks=[mask, mask, mask],
+    )
+    folder = work_dir({'coco/bbox_mAP': 0.7061, 'coco/segm_mAP': 0.69})
+    result = dict(
+        img_path=str(next(data.rglob(image['file_name']))),
+        img_id=image['id'],
+        pred_instances=found,
+    )
+    (folder / 'test' / 'predictions.pkl').write_bytes(pickle.dumps([result]))
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', category=UserWarning, message='.*bounds')
+        write_report(cfg, folder)
+    sheet = figures[0]
+    assert sheet.get_suptitle() == (
+        'bbox mAP 0.706, segm mAP 0.690 on 1 validation images'
+    )
+    assert titles(sheet) == ['image', 'ground truth', 'prediction, score > 0.5']
+    plain, left, right = sheet.axes
+    assert not plain.texts
+    assert [t.get_text() for t in left.texts] == [
+        names[a['category_id']] for a in truth
+    ]
+    assert [t.get_text() for t in right.texts] == ['7 0.91', '1 0.62']
+    boxes = [(*p.get_xy(), p.get_width(), p.get_height()) for p in left.patches]
+    np.testing.assert_allclose(boxes, [a['bbox'] for a in truth], atol=1e-3)
+
+
+def test_segmentation(tmp_path, work_dir, figures):
+    """A perfect prediction looks like the ground truth, another one does not."""
+    pytest.importorskip('mmseg')
+    data = digits.make_ade20k(tmp_path / 'data', train=1, val=3, size=64)
     cfg = Config.fromfile(CONFIGS / 'segmentation' / 'upernet_mlla-nano_digits.py')
     cfg.test_dataloader.dataset.data_root = str(data)
-    truth = data / 'annotations' / 'validation'
-    nothing = tmp_path / 'nothing'
-    nothing.mkdir()
-    for path in truth.iterdir():  # 1 is the background
-        cv2.imwrite(str(nothing / path.name), np.ones((64, 64), np.uint8))
+    folder = work_dir({'mIoU': 85.26}, test_tta={'mIoU': 86})
+    predictions = folder / 'test' / 'predictions'
+    predictions.mkdir()
+    maps = sorted((data / 'annotations' / 'validation').iterdir())
+    seen = set()
+    for i, path in enumerate(maps):
+        labels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+        if i < 2:
+            (predictions / path.name).write_bytes(path.read_bytes())
+        else:  # 1 is the background
+            cv2.imwrite(str(predictions / path.name), np.ones_like(labels))
+        seen |= set(np.unique(labels)) - {0}
+    assert 3 < len(seen)  # some classes
+    write_report(cfg, folder)
+    sheet = figures[0]
+    assert sheet.get_suptitle() == 'mIoU 85.3 on 3 validation images'
+    assert titles(sheet)[:3] == ['image', 'ground truth', 'prediction']
+    [legend] = sheet.legends
+    classes = ['background', *'0123456789']
+    expected = [classes[label - 1] for label in sorted(seen)]
+    assert [text.get_text() for text in legend.get_texts()] == expected
+    painted = [ax.images[1].get_array() for ax in sheet.axes if len(ax.images) == 2]
+    assert len(painted) == 6
+    equal = {
+        tuple(sorted((i, j)))
+        for i in range(6)
+        for j in range(i)
+        if np.array_equal(painted[i], painted[j])
+    }
+    assert len(equal) == 2  # two of three pairs
 
-    def titles_and_panels(predictions):
-        segmentation_sheet(cfg, predictions, tmp_path / 'sheet.png', num_images=1)
-        sheet = cv2.imread(str(tmp_path / 'sheet.png')).astype(int)
-        rows = sheet[sheet.shape[0] // 4 :, : sheet.shape[1] // 2]
-        return np.hsplit(rows[:, : rows.shape[1] // 2 * 2], 2)
 
-    left, right = titles_and_panels(truth)
-    assert left.std() > 20
-    assert np.abs(left - right).mean() < 1
-    left, right = titles_and_panels(nothing)
-    assert np.abs(left - right).mean() > 1
-
-
-@pytest.mark.parametrize('predicted, has_red', [(3, False), (5, True)])
-def test_wrong_classes_are_red(tmp_path, predicted, has_red):
+def test_classification(tmp_path, work_dir, figures):
     pytest.importorskip('mmpretrain')
-    from mlla_mm.visualization.classification import classification_sheet
-
     data = digits.make_imagenet(tmp_path / 'data', train=10, val=10, size=64)
     cfg = Config.fromfile(CONFIGS / 'classification' / 'mlla-nano_digits.py')
     cfg.test_dataloader.dataset.data_root = str(data)
-    grey = tmp_path / 'grey.png'
-    cv2.imwrite(str(grey), np.full((8, 8, 3), 128, np.uint8))
-    result = dict(
-        img_path=str(grey),
-        pred_label=torch.tensor([predicted]),
-        gt_label=torch.tensor([3]),
-        pred_score=torch.full((10,), 0.1),
+    picture = tmp_path / 'grey.png'
+    cv2.imwrite(str(picture), np.full((8, 8, 3), 128, np.uint8))
+    results = [
+        dict(
+            img_path=str(picture),
+            pred_label=torch.tensor([predicted]),
+            gt_label=torch.tensor([3]),
+            pred_score=torch.full((10,), 0.1),
+        )
+        for predicted in (3, 5)
+    ]
+    metrics = {'accuracy/top1': 97.04}
+    folder = work_dir(metrics, test_ema=metrics)
+    (folder / 'test' / 'predictions.pkl').write_bytes(pickle.dumps(results))
+    write_report(cfg, folder)
+    sheet = figures[0]
+    assert sheet.get_suptitle().startswith(
+        'top-1 accuracy 97.0 % on 2 validation images'
     )
-    (tmp_path / 'predictions.pkl').write_bytes(pickle.dumps([result]))
-    classification_sheet(
-        cfg, tmp_path / 'predictions.pkl', tmp_path / 'sheet.png', num_images=1
-    )
-    blue, green, red = cv2.split(cv2.imread(str(tmp_path / 'sheet.png')).astype(int))
-    assert ((red - np.maximum(blue, green)) > 150).any() == has_red
+    right, wrong = (ax.title for ax in sheet.axes[:2])
+    assert right.get_text() == 'ground truth: 3\nprediction: 3 (0.10)'
+    assert wrong.get_text() == 'ground truth: 3\nprediction: 5 (0.10)'
+    assert (right.get_color(), wrong.get_color()) == ('black', 'red')

@@ -2,7 +2,22 @@
 _base_ = './coco_instance.py'
 
 data_root = 'data/digits_coco/'
-metainfo = dict(classes=tuple('0123456789'))
+metainfo = dict(
+    classes=tuple('0123456789'),
+    # Else it is that of COCO, where some classes are too dark to tell.
+    palette=[
+        (230, 25, 75),
+        (60, 180, 75),
+        (255, 225, 25),
+        (0, 130, 200),
+        (245, 130, 48),
+        (145, 30, 180),
+        (70, 240, 240),
+        (240, 50, 230),
+        (210, 245, 60),
+        (250, 190, 212),
+    ],
+)
 
 # No flip: a mirrored 5 is close to a 2.
 train_pipeline = [
