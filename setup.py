@@ -1,22 +1,16 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+"""What pyproject.toml cannot say: pins from a Python file, and files for MIM."""
+
+import runpy
 import shutil
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
-
-
-def requirements(name):
-    lines = (ROOT / 'requirements' / f'{name}.txt').read_text().splitlines()
-    return [line for line in lines if line and not line.startswith('#')]
-
-
-def version():
-    scope = {}
-    exec((ROOT / 'mlla_mm' / 'version.py').read_text(), scope)
-    return scope['__version__']
+# Importing the package would import PyTorch.
+PINS = runpy.run_path(str(ROOT / 'mlla_mm' / 'utils' / 'versions.py'))
 
 
 class BuildWithTools(build_py):
@@ -33,7 +27,10 @@ class BuildWithTools(build_py):
         target = Path(self.build_lib) / 'mlla_mm' / '.mim'
         shutil.rmtree(target, ignore_errors=True)
         # What sets up a clone has nothing to do in an installation.
-        of_clones = ('quickstart.sh', 'run_tests.sh', 'test_matrix.sh', 'setup_env.sh')
+        of_clones = (
+            'quickstart.sh', 'run_tests.sh', 'test_matrix.sh', 'setup_env.sh',
+            'install_packages.py',
+        )  # fmt: skip
         ignored = shutil.ignore_patterns('__pycache__', *of_clones)
         for folder in ('configs', 'tools'):
             shutil.copytree(ROOT / folder, target / folder, ignore=ignored)
@@ -41,26 +38,11 @@ class BuildWithTools(build_py):
 
 
 setup(
-    name='mlla_mm',
-    version=version(),
-    description='MLLA (Mamba-Like Linear Attention) for OpenMMLab: detection, '
-    'segmentation and classification',
-    long_description=(ROOT / 'README.md').read_text(),
-    long_description_content_type='text/markdown',
-    license='Apache-2.0',
-    python_requires='>=3.9',
     cmdclass={'build_py': BuildWithTools},
-    packages=find_packages(include=['mlla_mm', 'mlla_mm.*']),
+    # pyproject.toml writes it in one way before setuptools 77, in another after.
+    license='Apache-2.0',
     # mmengine, mmcv and the rest come from one of two sets of distributions with the
     # same import names, so neither is required here: choose an extra.
-    install_requires=requirements('runtime'),
-    extras_require={
-        name: requirements(name)
-        for name in ('onedl', 'openmmlab', 'tests', 'docs', 'export')
-    },
-    classifiers=[
-        'License :: OSI Approved :: Apache Software License',
-        'Programming Language :: Python :: 3',
-        'Topic :: Scientific/Engineering :: Artificial Intelligence',
-    ],
+    install_requires=PINS['RUNTIME'],
+    extras_require=PINS['EXTRAS'],
 )

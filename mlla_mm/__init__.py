@@ -4,20 +4,28 @@
 Importing the package registers everything that it brings in MMEngine's registries.
 """
 
-# First of all: whatever imports mmcv.ops afterwards needs ``mmcv._ext``.
-from .ops import mmcv_ext
+import sys
 
-mmcv_ext.install()
-
-try:
-    from . import apis, engine, models  # noqa: E402
-    from .apis import get_model  # noqa: E402
-except ImportError as error:
-    from .utils.stack import collect_stack, find_problems
-
-    problems = '\n'.join(find_problems(collect_stack()))
-    raise ImportError(f'{error}\n{problems}') from error
-
-from .version import __version__  # noqa: E402
+from .version import __version__
 
 __all__ = ['__version__', 'apis', 'engine', 'get_model', 'models']
+
+# Python puts '-m' there while it looks for the module to run. That is collect_env,
+# which has to work where the rest cannot be imported.
+if sys.argv[:1] != ['-m']:
+    try:
+        # First of all: whatever imports mmcv.ops afterwards needs ``mmcv._ext``.
+        from .ops import mmcv_ext
+
+        mmcv_ext.install()
+
+        from . import apis, engine, models
+        from .apis import get_model
+    # Mismatched binaries fail with RuntimeError, OSError, AttributeError too.
+    except Exception as error:
+        from .utils.stack import collect_stack, find_problems
+
+        problems = find_problems(collect_stack())
+        if not problems:
+            raise
+        raise ImportError('\n'.join([str(error), *problems])) from error

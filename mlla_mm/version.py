@@ -1,2 +1,2 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-__version__ = '0.1.0'
+__version__ = '0.2.0'

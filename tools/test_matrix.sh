@@ -2,15 +2,15 @@
 # Run the tests on several stacks, each in a virtual environment of its own, made from
 # the package index; those that exist are used again.
 # Usage: tools/test_matrix.sh [--dir FOLDER] [STACK ...] [-- pytest arguments]
-#   fork      the default: torch and the maintained fork as in requirements/
+#   fork      the default: the extras torch and onedl
 #   compiled  the same with mmcv's compiled ops: MMCV_WHEEL=FILE installs a wheel, else
 #             they are built here (15 minutes and a C++ compiler)
-#   original  the original OpenMMLab packages with torch 2.1.2
+#   original  the extras torch21 and openmmlab: the original OpenMMLab packages
 #   newest    the newest torch that has a torchvision, and the fork
 # All four without a STACK. FOLDER is .matrix and gets a log for each stack; PYTHON is
 # the interpreter (python3.11 or 3.10, for which all stacks have packages).
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 
 STACKS=(fork compiled original newest)
 folder=.matrix
@@ -57,43 +57,34 @@ find_python() {
     return 1
 }
 
-# torchvision names the torch that it was built for; the newest torch may have none yet.
-install_torch() {
-    case $1 in
-        newest) python -m pip install --upgrade torchvision ;;
-        original) python -m pip install torch==2.1.2 torchvision==0.16.2 'numpy<2' ;;
-        *) python -m pip install --requirement requirements/torch.txt ;;
-    esac
-}
-
 # The commands that `python -m mlla_mm.utils.collect_env` gives to users.
 compile_mmcv() {
-    local version
     python -c 'import mmcv._ext' 2>/dev/null && return
     if [ -n "${MMCV_WHEEL:-}" ]; then
         python -m pip install --no-deps --force-reinstall "$MMCV_WHEEL"
         return
     fi
-    version=$(grep '^onedl-mmcv==' requirements/onedl.txt)
-    python -m pip uninstall --yes onedl-mmcv &&
-        python -m pip install 'setuptools>=80' wheel ninja &&
-        MMCV_WITH_OPS=1 python -m pip install --no-build-isolation --no-deps \
-            --no-cache-dir --no-binary onedl-mmcv "$version"
+    python - <<'PYTHON' | bash -ex
+from mlla_mm.utils.stack import compiled_mmcv_commands
+
+lines = map(str.strip, compiled_mmcv_commands().splitlines())
+print(*(line for line in lines if not line.startswith('(')), sep='\n')
+PYTHON
 }
 
 # Leaves the environment of a stack active.
 set_up() {
-    local environment=$folder/$1
-    if [ ! -e "$environment/bin/activate" ]; then
-        "$(find_python)" -m venv "$environment" || return
+    export MLLA_VENV=$folder/$1
+    if [ ! -e "$MLLA_VENV/bin/activate" ]; then
+        "$(find_python)" -m venv "$MLLA_VENV" || return
     fi
-    # shellcheck disable=SC1091
-    source "$environment/bin/activate" || return
-    if [ "$1" = newest ] || ! python -c 'import torch, torchvision' 2>/dev/null; then
-        install_torch "$1" || return
+    # torchvision names the torch that it was built for; the newest torch may have none yet.
+    if [ "$1" = newest ]; then
+        "$MLLA_VENV/bin/python" -m pip install --upgrade torchvision || return
     fi
     [ "$1" != original ] || export OPENMMLAB_STACK=openmmlab
-    bash -euc 'source tools/misc/setup_env.sh tests' || return
+    # shellcheck disable=SC1091
+    source tools/misc/setup_env.sh tests || return
     [ "$1" != compiled ] || compile_mmcv
 }
 

@@ -15,19 +15,23 @@ if [ ! -f "$REPO/mlla_mm/__init__.py" ]; then
     exit 2
 fi
 
-# The stack of requirements/onedl.txt, and what its packages import, but for
-# PyTorch, NumPy, SciPy, pandas, scikit-learn, Matplotlib, OpenCV and pytest.
-# Pure Python, but without wheels in the index.
-BUILT=(
-    onedl-mmcv==2.3.6
-    onedl-mmdetection==3.5.1
-    onedl-mmsegmentation==1.4.2
-    onedl-mmpretrain==1.3.6
+# The maintained fork, and what its packages import, but for PyTorch, NumPy, SciPy,
+# pandas, scikit-learn, Matplotlib, OpenCV and pytest.
+fork=$("$PYTHON" - "$REPO" <<'PYTHON'
+import runpy
+import sys
+
+pins = runpy.run_path(f'{sys.argv[1]}/mlla_mm/utils/versions.py')
+print(*(f'{name}=={version}' for name, version in pins['FORK'].values()))
+PYTHON
+)
+read -ra BUILT <<<"$fork"
+# Pure Python, but without wheels in the index, as most of the fork.
+BUILT+=(
     imaug==0.4.3
     imagecorruptions-imaug==1.1.5
 )
 DOWNLOADED=(
-    onedl-mmengine==0.10.12
     addict==2.4.0
     ftfy==6.3.1
     importlib-metadata==10.2.0

@@ -8,13 +8,23 @@ are problems.
 import os
 import platform
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
+from importlib.util import find_spec
 
-from ..ops import mmcv_ext
 from ..version import __version__
+from .imports import find_import_failures
 from .stack import Stack, collect_stack, find_problems
 
+# Nothing else may be imported here: it may be what is broken.
+
 _NOT_INSTALLED = 'not installed'
+_BROKEN = 'does not import'
+#: What training, testing and inference import.
+_RUNS_IMPORT = (
+    *('mlla_mm', 'mmengine.runner', 'mmcv.ops', 'mmcv.transforms'),
+    *('mmdet.apis', 'mmseg.apis', 'mmpretrain.apis'),
+)
 
 
 def main() -> int:
@@ -23,9 +33,15 @@ def main() -> int:
     Returns:
         int: Exit status, 1 where there are problems.
     """
-    stack = collect_stack()
+    # Nothing imports without PyTorch, and that is told anyway.
+    modules = _RUNS_IMPORT if find_spec('torch') else ()
+    with ThreadPoolExecutor(1) as pool:
+        failures = pool.submit(find_import_failures, modules)
+        stack = collect_stack()
+        table = format_table(collect_env(stack))
+        stack.failures = failures.result()
     problems = find_problems(stack)
-    print(format_table(collect_env(stack)))
+    print(table)
     print()
     print(format_problems(problems))
     return int(bool(problems))
@@ -86,7 +102,7 @@ def _version_rows(stack: Stack) -> dict[str, str]:
         'OpenCV': 'cv2',
     }
     for label, name in libraries.items():
-        rows[label] = stack.versions.get(name, 'does not import')
+        rows[label] = stack.versions.get(name, _BROKEN)
     for package, found in stack.packages.items():
         texts = [f'{version} ({name})' for name, version in found.items()]
         rows[package] = ' and '.join(texts) or _NOT_INSTALLED
@@ -96,11 +112,16 @@ def _version_rows(stack: Stack) -> dict[str, str]:
 def _ops_row(stack: Stack) -> str:
     if not stack.packages['mmcv']:
         return _NOT_INSTALLED
-    if mmcv_ext.install():
-        return "stand-in on torchvision's kernels (no compiled ops that load)"
-    ext = import_module('mmcv._ext')
-    compiler, cuda = ext.get_compiler_version(), ext.get_compiling_cuda_version()
-    return f'compiled ({compiler}, CUDA {cuda})'
+    try:
+        from ..ops import mmcv_ext
+
+        if mmcv_ext.install():
+            return "stand-in on torchvision's kernels (no compiled ops that load)"
+        ext = import_module('mmcv._ext')
+        compiler, cuda = ext.get_compiler_version(), ext.get_compiling_cuda_version()
+        return f'compiled ({compiler}, CUDA {cuda})'
+    except Exception:  # the problems tell
+        return _BROKEN
 
 
 def _device_rows() -> dict[str, str]:
@@ -130,9 +151,12 @@ def _device_rows() -> dict[str, str]:
 
 def _compiler_rows() -> dict[str, str]:
     """Compilers, as MMEngine finds them; they matter to who compiles mmcv."""
-    from mmengine.utils.dl_utils import collect_env as mmengine_collect_env
+    try:
+        from mmengine.utils.dl_utils import collect_env as mmengine_collect_env
 
-    found = mmengine_collect_env()
+        found = mmengine_collect_env()
+    except Exception:  # the problems tell
+        return {}
     labels = ('GCC', 'MSVC', 'CUDA_HOME', 'NVCC')
     return {label: str(found[label]) for label in labels if label in found}
 

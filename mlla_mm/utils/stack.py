@@ -11,9 +11,13 @@ import importlib
 import importlib.util
 import platform
 import re
+from collections import deque
 from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Optional
+
+from . import versions as pins
+from .imports import ImportFailure, one_line
 
 FORK = 'onedl'
 ORIGINAL = 'openmmlab'
@@ -35,18 +39,7 @@ DISTRIBUTIONS = {
         'mmpretrain': ('mmpretrain',),
     },
 }
-VERSIONS = {
-    'onedl-mmengine': '0.10.12',
-    'onedl-mmcv': '2.3.6',
-    'onedl-mmdetection': '3.5.1',
-    'onedl-mmsegmentation': '1.4.2',
-    'onedl-mmpretrain': '1.3.6',
-    'mmengine': '0.10.7',
-    'mmcv': '2.1.0',
-    'mmdet': '3.3.0',
-    'mmsegmentation': '1.2.2',
-    'mmpretrain': '1.2.0',
-}
+VERSIONS = dict([*pins.FORK.values(), *pins.ORIGINAL.values()])
 PACKAGES = tuple(DISTRIBUTIONS[FORK])
 
 #: mmcv versions (from, to before) that these distributions check on import.
@@ -56,7 +49,33 @@ MMCV_RANGES = {
     'mmpretrain': ('2.0.0', '2.4.0'),
     'onedl-mmpretrain': ('2.0.0', '2.4.0'),
 }
-MIN_TORCH = '2.1'
+
+#: Missing, these are known by what does not import, or brought by others.
+_KNOWN_BY_IMPORT = {
+    *('numpy', 'setuptools', 'torch', 'torchvision'),
+    *('opencv-python', 'opencv-python-headless'),
+}
+
+
+@dataclass
+class Unmet:
+    """A requirement that the environment does not meet.
+
+    Args:
+        requirement (str): As pip takes it, such as ``'scipy>=1.10'``.
+        user (str): The distribution that requires it.
+        installed (str, optional): The version that is installed in place of it.
+            Defaults to None.
+    """
+
+    requirement: str
+    user: str
+    installed: Optional[str] = None
+
+    @property
+    def name(self) -> str:
+        """str: The distribution that is required, in pip's spelling."""
+        return _spelling(re.match(r'[\w.-]+', self.requirement)[0])
 
 
 @dataclass
@@ -74,6 +93,10 @@ class Stack:
             Defaults to True.
         oldest_torch (str, optional): Oldest PyTorch that the installed torchvision goes
             with, if it goes with newer ones too. Defaults to None: it goes with one.
+        unmet (list[Unmet]): Requirements of the installed packages, and of what these
+            require, that are not met. Defaults to an empty list.
+        failures (list[ImportFailure]): What does not import of what runs import. Not
+            looked for by :func:`collect_stack`. Defaults to an empty list.
     """
 
     packages: dict[str, dict[str, str]]
@@ -81,6 +104,8 @@ class Stack:
     import_errors: dict[str, str] = field(default_factory=dict)
     has_pkg_resources: bool = True
     oldest_torch: Optional[str] = None
+    unmet: list[Unmet] = field(default_factory=list)
+    failures: list[ImportFailure] = field(default_factory=list)
 
     @property
     def distribution(self) -> str:
@@ -103,13 +128,15 @@ def collect_stack() -> Stack:
         # Mismatched binaries fail with RuntimeError, OSError, AttributeError too.
         except Exception as error:
             import_errors[name] = str(error)
-    return Stack(
+    stack = Stack(
         packages={name: _installed(name) for name in PACKAGES},
         versions=versions,
         import_errors=import_errors,
         has_pkg_resources=importlib.util.find_spec('pkg_resources') is not None,
         oldest_torch=_oldest_torch(),
     )
+    stack.unmet = _unmet_requirements(stack)
+    return stack
 
 
 def find_problems(stack: Stack) -> list[str]:
@@ -122,7 +149,7 @@ def find_problems(stack: Stack) -> list[str]:
         list[str]: One text per problem: what is wrong, and the commands that mend it.
         Empty where all is well.
     """
-    return [
+    problems = [
         *_torch_problems(stack),
         *_torchvision_problems(stack),
         *_numpy_problems(stack),
@@ -130,7 +157,9 @@ def find_problems(stack: Stack) -> list[str]:
         *_distribution_problems(stack),
         *_mmcv_range_problems(stack),
         *_pkg_resources_problems(stack),
+        *_requirement_problems(stack),
     ]
+    return problems + _import_problems(stack, mend=not problems)
 
 
 def compiled_mmcv_commands() -> str:
@@ -144,12 +173,13 @@ def compiled_mmcv_commands() -> str:
     name = 'onedl-mmcv' if fork else 'mmcv'
     found = _installed('mmcv')
     version = found.get(name) or VERSIONS[name]
+    setuptools = pins.FORK_SETUPTOOLS if fork else pins.ORIGINAL_SETUPTOOLS
     # Without --no-build-isolation the build does not see PyTorch and leaves the ops
     # out; without --no-cache-dir pip takes the wheel without ops that it built before.
     return '\n'.join(
         [
             *([f'  pip uninstall -y {" ".join(found)}'] if found else []),
-            f'  pip install "setuptools{">=80" if fork else "<70"}" wheel ninja',
+            f'  pip install "{setuptools}" wheel ninja',
             '  MMCV_WITH_OPS=1 pip install --no-build-isolation --no-deps '
             f'--no-cache-dir --no-binary {name} {name}=={version}',
             '  (takes some 15 minutes and a C++ compiler; for GPU ops also the '
@@ -180,6 +210,61 @@ def _oldest_torch() -> Optional[str]:
     return None
 
 
+def _unmet_requirements(stack: Stack) -> list[Unmet]:
+    """Follow what the packages require, and what that requires."""
+    try:
+        from packaging.requirements import InvalidRequirement, Requirement
+    except ImportError:  # required by all, so their import tells
+        return []
+    installed = {}
+    for distribution in metadata.distributions():
+        name = distribution.metadata['Name']
+        if name:  # remains of a removed one may have none
+            installed.setdefault(_spelling(name), distribution)
+    # They write the same files: one of them is enough.
+    opencv = ('opencv-python', 'opencv-python-headless')
+    for name, other in (opencv, opencv[::-1]):
+        if other in installed:
+            installed.setdefault(name, installed[other])
+
+    used = [name for found in stack.packages.values() for name in found]
+    # The packages, of which there are two sets, are looked at by themselves.
+    own = [
+        text
+        for text in (*pins.RUNTIME, *pins.EXTRAS[stack.distribution])
+        if Requirement(text).name not in VERSIONS
+    ]
+    queue = deque([('mlla_mm', '', own), *((name, '', None) for name in used)])
+    seen, found = set(), {}
+    while queue:
+        user, extra, texts = queue.popleft()
+        if (user, extra) in seen:
+            continue
+        seen.add((user, extra))
+        if texts is None:
+            texts = installed[user].requires or [] if user in installed else []
+        for text in texts:
+            try:
+                wanted = Requirement(text)
+            except InvalidRequirement:  # of times when nobody checked
+                continue
+            if wanted.marker and not wanted.marker.evaluate({'extra': extra}):
+                continue
+            name = _spelling(wanted.name)
+            plain = f'{wanted.name}{wanted.specifier}'
+            version = installed[name].version if name in installed else None
+            if not version or not wanted.specifier.contains(version, prereleases=True):
+                # Once, though what an extra adds comes with the rest again.
+                found[plain, user] = Unmet(plain, user, version)
+            queue.extend((name, e, None) for e in ('', *sorted(wanted.extras)))
+    return list(found.values())
+
+
+def _spelling(name: str) -> str:
+    """A distribution's name as pip compares it."""
+    return re.sub(r'[-_.]+', '-', name).lower()
+
+
 def _installed(package: str) -> dict[str, str]:
     """Installed distributions of an import name and their versions."""
     found = {}
@@ -203,6 +288,10 @@ def _requirement(stack: Stack, package: str) -> str:
     return f'{name}=={VERSIONS[name]}'
 
 
+def _pip_install_torch(pair: tuple[str, str]) -> str:
+    return f'pip install torch=={pair[0]} torchvision=={pair[1]}'
+
+
 def _torchvision_for(torch_version: str) -> Optional[str]:
     """Minor series of torchvision that goes with a PyTorch 2.x."""
     major, minor = _release(torch_version)[:2]
@@ -213,14 +302,14 @@ def _torch_problems(stack: Stack) -> list[str]:
     if 'torch' not in stack.versions:
         return [
             f'PyTorch does not import: {stack.import_errors.get("torch")}\n'
-            '  pip install torch==2.11.0 torchvision==0.26.0'
+            f'  {_pip_install_torch(pins.TORCH)}'
         ]
     version = stack.versions['torch']
-    if _release(version) < _release(MIN_TORCH):
+    if _release(version) < _release(pins.OLDEST_TORCH):
         return [
-            f'PyTorch {version} is older than {MIN_TORCH}, the oldest that is '
+            f'PyTorch {version} is older than {pins.OLDEST_TORCH}, the oldest that is '
             'supported.\n'
-            '  pip install torch==2.1.2 torchvision==0.16.2   # or newer'
+            f'  {_pip_install_torch(pins.TORCH_ORIGINAL)}   # or newer'
         ]
     return []
 
@@ -256,7 +345,8 @@ def _numpy_problems(stack: Stack) -> list[str]:
     if torch and _release(numpy) >= (2,) and _release(torch) < (2, 3):
         return [
             f'NumPy {numpy} does not work with PyTorch {torch}, which was built for '
-            'NumPy 1.\n  pip install "numpy<2" "opencv-python<4.12"'
+            'NumPy 1.\n  '
+            f'pip install "{pins.ORIGINAL_NUMPY}" "{pins.ORIGINAL_OPENCV}"'
         ]
     return []
 
@@ -341,5 +431,82 @@ def _pkg_resources_problems(stack: Stack) -> list[str]:
         return []
     return [
         'mmengine imports pkg_resources, which the installed setuptools no longer has '
-        f'(Python {platform.python_version()}).\n  pip install "setuptools<70"'
+        f'(Python {platform.python_version()}).\n'
+        f'  pip install "{pins.ORIGINAL_SETUPTOOLS}"'
     ]
+
+
+def _requirement_problems(stack: Stack) -> list[str]:
+    missing, unfit = {}, {}
+    for unmet in stack.unmet:
+        if unmet.installed:
+            # Many environments run in spite of versions that someone does not want:
+            # they matter among the packages, and where something does not import.
+            if unmet.name in VERSIONS or stack.failures:
+                unfit.setdefault(unmet.name, unmet)
+        elif unmet.name not in _KNOWN_BY_IMPORT and unmet.name not in VERSIONS:
+            missing.setdefault(unmet.name, unmet)
+    problems = []
+    if missing:
+        names = ', '.join(f'{m.name} (for {m.user})' for m in missing.values())
+        wanted = ' '.join(_quoted(m.requirement) for m in missing.values())
+        problems.append(f'Not installed: {names}.\n  pip install {wanted}')
+    for unmet in unfit.values():
+        pin = VERSIONS.get(unmet.name)
+        wanted = f'{unmet.name}=={pin}' if pin else _quoted(unmet.requirement)
+        problems.append(
+            f'{unmet.name} {unmet.installed} is not accepted by {unmet.user} '
+            f'({unmet.requirement}).\n  pip install {wanted}'
+        )
+    return problems
+
+
+def _quoted(requirement: str) -> str:
+    """A requirement as a word of a shell."""
+    return f'"{requirement}"' if re.search('[<>=!~]', requirement) else requirement
+
+
+def _import_problems(stack: Stack, mend: bool) -> list[str]:
+    """What does not import for a reason that no other problem names.
+
+    Args:
+        stack (Stack): What is installed.
+        mend (bool): Whether to give a command. Where there are other problems they come
+            first, and may be the reason.
+    """
+    named = {
+        'pkg-resources',
+        *stack.import_errors,
+        *(name for name, found in stack.packages.items() if not found),
+        *(unmet.name for unmet in stack.unmet if not unmet.installed),
+    }
+    errors = [one_line(text) for text in stack.import_errors.values()]
+    by_error = {}
+    for failure in stack.failures:
+        is_named = failure.not_found and _spelling(failure.not_found) in named
+        if not is_named and not any(e and e in failure.error for e in errors):
+            by_error.setdefault(failure.error, []).append(failure)
+    return [
+        f'{", ".join(f.module for f in failures)} cannot be imported: {error}'
+        + (_mending_command(failures[0]) if mend else '')
+        for error, failures in by_error.items()
+    ]
+
+
+def _mending_command(failure: ImportFailure) -> str:
+    """Install again what is broken, as far as that can be told."""
+    distributions = {}
+    for distribution in metadata.distributions():
+        for file in distribution.files or ():
+            distributions.setdefault(file.parts[0].split('.')[0], distribution)
+    if failure.not_found and failure.not_found not in distributions:
+        return f'\n  pip install {failure.not_found}   # or what has it as a module'
+    for package in (failure.not_found, *failure.raised_in):
+        if package in distributions:
+            broken = distributions[package]
+            name = broken.metadata['Name']
+            return (
+                '\n  pip install --force-reinstall --no-deps --no-cache-dir '
+                f'{name}=={broken.version}'
+            )
+    return ''

@@ -389,8 +389,12 @@ def test_stand_in_has_a_spec():
 
 @needs_stand_in
 def test_environment_report_of_mmcv():
-    assert mmcv_ops.get_compiler_version() == 'not compiled'
-    assert mmcv_ops.get_compiling_cuda_version() == 'not compiled'
+    from mmcv.utils import collect_env
+
+    report = collect_env()
+    assert report['PyTorch'] == torch.__version__
+    assert report['MMCV Compiler'] == 'not compiled'
+    assert report['MMCV CUDA Compiler'] == 'not compiled'
 
 
 @needs_stand_in

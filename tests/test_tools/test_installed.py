@@ -4,8 +4,13 @@
 import shutil
 import subprocess
 import sys
+from importlib.metadata import PathDistribution
 
 import pytest
+from packaging.requirements import Requirement
+
+from mlla_mm.utils.versions import EXTRAS, RUNTIME
+from mlla_mm.version import __version__
 
 from ..processes import ROOT
 
@@ -65,12 +70,46 @@ def files(folder):
 def test_configs_and_tools_are_there(site):
     mim = site / 'mlla_mm' / '.mim'
     assert files(mim / 'configs') == files(ROOT / 'configs')
-    of_clones = {'quickstart.sh', 'run_tests.sh', 'test_matrix.sh', 'misc/setup_env.sh'}
+    of_clones = {
+        *('quickstart.sh', 'run_tests.sh', 'test_matrix.sh'),
+        *('misc/setup_env.sh', 'misc/install_packages.py'),
+    }
     assert files(mim / 'tools') == files(ROOT / 'tools') - of_clones
     assert (mim / 'model-index.yml').read_bytes() == (
         ROOT / 'model-index.yml'
     ).read_bytes()
     assert not (ROOT / 'mlla_mm' / '.mim').exists()
+
+
+def test_metadata(tmp_path):
+    """Half of it stands in pyproject.toml, half in setup.py."""
+    command = [
+        sys.executable,
+        'setup.py',
+        '--quiet',
+        'egg_info',
+        '--egg-base',
+        tmp_path,
+    ]
+    subprocess.run(command, cwd=ROOT, check=True)
+    distribution = PathDistribution(tmp_path / 'mlla_mm.egg-info')
+    metadata = distribution.metadata
+    assert metadata['Name'].replace('-', '_') == 'mlla_mm'
+    assert metadata['Version'] == __version__
+    assert 'Apache-2.0' in (metadata['License'], metadata['License-Expression'])
+    assert metadata['Requires-Python'] == '>=3.9'
+    assert 'https://arxiv.org/abs/2405.16605' in metadata['Project-URL']
+    assert metadata['Description-Content-Type'] == 'text/markdown'
+    wanted = {}
+    for line in distribution.requires:
+        requirement = Requirement(line)
+        extras = [x for x in EXTRAS if f'extra == "{x}"' in str(requirement.marker)]
+        wanted.setdefault((*extras, None)[0], set()).add(requirement.name)
+    expected = {
+        extra: {Requirement(line).name for line in lines}
+        for extra, lines in {None: RUNTIME, **EXTRAS}.items()
+    }
+    assert wanted == expected
 
 
 def test_training_and_testing_outside_the_clone(site, run_tool, tmp_path):

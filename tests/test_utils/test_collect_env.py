@@ -5,18 +5,20 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+import pytest
 import torch
 
+from mlla_mm.ops import mmcv_ext
 from mlla_mm.utils.collect_env import collect_env, format_problems, format_table
 from mlla_mm.utils.stack import Stack, collect_stack
 
 ROOT = Path(__file__).parents[2]
 
 
-def run(extra_path=None):
+def run(extra_path=None, options=()):
     path = os.pathsep.join(str(p) for p in (extra_path, ROOT) if p)
     return subprocess.run(
-        [sys.executable, '-m', 'mlla_mm.utils.collect_env'],
+        [sys.executable, *options, '-m', 'mlla_mm.utils.collect_env'],
         env={**os.environ, 'PYTHONPATH': path},
         capture_output=True,
         text=True,
@@ -35,9 +37,70 @@ def test_report_of_this_environment():
     for found in collect_stack().packages.values():
         for name in found:
             assert f'{metadata.version(name)} ({name})' in result.stdout
-    assert table['mmcv ops'].startswith(('stand-in', 'compiled ('))
+    ops = 'stand-in' if mmcv_ext.is_stand_in() else 'compiled ('
+    assert table['mmcv ops'].startswith(ops)
     assert table['CUDA'].startswith('available') == torch.cuda.is_available()
-    assert ('No problem found.' in result.stdout) == (result.returncode == 0)
+    # The tests could not run in it otherwise.
+    assert result.stdout.endswith('\n\nNo problem found.\n')
+    assert (result.returncode, result.stderr) == (0, '')
+
+
+def test_a_dependency_of_mmdet_is_missing(tmp_path):
+    (tmp_path / 'sitecustomize.py').write_text(
+        'import sys\n'
+        'class Refuse:\n'
+        '    def find_spec(self, name, path=None, target=None):\n'
+        '        if name == "shapely":\n'
+        '            message = f"No module named {name!r}"\n'
+        '            raise ModuleNotFoundError(message, name=name)\n'
+        'sys.meta_path.insert(0, Refuse())\n'
+    )
+    result = run(tmp_path)
+    assert result.returncode == 1
+    _, problems = result.stdout.split('Problems found:')
+    # mmseg and mmpretrain do without it.
+    assert problems.split() == [
+        *(
+            '1. mmdet.apis cannot be imported: ModuleNotFoundError: No module named '
+            "'shapely'"
+        ).split(),
+        *'pip install --force-reinstall --no-deps --no-cache-dir'.split(),
+        f'shapely=={metadata.version("shapely")}',
+    ]
+
+
+def test_nothing_is_installed():
+    result = run(options=['-S'])
+    assert result.returncode == 1
+    assert read_table(result.stdout)['mmcv ops'].strip() == 'not installed'
+    for missing in ("No module named 'torch'", "No module named 'cv2'", 'mmengine'):
+        assert missing in result.stdout.split('Problems found:')[1]
+    assert result.stderr == ''
+
+
+@pytest.mark.parametrize('package, label', [('torch', 'PyTorch'), ('cv2', 'OpenCV')])
+def test_a_library_that_does_not_load(tmp_path, package, label):
+    (tmp_path / package).mkdir()
+    error = 'libsomething.so.1: cannot open shared object file'
+    (tmp_path / package / '__init__.py').write_text(f'raise OSError({error!r})')
+    result = run(tmp_path)
+    assert (result.returncode, result.stderr) == (1, '')
+    assert read_table(result.stdout)[label].strip() == 'does not import'
+    # Once, not for each package that imports it.
+    assert result.stdout.count(error) == 1
+
+
+def test_importing_the_package_says_the_same(tmp_path):
+    (tmp_path / 'torch.py').write_text('raise OSError("libc10.so is missing")')
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    result = subprocess.run(
+        [sys.executable, '-c', 'import mlla_mm'],
+        env={**os.environ, 'PYTHONPATH': path},
+        capture_output=True,
+        text=True,
+    )
+    assert 'PyTorch does not import: libc10.so is missing' in result.stderr
+    assert 'pip install torch==' in result.stderr
 
 
 def test_exit_status_of_a_broken_environment(tmp_path):
@@ -48,7 +111,7 @@ def test_exit_status_of_a_broken_environment(tmp_path):
         (record / 'METADATA').write_text(
             f'Metadata-Version: 2.1\nName: {name}\nVersion: 2.1.0\n'
         )
-    result = run(tmp_path)
+    result = run(tmp_path, options=['-S'])
     assert result.returncode == 1, result.stderr
     assert 'onedl-mmcv and mmcv are installed on top of each other' in result.stdout
     assert 'pip uninstall -y onedl-mmcv mmcv' in result.stdout

@@ -5,7 +5,8 @@ from importlib import metadata
 import pytest
 
 from mlla_mm.utils import stack as stack_module
-from mlla_mm.utils.stack import Stack, collect_stack, find_problems
+from mlla_mm.utils.imports import ImportFailure
+from mlla_mm.utils.stack import Stack, Unmet, collect_stack, find_problems
 
 FORK = Stack(
     packages={
@@ -227,3 +228,133 @@ def test_compiled_mmcv_commands_name_the_installed_distribution():
     commands = stack_module.compiled_mmcv_commands()
     assert f'--no-binary {name} {name}=={metadata.version(name)}\n' in commands
     assert ('"setuptools>=80"' in commands) == fork
+
+
+@pytest.fixture
+def recorded(tmp_path, monkeypatch):
+    """Put the record of a distribution before those that are installed."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def record(name, version, *requirements):
+        folder = tmp_path / f'{name.replace("-", "_")}-{version}.dist-info'
+        folder.mkdir()
+        lines = ['Metadata-Version: 2.1', f'Name: {name}', f'Version: {version}']
+        lines += [f'Requires-Dist: {text}' for text in requirements]
+        (folder / 'METADATA').write_text('\n'.join(lines))
+
+    return record
+
+
+def test_this_environment_has_what_its_packages_require():
+    names = {unmet.name for unmet in collect_stack().unmet if not unmet.installed}
+    assert names <= stack_module._KNOWN_BY_IMPORT
+
+
+def test_requirements_that_are_not_met(recorded):
+    ((mmdet, version),) = collect_stack().packages['mmdet'].items()
+    ((mmengine, _),) = collect_stack().packages['mmengine'].items()
+    before = {(unmet.requirement, unmet.user) for unmet in collect_stack().unmet}
+    recorded(
+        *(mmdet, version, 'Not_There>=1.5', 'helper[fast]', 'numpy', 'torch>=1'),
+        *(f'{mmengine}<0.1', 'neither; python_version < "3"', 'nor; extra == "all"'),
+        'no requirement at all',
+    )
+    recorded(
+        *('helper', '1.0', 'below ~= 2.0', 'quick; extra == "fast"'),
+        'slow; extra == "slow"',
+    )
+    recorded('below', '1.0', mmdet)
+    found = collect_stack().unmet
+    installed = metadata.version(mmengine)
+    assert [u for u in found if (u.requirement, u.user) not in before] == [
+        Unmet('Not_There>=1.5', mmdet),
+        Unmet(f'{mmengine}<0.1', mmdet, installed),
+        Unmet('below~=2.0', 'helper', '1.0'),
+        Unmet('quick', 'helper'),
+    ]
+
+
+@pytest.mark.parametrize('stack', [FORK, ORIGINAL])
+def test_what_nobody_declares_is_required(monkeypatch, stack):
+    gone = {'ftfy', 'regex', 'matplotlib'}
+    left = [d for d in metadata.distributions() if d.metadata['Name'] not in gone]
+    monkeypatch.setattr(metadata, 'distributions', lambda: left)
+    # mmsegmentation needs the first two; the fork's says so itself.
+    expected = gone if stack is ORIGINAL else {'matplotlib'}
+    unmet = stack_module._unmet_requirements(stack)
+    names = {u.name for u in unmet if u.user == 'mlla_mm' and not u.installed}
+    assert names == expected
+
+
+def test_missing_requirements_are_installed_at_once():
+    unmet = [Unmet('shapely', 'mmdet'), Unmet('Not_There>=1', 'mmpretrain')]
+    problem = the_problem(replace(FORK, unmet=[*unmet, Unmet('shapely', 'helper')]))
+    assert problem.startswith('Not installed: shapely (for mmdet), not-there (for mmp')
+    assert problem.endswith('\n  pip install shapely "Not_There>=1"')
+
+
+@pytest.mark.parametrize('name', ['opencv-python-headless', 'numpy', 'torch', 'mmcv'])
+def test_requirements_that_others_bring_or_other_problems_name(name):
+    assert find_problems(replace(FORK, unmet=[Unmet(name, 'mmdet')])) == []
+
+
+def test_versions_matter_among_the_packages():
+    unmet = Unmet('onedl-mmengine>=0.11', 'onedl-mmcv', '0.10.12')
+    problem = the_problem(replace(FORK, unmet=[unmet]))
+    assert 'onedl-mmengine 0.10.12 is not accepted by onedl-mmcv' in problem
+    assert problem.endswith('\n  pip install onedl-mmengine==0.10.12')
+
+
+def test_versions_of_others_matter_where_something_does_not_import():
+    stack = replace(FORK, unmet=[Unmet('numba<0.6', 'imaug', '0.61')])
+    assert find_problems(stack) == []
+    failure = ImportFailure('mmdet.apis', 'ImportError: Numba needs …')
+    first, second = find_problems(replace(stack, failures=[failure]))
+    assert first.endswith('\n  pip install "numba<0.6"')
+    assert second == 'mmdet.apis cannot be imported: ImportError: Numba needs …'
+
+
+@pytest.mark.parametrize(
+    'failure, command',
+    [
+        (
+            ImportFailure('mmseg.apis', 'No module …', 'not_there', ['mmseg']),
+            'pip install not_there ',
+        ),
+        (
+            ImportFailure('mmdet.apis', 'No module …', 'yaml', ['mmdet']),
+            'pip install --force-reinstall --no-deps --no-cache-dir PyYAML==',
+        ),
+        (
+            ImportFailure('mmdet.apis', 'OSError', None, ['ctypes', 'scipy', 'mmdet']),
+            'pip install --force-reinstall --no-deps --no-cache-dir scipy==',
+        ),
+    ],
+)
+def test_command_for_what_does_not_import(failure, command):
+    assert f'\n  {command}' in the_problem(replace(FORK, failures=[failure]))
+
+
+def test_one_reason_is_one_problem():
+    names = ('mmdet.apis', 'mmseg.apis')
+    failures = [ImportFailure(name, 'ValueError: old') for name in names]
+    problem = the_problem(replace(FORK, failures=failures))
+    assert problem.startswith('mmdet.apis, mmseg.apis cannot be imported: ValueError')
+
+
+def test_imports_that_fail_for_another_problem_are_not_repeated():
+    def failure(name):
+        return ImportFailure('mmdet.apis', f'No module named {name!r}', name)
+
+    without_cv2 = with_versions(FORK, {'cv2': 'libGL.so.1:\n not found'}, cv2=None)
+    explained = [
+        replace(with_packages(FORK, mmdet={}), failures=[failure('mmdet')]),
+        replace(FORK, unmet=[Unmet('Shape_ly', 'x')], failures=[failure('shape_ly')]),
+        replace(ORIGINAL, has_pkg_resources=False, failures=[failure('pkg_resources')]),
+        replace(
+            without_cv2,
+            failures=[ImportFailure('mmcv.ops', 'ImportError: libGL.so.1: not found')],
+        ),
+    ]
+    for stack in explained:
+        assert 'cannot be imported' not in the_problem(stack)

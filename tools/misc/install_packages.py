@@ -1,0 +1,337 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+"""Install what the running environment lacks of OpenMMLab, and check it.
+
+Called by setup_env.sh, with nothing but Python there. All goes in one resolution, by
+uv, or by pip where uv does not work or UV is set to nothing. What is there stays.
+"""
+
+import argparse
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from importlib.metadata import distributions
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
+
+ROOT = Path(__file__).resolve().parents[2]
+# Importing the package would import PyTorch.
+PINS = runpy.run_path(str(ROOT / 'mlla_mm' / 'utils' / 'versions.py'))
+STACKS = {'onedl': PINS['FORK'], 'openmmlab': PINS['ORIGINAL']}
+OPENCV = ('opencv-python-headless', 'opencv-python')
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('--tests', action='store_true', help='what the tests need too')
+    parser.add_argument(
+        '--own',
+        action='store_true',
+        help='in an environment of the set-up: PyTorch and this clone too',
+    )
+    return parser.parse_args(argv)
+
+
+class Plan(NamedTuple):
+    """What to install.
+
+    Args:
+        title (str): What to call it.
+        requirements (list[str]): Lines of a requirements file.
+        clone (bool): Whether this clone is to be installed too.
+        constraints (list[str]): Installed versions that stay.
+        build_constraints (list[str]): What to build with.
+        opencv (str, optional): The package that shall bring OpenCV, where one may.
+    """
+
+    title: str
+    requirements: List[str]
+    clone: bool
+    constraints: List[str]
+    build_constraints: List[str]
+    opencv: Optional[str]
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    args = parse_args(argv)
+    importable = {name for name in (*PINS['FORK'], 'cv2') if find_spec(name)}
+    plan = make_plan(installed(), importable, args.own, args.tests)
+    complete = not (plan.requirements or plan.clone)
+    checked = Path(sys.prefix) / 'mlla_mm_checked'
+    if complete and is_up_to_date(checked):
+        return
+    if args.own:
+        log = Path(sys.prefix) / 'setup.log'
+    else:
+        log = Path(tempfile.mkstemp(prefix='mlla_mm_setup_', suffix='.log')[1])
+    log.write_text('')
+    if not complete:
+        install(plan, log)
+    check(log)
+    if os.access(sys.prefix, os.W_OK):
+        checked.touch()
+    if not args.own:
+        log.unlink()
+
+
+def normalized(name: str) -> str:
+    return re.sub(r'[-_.]+', '-', name).lower()
+
+
+def name_of(requirement: str) -> str:
+    return normalized(re.match(r'[\w.-]+', requirement)[0])
+
+
+def installed() -> Dict[str, str]:
+    """Versions of the distributions, without what a build left in the clone."""
+    path = [folder for folder in sys.path if Path(folder).resolve() != ROOT]
+    found = {}
+    for distribution in distributions(path=path):
+        # A removal that was interrupted leaves folders without a name.
+        name = distribution.metadata['Name']
+        if name:
+            found.setdefault(normalized(name), distribution.version)
+    return found
+
+
+def choose_stack(found: Dict[str, str]) -> str:
+    """The one in use, else the one that is asked for, else the default."""
+    used = {
+        stack: sum(normalized(name) in found for name, _ in packages.values())
+        for stack, packages in STACKS.items()
+    }
+    if any(used.values()):
+        return max(used, key=used.get)
+    # The fork needs Python 3.10 and NumPy 2, which PyTorch before 2.3 does not go with.
+    torch = tuple(map(int, re.findall(r'\d+', found.get('torch', '2.3'))[:2]))
+    new = sys.version_info >= (3, 10) and torch >= (2, 3)
+    default = 'onedl' if new else 'openmmlab'
+    stack = os.environ.get('OPENMMLAB_STACK') or default
+    if stack not in STACKS:
+        raise SystemExit(
+            f'Error: OPENMMLAB_STACK is {stack!r}; there are {" and ".join(STACKS)}.'
+        )
+    return stack
+
+
+def make_plan(
+    found: Dict[str, str], importable: Set[str], own: bool, tests: bool
+) -> Plan:
+    """Compare what is there with what is needed.
+
+    Args:
+        found (dict[str, str]): Installed versions by distribution.
+        importable (set[str]): Which of OpenMMLab's packages and cv2 are there.
+        own (bool): Whether PyTorch and this clone are needed.
+        tests (bool): Whether what the tests need is needed.
+
+    Returns:
+        Plan: Without requirements where nothing is missing.
+    """
+    extras = PINS['EXTRAS']
+    stack = choose_stack(found)
+    titles, requirements = [], []
+    if own and not {'torch', 'torchvision'} <= found.keys():
+        old = stack == 'openmmlab' and sys.version_info < (3, 12)
+        requirements += extras['torch21' if old else 'torch']
+        titles.append(f'PyTorch {PINS["TORCH_ORIGINAL" if old else "TORCH"][0]}')
+
+    there = {*found}
+    there |= {
+        name for package, (name, _) in STACKS[stack].items() if package in importable
+    }
+    if 'cv2' in importable:
+        there.add('opencv-python')
+    packages = {name for name, _ in STACKS[stack].values()}
+    if not packages <= there:
+        # Bounds hold for what is installed as well.
+        keep = packages & there
+        requirements += [line for line in extras[stack] if name_of(line) not in keep]
+        titles.append('OpenMMLab')
+
+    names = [] if not tests else ['tests', 'docs']
+    # ONNX would bring NumPy 2 to the original packages.
+    names += ['export'] if tests and stack == 'onedl' else []
+    others = [*extras[stack], *PINS['RUNTIME'], *(x for n in names for x in extras[n])]
+    absent = [
+        line
+        for line in others
+        if name_of(line) not in there and line not in requirements
+    ]
+    if absent and not titles:
+        names = [name_of(line) for line in absent]
+        titles.append(', '.join(names) if len(names) < 5 else f'{len(names)} packages')
+    clone = own and 'mlla-mm' not in found
+    if clone and not titles:
+        titles.append('mlla_mm')
+
+    stay = [
+        'torch',
+        'torchvision',
+        *(n for p in STACKS.values() for n, _ in p.values()),
+    ]
+    opencv = [name for name in OPENCV if name in found]
+    return Plan(
+        title=' and '.join(titles),
+        requirements=[*requirements, *absent],
+        clone=clone,
+        constraints=[f'{name}=={found[name]}' for name in stay if name in found],
+        build_constraints=[PINS['ORIGINAL_SETUPTOOLS']] if stack == 'openmmlab' else [],
+        opencv=None if len(opencv) == 2 else (opencv or OPENCV)[0],
+    )
+
+
+def is_up_to_date(checked: Path) -> bool:
+    """Whether nothing was installed or removed since the file was made."""
+    folders = {sysconfig.get_path(name) for name in ('purelib', 'platlib')}
+    return checked.exists() and all(
+        Path(folder).stat().st_mtime <= checked.stat().st_mtime for folder in folders
+    )
+
+
+def install(plan: Plan, log: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+
+        def file(name: str, lines: Sequence[str]) -> str:
+            path = Path(folder) / name
+            path.write_text(''.join(f'{line}\n' for line in lines))
+            return str(path)
+
+        clone = ['--editable', str(ROOT)] if plan.clone else []
+        constraints = file('constraints.txt', plan.constraints)
+        build = file('build.txt', plan.build_constraints)
+        uv = find_uv(log)
+        if uv:
+            requirements, overrides = one_opencv(plan)
+            command = [
+                *(*uv, 'pip', 'install', '--python', sys.executable, *clone),
+                *('--requirement', file('requirements.txt', requirements)),
+                *('--constraint', constraints, '--build-constraint', build),
+                *('--override', file('overrides.txt', overrides)),
+            ]
+            if step(f'Installing {plan.title}', command, log, uv_environment()):
+                return
+            print(f'uv does not work here (see {log}); pip does the same.')
+        # mmcv is built without its compiled ops, because an isolated build does not see
+        # PyTorch. pip before 25.3 takes the build's constraints from the environment,
+        # and does not isolate the original mmcv's build where wheel is installed,
+        # without PIP_USE_PEP517: compiling takes 15 minutes.
+        both = file('both.txt', [*plan.constraints, *plan.build_constraints])
+        command = [
+            *(sys.executable, '-m', 'pip', 'install', *clone),
+            *('--requirement', file('requirements.txt', plan.requirements)),
+        ]
+        environment = dict(
+            PIP_CONSTRAINT=both, PIP_BUILD_CONSTRAINT=both, PIP_USE_PEP517='1'
+        )
+        if not step(f'Installing {plan.title} by pip', command, log, environment):
+            fail('Not installed.', log)
+
+
+def one_opencv(plan: Plan) -> Tuple[List[str], List[str]]:
+    """Requirements and overrides that leave one of the two packages of OpenCV.
+
+    imaug requires both, which write the same files. Headless is the one that needs no
+    libGL, which servers and containers lack.
+
+    Returns:
+        tuple[list[str], list[str]]: For uv. pip has no overrides and installs both.
+    """
+    if not plan.opencv:
+        return plan.requirements, []
+    requirements = [
+        re.sub(r'^opencv-python(?=\W|$)', plan.opencv, line)
+        for line in plan.requirements
+    ]
+    never = [f'{n}; python_version < "0"' for n in OPENCV if n != plan.opencv]
+    return requirements, never
+
+
+def find_uv(log: Path) -> Optional[List[str]]:
+    """The command, after installing it where it is missing; None for pip."""
+    if 'UV' in os.environ:
+        return [os.environ['UV']] if os.environ['UV'] else None
+    if shutil.which('uv'):
+        return ['uv']
+    command = [sys.executable, '-m', 'uv']
+    if find_spec('uv'):
+        return command
+    pip = [sys.executable, '-m', 'pip', 'install', 'uv']
+    return command if step('Installing uv', pip, log) else None
+
+
+def uv_environment() -> Dict[str, str]:
+    """The indexes of pip's configuration, of which uv reads nothing."""
+    if any(os.environ.get(name) for name in ('UV_DEFAULT_INDEX', 'UV_INDEX_URL')):
+        return {}
+    result = subprocess.run(
+        [sys.executable, '-m', 'pip', 'config', 'list'], capture_output=True, text=True
+    )
+    found = {}
+    # Variables stand first.
+    for key, value in re.findall(r"^[^=]*\.([\w-]+)='(.*)'$", result.stdout, re.M):
+        found.setdefault(key, value.replace('\\n', ' ').strip())
+    environment = {}
+    if 'index-url' in found:
+        environment['UV_DEFAULT_INDEX'] = found['index-url']
+    if 'extra-index-url' in found:
+        # The best version of all indexes, as pip does it.
+        environment['UV_INDEX'] = found['extra-index-url']
+        environment['UV_INDEX_STRATEGY'] = 'unsafe-best-match'
+    return environment
+
+
+def check(log: Path) -> None:
+    """Let collect_env look for problems."""
+    python_path = os.pathsep.join(
+        filter(None, [str(ROOT), os.environ.get('PYTHONPATH')])
+    )
+    command = [sys.executable, '-m', 'mlla_mm.utils.collect_env']
+    begin = log.stat().st_size
+    if not step('Checking the environment', command, log, {'PYTHONPATH': python_path}):
+        report = log.read_bytes()[begin:].decode(errors='replace')
+        print(report[max(report.find('Problems found:'), 0) :])
+        fail('The environment has problems.', log, lines=0)
+
+
+def step(
+    title: str,
+    command: List[str],
+    log: Path,
+    variables: Optional[Dict[str, str]] = None,
+) -> bool:
+    """Run a command; one line with its time, and what it prints goes to the log."""
+    print(title, end=' ... ', flush=True)
+    start = time.monotonic()
+    with log.open('a') as out:
+        print('$', shlex.join(command), file=out, flush=True)
+        try:
+            status = subprocess.run(
+                command,
+                env={**os.environ, **(variables or {})},
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+            ).returncode
+        except OSError as error:
+            status = error
+            print(error, file=out)
+    taken = f'{time.monotonic() - start:.0f} s'
+    print(taken if status == 0 else f'failed after {taken}', flush=True)
+    return status == 0
+
+
+def fail(what: str, log: Path, lines: int = 15) -> None:
+    tail = log.read_text(errors='replace').splitlines()[-lines:] if lines else []
+    raise SystemExit('\n'.join([*tail, f'Error: {what} All that was printed: {log}']))
+
+
+if __name__ == '__main__':
+    main()
