@@ -11,11 +11,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import List
+from typing import List, Tuple
 
 import pytest
 import torch
 
+from mlla_mm.utils import versions
 from mlla_mm.utils.stack import ORIGINAL, collect_stack, compiled_mmcv_commands
 
 from . import checkpoints, nano
@@ -31,6 +32,8 @@ LAUNCHED = {
     'tools/slurm_train.sh': ('tools/train.py', slice(2, 3), slice(3, None)),
     'tools/slurm_test.sh': ('tools/test.py', slice(2, 4), slice(4, None)),
 }
+# Of the scripts that set up, it takes the variables.
+SET_UP = ROOT / 'tools' / 'misc' / 'setup_env.sh'
 NUMBERS = ('GPUS', 'N', 'H', 'W')
 
 
@@ -49,8 +52,8 @@ def inline(text: str) -> List[str]:
     return re.findall(r'(?<!`)`([^`\n]+)`(?!`)', without_blocks)
 
 
-def commands(text: str) -> Iterator[List[str]]:
-    """Words of every command that calls one of our tools."""
+def commands(text: str) -> Iterator[Tuple[str, List[str], List[str]]]:
+    """Every call of one of our tools: its path, arguments, and variables before it."""
     for block in blocks(text, 'bash|shell|console'):
         variables = {}
         for line in block.replace('\\\n', ' ').splitlines():
@@ -67,14 +70,18 @@ def commands(text: str) -> Iterator[List[str]]:
             yield from our_command(shlex.split(code))
 
 
-def our_command(words: List[str]) -> Iterator[List[str]]:
+def our_command(words: List[str]) -> Iterator[Tuple[str, List[str], List[str]]]:
+    variables = []
     while words and (words[0] in ('python', 'bash') or '=' in words[0]):
-        words = words[1:]
+        first, *words = words
+        if '=' in first:
+            variables.append(first.split('=')[0])
     if words and words[0].startswith('tools/'):
         # What may be left out is in brackets, what there is to choose from in braces.
         words = [re.sub(r'[][]|,\w+(?=.*})|[{}]', '', word) for word in words]
         words = [word for word in words if word != '...']
-        yield ['1' if word in NUMBERS else word for word in words]
+        tool, *arguments = ['1' if word in NUMBERS else word for word in words]
+        yield tool, arguments, variables
 
 
 def config_exists(config: str) -> bool:
@@ -94,11 +101,15 @@ def parse(monkeypatch, capsys):
     """Let a tool parse arguments, in this process and without doing anything."""
 
     def parse_args(self, *args, **kwargs):
-        original(self, *args, **kwargs)
+        parsed = original(self, *args, **kwargs)
+        if 'arguments' in parsed:  # of the tool that is called by this one
+            return parsed
         raise ParsedError
 
     original = argparse.ArgumentParser.parse_args
     monkeypatch.setattr(argparse.ArgumentParser, 'parse_args', parse_args)
+    # A script's own folder is on the path.
+    monkeypatch.syspath_prepend(ROOT / 'tools')
 
     def run(tool: str, *arguments: str) -> None:
         assert (ROOT / tool).is_file(), tool
@@ -120,17 +131,26 @@ def test_there_are_commands():
 
 
 @pytest.mark.parametrize('path', TEXTS, ids=name)
-def test_commands_are_understood(path, parse):
-    for tool, *arguments in commands(path.read_text()):
+def test_commands_are_understood(path, parse, pytestconfig):
+    for tool, arguments, variables in commands(path.read_text()):
         for config in (x for x in arguments if x.startswith('configs/')):
             assert config_exists(config), config
+        if tool.endswith('.sh'):
+            script = (ROOT / tool).read_text()
+            documented = script.partition('# Environment')[2] or SET_UP.read_text()
+            assert set(variables) <= set(re.findall(r'\w+', documented)), tool
         if tool in LAUNCHED:
             tool, first, others = LAUNCHED[tool]
             arguments = [*arguments[first], *arguments[others]]
         if tool.endswith('.py'):
             parse(tool, *arguments)
         else:
-            assert (ROOT / tool).is_file(), tool
+            usage = re.search(r'^# Usage: \S+(.*)', script, re.M)[1]
+            known = set(re.findall(r'[\w-]+', usage))
+            if 'pytest' in known:
+                markers = pytestconfig.getini('markers')
+                known |= {'-m', *(marker.split(':')[0] for marker in markers)}
+            assert set(arguments) <= known, tool
 
 
 @pytest.mark.parametrize('path', TEXTS, ids=name)
@@ -152,10 +172,12 @@ def test_what_is_named_exists(path):
 
 
 def test_extras_exist():
-    setup = (ROOT / 'setup.py').read_text()
+    found = set()
     for path in TEXTS:
-        for extra in re.findall(r"\.\[(\w+)\]'", path.read_text()):
-            assert f"'{extra}'" in setup, (path, extra)
+        for names in re.findall(r"'\.\[([\w,-]+)\]'", path.read_text()):
+            assert set(names.split(',')) <= versions.EXTRAS.keys(), path
+            found |= set(names.split(','))
+    assert found >= {'torch', 'onedl', 'torch21', 'openmmlab'}
 
 
 def strings(path: Path) -> Iterator[str]:
