@@ -125,6 +125,19 @@ def test_any_image_size(size):
         height, width = -(-height // 2), -(-width // 2)
 
 
+@pytest.mark.parametrize('parts', [1, 2])
+def test_gradients_lie_in_memory_as_the_weights_do(monkeypatch, parts):
+    """DistributedDataParallel warns of others and copies them."""
+    monkeypatch.setattr('mlla_mm.models.layers.patch_merging._MIN_CHANNELS', 16)
+    monkeypatch.setattr(
+        'mlla_mm.models.layers.patch_merging.in_parts', lambda *args: parts
+    )
+    model = MLLA(NANO)
+    sum(feature.sum() for feature in model(torch.rand(2, 3, 32, 64))).backward()
+    for name, weight in model.named_parameters():
+        assert weight.grad.stride() == weight.stride(), name
+
+
 def test_images_of_a_batch_do_not_mix():
     model = MLLA(NANO).eval()
     images = torch.rand(3, 3, 40, 56)

@@ -56,29 +56,62 @@ def leaves(model):
     ]
 
 
-@pytest.mark.parametrize('gradients', [False, True])
-def test_hooks_are_called_once(model, gradients):
+KINDS = ['forward', 'forward_pre', 'full_backward', 'full_backward_pre']
+
+
+@pytest.mark.parametrize(
+    'kind, gradients', [(kind, True) for kind in KINDS] + [('forward', False)]
+)
+def test_hooks_are_called_once(model, kind, gradients):
     calls = []
     for name in leaves(model):
-        model.get_submodule(name).register_forward_hook(
-            lambda layer, args, output, name=name: calls.append(name)
-        )
+        register = getattr(model.get_submodule(name), f'register_{kind}_hook')
+        register(lambda *args, name=name: calls.append(name))
+    for layer in model.modules():
+        if isinstance(layer, nn.ReLU):
+            layer.inplace = False  # in-place, no module can have a backward hook
     with torch.set_grad_enabled(gradients):
-        model(torch.randn(1, 3, 64, 64))
+        features = model(torch.randn(1, 3, 64, 64))
+    if gradients:
+        sum(x.sum() for x in features).backward()
     assert sorted(calls) == sorted(leaves(model))
 
 
+def in_other_stages(name):
+    """Of the same classes as the first stage, and without parts."""
+    return name.startswith(('layers.1.', 'layers.2.', 'layers.3.'))
+
+
+@torch.no_grad()
+def test_a_hook_of_any_module_is_called(model):
+    """Also of one that holds others, and where it is the only one."""
+    calls, image = [], torch.randn(1, 3, 32, 32)
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) and not in_other_stages(name):
+            handle = module.register_forward_hook(
+                lambda *args, name=name: calls.append(name)
+            )
+            model(image)
+            handle.remove()
+            assert name in calls
+
+
+@torch.no_grad()
 def test_replaced_layers_are_called(model):
-    image = torch.randn(1, 3, 64, 64)
+    image = torch.randn(1, 3, 32, 32)
     for name in leaves(model):
-        hooked, wrapped = copy.deepcopy(model), copy.deepcopy(model)
-        hooked.get_submodule(name).register_forward_hook(lambda *args: args[2] * 2)
-        parent, _, child = name.rpartition('.')
-        parent = wrapped.get_submodule(parent)
-        setattr(parent, child, Doubled(getattr(parent, child)))
-        with torch.no_grad():
-            for actual, expected in zip(wrapped(image), hooked(image)):
-                assert relative_error(actual, expected) < 1e-5, name
+        if in_other_stages(name):
+            continue
+        path, _, child = name.rpartition('.')
+        parent, layer = model.get_submodule(path), model.get_submodule(name)
+        handle = layer.register_forward_hook(lambda *args: args[2] * 2)
+        expected = model(image)
+        handle.remove()
+        setattr(parent, child, Doubled(layer))
+        actual = model(image)
+        setattr(parent, child, layer)
+        for one, other in zip(actual, expected):
+            assert relative_error(one, other) < 1e-5, name
 
 
 @torch.no_grad()

@@ -107,6 +107,42 @@ def test_autocast():
     assert relative_error(actual, expected) < 5e-2
 
 
+@pytest.mark.parametrize('grad', [False, True])
+@pytest.mark.parametrize('act', [False, True])
+def test_residual_under_autocast(act, grad):
+    """A sum in float32: 1 + weight in half precision would round what is added."""
+    _, x, _, weight, bias = attention_arguments((2, 9, 8, 24))
+    arguments = [x, weight / 50, bias / 50]
+    expected = naive.depthwise_conv(*arguments, True, act)
+    with torch.set_grad_enabled(grad), torch.autocast('cpu', torch.bfloat16):
+        actual = eager.depthwise_conv(*(x.float() for x in arguments), True, act)
+    assert actual.dtype == torch.float32
+    assert relative_error(actual, expected) < 1e-3
+
+
+@pytest.mark.parametrize('grad', [False, True])
+def test_attention_under_autocast(grad):
+    """Of float32 nothing is rounded but LePE, a convolution, which is zero here."""
+    *arguments, weight, bias = attention_arguments((2, 9, 8, 24))
+    arguments += [0 * weight, 0 * bias]
+    expected = naive.mlla_attention(*arguments, 3)
+    with torch.set_grad_enabled(grad), torch.autocast('cpu', torch.bfloat16):
+        actual = eager.mlla_attention(*(x.float() for x in arguments), 3)
+    assert actual.dtype == torch.float32
+    assert relative_error(actual, expected) < 1e-5
+
+
+@pytest.mark.parametrize('grad', [False, True])
+def test_mlp_under_autocast(grad):
+    """In half precision, as autocast has it for linear layers."""
+    arguments = mlp_arguments((2, 9, 8, 24))
+    expected = naive.mlp(*arguments)
+    with torch.set_grad_enabled(grad), torch.autocast('cpu', torch.bfloat16):
+        actual = eager.mlp(*(x.float() for x in arguments))
+    assert actual.dtype == torch.bfloat16
+    assert relative_error(actual, expected) < 1e-2
+
+
 def gradients(model, image):
     """Of all parameters, of a loss that is no constant of the norms."""
     torch.manual_seed(1)

@@ -998,6 +998,15 @@ def test_parameters_of_any_strides(device):
     check('depthwise_conv', inputs)
 
 
+def test_gradients_lie_in_memory_as_the_weights_do(device):
+    """Those of a model are channels-last, and so are the buckets for its gradients."""
+    weight = torch.randn(8, 1, 3, 3, device=device)
+    weight = weight.to(memory_format=torch.channels_last).requires_grad_()
+    x, bias = torch.randn(2, 3, 4, 8, device=device), torch.randn(8, device=device)
+    fused.depthwise_conv(x, weight, bias).sum().backward()
+    assert weight.grad.stride() == weight.stride() == (9, 1, 3, 1)
+
+
 def test_parameters_of_other_shapes_are_refused(device):
     block = MLLABlock(16, 2).to(device)
     x = torch.randn(1, 2, 3, 16, device=device)

@@ -187,6 +187,9 @@ class MLLA(BaseModule):
 
         keep_freed_memory()
         self.apply(_init_linear)
+        # The layout of the maps, in which the gradients come: DistributedDataParallel
+        # lays out its buckets as the weights are.
+        self.to(memory_format=torch.channels_last)
         self._freeze_stages()
         self._freeze_unused()
         if not isinstance(compile, (bool, dict)):

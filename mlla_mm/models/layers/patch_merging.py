@@ -35,9 +35,13 @@ class PatchMerging(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, d, H, W) -> (N, 2d, ceil(H / 2), ceil(W / 2))."""
         x = pad_to_multiple(x, 2)
+        if not is_unmodified(nn.Sequential, self.conv):
+            return self.conv(x)
         expand = self.conv[0]
         if is_fused(x) and _is_unmodified(expand):
-            weight, bias = expand.conv.weight.flatten(1), expand.conv.bias
+            # In the order of channels-last memory, so that the gradient has it too.
+            weight = expand.conv.weight.permute(0, 2, 3, 1).flatten(1)
+            bias = expand.conv.bias
             x = linear_relu(x.permute(0, 2, 3, 1), weight, bias)
             return self.conv[1:](x.permute(0, 3, 1, 2))
         hidden = self.conv[0].conv.out_channels

@@ -65,8 +65,7 @@ def add_up(
     """
     parts, rows, channels = sums.shape
     first, last = (
-        None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        for x in (first, last)
+        None if x is None else torch.empty_like(x.contiguous()) for x in (first, last)
     )
     with torch.cuda.device_of(sums):
         _add_up_kernel[(ceil_div(channels, _COLUMNS), rows)](
