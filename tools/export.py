@@ -7,20 +7,20 @@ with. Its input is normalised RGB images (N, C, H, W).
 
 import argparse
 from pathlib import Path
+from typing import Optional, Sequence
 
-from mlla_mm.apis import load_model
-from mlla_mm.apis.export import FORMATS, export_model, select_part
-from mlla_mm.engine import launch
-from mlla_mm.engine.config import add_ema_argument, add_trust_argument, read_config
+from arguments import add_ema_argument, add_trust_argument
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint file')
-    parser.add_argument('--format', choices=FORMATS, required=True)
+    parser.add_argument(
+        '--format', choices=('torchscript', 'onnx', 'torch-export'), required=True
+    )
     parser.add_argument(
         '--part',
         choices=('backbone', 'classifier'),
@@ -44,11 +44,18 @@ def parse_args() -> argparse.Namespace:
     )
     add_ema_argument(parser)
     add_trust_argument(parser)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    args = parse_args(argv)
+    from mlla_mm.apis import load_model
+    from mlla_mm.apis.export import FORMATS, export_model, select_part
+    from mlla_mm.engine import launch
+    from mlla_mm.engine.config import read_config
+    from mlla_mm.engine.console import quiet
+
+    quiet()
     with launch.exit_on_user_error():
         cfg = read_config(args.config)
         model = load_model(

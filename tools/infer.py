@@ -7,14 +7,12 @@ Exit status 1 if nothing could be read.
 import argparse
 import sys
 from pathlib import Path
+from typing import Optional, Sequence
 
-from mlla_mm.apis import Inferencer
-from mlla_mm.apis.output import summary
-from mlla_mm.engine import launch
-from mlla_mm.engine.config import add_ema_argument, add_trust_argument
+from arguments import add_ema_argument, add_trust_argument
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -41,13 +39,21 @@ def parse_args() -> argparse.Namespace:
     )
     add_ema_argument(parser)
     add_trust_argument(parser)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    args = parse_args(argv)
+    from mlla_mm.apis import Inferencer
+    from mlla_mm.apis.output import summary
+    from mlla_mm.engine import launch
+    from mlla_mm.engine.console import quiet
+    from mlla_mm.engine.toolboxes import load_own_toolbox_alone
+
+    quiet()
     out_dir = args.out or Path('work_dirs') / Path(args.config).stem / 'infer'
     with launch.exit_on_user_error():
+        load_own_toolbox_alone(args.config)
         inferencer = Inferencer(
             args.config,
             args.checkpoint,

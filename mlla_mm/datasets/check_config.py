@@ -19,7 +19,7 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS, DefaultScope
 from PIL import Image
 
-from ..engine.config_check import head_classes, innermost_dataset, nearest
+from ..engine.config_check import check_config, head_classes, innermost_dataset, nearest
 from .check import (
     Finding,
     SizeCheck,
@@ -87,6 +87,28 @@ def check_split(
     counts = [count for _, count in head_classes(cfg.get('model') or {})]
     source = _Source(key, dataset, config, counts[0] if counts else None, decode)
     return check(source)
+
+
+def check_splits(cfg: Config, decode: bool = True) -> List[Finding]:
+    """Check a config and its data sets for training and validation.
+
+    Args:
+        cfg (Config): The config, whose ``custom_imports`` have been imported.
+        decode (bool): As in :func:`check_split`. Defaults to True.
+
+    Returns:
+        list[Finding]: What is wrong; empty if nothing is.
+
+    Raises:
+        ValueError: If the config is wrong, or neither data set is of a known kind.
+    """
+    check_config(cfg)
+    found = [check_split(cfg, split, decode) for split in ('train', 'val')]
+    if found == [None, None]:
+        raise ValueError(
+            f'{cfg.filename} has no data set of a known kind: there is no check.'
+        )
+    return [finding for findings in found for finding in findings or []]
 
 
 def require_data(cfg: Config, *splits: str) -> None:

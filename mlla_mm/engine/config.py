@@ -7,57 +7,15 @@ from pathlib import Path
 from typing import Any, List, Optional
 
 import torch
-from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.config import Config, ConfigDict
 
 from ..models.weights import require_weights
 from ..utils.checkpoint_file import trust_checkpoints
-from .launch import LAUNCHERS
 from .resume import newest_checkpoint, seed_of
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what :func:`read_config` needs: the config and changes to it."""
-    parser.add_argument('config', help='config file')
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        metavar='KEY=VALUE',
-        help='override the config, e.g. train_dataloader.batch_size=4',
-    )
-
-
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that training and testing share, the config first."""
-    add_config_arguments(parser)
-    parser.add_argument(
-        '--work-dir', help='folder for logs and results (work_dirs/CONFIG_NAME)'
-    )
-    parser.add_argument('--seed', type=int, help='seed of all random numbers')
-    parser.add_argument('--launcher', choices=LAUNCHERS, default='none')
-    add_trust_argument(parser)
-
-
-def add_trust_argument(parser: argparse.ArgumentParser) -> None:
-    """Add the switch that lets checkpoints hold anything that can be pickled."""
-    parser.add_argument(
-        '--trust-checkpoint',
-        action='store_true',
-        help='load checkpoints that may run code, if you trust where they come from',
-    )
-
-
-def add_ema_argument(parser: argparse.ArgumentParser) -> None:
-    """Add the choice of a checkpoint's averaged weights."""
-    parser.add_argument(
-        '--ema',
-        action='store_true',
-        help="the checkpoint's averaged weights (state_dict_ema), not the plain ones",
-    )
-
-
 def read_run_config(args: argparse.Namespace) -> Config:
-    """Read the config of a run and apply :func:`add_run_arguments`'s arguments.
+    """Read the config of a run and apply the arguments that tools share.
 
     The work_dir is the command line's, else the config's, else work_dirs/CONFIG_NAME.
     The config's trust_checkpoint does what --trust-checkpoint does, for this process.

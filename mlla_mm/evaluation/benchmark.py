@@ -1,6 +1,7 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 """Time and memory of whole models, raced against the plain assembly of MLLA."""
 
+import argparse
 import copy
 import json
 import math
@@ -9,6 +10,7 @@ import platform
 import re
 import shlex
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib import metadata
@@ -19,6 +21,7 @@ from typing import Dict, List, NamedTuple, Optional, Tuple, Union
 import mmengine
 import numpy as np
 import torch
+from mmengine.logging import MMLogger
 from torch import Tensor, nn
 
 import mlla_mm
@@ -771,4 +774,76 @@ def format_curves(curves: Sequence[Curve]) -> str:
             ],
         )
         for title, table in zip(titles, tables)
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Race, print, and write a table, the samples and a picture.
+
+    Args:
+        args (argparse.Namespace): The arguments of
+            ``tools/analysis_tools/benchmark.py``.
+
+    Raises:
+        ValueError: If an argument is wrong.
+    """
+    from ..visualization.benchmark import plot_benchmark, plot_sweep
+
+    # mmpretrain would tell how each of its classifiers augments images in training.
+    MMLogger.get_instance('benchmark', log_level='ERROR')
+    device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    wanted = zip(VARIANTS, (args.compile, args.cuda_graph))
+    variants = [variant for variant, is_wanted in wanted if is_wanted]
+    check_models(args.models)
+    check_device(device)
+    check_variants(variants, device)
+    if args.threads is not None:
+        _set_threads(args.threads)
+    if args.seconds is not None and not args.seconds > 0:
+        raise ValueError(f'--seconds must be positive, got {args.seconds:g}.')
+    cases = _cases_of(args)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    settings = describe_run(device, args.repeats)
+    title = format_settings(settings)
+    print(title, flush=True)
+    results: Dict[Case, List[Measured]] = {}
+    start = time.monotonic()
+    for case in cases:
+        # One case at least: there is something to show.
+        if args.seconds and results and time.monotonic() - start > args.seconds:
+            print(f'\nSkipped after {args.seconds:g} s: {case}', flush=True)
+            continue
+        results[case] = measure_case(case, args.models, device, args.repeats, variants)
+        # What is measured is printed and saved at once.
+        print(f'\n{format_case(case, results[case])}', flush=True)
+        save_results(results, settings, out / SAMPLES_NAME)
+    texts = [format_case(case, found) for case, found in results.items()]
+    if args.sweep is None or len(results) < 2:  # one point has no slope
+        plot_benchmark(results, title, out / PICTURE_NAME)
+    else:
+        curves = fit_curves(results)
+        texts.append(format_curves(curves))
+        print(f'\n{texts[-1]}')
+        case = cases[0]
+        title += f', batch {case.batch_size}, {case.mode}, {case.dtype}'
+        plot_sweep(curves, title, out / PICTURE_NAME)
+    (out / TABLE_NAME).write_text('\n\n'.join([title, *texts]) + '\n')
+    print(f'\nSaved in {out}')
+
+
+def _set_threads(threads: int) -> None:
+    if threads < 1:
+        raise ValueError(f'--threads must be at least 1, got {threads}.')
+    torch.set_num_threads(threads)
+
+
+def _cases_of(args: argparse.Namespace) -> List[Case]:
+    """What the command line asks for."""
+    if args.sweep is None:
+        return make_cases(args.shape, args.batch_size, args.mode, args.dtype)
+    if max(map(len, (args.batch_size, args.mode, args.dtype))) > 1:
+        raise ValueError('--sweep takes one --batch-size, one --mode and one --dtype.')
+    return make_sweep(
+        args.sweep or SWEEP_SIDES, args.batch_size[0], args.mode[0], args.dtype[0]
     )

@@ -4,17 +4,10 @@
 import argparse
 import sys
 from pathlib import Path
-
-import mlla_mm  # noqa: F401
-from mlla_mm.engine.launch import exit_on_user_error
-from mlla_mm.evaluation.comparison import (
-    CURVES_NAME,
-    REPORT_NAME,
-    compare_with_paper,
-)
+from typing import Optional, Sequence
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         'work_dirs',
@@ -31,13 +24,20 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--out',
         metavar='DIR',
-        help=f'folder for {REPORT_NAME} and {CURVES_NAME} (default: first WORK_DIR)',
+        help='folder for the report and its curves (default: first WORK_DIR)',
     )
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    args = parse_args(argv)
+    from mlla_mm.engine.launch import exit_on_user_error
+    from mlla_mm.evaluation.comparison import (
+        CURVES_NAME,
+        REPORT_NAME,
+        compare_with_paper,
+    )
+
     out = Path(args.out or args.work_dirs[0])
     with exit_on_user_error():
         report, within = compare_with_paper(args.work_dirs, out, args.tolerance)

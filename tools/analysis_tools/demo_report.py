@@ -2,20 +2,23 @@
 """Draw the pictures of a finished demo run and print its summary."""
 
 import argparse
-
-from mlla_mm.engine.config import read_config
-from mlla_mm.visualization.report import write_report
+from typing import Optional, Sequence
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config', help='config file of the run')
     parser.add_argument('work_dir', help='work_dir of the run, with its tests')
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    args = parse_args(argv)
+    from mlla_mm.engine.config import read_config
+    from mlla_mm.engine.console import quiet
+    from mlla_mm.visualization.report import write_report
+
+    quiet()
     print('\n'.join(write_report(read_config(args.config), args.work_dir)))
 
 

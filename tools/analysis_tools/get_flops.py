@@ -3,22 +3,10 @@
 
 import argparse
 from pathlib import Path
-
-from mmengine.utils import track_iter_progress
-
-import mlla_mm  # noqa: F401
-from mlla_mm.engine.config import read_config
-from mlla_mm.engine.launch import exit_on_user_error
-from mlla_mm.evaluation.complexity import (
-    COLUMNS,
-    complexity_row,
-    count_complexity,
-)
-from mlla_mm.evaluation.markdown import markdown_table
-from mlla_mm.evaluation.published import published_models
+from typing import Optional, Sequence
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     models = parser.add_mutually_exclusive_group(required=True)
     models.add_argument('config', nargs='?', help='config file')
@@ -38,11 +26,21 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--depth', type=int, default=2, help='levels of modules to list (default: 2)'
     )
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    args = parse_args(argv)
+    from mmengine.utils import track_iter_progress
+
+    from mlla_mm.engine.config import read_config
+    from mlla_mm.engine.console import quiet
+    from mlla_mm.engine.launch import exit_on_user_error
+    from mlla_mm.evaluation.complexity import COLUMNS, complexity_row, count_complexity
+    from mlla_mm.evaluation.markdown import markdown_table
+    from mlla_mm.evaluation.published import published_models
+
+    quiet()
     with exit_on_user_error():
         published = published_models()
         if args.all:

@@ -2,16 +2,10 @@
 """Table of the peak memory of training, per config, on a synthetic batch."""
 
 import argparse
-
-from mmengine.logging import MMLogger
-
-import mlla_mm  # noqa: F401
-from mlla_mm.engine import launch
-from mlla_mm.engine.config import read_config
-from mlla_mm.utils.peak_memory import measure_config
+from typing import Optional, Sequence
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('configs', nargs='+', metavar='CONFIG', help='config files')
     parser.add_argument(
@@ -30,11 +24,19 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--amp', choices=('float16', 'bfloat16'), help='mixed precision, on a GPU'
     )
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    args = parse_args(argv)
+    from mmengine.logging import MMLogger
+
+    from mlla_mm.engine import launch
+    from mlla_mm.engine.config import read_config
+    from mlla_mm.engine.console import quiet
+    from mlla_mm.utils.peak_memory import measure_config
+
+    quiet()
     # MMEngine would list the rate of every parameter.
     MMLogger.get_instance('peak_memory', log_level='ERROR')
     print('| Config | Batch | Peak memory |\n|---|---|---|', flush=True)

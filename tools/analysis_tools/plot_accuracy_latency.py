@@ -3,45 +3,21 @@
 
 import argparse
 from pathlib import Path
-
-import torch
-
-import mlla_mm
-from mlla_mm.engine.launch import exit_on_user_error
-from mlla_mm.evaluation.accuracy_latency import (
-    DEFAULT_MODELS,
-    PICTURE_NAME,
-    TABLE_NAME,
-    describe_device,
-    find_candidate,
-    format_measured,
-    measure_candidates,
-    save_measured,
-)
-from mlla_mm.visualization.tradeoff import plot_accuracy_latency
+from typing import Optional, Sequence
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         '--models',
         nargs='+',
         metavar='NAME',
-        default=DEFAULT_MODELS,
         help="names from configs/classification/metafile.yml and mmpretrain's model "
         'zoo; default: MLLA, Swin, ConvNeXt, MViTv2 and DaViT',
     )
-    has_gpu = torch.cuda.is_available()
+    parser.add_argument('--device', help='default: cuda if there is one, else cpu')
     parser.add_argument(
-        '--device',
-        default='cuda' if has_gpu else 'cpu',
-        help='default: cuda if there is one, else cpu',
-    )
-    parser.add_argument(
-        '--batch-size',
-        type=int,
-        default=64 if has_gpu else 1,
-        help='default: 64 with a GPU, else 1',
+        '--batch-size', type=int, help='default: 64 where there is a GPU, else 1'
     )
     parser.add_argument(
         '--shape',
@@ -58,22 +34,45 @@ def parse_args() -> argparse.Namespace:
         '--out',
         metavar='DIR',
         default='work_dirs/accuracy_latency',
-        help=f'folder for {PICTURE_NAME} and {TABLE_NAME} (default: %(default)s)',
+        help='folder for the picture and its table (default: %(default)s)',
     )
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    args = parse_args(argv)
+    import torch
+
+    import mlla_mm
+    from mlla_mm.engine.console import quiet
+    from mlla_mm.engine.launch import exit_on_user_error
+    from mlla_mm.evaluation.accuracy_latency import (
+        DEFAULT_MODELS,
+        PICTURE_NAME,
+        TABLE_NAME,
+        describe_device,
+        find_candidate,
+        format_measured,
+        measure_candidates,
+        save_measured,
+    )
+    from mlla_mm.visualization.tradeoff import plot_accuracy_latency
+
+    quiet()
+    has_gpu = torch.cuda.is_available()
+    device = args.device or ('cuda' if has_gpu else 'cpu')
+    batch_size = args.batch_size
+    if batch_size is None:
+        batch_size = 64 if has_gpu else 1
     with exit_on_user_error():
-        candidates = [find_candidate(name) for name in args.models]
+        candidates = [find_candidate(name) for name in args.models or DEFAULT_MODELS]
         measured = measure_candidates(
-            candidates, args.device, args.batch_size, args.shape, args.repeats
+            candidates, device, batch_size, args.shape, args.repeats
         )
     settings = dict(
-        device=describe_device(args.device),
+        device=describe_device(device),
         dtype='float32',
-        batch_size=args.batch_size,
+        batch_size=batch_size,
         shape=args.shape,
         samples=args.repeats,
         torch=torch.__version__,
@@ -83,7 +82,7 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     save_measured(measured, settings, out / TABLE_NAME)
     height, width = args.shape
-    title = f'{settings["device"]}, float32, batch {args.batch_size}, {height}x{width}'
+    title = f'{settings["device"]}, float32, batch {batch_size}, {height}x{width}'
     plot_accuracy_latency(measured, title, out / PICTURE_NAME)
     print(f'{title}\n\n{format_measured(measured)}\n\nSaved in {out}')
 

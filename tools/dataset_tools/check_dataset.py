@@ -6,23 +6,16 @@ Exit status 1 if something is wrong.
 
 import argparse
 import sys
-from typing import List
+from typing import Optional, Sequence
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
-import mlla_mm  # noqa: F401
-from mlla_mm.datasets.check import CHECKS, Finding
-from mlla_mm.datasets.check_config import check_split
-from mlla_mm.engine import launch
-from mlla_mm.engine.config import read_config
-from mlla_mm.engine.config_check import check_config
+DATASETS = ('coco', 'ade20k', 'imagenet')
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('dataset', help=f'config file, or one of: {", ".join(CHECKS)}')
+    parser.add_argument(
+        'dataset', help=f'config file, or one of: {", ".join(DATASETS)}'
+    )
     parser.add_argument(
         'path',
         nargs='?',
@@ -32,27 +25,30 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--fast', action='store_true', help='do not decode images: names and sizes only'
     )
-    args = parser.parse_args()
-    if (args.path is None) == (args.dataset in CHECKS):
-        parser.error(f'give a config alone, or one of {", ".join(CHECKS)} and a folder')
+    args = parser.parse_args(argv)
+    if (args.path is None) == (args.dataset in DATASETS):
+        parser.error(
+            f'give a config alone, or one of {", ".join(DATASETS)} and a folder'
+        )
     return args
 
 
-def check_data_of(path: str, fast: bool) -> List[Finding]:
-    """Check the data sets for training and validation of a config."""
-    cfg = read_config(path)
-    check_config(cfg)
-    found = {split: check_split(cfg, split, not fast) for split in ('train', 'val')}
-    if found['train'] is None and found['val'] is None:
-        raise ValueError(f'{path} has no data set of a known kind: there is no check.')
-    return [finding for findings in found.values() for finding in findings or []]
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    args = parse_args(argv)
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
 
+    from mlla_mm.datasets.check import CHECKS
+    from mlla_mm.datasets.check_config import check_splits
+    from mlla_mm.engine import launch
+    from mlla_mm.engine.config import read_config
+    from mlla_mm.engine.console import quiet
 
-def main() -> None:
-    args = parse_args()
+    quiet()
     with launch.exit_on_user_error():
         if args.path is None:
-            findings = check_data_of(args.dataset, args.fast)
+            findings = check_splits(read_config(args.dataset), not args.fast)
             subject, reference = args.dataset, 'they should be'
         else:
             findings = CHECKS[args.dataset](args.path, fast=args.fast)

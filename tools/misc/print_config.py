@@ -2,20 +2,31 @@
 """Print a config with all that it inherits."""
 
 import argparse
+from typing import Optional, Sequence
 
-import mlla_mm  # noqa: F401
-from mlla_mm.engine.config import add_config_arguments, read_config
-from mlla_mm.engine.launch import exit_on_user_error
+from mmengine.config import DictAction
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    add_config_arguments(parser)
-    return parser.parse_args()
+    parser.add_argument('config', help='config file')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        metavar='KEY=VALUE',
+        help='override the config, e.g. train_dataloader.batch_size=4',
+    )
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    args = parse_args(argv)
+    from mlla_mm.engine.config import read_config
+    from mlla_mm.engine.console import quiet
+    from mlla_mm.engine.launch import exit_on_user_error
+
+    quiet()
     with exit_on_user_error():
         cfg = read_config(args.config, args.cfg_options)
     print(cfg.pretty_text)

@@ -2,25 +2,29 @@
 """Turn a checkpoint of the authors or a training into one to publish: weights alone."""
 
 import argparse
-
-from mlla_mm.engine import config as options
-from mlla_mm.engine import launch
-from mlla_mm.engine.publish import publish
+from typing import Optional, Sequence
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('source', help='checkpoint file')
     parser.add_argument('destination', help='new file; its checksum is added: X-ID.pth')
     parser.add_argument(
         '--ema', action='store_true', help='the averaged weights, not the plain ones'
     )
-    options.add_trust_argument(parser)
-    return parser.parse_args()
+    parser.add_argument(
+        '--trust-checkpoint',
+        action='store_true',
+        help='load checkpoints that may run code, if you trust where they come from',
+    )
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    args = parse_args(argv)
+    from mlla_mm.engine import launch
+    from mlla_mm.engine.publish import publish
+
     with launch.exit_on_user_error():
         path = publish(
             args.source, args.destination, args.ema, trust=args.trust_checkpoint

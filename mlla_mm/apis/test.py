@@ -1,0 +1,63 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+"""What ``tools/test.py`` does."""
+
+import argparse
+from pathlib import Path
+
+from mmengine.config import Config
+
+from ..datasets.check_config import require_data
+from ..engine import config as options
+from ..engine import launch
+from ..engine.config_check import check_config, require_work_dir
+from ..engine.console import build_runner, quiet
+from ..engine.corrupt_images import CorruptImageError, check_images
+from ..engine.ema import use_ema_weights
+from ..engine.toolboxes import load_own_toolbox_alone
+from ..utils.checkpoint_file import CheckpointError
+
+
+def test(args: argparse.Namespace) -> None:
+    """Evaluate a checkpoint as the command line says.
+
+    Args:
+        args (argparse.Namespace): The arguments of ``tools/test.py``.
+
+    Raises:
+        SystemExit: With a message, if what the user gave is wrong.
+    """
+    with launch.exit_on_user_error():
+        load_own_toolbox_alone(args.config)
+        cfg = _read_config(args)
+        if not args.verbose:
+            quiet(cfg.get('default_scope'))
+        check_config(cfg)
+        check_images(cfg, 'test')
+        if launch.set_up(cfg).rank == 0:
+            require_data(cfg, 'test')
+            require_work_dir(cfg.work_dir)
+    # An image is one process's; a checkpoint is all of theirs.
+    with launch.exit_on_user_error((CorruptImageError,), shared=False):
+        with launch.exit_on_user_error((CheckpointError,)):
+            # The runner keeps the process group alive: it is not kept.
+            build_runner(cfg, args.verbose).test()
+    launch.tear_down()
+
+
+def _read_config(args: argparse.Namespace) -> Config:
+    cfg = options.read_run_config(args)
+    if not Path(args.checkpoint).is_file():
+        raise FileNotFoundError(f'Checkpoint not found: {args.checkpoint}')
+    cfg.load_from = args.checkpoint
+    cfg.resume = False
+    if args.amp:
+        cfg.test_cfg.fp16 = True
+    if args.ema:
+        use_ema_weights(cfg)
+    if args.tta:
+        options.enable_tta(cfg)
+    if args.show_dir:
+        options.draw_results(cfg, args.show_dir)
+    if args.out:
+        options.dump_predictions(cfg, args.out)
+    return cfg

@@ -1,0 +1,59 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+"""Arguments that several tools share.
+
+A tool reads its arguments before it imports ``mlla_mm``, PyTorch and the toolboxes,
+which takes seconds: help and a mistyped option are answered at once.
+"""
+
+import argparse
+
+from mmengine.config import DictAction
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the config and changes to it."""
+    parser.add_argument('config', help='config file')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        metavar='KEY=VALUE',
+        help='override the config, e.g. train_dataloader.batch_size=4',
+    )
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that training and testing share, the config first."""
+    add_config_arguments(parser)
+    parser.add_argument(
+        '--work-dir', help='folder for logs and results (work_dirs/CONFIG_NAME)'
+    )
+    parser.add_argument('--seed', type=int, help='seed of all random numbers')
+    parser.add_argument(
+        '-v',
+        '--verbose',
+        action='store_true',
+        help='show all that the log file has: environment, config, hooks, warnings',
+    )
+    parser.add_argument(
+        '--launcher', choices=('none', 'pytorch', 'slurm', 'mpi'), default='none'
+    )
+    add_trust_argument(parser)
+
+
+def add_trust_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the switch that lets checkpoints hold anything that can be pickled."""
+    parser.add_argument(
+        '--trust-checkpoint',
+        action='store_true',
+        help='load checkpoints that may run code, if you trust where they come from',
+    )
+
+
+def add_ema_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the choice of a checkpoint's averaged weights."""
+    parser.add_argument(
+        '--ema',
+        action='store_true',
+        help="the checkpoint's averaged weights (state_dict_ema), not the plain ones",
+    )
