@@ -1,10 +1,16 @@
 #!/usr/bin/env bash
 # From nothing to a trained model: set up, make the digits data, train, evaluate, draw.
-# Usage: tools/quickstart.sh [detection|segmentation|classification]
-# Run again, it goes on from where it was and reuses what is there.
+# Usage: tools/quickstart.sh [detection|segmentation|classification] [-v]
+# Run again, it goes on from where it was and reuses what is there. -v shows all that the
+# log files have.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+VERBOSE=
+if [ "${*: -1}" = -v ]; then
+    VERBOSE=1
+    set -- "${@:1:$#-1}"
+fi
 TASK=${1:-detection}
 OUT=predictions.pkl
 case $TASK in
@@ -39,7 +45,7 @@ step() {
 # Usage: evaluate NAME [arguments of tools/test.py]
 evaluate() {
     bash tools/dist_test.sh "$CONFIG" "$CHECKPOINT" "$PROCESSES" \
-        --work-dir "$WORK_DIR/$1" "${@:2}"
+        --work-dir "$WORK_DIR/$1" ${VERBOSE:+-v} "${@:2}"
 }
 
 start=$SECONDS
@@ -51,21 +57,22 @@ step '2/5 Digits data'
 python tools/dataset_tools/make_digits.py "data/digits_$FORMAT" --format "$FORMAT"
 
 # 1, 2 or 4 GPUs, so that they divide the batch; without any, 2 processes on the CPU.
-PROCESSES=$(python -c '
-import torch
-gpus = torch.cuda.device_count()
-print(2 if gpus == 0 else 4 if gpus >= 4 else 2 if gpus >= 2 else 1)')
 # The batch size of the recipe, however many processes share it.
-TOTAL_BATCH=$(python -c "
+read -r PROCESSES BATCH_SIZE < <(python -c "
+import torch
 from mmengine.config import Config
-print(Config.fromfile('$CONFIG').auto_scale_lr.base_batch_size)" | tail -n 1)
+
+gpus = torch.cuda.device_count()
+processes = 2 if gpus == 0 else 4 if gpus >= 4 else 2 if gpus >= 2 else 1
+config = Config.fromfile('$CONFIG', import_custom_modules=False)
+print(processes, config.auto_scale_lr.base_batch_size // processes)")
 step "3/5 Training in $PROCESSES processes; \"eta\" in the log is the time left"
 start=$SECONDS
 if [ -f "$WORK_DIR/finished" ]; then
     echo "Reusing $WORK_DIR; remove that folder to train again."
 else
     bash tools/dist_train.sh "$CONFIG" "$PROCESSES" --seed 0 --resume auto \
-        --cfg-options "train_dataloader.batch_size=$((TOTAL_BATCH / PROCESSES))"
+        ${VERBOSE:+-v} --cfg-options "train_dataloader.batch_size=$BATCH_SIZE"
     touch "$WORK_DIR/finished"
 fi
 train_time=$((SECONDS - start))

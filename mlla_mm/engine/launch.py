@@ -118,8 +118,10 @@ def set_up(cfg: Config) -> Processes:
     layout = processes(cfg.launcher)
     if torch.cuda.is_available():
         _check_gpu_count(layout)
+        _name_threads(cfg.launcher, 1)
         return layout
     _share_threads(layout)
+    _name_threads(cfg.launcher, torch.get_num_threads())
     if cfg.launcher != 'none':
         _init_gloo(layout, cfg.get('env_cfg', {}).get('dist_cfg', {}))
         cfg.model_wrapper_cfg = dict(
@@ -219,6 +221,13 @@ def _share_threads(layout: Processes) -> None:
         threads = max(1, cores // layout.local_world_size)
     torch.set_num_threads(threads)
     cv2.setNumThreads(0)
+
+
+def _name_threads(launcher: str, threads: int) -> None:
+    """Set what MMEngine would set with warnings, in a run of several processes."""
+    if launcher != 'none':
+        os.environ.setdefault('OMP_NUM_THREADS', str(threads))
+        os.environ.setdefault('MKL_NUM_THREADS', os.environ['OMP_NUM_THREADS'])
 
 
 def _init_gloo(layout: Processes, dist_cfg: Dict[str, Any]) -> None:
