@@ -129,6 +129,8 @@ def attacks(marker: Path) -> Dict[str, bytes]:
                 *(system, _name('builtins', 'int'), b'(' + command + b't', b'}'),
             )
         ),
+        # No function, but a class.
+        'file': _whole(_call(_name('io', 'FileIO'), _value(str(marker)), _value('w'))),
         'inst': _whole(b'(' + command + b'ios\nsystem\n'),
         'obj': _whole(b'(' + system + command + b'o'),
     }

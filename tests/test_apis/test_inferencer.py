@@ -10,9 +10,11 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import DefaultScope, init_default_scope
+from PIL import ExifTags, Image, ImageOps
 
 from mlla_mm.apis import Inferencer
 from mlla_mm.apis.output import summary
+from mlla_mm.datasets.check import image_size
 from mlla_mm.utils.checkpoint_file import CheckpointError
 
 from .. import checkpoints
@@ -135,6 +137,21 @@ def test_arrays_are_what_files_are(inferencer, pictures, scope):
         assert other.pop('input') == i
         del one['input']
         assert one == other
+
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+def test_pictures_are_turned_as_exif_says(inferencer, tmp_path, orientation):
+    """The checks of data sets expect the same size."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    picture = Image.new('RGB', (48, 32))
+    picture.save(tmp_path / 'a.jpg', exif=exif)
+    (result,) = inferencer('mmpretrain')(tmp_path / 'a.jpg')
+    with Image.open(tmp_path / 'a.jpg') as saved:
+        size = ImageOps.exif_transpose(saved).size
+        assert size == ((48, 32) if orientation < 5 else (32, 48))
+        assert image_size(saved) == size
+    assert (result['width'], result['height']) == size
 
 
 @pytest.mark.parametrize('scope', SCOPES)

@@ -253,6 +253,20 @@ def last_checkpoint(work_dir: Path) -> dict:
     return torch.load(work_dir / 'epoch_1.pth', map_location='cpu', weights_only=False)
 
 
+def test_schedule_at_384():
+    """Swin Transformer's: rates for 512 images, from 2e-8 to 2e-5, and down to 2e-7."""
+    cfg = read('t_8xb64-ft_in1k-384')
+    optimizer = cfg.optim_wrapper.optimizer
+    assert (optimizer.lr, optimizer.weight_decay) == (2e-5, 1e-8)
+    scheduler = cfg.param_scheduler
+    assert scheduler.warmup == 5
+    assert scheduler.end == cfg.train_cfg.max_epochs == 30
+    assert scheduler.start_ratio * optimizer.lr == pytest.approx(2e-8)
+    assert scheduler.min_ratio * optimizer.lr == pytest.approx(2e-7)
+    assert cfg.train_dataloader.batch_size == 64
+    assert cfg.auto_scale_lr == dict(enable=False, base_batch_size=512)
+
+
 def test_fine_tuning_at_384(tmp_path, digits):
     name = 't_8xb64-ft_in1k-384'
     cfg = fine_tune(name, digits, tmp_path, 384)

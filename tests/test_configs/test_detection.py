@@ -16,7 +16,7 @@ from torch import nn
 from .. import reference
 
 CONFIGS = Path(__file__).parents[2] / 'configs' / 'detection'
-pytest.importorskip('mmdet')
+mmdet = pytest.importorskip('mmdet')
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +54,48 @@ def test_model_of_the_recipe(name, parameters, drop_path_rate, epochs):
     assert cfg.auto_scale_lr == dict(enable=False, base_batch_size=16)
     assert cfg.train_dataloader.batch_size == 2
     assert cfg.val_dataloader.batch_size == cfg.test_dataloader.batch_size == 1
+
+
+def installed(path: str) -> Config:
+    """A config of mmdet's own."""
+    config = Path(mmdet.__file__).parent / '.mim' / 'configs' / path
+    if not config.is_file():
+        pytest.skip('mmdet is installed without its configs')
+    return Config.fromfile(config)
+
+
+@pytest.mark.parametrize('size, channels', [('t', 64), ('s', 64), ('b', 96)])
+def test_all_but_the_backbone_is_mmdets(size, channels):
+    """Heads, assigners, samplers, thresholds and normalisation."""
+    ours = read(f'{size}_fpn_1x_coco').model
+    theirs = installed('_base_/models/mask-rcnn_r50_fpn.py').model
+    theirs.backbone = ours.backbone
+    theirs.neck.in_channels = [channels, 2 * channels, 4 * channels, 8 * channels]
+    assert ours.to_dict() == theirs.to_dict()
+
+
+def without_defaults(config):
+    """A config without what mmdet's own spells out although it is the default."""
+    if isinstance(config, dict):
+        spelled_out = dict(backend_args=None, format_only=False)
+        return {
+            key: without_defaults(value)
+            for key, value in config.items()
+            if key not in spelled_out or value != spelled_out[key]
+        }
+    if isinstance(config, (list, tuple)):
+        return [without_defaults(value) for value in config]
+    return config
+
+
+def test_data_and_metric_are_mmdets():
+    """All but the pipeline of training, which is Swin Transformer's."""
+    ours = read('t_fpn_1x_coco')
+    theirs = installed('_base_/datasets/coco_instance.py')
+    theirs.train_dataloader.dataset.pipeline = ours.train_dataloader.dataset.pipeline
+    keys = [f'{split}_dataloader' for split in ('train', 'val', 'test')]
+    for key in (*keys, 'val_evaluator', 'test_evaluator'):
+        assert without_defaults(ours[key]) == without_defaults(theirs[key]), key
 
 
 @pytest.mark.parametrize('name', ['t_fpn_1x_coco', 'b_fpn_1x_coco', 's_fpn_3x_coco'])
@@ -179,22 +221,34 @@ def test_training_images_without_use_are_dropped():
     assert cfg.batch_sampler.type == 'AspectRatioBatchSampler'
 
 
+def leaves(config: dict, path: tuple = ()) -> dict:
+    """The values of a config by the keys that lead to them."""
+    found = {}
+    for key, value in config.items():
+        if isinstance(value, dict) and value:
+            found.update(leaves(value, (*path, key)))
+        else:
+            found[(*path, key)] = value
+    return found
+
+
 def test_inheritance_example(tmp_path):
-    """The README's example of a new experiment builds and runs."""
+    """The README's new experiment differs from its base in what it says, and runs."""
     readme = (CONFIGS.parents[1] / 'README.md').read_text()
     example = readme.split('<!-- inheritance example -->')[1]
     code = example.split('```python\n')[1].split('```')[0]
-    config = CONFIGS / '_test_inheritance_example.py'
-    config.write_text(code)
-    try:
-        cfg = Config.fromfile(config)
-    finally:
-        config.unlink()
-    base = read('t_fpn_1x_coco')
-    assert cfg.model != base.model
-    cfg.model.backbone.init_cfg = None
+    said = {}
+    exec(code, {}, said)
+    base = said.pop('_base_')
+    assert base == './mask-rcnn_mlla-t_fpn_1x_coco.py'
+    config = tmp_path / 'my_experiment.py'
+    config.write_text(code.replace(base, str(CONFIGS / base)))
+    cfg = Config.fromfile(config)
+    assert leaves(cfg.to_dict()) == {
+        **leaves(read('t_fpn_1x_coco').to_dict()),
+        **leaves(said),
+    }
     model = MODELS.build(cfg.model).eval()
+    build_optim_wrapper(model, cfg.optim_wrapper)
     with torch.no_grad():
-        features = model.extract_feat(torch.rand(1, 3, 64, 96))
-    assert len(features) == 5
-    assert cfg.optim_wrapper.optimizer.lr != base.optim_wrapper.optimizer.lr
+        assert len(model.extract_feat(torch.rand(1, 3, 64, 96))) == 5

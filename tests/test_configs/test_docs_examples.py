@@ -16,6 +16,7 @@ from mmengine.runner import Runner
 
 from mlla_mm.datasets.digits import make_ade20k, make_coco, make_imagenet
 from mlla_mm.engine.launch import replace_sync_bn
+from mlla_mm.models import MLLA
 
 from ..processes import ROOT
 
@@ -215,9 +216,21 @@ def test_in_a_clone_of_mmdetection(tmp_path, request):
     (tmp_path / CLONE).parent.mkdir()
     (tmp_path / CLONE).write_text(EXAMPLES[CLONE])
     DefaultScope.get_instance(request.node.name, scope_name='mmdet')
-    model = MODELS.build(Config.fromfile(tmp_path / CLONE).model).eval()
+    cfg = Config.fromfile(tmp_path / CLONE)
+    # Their tools know MLLA by it.
+    assert 'mlla_mm' in cfg.custom_imports.imports
+    base = Config.fromfile(theirs / 'retinanet' / 'retinanet_r50_fpn_1x_coco.py')
+    for key in ('optim_wrapper', 'param_scheduler', 'train_dataloader'):
+        assert cfg[key] == base[key]
+    assert cfg.model.bbox_head == base.model.bbox_head
+    model = MODELS.build(cfg.model).eval()
+    assert model.backbone.state_dict().keys() == MLLA('tiny').state_dict().keys()
     with torch.no_grad():
-        assert len(model.extract_feat(torch.rand(1, 3, 64, 64))) == 5
+        features = model.extract_feat(torch.rand(1, 3, 64, 64))
+    # Strides 8 to 128.
+    assert [tuple(x.shape[1:]) for x in features] == [
+        (256, side, side) for side in (8, 4, 2, 1, 1)
+    ]
 
 
 def rates(cfg: Config) -> dict:

@@ -2,6 +2,7 @@
 """The configs that docs/hardware.md shows: built, and run where a CPU can."""
 
 import inspect
+import json
 import re
 import textwrap
 
@@ -137,12 +138,29 @@ def test_fsdp(example, tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 @pytest.mark.parametrize('name', ['float16', 'bfloat16', 'fsdp'])
 def test_on_a_gpu(example, run_tool, digits_coco, tmp_path, name):
+    """Losses are numbers, and the checkpoint is one of the model without a wrapper."""
     config = example(name, 'mask-rcnn_mlla-nano_fpn_digits.py')
     run_tool(
         'bash', 'tools/dist_train.sh', config, 1, '--work-dir', tmp_path / 'work',
         '--cfg-options', f'train_dataloader.dataset.data_root={digits_coco}/',
-        'train_cfg.max_epochs=1',
+        'train_cfg.max_epochs=1', 'default_hooks.logger.interval=1',
         'val_cfg=None', 'val_dataloader=None', 'val_evaluator=None',
         env={'CUDA_VISIBLE_DEVICES': '0'},
     )  # fmt: skip
-    assert (tmp_path / 'work' / 'epoch_1.pth').exists()
+    (log,) = (tmp_path / 'work').glob('*/vis_data/scalars.json')
+    losses = [json.loads(line)['loss'] for line in log.read_text().splitlines()]
+    # 16 images in batches of 4.
+    assert len(losses) == 4
+    assert all(0 < loss < 20 for loss in losses)
+    checkpoint = torch.load(
+        tmp_path / 'work' / 'epoch_1.pth', map_location='cpu', weights_only=False
+    )
+    model = MODELS.build(Config.fromfile(config).model)
+    model.load_state_dict(checkpoint['state_dict'])
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+    # float16 alone needs a greater loss, for its small gradients.
+    scale = checkpoint['optimizer'].get('loss_scaler', {}).get('scale')
+    if name == 'float16':
+        assert scale > 1
+    else:
+        assert scale == (1 if name == 'bfloat16' else None)

@@ -29,7 +29,7 @@ RECIPE = 'upernet_mlla-{}_8xb2-160k_ade20k-512x512'
 NANO = 'upernet_mlla-nano_digits'
 SLIDE = RECIPE.format('b') + '_slide'
 HEAD_SWAP = 'segformer-head_mlla-t_8xb2-160k_ade20k-512x512'
-pytest.importorskip('mmseg')
+mmseg = pytest.importorskip('mmseg')
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +39,14 @@ def scope():
 
 def read(name: str) -> Config:
     return Config.fromfile(CONFIGS / f'{name}.py')
+
+
+def installed(path: str) -> Config:
+    """A config of mmseg's own."""
+    config = Path(mmseg.__file__).parent / '.mim' / 'configs' / path
+    if not config.is_file():
+        pytest.skip('mmseg is installed without its configs')
+    return Config.fromfile(config)
 
 
 @pytest.fixture(scope='module')
@@ -88,16 +96,26 @@ def test_model_of_the_recipe(size, parameters, drop_path_rate):
     assert cfg.model.test_cfg.mode == 'whole'
 
 
-def test_heads_of_the_recipe():
-    cfg = read(RECIPE.format('b')).model
-    head, auxiliary = cfg.decode_head, cfg.auxiliary_head
-    assert (head.channels, tuple(head.pool_scales)) == (512, (1, 2, 3, 6))
-    assert (auxiliary.channels, auxiliary.num_convs, auxiliary.in_index) == (256, 1, 2)
-    assert (head.loss_decode.loss_weight, auxiliary.loss_decode.loss_weight) == (1, 0.4)
-    for part in (head, auxiliary):
-        assert part.dropout_ratio == 0.1
-        assert part.align_corners is False
-        assert part.num_classes == 150
+@pytest.mark.parametrize('size, channels', [('t', 64), ('s', 64), ('b', 96)])
+def test_heads_are_mmsegs(size, channels):
+    """Losses, dropout, norms and the way to test."""
+    ours = read(RECIPE.format(size)).model
+    theirs = installed('_base_/models/upernet_r50.py').model
+    assert ours.data_preprocessor.pop('size') == (512, 512)
+    theirs.pop('pretrained')
+    theirs.backbone = ours.backbone
+    theirs.decode_head.in_channels = [channels * 2**i for i in range(4)]
+    theirs.auxiliary_head.in_channels = channels * 4
+    for head in (theirs.decode_head, theirs.auxiliary_head):
+        head.num_classes = 150
+    assert ours.to_dict() == theirs.to_dict()
+
+
+def test_metric_is_mmsegs():
+    ours = read(RECIPE.format('t'))
+    theirs = installed('_base_/datasets/ade20k.py')
+    for key in ('val_evaluator', 'test_evaluator'):
+        assert ours[key] == theirs[key]
 
 
 def batch_norms(model: nn.Module) -> list:

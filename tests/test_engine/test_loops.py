@@ -8,6 +8,9 @@ from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from torch import nn
 
 from mlla_mm.engine.loops import SeededEpochBasedTrainLoop, train_step
+from mlla_mm.engine.seeding import UPDATE, seed_generators
+
+from .test_preemption import EPOCHS, ITERATIONS, SEED, train
 
 
 class Model(BaseModel):
@@ -71,6 +74,59 @@ def test_running_statistics_are_the_mean_of_as_many_processes(model, micro_batch
     assert model.bn.num_batches_tracked == 2
     for key, value in frozen.items():
         assert torch.equal(model.frozen_bn.state_dict()[key], value), key
+
+
+class Drawing(Model):
+    """Notes a random number for every batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.drawn = []
+
+    def forward(self, inputs, mode):
+        self.drawn.append(torch.rand(1).item())
+        return super().forward(inputs, mode)
+
+
+def test_random_numbers_are_those_of_as_many_processes(monkeypatch):
+    """Each update and each of the recipe's processes has its own."""
+
+    def draws(processes, rank):
+        monkeypatch.setattr('mlla_mm.engine.loops.get_rank', lambda: rank)
+        micro_batches = 4 // processes
+        model = Drawing()
+        run(model, torch.randn(2, micro_batches, 5, 3), micro_batches)
+        return torch.tensor(model.drawn).reshape(2, micro_batches)
+
+    expected = []
+    for update in range(2):
+        for process in range(4):
+            seed_generators(UPDATE, 0, update, process)
+            expected.append(torch.rand(1).item())
+    expected = torch.tensor(expected).reshape(2, 4)
+    assert expected.unique().numel() == 8
+    for processes in (1, 2, 4):
+        parts = [draws(processes, rank) for rank in range(processes)]
+        assert torch.equal(torch.cat(parts, dim=1), expected)
+
+
+@pytest.mark.parametrize(
+    ('setting', 'updates', 'evaluations'),
+    [
+        ({**EPOCHS, 'train_cfg': {'max_epochs': 3, 'val_interval': 2}}, 15, [10, 15]),
+        (ITERATIONS, 13, [4, 8, 12, 13]),
+    ],
+)
+def test_seeds_and_evaluations_of_a_run(tmp_path, setting, updates, evaluations):
+    record = []
+    train(tmp_path, record, **setting)
+    # The last model is evaluated at any interval.
+    assert [entry[1] for entry in record if entry[0] == 'evaluation'] == evaluations
+    expected = []
+    for update in range(updates):
+        seed_generators(UPDATE, SEED, update, 0)
+        expected.append(torch.initial_seed())
+    assert [entry[4] for entry in record if len(entry) == 6] == expected
 
 
 @pytest.mark.gpu

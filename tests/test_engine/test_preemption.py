@@ -26,6 +26,8 @@ from mlla_mm.engine.resume import newest_checkpoint
 UPDATES = 5
 """Of an epoch."""
 
+SEED = 1
+
 
 class Tiny(BaseModel):
     def __init__(self):
@@ -51,7 +53,7 @@ class MeanOutput(BaseMetric):
 
 
 class Recorder(Hook):
-    """What happened: updates with their images and rates, and evaluations."""
+    """Updates with their rates, seeds and images; ends of epochs; evaluations."""
 
     def __init__(self, record):
         self.record = record
@@ -59,7 +61,8 @@ class Recorder(Hook):
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         rate = runner.optim_wrapper.get_lr()['lr']
         images = data_batch['inputs'].flatten().tolist()
-        self.record.append((runner.epoch, runner.iter, batch_idx, rate, images))
+        seed = torch.initial_seed()
+        self.record.append((runner.epoch, runner.iter, batch_idx, rate, seed, images))
 
     def after_train_epoch(self, runner):
         self.record.append(('end of epoch', runner.epoch, runner.iter))
@@ -102,70 +105,66 @@ ITERATIONS = dict(
 )
 
 
-@pytest.fixture
-def train(tmp_path):
+def train(folder, record, stopper=None, **setting):
     """Train for as long as nothing comes in between; what happened is written down."""
-
-    def run(name, record, stopper=None, **setting):
-        folder = tmp_path / name
-        images = torch.rand(2 * UPDATES, 2, generator=torch.Generator().manual_seed(0))
-        cfg = Config(
-            dict(
-                train_dataloader=dict(
-                    batch_size=2,
-                    sampler=setting['sampler'],
-                    collate_fn=dict(type='default_collate'),
-                    dataset=None,
-                ),
-                train_cfg=setting['train_cfg'],
-            )
-        )
-        use_seeded_loop(cfg)
-        # A list is no config of a data set.
-        dataset = [dict(inputs=image) for image in images]
-        loader = dict(batch_size=2, dataset=dataset)
-        torch.manual_seed(0)
-        newest = newest_checkpoint(folder)
-        runner = Runner(
-            Tiny(),
-            str(folder),
-            train_dataloader={**cfg.train_dataloader.to_dict(), **loader},
-            train_cfg=cfg.train_cfg.to_dict(),
-            val_dataloader=dict(
-                sampler=dict(type='DefaultSampler', shuffle=False),
+    number = setting.get('images', 2 * UPDATES)
+    images = torch.rand(number, 2, generator=torch.Generator().manual_seed(0))
+    cfg = Config(
+        dict(
+            train_dataloader=dict(
+                batch_size=2,
+                sampler=setting['sampler'],
                 collate_fn=dict(type='default_collate'),
-                **loader,
+                dataset=None,
             ),
-            val_cfg=dict(),
-            val_evaluator=dict(type='MeanOutput'),
-            optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1, momentum=0.9)),
-            param_scheduler=[
-                dict(type='ExponentialLR', gamma=0.9, by_epoch=False),
-                dict(type='ExponentialLR', gamma=0.5, by_epoch=True),
-            ],
-            default_hooks=dict(
-                checkpoint=dict(
-                    type='WholeCheckpointHook',
-                    save_best='mean',
-                    rule='less',
-                    **setting['checkpoint'],
-                )
-            ),  # fmt: skip
-            custom_hooks=[
-                *cfg.custom_hooks,
-                *setting.get('hooks', []),
-                Recorder(record),
-                *([stopper] if stopper else []),
-            ],
-            default_scope='mmengine',
-            randomness=dict(seed=1),
-            experiment_name=f'{tmp_path.name}_{os.urandom(4).hex()}',
-            resume=newest is not None,
-            load_from=newest and str(newest),
+            train_cfg=setting['train_cfg'],
         )
-        runner.train()
-
-    return run
+    )
+    use_seeded_loop(cfg)
+    # A list is no config of a data set.
+    dataset = [dict(inputs=image) for image in images]
+    loader = dict(batch_size=2, dataset=dataset)
+    torch.manual_seed(0)
+    newest = newest_checkpoint(folder)
+    runner = Runner(
+        Tiny(),
+        str(folder),
+        train_dataloader={**cfg.train_dataloader.to_dict(), **loader},
+        train_cfg=cfg.train_cfg.to_dict(),
+        val_dataloader=dict(
+            sampler=dict(type='DefaultSampler', shuffle=False),
+            collate_fn=dict(type='default_collate'),
+            **loader,
+        ),
+        val_cfg=dict(),
+        val_evaluator=dict(type='MeanOutput'),
+        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1, momentum=0.9)),
+        param_scheduler=[
+            dict(type='ExponentialLR', gamma=0.9, by_epoch=False),
+            dict(type='ExponentialLR', gamma=0.5, by_epoch=True),
+        ],
+        default_hooks=dict(
+            checkpoint=dict(
+                type='WholeCheckpointHook',
+                save_best='mean',
+                rule='less',
+                **setting['checkpoint'],
+            )
+        ),  # fmt: skip
+        custom_hooks=[
+            *cfg.custom_hooks,
+            *setting.get('hooks', []),
+            Recorder(record),
+            *([stopper] if stopper else []),
+        ],
+        default_scope='mmengine',
+        randomness=dict(seed=SEED),
+        experiment_name=os.urandom(4).hex(),
+        resume=newest is not None,
+        load_from=newest and str(newest),
+        **setting.get('more', {}),
+    )
+    runner.train()
 
 
 def contents(folder):
@@ -200,19 +199,28 @@ EMA = dict(type='EMAHook', momentum=0.1)
         # MMEngine's average sits in the model during an evaluation.
         ({**EPOCHS, 'hooks': [EMA]}, [Stopper(6), Stopper(evaluation_after=10)]),
         (ITERATIONS, [Stopper(2), Stopper(3), Stopper(evaluation_after=8)]),
+        # In the second pass over the data; a third follows, in another order.
+        (
+            {**ITERATIONS, 'sampler': EPOCHS['sampler']},
+            [Stopper(7), Stopper(evaluation_after=8), Stopper(8)],
+        ),
         ({**ITERATIONS, 'hooks': [EMA]}, [Stopper(6), Stopper(evaluation_after=12)]),
     ],
 )
-def test_a_stopped_run_ends_as_if_it_had_not_been(train, tmp_path, setting, stops):
+def test_a_stopped_run_ends_as_if_it_had_not_been(
+    tmp_path, monkeypatch, setting, stops
+):
+    # MMEngine waits for two seconds between passes, for workers that are not here.
+    monkeypatch.setattr(time, 'sleep', lambda seconds: None)
     before = signal.getsignal(signal.SIGTERM)
     expected, found = [], []
-    train('whole', expected, **setting)
+    train(tmp_path / 'whole', expected, **setting)
     assert signal.getsignal(signal.SIGTERM) is before
     for stopper in stops:
         with pytest.raises(Preempted):
-            train('stopped', found, stopper, **setting)
+            train(tmp_path / 'stopped', found, stopper, **setting)
         signal.signal(signal.SIGTERM, before)
-    train('stopped', found, **setting)
+    train(tmp_path / 'stopped', found, **setting)
     assert found == expected
     (tensors, rest), (expected_tensors, expected_rest) = (
         contents(tmp_path / name) for name in ('stopped', 'whole')
@@ -228,20 +236,85 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(train, tmp_path, setting, stop
     assert names[0] == names[1]
 
 
-def test_nothing_is_saved_before_the_first_update(train, tmp_path, caplog):
+# One of two processes is told to stop: in an update, then in an evaluation. Their
+# BatchNorm statistics differ, as their images do.
+SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+from mmengine.config import Config
+from mmengine.dist import barrier, get_rank
+from mlla_mm.engine import launch
+from mlla_mm.engine.hooks import Preempted
+from tests.test_engine.test_preemption import EPOCHS, Stopper, contents, train
+
+
+def check_buffers(folder):
+    (path,) = folder.glob('preempted_iter_*.pth')
+    saved = torch.load(path, weights_only=False)
+    means = [value for key, value in saved['state_dict'].items() if 'running' in key]
+    parts = [[x for x in part if x.ndim] for part in saved['process_buffers']]
+    for mean, one, other in zip(means, *parts):
+        torch.testing.assert_close(mean, (one + other) / 2)
+        # Before an evaluation they have been made alike.
+        assert torch.equal(one, other) == (saved['meta']['iter'] == 6)
+
+
+folder = Path(sys.argv[1])
+cfg = Config(dict(
+    launcher='pytorch', model=dict(), env_cfg=dict(dist_cfg=dict(timeout=30))
+))
+launch.set_up(cfg)
+setting = {
+    **EPOCHS,
+    'images': 12,
+    'hooks': [dict(type='SyncBuffersBeforeSaveHook')],
+    'more': dict(launcher='pytorch', cfg=cfg),
+}
+expected, found = [], []
+train(folder / 'whole', expected, **setting)
+for stopper in (Stopper(3), Stopper(evaluation_after=6)):
+    hook = stopper if get_rank() == 1 else None
+    try:
+        train(folder / 'stopped', found, hook, **setting)
+    except Preempted:
+        if get_rank() == 0:
+            check_buffers(folder / 'stopped')
+        barrier()  # the first process alone saves
+    else:
+        raise AssertionError('not stopped')
+train(folder / 'stopped', found, **setting)
+assert found == expected, (found, expected)
+if get_rank() == 0:
+    (tensors, rest), (expected_tensors, expected_rest) = (
+        contents(folder / name) for name in ('stopped', 'whole')
+    )
+    assert rest == expected_rest
+    for key, value in expected_tensors.items():
+        assert torch.equal(tensors[key], value), key
+launch.tear_down()
+"""
+
+
+def test_a_signal_to_one_process_stops_all(run_tool, tmp_path):
+    (tmp_path / 'script.py').write_text(SCRIPT)
+    run_tool('python', tmp_path / 'script.py', tmp_path, processes=2)
+
+
+def test_nothing_is_saved_before_the_first_update(tmp_path, caplog):
     before = signal.getsignal(signal.SIGTERM)
     record = []
     with pytest.raises(Preempted):
-        train('work', record, Stopper(in_start=True), **EPOCHS)
+        train(tmp_path / 'work', record, Stopper(in_start=True), **EPOCHS)
     signal.signal(signal.SIGTERM, before)
     assert not record
     assert newest_checkpoint(tmp_path / 'work') is None
 
 
-def test_the_message_names_the_checkpoint(train, tmp_path):
+def test_the_message_names_the_checkpoint(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Preempted):
-        train('work', [], Stopper(6), **EPOCHS)
+        train(tmp_path / 'work', [], Stopper(6), **EPOCHS)
     signal.signal(signal.SIGTERM, before)
     path = tmp_path / 'work' / 'preempted_iter_7.pth'
     (log,) = (tmp_path / 'work').glob('*/*.log')
@@ -249,24 +322,24 @@ def test_the_message_names_the_checkpoint(train, tmp_path):
     assert (tmp_path / 'work' / 'last_checkpoint').read_text() == str(path)
 
 
-def test_a_signal_in_the_last_update_lets_the_training_finish(train, tmp_path):
+def test_a_signal_in_the_last_update_lets_the_training_finish(tmp_path):
     setting = {**EPOCHS, 'train_cfg': dict(by_epoch=True, max_epochs=3, val_begin=4)}
-    train('work', [], Stopper(14), **setting)
+    train(tmp_path / 'work', [], Stopper(14), **setting)
     assert newest_checkpoint(tmp_path / 'work').name == 'epoch_3.pth'
 
 
-def test_an_epoch_of_another_length_begins_anew(train, tmp_path):
+def test_an_epoch_of_another_length_begins_anew(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     record = []
     with pytest.raises(Preempted):
-        train('work', record, Stopper(6), **EPOCHS)
+        train(tmp_path / 'work', record, Stopper(6), **EPOCHS)
     signal.signal(signal.SIGTERM, before)
     path = tmp_path / 'work' / 'preempted_iter_7.pth'
     checkpoint = torch.load(path, weights_only=False)
     checkpoint['message_hub']['runtime_info']['epoch_begun']['updates'] = 8
     torch.save(checkpoint, path)
     record.clear()
-    train('work', record, **EPOCHS)
+    train(tmp_path / 'work', record, **EPOCHS)
     assert record[0][:3] == (1, 7, 0)
     (*_, log) = sorted((tmp_path / 'work').glob('*/*.log'))
     assert 'Epoch 2 begins anew: it has 5 updates; it had 8' in log.read_text()

@@ -95,7 +95,12 @@ def test_two_processes(run_tool, data, tmp_path):
 
 def test_resumed_run_keeps_its_checkpoints(config, capfd, tmp_path):
     """Also the best one, which a better one would replace."""
-    options = {'train_cfg.max_epochs': 2, 'default_hooks.logger.interval': 1000}
+    options = {
+        'train_cfg.max_epochs': 2,
+        'default_hooks.logger.interval': 1000,
+        'train_dataloader.dataset.indices': 8,
+        'val_dataloader.dataset.indices': 2,
+    }
     cfg = config('classification', **options)
     launch.set_up(cfg)
     Runner.from_cfg(cfg).train()

@@ -1,5 +1,5 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-from itertools import islice
+from itertools import chain, islice
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from mlla_mm.engine.samplers import (
     SharedSampler,
     collate_micro_batches,
 )
+from mlla_mm.engine.seeding import SAMPLE
 
 SEED = 3
 
@@ -46,6 +47,47 @@ def test_epochs_are_those_of_as_many_processes(images, drop_last):
         assert len(batches) == len(expected)
 
 
+@pytest.fixture
+def act_as(monkeypatch):
+    def act_as(rank, processes):
+        monkeypatch.setattr('mmengine.dist.utils.get_rank', lambda group=None: rank)
+        monkeypatch.setattr(
+            'mmengine.dist.utils.get_world_size', lambda group=None: processes
+        )
+
+    return act_as
+
+
+@pytest.mark.parametrize('kind', ['DefaultSampler', 'InfiniteSampler'])
+@pytest.mark.parametrize('processes', [1, 2, 4])
+def test_an_augmentation_is_seeded_with_the_place_of_its_image(act_as, kind, processes):
+    """In the order of all processes: no two images of a run share a seed."""
+    endless = kind == 'InfiniteSampler'
+    images = 10
+    places = {}
+    for rank in range(processes):
+        act_as(rank, processes)
+        batches = make(images, kind, micro_batches=4 // processes)
+        for epoch in (0,) if endless else (0, 1):
+            batches.sampler.set_epoch(epoch)
+            for draw in chain.from_iterable(islice(batches, 3)):
+                assert draw.key not in places
+                places[draw.key] = int(draw)
+    if endless:
+        generator = torch.Generator().manual_seed(SEED)
+        orders = [
+            [i for _ in range(3) for i in torch.randperm(images, generator=generator)]
+        ]
+    else:
+        orders = [permutation(images, epoch) for epoch in (0, 1)]
+        orders = [order + order[:2] for order in orders]
+    assert places == {
+        (SAMPLE, SEED, epoch, place): int(order[place])
+        for epoch, order in enumerate(orders)
+        for place in range(24 if endless else 12)
+    }
+
+
 def test_endless_passes():
     expected = permutation(5)
     generator = torch.Generator().manual_seed(SEED)
@@ -70,8 +112,11 @@ def test_skipping(kind, seen):
 
     def run(batches, passes):
         for epoch in passes:
-            batches.sampler.set_epoch(epoch)
             yield from batches
+            batches.sampler.set_epoch(epoch + 1)  # between passes alone, as MMEngine
+
+    def keys(updates):
+        return [[draw.key for draw in update] for update in updates]
 
     expected = list(islice(run(make(19, kind), range(4)), 10))
     batches = make(19, kind)
@@ -80,6 +125,7 @@ def test_skipping(kind, seen):
     assert passes == (seen // 3 if kind == 'DefaultSampler' else 0)
     found = list(islice(run(batches, range(passes, 4)), 10 - seen))
     assert found == expected[seen:]
+    assert keys(found) == keys(expected[seen:])
 
 
 def test_skipping_with_an_endless_sampler_of_mmdet():
@@ -103,6 +149,8 @@ def test_one_seed_for_all_when_none_is_given():
     """Otherwise an image could be seen twice in a pass, and another not at all."""
     sampler = SharedSampler(list(range(16)), dict(type='DefaultSampler'), 4)
     assert sorted(sampler) == list(range(16))
+    other = SharedSampler(list(range(16)), dict(type='DefaultSampler'), 4)
+    assert other.seed != sampler.seed
 
 
 def test_batches_of_a_loader():
@@ -110,10 +158,10 @@ def test_batches_of_a_loader():
         return [sample + offset for sample in samples]
 
     loader = DataLoader(
-        list(range(6)),
-        batch_sampler=[[0, 1, 2, 3], [4, 5]],
+        list(range(9)),
+        batch_sampler=[[0, 1, 2, 3, 4, 5], [6, 7, 8]],
         collate_fn=lambda data: collate_micro_batches(
-            data, 2, dict(type=collate, offset=10)
+            data, 3, dict(type=collate, offset=10)
         ),
     )
-    assert list(loader) == [[[10, 11], [12, 13]], [[14], [15]]]
+    assert list(loader) == [[[10, 11], [12, 13], [14, 15]], [[16], [17], [18]]]

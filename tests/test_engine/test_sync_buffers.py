@@ -7,9 +7,11 @@ import pytest
 import torch
 
 # A BatchNorm that is fed 1 by the first process and 3 by the second one. Its metric
-# is the running mean that it is evaluated with.
+# is the running mean that it is evaluated with. All runs of SETTINGS, one after
+# another; our hook's averages over the processes are counted.
 SCRIPT = """
 import json, sys
+from pathlib import Path
 import torch
 from mmengine.config import Config
 from mmengine.dist import get_rank
@@ -18,6 +20,8 @@ from mmengine.model import BaseModel
 from mmengine.registry import METRICS
 from mmengine.runner import Runner
 from mlla_mm.engine import launch
+from mlla_mm.engine.hooks import sync_buffers
+from tests.test_engine.test_sync_buffers import SETTINGS
 
 
 class Model(BaseModel):
@@ -51,56 +55,71 @@ def loader(batch_size):
     )
 
 
-options = json.loads(sys.argv[1])
-cfg = Config(dict(
-    model=dict(), launcher='pytorch', work_dir=options['work_dir'],
-    env_cfg=dict(dist_cfg=dict(backend='gloo')),
-))
+def average(*args, **kwargs):
+    averages.append(1)
+    all_reduce_params(*args, **kwargs)
+
+
+all_reduce_params = sync_buffers.all_reduce_params
+sync_buffers.all_reduce_params = average
+cfg = Config(dict(model=dict(), launcher='pytorch'))
 launch.set_up(cfg)
-runner = Runner(
-    model=Model(), launcher='pytorch', cfg=cfg, work_dir=cfg.work_dir,
-    train_dataloader=loader(2), val_dataloader=loader(1),
-    train_cfg=options['train_cfg'], val_cfg=dict(), val_evaluator=dict(type='Metric'),
-    optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.0)),
-    default_hooks=dict(checkpoint=dict(type='CheckpointHook', **options['checkpoint'])),
-    custom_hooks=options['custom_hooks'], default_scope='mmengine',
-)
-runner.train()
+for name, (hook, train_cfg, checkpoint) in SETTINGS.items():
+    averages = []
+    work_dir = Path(sys.argv[1]) / name
+    runner = Runner(
+        model=Model(), launcher='pytorch', cfg=cfg, work_dir=str(work_dir),
+        experiment_name=name, default_scope='mmengine',
+        train_dataloader=loader(2), val_dataloader=loader(1),
+        train_cfg=train_cfg, val_cfg=dict(), val_evaluator=dict(type='Metric'),
+        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.0)),
+        default_hooks=dict(checkpoint=dict(type='CheckpointHook', **checkpoint)),
+        custom_hooks=[dict(type=hook)],
+    )
+    runner.train()
+    if get_rank() == 0:
+        (work_dir / 'averages.json').write_text(json.dumps(len(averages)))
 launch.tear_down()
 """
 
+OURS = 'SyncBuffersBeforeSaveHook'
 BY_EPOCH = dict(by_epoch=True, max_epochs=2, val_interval=1)
 BY_ITERATION = dict(type='IterBasedTrainLoop', max_iters=3, val_interval=2)
+BEST_ALONE = dict(
+    by_epoch=False,
+    interval=-1,
+    save_last=False,
+    save_best='running_mean',
+    rule='greater',
+)
+SETTINGS = {
+    'epochs': (OURS, BY_EPOCH, dict(interval=1)),
+    'iterations': (OURS, BY_ITERATION, dict(by_epoch=False, interval=2)),
+    'evaluation without saving': (OURS, BY_ITERATION, BEST_ALONE),
+    "MMEngine's": ('SyncBuffersHook', BY_ITERATION, dict(by_epoch=False, interval=2)),
+}
 
 
-@pytest.fixture
-def train(run_tool, tmp_path):
-    script = tmp_path / 'script.py'
+@pytest.fixture(scope='module')
+def runs(run_tool, tmp_path_factory):
+    """Running means evaluated and saved, and the number of averages, by setting."""
+    folder = tmp_path_factory.mktemp('runs')
+    script = folder / 'script.py'
     script.write_text(SCRIPT)
-
-    def run(hook, train_cfg, **checkpoint):
-        work_dir = tmp_path / 'work'
-        options = dict(
-            work_dir=str(work_dir),
-            train_cfg=train_cfg,
-            checkpoint=checkpoint,
-            custom_hooks=[dict(type=hook)],
-        )
-        run_tool('python', script, json.dumps(options), processes=2)
-        log = next(work_dir.glob('*/vis_data/scalars.json')).read_text().splitlines()
-        evaluated = [
-            entry['running_mean']
-            for entry in map(json.loads, log)
-            if 'running_mean' in entry
-        ]
-        saved = {
+    run_tool('python', script, folder, processes=2)
+    results = {}
+    for name in SETTINGS:
+        (log,) = (folder / name).glob('*/vis_data/scalars.json')
+        entries = map(json.loads, log.read_text().splitlines())
+        evaluated = [e['running_mean'] for e in entries if 'running_mean' in e]
+        weights = {
             path.stem: torch.load(path, weights_only=False)['state_dict']
-            for path in work_dir.glob('*.pth')
+            for path in (folder / name).glob('*.pth')
         }
-        means = {k: v['bn.running_mean'].item() for k, v in saved.items()}
-        return evaluated, means
-
-    return run
+        saved = {key: x['bn.running_mean'].item() for key, x in weights.items()}
+        averages = json.loads((folder / name / 'averages.json').read_text())
+        results[name] = evaluated, saved, averages
+    return results
 
 
 def running_mean(iterations: int) -> float:
@@ -108,41 +127,33 @@ def running_mean(iterations: int) -> float:
     return 2 * (1 - 0.5**iterations)
 
 
-def test_epochs(train):
-    evaluated, saved = train('SyncBuffersBeforeSaveHook', BY_EPOCH, interval=1)
+def test_epochs(runs):
+    evaluated, saved, averages = runs['epochs']
     # Eight images, two processes with two each: two iterations an epoch.
     expected = [running_mean(2), running_mean(4)]
     assert evaluated == pytest.approx(expected)
     assert saved == pytest.approx(dict(zip(('epoch_1', 'epoch_2'), expected)))
+    assert averages == 2
 
 
-def test_iterations(train):
-    evaluated, saved = train(
-        'SyncBuffersBeforeSaveHook', BY_ITERATION, by_epoch=False, interval=2
-    )
+def test_iterations(runs):
+    evaluated, saved, averages = runs['iterations']
     expected = [running_mean(2), running_mean(3)]
     assert evaluated == pytest.approx(expected)
     # The last one is saved regardless of the interval.
     assert saved == pytest.approx(dict(zip(('iter_2', 'iter_3'), expected)))
+    # What is saved is evaluated as it is.
+    assert averages == 2
 
 
-def test_evaluation_without_saving(train):
-    evaluated, saved = train(
-        'SyncBuffersBeforeSaveHook',
-        BY_ITERATION,
-        by_epoch=False,
-        interval=-1,
-        save_last=False,
-        save_best='running_mean',
-        rule='greater',
-    )
+def test_evaluation_without_saving(runs):
+    evaluated, saved, averages = runs['evaluation without saving']
     assert evaluated == pytest.approx([running_mean(2), running_mean(3)])
     assert list(saved.values()) == pytest.approx([running_mean(3)])
+    assert averages == 2
 
 
-def test_mmengine_saves_another_model_than_it_evaluates(train):
+def test_mmengine_saves_another_model_than_it_evaluates(runs):
     """Why the hook is there; if this fails, MMEngine's own one does."""
-    evaluated, saved = train(
-        'SyncBuffersHook', BY_ITERATION, by_epoch=False, interval=2
-    )
+    evaluated, saved, _ = runs["MMEngine's"]
     assert saved['iter_2'] != pytest.approx(evaluated[0])

@@ -103,14 +103,23 @@ def flops_by_module(table: str) -> dict:
     }
 
 
+@pytest.mark.parametrize(
+    'scope, shape', [('mmpretrain', (224, 224)), ('mmseg', (512, 2048))]
+)
+def test_images_of_the_paper(scope, shape):
+    arch = dict(embed_dims=4, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1))
+    cfg = Config(dict(model=dict(type='MLLA', arch=arch), default_scope=scope))
+    assert count_complexity(cfg).shape == shape
+
+
 def test_heads_get_the_proposals_of_the_paper():
-    """1000 through the box head, 100 through the mask head."""
+    """Of its image 1000 go through the box head, 100 through the mask head."""
     pytest.importorskip('mmdet')
     cfg = Config.fromfile(CONFIGS / f'{NANO["mmdet"][0]}.py')
     cfg.model.test_cfg.rpn.update(nms_pre=1000, max_per_img=1000)  # as in the recipe
-    # So small an image and random weights would leave fewer, now and then.
-    cfg.model.test_cfg.rpn.nms.iou_threshold = 0.95
-    flops = flops_by_module(count_complexity(cfg, (256, 384), depth=3).table)
+    counted = count_complexity(cfg, depth=3)
+    assert counted.shape == (800, 1280)
+    flops = flops_by_module(counted.table)
     # Two linear layers on 64 channels of 7x7, then 11 scores and 10 boxes.
     box = 256 * (64 * 7**2 + 256 + 11 + 4 * 10)
     assert flops['roi_head.bbox_head'] == pytest.approx(1000 * box, rel=0.01)

@@ -1,6 +1,7 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 import argparse
 import collections
+import copyreg
 import io
 import os
 import pickle
@@ -15,9 +16,10 @@ from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer, MessageHub
 from torch import nn
 
-from mlla_mm.utils import checkpoint_file
+from mlla_mm.utils import checkpoint_file, compat
 from mlla_mm.utils.checkpoint_file import (
     CheckpointError,
+    fetch_checkpoint,
     load_checkpoint_file,
     read_checkpoint_meta,
     trust_checkpoints,
@@ -27,6 +29,10 @@ from .. import checkpoints
 
 FORMATS = pytest.mark.parametrize('legacy', [False, True])
 ATTACKS = sorted(checkpoints.attacks(Path('x')))
+COLLECTIONS = (
+    *(collections.Counter, collections.OrderedDict),
+    *(collections.defaultdict, collections.deque),
+)
 DTYPES = 'float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool complex64'
 
 
@@ -139,6 +145,45 @@ def test_configs_become_dicts(tmp_path):
     assert_same(loaded[1], {'a': {'b': 1}})
 
 
+def test_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    save({'a': 1}, tmp_path / 'x.pth')
+    assert load_checkpoint_file('~/x.pth') == {'a': 1}
+
+
+def test_fetching(tmp_path, monkeypatch):
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'cache'))
+    path = save({'a': 1}, tmp_path / 'x.pth')
+    fetched = fetch_checkpoint(path.as_uri())
+    assert fetched == tmp_path / 'cache/hub/checkpoints/x.pth'
+    assert fetched.read_bytes() == path.read_bytes()
+    path.unlink()
+    assert fetch_checkpoint(path.as_uri()) == fetched  # once
+    address = (tmp_path / 'y.pth').as_uri()
+    with pytest.raises(CheckpointError, match=f'{address} cannot be fetched'):
+        fetch_checkpoint(address)
+
+
+@pytest.mark.parametrize('rank', [0, 1])
+def test_the_first_process_fetches_before_the_others(tmp_path, monkeypatch, rank):
+    """The others wait before they look, and it waits for them afterwards."""
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'cache'))
+    path = save({'a': 1}, tmp_path / 'x.pth')
+    fetched = tmp_path / 'cache/hub/checkpoints/x.pth'
+    waits = []
+
+    def meet():
+        waits.append(fetched.is_file())
+        if rank == 1:
+            fetched.parent.mkdir(parents=True)
+            path.rename(fetched)  # it cannot be fetched any more
+
+    monkeypatch.setattr(checkpoint_file, 'get_dist_info', lambda: (rank, 2))
+    monkeypatch.setattr(checkpoint_file, 'barrier', meet)
+    assert fetch_checkpoint(path.as_uri()) == fetched
+    assert waits == [rank == 0]
+
+
 def test_map_location(tmp_path):
     path = save({'a': torch.ones(2)}, tmp_path / 'x.pth')
     assert load_checkpoint_file(path, map_location='meta')['a'].is_meta
@@ -237,6 +282,9 @@ def test_classes_are_not_changed(tmp_path):
     raw(path, b'ctorch._utils\n_rebuild_tensor_v2\n', value({'a': 1}), b'b')
     with pytest.raises(CheckpointError, match='setting the state'):
         load_checkpoint_file(path)
+    state = {'_metadata': {}, 'items': 1}
+    raw(path, b'ccollections\nOrderedDict\n)R', value(state), b'b')
+    assert vars(load_checkpoint_file(path)) == {'_metadata': {}}
     # NumPy's own dtype, in whose place a pickle may get it, stays as it is.
     raw(
         path, b'cnumpy\ndtype\n', value(('f8',)), b'R',
@@ -244,6 +292,24 @@ def test_classes_are_not_changed(tmp_path):
     )  # fmt: skip
     assert load_checkpoint_file(path) == np.dtype('>f8')
     assert np.dtype('f8').isnative
+
+
+def test_extensions_are_refused(tmp_path, monkeypatch):
+    """What another package gave a number, and a pickle has used, is there by it."""
+    monkeypatch.setitem(copyreg._extension_cache, 240, os.system)
+    path = raw(
+        tmp_path / 'x.pth', b'\x82\xf0', value((f'echo > {tmp_path}/ran',)), b'R'
+    )
+    with pytest.raises(CheckpointError, match='extension 240'):
+        load_checkpoint_file(path)
+    assert not (tmp_path / 'ran').exists()
+
+
+def test_too_little_memory_is_not_blamed_on_the_file(tmp_path):
+    """Here, for an array of bytes that no machine has room for."""
+    path = raw(tmp_path / 'x.pth', b'\x96' + (1 << 62).to_bytes(8, 'little'))
+    with pytest.raises(MemoryError):
+        load_checkpoint_file(path)
 
 
 DTYPE = b'cnumpy\ndtype\n'
@@ -255,6 +321,14 @@ ARRAY = b'cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85U\x01
     [
         [DTYPE, value(('O8',)), b'R'],
         [DTYPE, value(('f8,O',)), b'R'],
+        [DTYPE, value(('f8,i4',)), b'R'],
+        [DTYPE, value(('2f8',)), b'R'],
+        # The last item is one too many.
+        [
+            *(DTYPE, value(('f8',)), b'R'),
+            value((3, '<', *[None] * 3, -1, -1, 0, {})),
+            b'b',
+        ],
         # Records of objects that claim to have none.
         [
             *(DTYPE, value(('V8',)), b'R'),
@@ -278,6 +352,7 @@ ARRAY = b'cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85U\x01
         # Text in an encoding that is a program (PEP 263's are).
         [b'c_codecs\nencode\n', value(('a', 'punycode')), b'R'],
         [b'c__builtin__\ngetattr\n', value(('a', 'join')), b'R'],
+        [b'c__builtin__\ngetattr\n', value(('a', 'min')), b'R'],
     ],
 )  # fmt: skip
 def test_arguments_that_lie(tmp_path, opcodes):
@@ -285,7 +360,15 @@ def test_arguments_that_lie(tmp_path, opcodes):
         load_checkpoint_file(raw(tmp_path / 'x.pth', *opcodes))
 
 
-def test_storages_that_are_shorter_than_said(tmp_path):
+@pytest.mark.parametrize(
+    ('pytorch_checks', 'message'),
+    [(compat.CHECKS_RECORD_LENGTHS, '16 bytes'), (False, 'record 0 has 16 bytes')],
+)
+def test_storages_that_are_shorter_than_said(
+    tmp_path, monkeypatch, pytorch_checks, message
+):
+    """PyTorch before 2.11 does not look."""
+    monkeypatch.setattr(compat, 'CHECKS_RECORD_LENGTHS', pytorch_checks)
     path, other = save({'a': torch.ones(4)}, tmp_path / 'x.pth'), tmp_path / 'y.pth'
     with zipfile.ZipFile(path) as old, zipfile.ZipFile(other, 'w') as new:
         for name in old.namelist():
@@ -294,8 +377,9 @@ def test_storages_that_are_shorter_than_said(tmp_path):
                 assert content.count(b'K\x04') == 2
                 content = content.replace(b'K\x04', b'M\xff\x7f')
             new.writestr(name, content)
-    with pytest.raises(CheckpointError, match='16 bytes'):
+    with pytest.raises(CheckpointError, match=message):
         load_checkpoint_file(other)
+    assert_same(load_checkpoint_file(path), {'a': torch.ones(4)})
 
 
 @FORMATS
@@ -328,9 +412,10 @@ def test_what_failed_downloads_leave(tmp_path, content, message):
 
 def test_pytorchs_restrictions_are_not_blamed_on_the_file(tmp_path, monkeypatch):
     path = save({'a': torch.rand(2)}, tmp_path / 'x.pth', legacy=False)
-    monkeypatch.setenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD', 'True')
-    with pytest.raises(CheckpointError, match='LOAD=True is set, and .* Unset it'):
-        load_checkpoint_file(path)
+    for value in ('1', 'y', 'yes', 'True'):
+        monkeypatch.setenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD', value)
+        with pytest.raises(CheckpointError, match=f'LOAD={value} is set.*Unset it'):
+            load_checkpoint_file(path)
     monkeypatch.setenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD', '0')
     load_checkpoint_file(path)
 
@@ -362,19 +447,43 @@ def test_trust_is_for_the_process(tmp_path):
 
 def test_only_data_is_permitted():
     """Whoever adds a name has to look at this list."""
-    functions = {
-        f'{module}.{name}'
-        for (module, name), value in checkpoint_file._PERMITTED.items()
-        if callable(value) and not isinstance(value, type)
+    builtins = dict(
+        bool=bool, bytearray=bytearray, bytes=bytes, complex=complex, dict=dict,
+        float=float, frozenset=frozenset, int=int, list=list, set=set, slice=slice,
+        str=str, tuple=tuple, getattr=checkpoint_file._statistics_method,
+    )  # fmt: skip
+    arrays = dict(
+        _reconstruct=checkpoint_file._numpy_array, scalar=checkpoint_file._numpy_scalar
+    )
+    buffer = 'mmengine.logging.history_buffer.HistoryBuffer'
+    expected = {
+        **{f'builtins.{name}': value for name, value in builtins.items()},
+        **{f'__builtin__.{name}': value for name, value in builtins.items()},
+        **{f'collections.{kind.__name__}': kind for kind in COLLECTIONS},
+        '_codecs.encode': checkpoint_file._encode,
+        'torch.Size': torch.Size,
+        'torch.device': torch.device,
+        'torch.storage.UntypedStorage': torch.UntypedStorage,
+        'torch._utils._rebuild_tensor': torch._utils._rebuild_tensor,
+        'torch._utils._rebuild_tensor_v2': torch._utils._rebuild_tensor_v2,
+        'torch._utils._rebuild_parameter': torch._utils._rebuild_parameter,
+        'numpy.ndarray': None,
+        'numpy.dtype': checkpoint_file._numpy_dtype,
+        **{f'numpy.core.multiarray.{name}': value for name, value in arrays.items()},
+        **{f'numpy._core.multiarray.{name}': value for name, value in arrays.items()},
+        buffer: HistoryBuffer,
+        **{f'{buffer}.{name}': None for name in ('min', 'max', 'current', 'mean')},
+        'yacs.config.CfgNode': dict,
+        'argparse.Namespace': dict,
+        'mmcv.utils.config.ConfigDict': dict,
+        'mmengine.config.config.ConfigDict': dict,
     }
-    own = {'builtins.getattr', '__builtin__.getattr', '_codecs.encode', 'numpy.dtype'}
-    for module in ('numpy.core.multiarray', 'numpy._core.multiarray'):
-        own |= {f'{module}._reconstruct', f'{module}.scalar'}
-    torch_own = {name for name in functions if name.startswith('torch.')}
-    assert functions - own == torch_own
-    assert {name.split('.')[-1] for name in torch_own} <= {
-        '_rebuild_tensor',
-        '_rebuild_tensor_v2',
-        '_rebuild_tensor_v3',
-        '_rebuild_parameter',
-    }
+    if hasattr(torch._utils, '_rebuild_tensor_v3'):
+        v3 = torch._utils._rebuild_tensor_v3
+        expected['torch._utils._rebuild_tensor_v3'] = v3
+    found = {'.'.join(key): value for key, value in checkpoint_file._PERMITTED.items()}
+    # PyTorch has more of them with every version.
+    dtypes = {name for name, value in found.items() if isinstance(value, torch.dtype)}
+    assert {f'torch.{name}' for name in DTYPES.split()} <= dtypes
+    assert dtypes == {str(found[name]) for name in dtypes}
+    assert {name: found[name] for name in found.keys() - dtypes} == expected
