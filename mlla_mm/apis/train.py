@@ -60,6 +60,9 @@ def _read_config(args: argparse.Namespace) -> Config:
     cfg = options.read_run_config(args)
     launch.require_restart_allowed(cfg.work_dir)
     options.set_resume(cfg, launch.restart_checkpoint(cfg.work_dir) or args.resume)
+    is_first = launch.processes(cfg.launcher).rank == 0
+    if args.resume and not cfg.resume and is_first:
+        print(f'Nothing to resume in {cfg.work_dir}: a new run begins.', flush=True)
     if args.amp:
         options.enable_amp(cfg)
     return cfg

@@ -114,7 +114,8 @@ def enable_tta(cfg: Config) -> None:
 def set_resume(cfg: Config, resume: Optional[str]) -> None:
     """Resume from a checkpoint, or from the newest whole one of the work_dir ('auto').
 
-    The run gets the seed of the run that it goes on with.
+    The run gets the seed of the run that it goes on with. A work_dir without a
+    checkpoint is that of a new run.
 
     Args:
         cfg (Config): The config of a training run; changed in place.
@@ -131,14 +132,17 @@ def set_resume(cfg: Config, resume: Optional[str]) -> None:
         return
     if resume == 'auto':
         resume = newest_checkpoint(cfg.work_dir)
+        if resume is None:
+            cfg.resume = False  # MMEngine would look again, and say so
+            return
     elif not Path(resume).is_file():
         raise FileNotFoundError(
             f'Checkpoint to resume from not found: {resume}. Give --resume alone '
             'for the newest one of the work_dir.'
         )
     cfg.resume = True
-    cfg.load_from = None if resume is None else str(resume)
-    if resume is not None and Path(resume).is_file():
+    cfg.load_from = str(resume)
+    if Path(resume).is_file():
         cfg.randomness = dict(cfg.get('randomness', {}), seed=seed_of(resume))
 
 
