@@ -24,7 +24,7 @@ def load_own_toolbox_alone(config: str) -> None:
         cfg = Config.fromfile(config, import_custom_modules=False)
     except FileNotFoundError:
         return
-    text = cfg.pretty_text
+    text = str(cfg)
     unused = frozenset(name for name in TOOLBOXES if name not in text)
     if unused:
         sys.meta_path.insert(0, _Refuse(unused))

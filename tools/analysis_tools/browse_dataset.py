@@ -43,9 +43,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     from mlla_mm.engine.launch import exit_on_user_error
     from mlla_mm.visualization.samples import training_sheet
 
-    quiet()
     with exit_on_user_error():
         cfg = read_config(args.config, args.cfg_options)
+        quiet(cfg.get('default_scope'))
         training_sheet(cfg, args.out, args.num_images, repeat=args.mode == 'repeat')
     print(f'Training samples: {args.out}')
 

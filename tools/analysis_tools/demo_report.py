@@ -18,8 +18,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     from mlla_mm.engine.console import quiet
     from mlla_mm.visualization.report import write_report
 
-    quiet()
-    print('\n'.join(write_report(read_config(args.config), args.work_dir)))
+    cfg = read_config(args.config)
+    quiet(cfg.default_scope)
+    print('\n'.join(write_report(cfg, args.work_dir)))
 
 
 if __name__ == '__main__':
