@@ -19,12 +19,14 @@ from mmengine.runner import Runner
 
 #: How records begin that are for the log file.
 LOG_FILE_ONLY = (
-    # MMEngine describes environment, config, hooks and the rate of every parameter.
+    # MMEngine describes environment, config, hooks, the rate of every parameter, and
+    # what it removes.
     '\n' + '-' * 60 + '\nSystem environment:',
     'Config:\n',
     'Hooks will be executed in the following order:',
     'paramwise_options -- ',
     'Exp name: ',
+    'The previous best checkpoint ',
     # What SyncBN means in one process.
     'Distributed training is not used, all SyncBatchNorm',
     # MMEngine's own calls of what it deprecates.
