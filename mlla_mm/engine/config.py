@@ -2,12 +2,14 @@
 """Command-line choices applied to a config."""
 
 import argparse
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, List, Optional
 
 import torch
 from mmengine.config import Config, ConfigDict
+from yapf.yapflib import yapf_api
 
 from ..models.weights import require_weights
 from ..utils.checkpoint_file import trust_checkpoints
@@ -41,7 +43,28 @@ def read_run_config(args: argparse.Namespace) -> Config:
             hooks.append(dict(type=kind))
     cfg.custom_hooks = hooks
     compile_backbone(cfg)
+    lay_out_configs_once()
     return cfg
+
+
+def lay_out_configs_once() -> None:
+    """Let YAPF lay out a config's text once in this process.
+
+    It takes a second or more. MMEngine writes the text in four places when a run
+    starts, and in every checkpoint.
+    """
+    lay_out = yapf_api.FormatCode
+    if hasattr(lay_out, '__wrapped__'):
+        return
+    known = {}
+
+    @functools.wraps(lay_out)
+    def format_code(text: str, **options) -> tuple:
+        if text not in known:
+            known[text] = lay_out(text, **options)
+        return known[text]
+
+    yapf_api.FormatCode = format_code
 
 
 def compile_backbone(cfg: Config) -> None:
