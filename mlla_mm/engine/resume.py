@@ -45,7 +45,9 @@ def newest_checkpoint(work_dir: Union[str, Path]) -> Optional[Path]:
     if newest:
         # How many updates an epoch has, only the files know.
         return newest[0] if len(newest) == 1 else max(newest, key=_updates)
-    elsewhere = None if any(found.values()) else find_latest_checkpoint(str(work_dir))
+    if any(found.values()) or not (Path(work_dir) / 'last_checkpoint').exists():
+        return None
+    elsewhere = find_latest_checkpoint(str(work_dir))
     return Path(elsewhere) if elsewhere and Path(elsewhere).exists() else None
 
 
