@@ -189,7 +189,10 @@ class MLLA(BaseModule):
         self.apply(_init_linear)
         # The layout of the maps, in which the gradients come: DistributedDataParallel
         # lays out its buckets as the weights are.
-        self.to(memory_format=torch.channels_last)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                weight = module.weight.data
+                module.weight.data = weight.to(memory_format=torch.channels_last)
         self._freeze_stages()
         self._freeze_unused()
         if not isinstance(compile, (bool, dict)):
