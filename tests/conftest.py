@@ -1,4 +1,5 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+import os
 from pathlib import Path
 
 import pytest
@@ -6,6 +7,16 @@ import torch
 from mmengine.visualization import Visualizer
 
 import mlla_mm  # noqa: F401  (before anything imports mmcv.ops)
+
+from .durations import Durations
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(Durations(long=20, too_long=60))
+
+
+def pytest_collection_finish():
+    from . import quick  # noqa: F401  (after the imports of all tests)
 
 
 @pytest.fixture(autouse=True)
@@ -22,13 +33,52 @@ def forget_visualizers():
 
 
 @pytest.fixture(scope='session')
-def digits_coco(tmp_path_factory) -> Path:
-    """16 training and 5 validation images in COCO format."""
-    from mlla_mm.datasets.digits import make_coco
+def once(tmp_path_factory):
+    """Folders that are filled once, also for several workers of pytest-xdist."""
+    from .processes import fill_once
 
-    out = tmp_path_factory.mktemp('data') / 'digits_coco'
-    make_coco(str(out), train=16, val=5, size=64)
-    return out
+    root = tmp_path_factory.getbasetemp()
+    if 'PYTEST_XDIST_WORKER' in os.environ:
+        root = root.parent  # below it each worker has a folder of its own
+
+    def get(name, fill) -> Path:
+        return fill_once(root / 'once' / name, fill)
+
+    return get
+
+
+@pytest.fixture(scope='session')
+def digits(once):
+    """16 training (classes: 40) and 5 validation images: a folder for each layout."""
+    from mlla_mm.datasets import digits
+
+    def get(layout) -> Path:
+        def fill(folder):
+            make = getattr(digits, f'make_{layout}')
+            train = 40 if layout == 'imagenet' else 16
+            make(str(folder / 'data'), train=train, val=5, size=64)
+
+        return once(layout, fill) / 'data'
+
+    return get
+
+
+@pytest.fixture(scope='session')
+def digits_coco(digits) -> Path:
+    return digits('coco')
+
+
+@pytest.fixture(scope='session')
+def digits_imagenet(digits) -> Path:
+    return digits('imagenet')
+
+
+@pytest.fixture(scope='session')
+def segmentor(once) -> Path:
+    """What ``runs.run_segmentor`` leaves."""
+    from .runs import run_segmentor
+
+    return once('segmentor', run_segmentor)
 
 
 @pytest.fixture(scope='session')
@@ -37,6 +87,20 @@ def run_tool():
     from .processes import run_tool
 
     return run_tool
+
+
+@pytest.fixture
+def call_tool(capsys):
+    """Call a tool's ``main`` in this process; returns what its process would.
+
+    What the user did wrong is the result's, any other error the test's.
+    """
+    from .processes import call_tool
+
+    def call(tool, *arguments, **options):
+        return call_tool(capsys, tool, *arguments, **options)
+
+    return call
 
 
 @pytest.fixture(scope='session')

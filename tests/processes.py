@@ -1,24 +1,128 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 """Runs of the tools, which mostly take less time than the imports of a new process."""
 
+import importlib.util
 import multiprocessing
 import os
+import random
 import runpy
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import warnings
+from contextlib import ExitStack, contextmanager
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Optional
 from unittest import mock
 
+import cv2
+import numpy as np
 import torch
+from filelock import FileLock
+from mmengine.logging import MessageHub, MMLogger
+from mmengine.registry import DefaultScope
+
+from mlla_mm.utils.checkpoint_file import checkpoints_are_trusted, trust_checkpoints
 
 ROOT = Path(__file__).parents[1]
-# What the tools spend some ten seconds on.
-_IMPORTED = ['mlla_mm', 'mmdet.apis', 'mmseg.apis', 'mmpretrain.apis', __name__]
+# What the tools spend most of a short run on.
+_IMPORTED = [
+    *('mlla_mm', 'mmdet.apis', 'mmseg.apis', 'mmpretrain.apis'),
+    *('mlla_mm.apis.test', 'mlla_mm.apis.train', __name__, 'tests.quick'),
+]
 _LIMIT = 600  # seconds
+_CONSOLE = 'mlla_mm.engine.console'
+
+
+def fill_once(folder: Path, fill) -> Path:
+    """Call ``fill`` with a folder, unless a process did; returns the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix('.lock')):
+        if not folder.with_suffix('.filled').exists():
+            fill(folder)
+            folder.with_suffix('.filled').touch()
+    return folder
+
+
+def call_tool(
+    capsys, tool, *arguments, check=True, cwd=ROOT
+) -> subprocess.CompletedProcess:
+    """Call the ``main`` of a tool in this process, which is then as it was.
+
+    Args:
+        capsys: The fixture of pytest.
+        tool (str): Path of the tool in the repository.
+        *arguments: Those of the tool.
+        check (bool): Whether an exit status other than 0 fails the test.
+        cwd (Path): Where to run it.
+
+    Returns:
+        The exit status of a process, and what it would print in ``stdout`` and in
+        ``stderr``, where a ``SystemExit`` writes its message.
+    """
+    words = [str(word) for word in arguments]
+    capsys.readouterr()
+    with restored_state(), mock.patch('sys.argv', [tool, *words]):
+        os.chdir(cwd)
+        sys.path.insert(0, str(ROOT / 'tools'))
+        status = 0
+        try:
+            load_tool(tool).main(words)
+        except SystemExit as end:
+            status = end.code or 0
+            if isinstance(status, str):
+                print(status, file=sys.stderr)
+                status = 1
+    out, err = capsys.readouterr()
+    assert status == 0 or not check, (out + err)[-4000:]
+    return subprocess.CompletedProcess([tool, *words], status, out, err)
+
+
+def load_tool(path: str):
+    """The module of a tool, from its path in the repository."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def restored_state():
+    """What tools change in the process that is theirs alone."""
+    scopes = dict(DefaultScope._instance_dict)
+    trusted, cwd = checkpoints_are_trusted(), os.getcwd()
+    threads = torch.get_num_threads(), cv2.getNumThreads()
+    states = random.getstate(), np.random.get_state()
+    handler = signal.getsignal(signal.SIGTERM)
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(warnings.catch_warnings())
+        stack.enter_context(mock.patch.dict(os.environ))
+        for name in ('path', 'meta_path'):
+            stack.enter_context(mock.patch.object(sys, name, [*getattr(sys, name)]))
+        try:
+            yield
+        finally:
+            # Where quiet() puts another print, which hides the built-in one.
+            for module in list(sys.modules.values()):
+                shown = getattr(module, '__dict__', {}).get('print')
+                if getattr(shown, '__module__', '') == _CONSOLE:
+                    del module.print
+            DefaultScope._instance_dict.clear()
+            DefaultScope._instance_dict.update(scopes)
+            # Their handlers write to what is captured now.
+            MMLogger._instance_dict.clear()
+            MessageHub._instance_dict.clear()
+            signal.signal(signal.SIGTERM, handler)
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            torch.set_num_threads(threads[0])
+            cv2.setNumThreads(threads[1])
+            trust_checkpoints(trusted)
+            os.chdir(cwd)
 
 
 def run_tool(

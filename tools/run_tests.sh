@@ -9,4 +9,4 @@ ruff check .
 ruff format --check .
 # Two tests at a time, each on a core.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-python -m pytest --numprocesses 2 --dist loadfile "$@"
+python -m pytest --numprocesses 2 --dist worksteal "$@"

@@ -8,6 +8,8 @@ from mmengine.config import Config
 from mlla_mm.engine import config as options
 from mlla_mm.utils.checkpoint_file import checkpoints_are_trusted, trust_checkpoints
 
+from ..processes import load_tool
+
 
 def make(**more) -> Config:
     return Config(
@@ -58,7 +60,7 @@ def test_tta_wraps_the_model_and_its_pipeline():
 
 def run_config(*words):
     parser = argparse.ArgumentParser()
-    options.add_run_arguments(parser)
+    load_tool('tools/arguments.py').add_run_arguments(parser)
     return options.read_run_config(parser.parse_args([str(word) for word in words]))
 
 
@@ -155,3 +157,20 @@ def test_compile_means_the_backbone(compile):
     options.compile_backbone(cfg)
     assert cfg.compile == compile
     assert 'compile' not in cfg.model.backbone
+
+
+def test_a_config_is_laid_out_once(monkeypatch):
+    texts = []
+
+    def lay_out(text, **kwargs):
+        texts.append(text)
+        return f'{text}\n', True
+
+    monkeypatch.setattr('yapf.yapflib.yapf_api.FormatCode', lay_out)
+    options.lay_out_configs_once()
+    options.lay_out_configs_once()
+    cfg = Config(dict(a=1))
+    assert cfg.pretty_text == cfg.pretty_text == f'{texts[0]}\n'
+    cfg.a = 2
+    assert cfg.pretty_text == f'{texts[1]}\n'
+    assert len(texts) == 2 and '2' in texts[1]

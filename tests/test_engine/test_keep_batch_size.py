@@ -118,13 +118,11 @@ def logged(work_dir: Path) -> list:
         for task in TASKS
     ],
 )
-def runs(request, run_tool, tmp_path_factory):
+def runs(request, run_tool, once):
     """Work_dirs of the recipe's run and of the one on fewer processes."""
     name, changes, make_data, (processes, fewer), parts, modules = TASKS[request.param]
-    folder = tmp_path_factory.mktemp(request.param)
-    data = make_data(folder / 'data', train=19, val=5, size=64)
 
-    def write_config(path: Path, options: dict) -> Path:
+    def write_config(path: Path, data: Path, options: dict) -> Path:
         cfg = Config.fromfile(CONFIGS / name)
         cfg.merge_from_dict({**changes, **options})
         # AdamW would not notice a gradient of another scale, and makes steps of noise.
@@ -149,21 +147,24 @@ def runs(request, run_tool, tmp_path_factory):
         cfg.dump(path)
         return path
 
-    half, whole = (
-        write_config(folder / f'{part}.py', options)
-        for part, options in zip(('half', 'whole'), parts)
-    )
-
     def train(config: Path, processes: int, *arguments) -> None:
         run_tool(
             'python', 'tools/train.py', config, *arguments,
             '--launcher', 'pytorch', processes=processes,
         )  # fmt: skip
 
-    train(whole, processes, '--work-dir', folder / 'recipe')
-    keeping = ['--work-dir', folder / 'fewer', '--keep-batch-size']
-    train(half, fewer, *keeping)
-    train(whole, fewer, *keeping, '--resume')
+    def fill(folder: Path) -> None:
+        data = make_data(folder / 'data', train=19, val=5, size=64)
+        half, whole = (
+            write_config(folder / f'{part}.py', data, options)
+            for part, options in zip(('half', 'whole'), parts)
+        )
+        train(whole, processes, '--work-dir', folder / 'recipe')
+        keeping = ['--work-dir', folder / 'fewer', '--keep-batch-size']
+        train(half, fewer, *keeping)
+        train(whole, fewer, *keeping, '--resume')
+
+    folder = once(f'keep_batch_size_{request.param}', fill)
     return folder / 'recipe', folder / 'fewer'
 
 

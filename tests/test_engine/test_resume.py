@@ -5,11 +5,11 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from mlla_mm.datasets.digits import make_ade20k, make_imagenet
+from mlla_mm.datasets.digits import make_imagenet
 from mlla_mm.engine import config as options
 from mlla_mm.engine.resume import newest_checkpoint, seed_of
 
-ROOT = Path(__file__).parents[2]
+from ..runs import logged, without_workers
 
 
 def save(path: Path, seed=None, updates=0) -> Path:
@@ -71,72 +71,67 @@ def test_the_seed_is_the_interrupted_runs(tmp_path):
     assert cfg.randomness == dict(seed=5, diff_rank_seed=True)
 
 
-def test_the_config_may_ask_to_resume(tmp_path):
-    cfg = Config(dict(work_dir=str(tmp_path), resume=True, load_from=None))
+def test_the_config_may_ask_to_resume(tmp_path, capsys):
+    asking = Config(dict(work_dir=str(tmp_path), resume=True, load_from=None))
+    cfg = asking.copy()
     options.set_resume(cfg, None)
-    assert cfg.load_from is None  # nothing there: MMEngine starts
+    assert not cfg.resume  # nothing there: a new run
     save(tmp_path / 'iter_2.pth', seed=5)
-    options.set_resume(cfg, None)
-    assert cfg.load_from == str(tmp_path / 'iter_2.pth')
+    options.set_resume(asking, None)
+    assert asking.resume
+    assert asking.load_from == str(tmp_path / 'iter_2.pth')
+    assert capsys.readouterr() == ('', '')
 
 
-# Config, data, and half of the training and all of it.
-TASKS = {
-    'epochs': (
-        'configs/classification/mlla-nano_digits.py',
-        lambda out: make_imagenet(out, train=40, val=10, size=32),
-        {
-            'train_dataloader.batch_size': 8,
-            'model.backbone.drop_path_rate': 0.2,
-            'param_scheduler.warmup': 1,
-        },
-        # The teacher starts in the second epoch of both.
-        (
-            ('train_cfg.max_epochs=2', 'custom_hooks.1.start=0.5'),
-            ('train_cfg.max_epochs=4', 'custom_hooks.1.start=0.25'),
-        ),
-    ),
-    'iterations': (
-        'configs/segmentation/upernet_mlla-nano_digits.py',
-        lambda out: make_ade20k(out, train=6, val=2, size=48),
-        {'default_hooks.checkpoint.interval': 3, 'train_cfg.val_interval': 3},
-        (('train_cfg.max_iters=3',), ('train_cfg.max_iters=5',)),
-    ),
-}
+def test_a_new_run_starts_from_the_configs_weights(tmp_path):
+    cfg = Config(dict(work_dir=str(tmp_path), resume=False, load_from='w.pth'))
+    options.set_resume(cfg, 'auto')
+    assert not cfg.resume
+    assert cfg.load_from == 'w.pth'
 
 
-@pytest.mark.parametrize(
-    'name', [pytest.param('epochs', marks=pytest.mark.slow), 'iterations']
-)
-def test_an_interrupted_run_ends_as_if_it_had_not_been(name, run_tool, tmp_path):
+def assert_same_end(found: Path, expected: Path) -> None:
+    """Bit by bit: the weights, averaged weights and moments of two checkpoints."""
+    found, expected = (torch.load(x, weights_only=False) for x in (found, expected))
+    for part in ('state_dict', 'state_dict_ema'):
+        assert (part in found) == (part in expected)
+        for key, value in expected.get(part, {}).items():
+            assert torch.equal(found[part][key], value), (part, key)
+    moments = expected['optimizer']['state']
+    assert moments
+    for index, state in found['optimizer']['state'].items():
+        for key, value in state.items():
+            assert torch.equal(value, moments[index][key])
+
+
+def test_an_interrupted_run_ends_as_if_it_had_not_been(segmentor):
     """Also with another number of workers; augmentation and drop path are random."""
-    config, make_data, changes, (half, whole) = TASKS[name]
-    data = make_data(tmp_path / 'data')
-    common = [f'{key}={value}' for key, value in changes.items()]
-    for split in ('train', 'val'):
-        common.append(f'{split}_dataloader.dataset.data_root={data}')
+    last = [newest_checkpoint(segmentor / name) for name in ('parts', 'whole')]
+    assert [path.name for path in last] == ['iter_5.pth'] * 2
+    steps = [entry['step'] for entry in logged(segmentor / 'parts') if 'loss' in entry]
+    assert steps == [1, 2, 3, 4, 5]
+    assert_same_end(*last)
 
-    def train(folder: str, length: tuple, workers: int, *arguments) -> Path:
+
+@pytest.mark.slow
+def test_an_interrupted_run_of_epochs(run_tool, tmp_path):
+    """As above, with an average that is the teacher from the second epoch on."""
+    data = make_imagenet(tmp_path / 'data', train=40, val=10, size=32)
+
+    def train(folder: str, epochs: int, workers: int, *arguments) -> Path:
         run_tool(
-            'python', 'tools/train.py', config, '--work-dir', tmp_path / folder,
-            *arguments, '--cfg-options', *length, *common,
+            'python', 'tools/train.py', 'configs/classification/mlla-nano_digits.py',
+            '--work-dir', tmp_path / folder, *arguments, '--cfg-options',
+            *without_workers(data, 'train', 'val'), 'train_dataloader.batch_size=8',
+            'model.backbone.drop_path_rate=0.2', 'param_scheduler.warmup=1',
+            f'train_cfg.max_epochs={epochs}', f'custom_hooks.1.start={1 / epochs}',
             f'train_dataloader.num_workers={workers}',
             f'train_dataloader.persistent_workers={workers > 0}',
         )  # fmt: skip
         return newest_checkpoint(tmp_path / folder)
 
-    interrupted = train('interrupted', half, 2)
-    seed = seed_of(interrupted)
-    resumed = train('interrupted', whole, 0, '--resume')
-    expected = train('uninterrupted', whole, 1, '--seed', seed)
+    interrupted = train('interrupted', 2, 2)
+    resumed = train('interrupted', 4, 0, '--resume')
+    expected = train('uninterrupted', 4, 1, '--seed', seed_of(interrupted))
     assert resumed.name == expected.name != interrupted.name
-    expected, resumed = (
-        torch.load(path, weights_only=False) for path in (expected, resumed)
-    )
-    for part in ('state_dict', 'state_dict_ema'):
-        for key, value in expected.get(part, {}).items():
-            assert torch.equal(resumed[part][key], value), (part, key)
-    moments = expected['optimizer']['state']
-    for index, state in resumed['optimizer']['state'].items():
-        for key, value in state.items():
-            assert torch.equal(value, moments[index][key])
+    assert_same_end(resumed, expected)

@@ -66,7 +66,12 @@ def test_logits_equal_the_authors(name, parameters):
 
 
 @pytest.mark.parametrize(
-    'name, gflops', [('t_8xb128', 4.149), ('s_8xb64', 7.278), ('b_8xb64', 16.157)]
+    'name, gflops',
+    [
+        ('t_8xb128', 4.149),
+        pytest.param('s_8xb64', 7.278, marks=pytest.mark.slow),
+        pytest.param('b_8xb64', 16.157, marks=pytest.mark.slow),
+    ],
 )
 def test_flops(name, gflops):
     from mmengine.analysis import get_model_complexity_info

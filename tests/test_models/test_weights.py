@@ -7,7 +7,12 @@ from mmengine.logging import MMLogger
 from torch import nn
 
 from mlla_mm.models import MLLA, load_pretrained
-from mlla_mm.models.checkpoint_layout import check_fit, describe, to_own_layout
+from mlla_mm.models.checkpoint_layout import (
+    check_fit,
+    describe,
+    find_weights,
+    to_own_layout,
+)
 from mlla_mm.utils import checkpoint_file
 from mlla_mm.utils.checkpoint_file import CheckpointError
 
@@ -250,6 +255,19 @@ def test_files_that_are_no_checkpoints(tmp_path):
     torch.save({'conv.weight': torch.ones(1)}, tmp_path / 'other.pth')
     with pytest.raises(CheckpointError, match='The file holds no MLLA'):
         load_pretrained(model, tmp_path / 'other.pth')
+
+
+@pytest.mark.parametrize(
+    'content, words',
+    [
+        ([1], ['no weights', "'model'", "'state_dict'"]),
+        (dict(state_dict={}, state_dict_ema={}), ['ema=False', 'ema=True']),
+    ],
+)
+def test_which_weights(content, words):
+    with pytest.raises(CheckpointError) as caught:
+        find_weights(content, 'x.pth')
+    assert all(word in str(caught.value) for word in ['x.pth', *words])
 
 
 def test_description():

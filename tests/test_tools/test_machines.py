@@ -86,6 +86,7 @@ def weights(path):
     return torch.load(path, map_location='cpu', weights_only=False)['state_dict']
 
 
+@pytest.mark.slow
 def test_two_machines_equal_one(run_tool, data, alone, tmp_path):
     command = ['bash', 'tools/dist_train.sh', CONFIG, 1, *arguments(data, tmp_path)]
     first, _ = on_two_machines(run_tool, command)

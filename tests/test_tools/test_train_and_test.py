@@ -1,37 +1,36 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""Real runs of the tools with the digits demo's config, on two CPU processes."""
+"""Real runs of the tools with the digits demos, on one and two CPU processes."""
 
 import json
+import os
 import pickle
+import shutil
+import socket
+import sys
 from pathlib import Path
 
 import cv2
 import pytest
 import torch
 
+from ..processes import ROOT
+from ..runs import logged, without_workers
+
 CONFIG = 'configs/detection/mask-rcnn_mlla-nano_fpn_digits.py'
+CLASSIFIER = 'configs/classification/mlla-nano_digits.py'
+SPLITS = ('train', 'val', 'test')
 pytest.importorskip('mmdet')
+pytest.importorskip('mmpretrain')
 
 
-def overrides(data_root, **more):
+def overrides(data_root):
     """The demo's config on a small data set."""
-    paths = {}
-    for split in ('train', 'val', 'test'):
-        paths[f'{split}_dataloader.dataset.data_root'] = f'{data_root}/'
-        paths[f'{split}_dataloader.num_workers'] = 0
-        paths[f'{split}_dataloader.persistent_workers'] = False
-    for split in ('val', 'test'):
-        paths[f'{split}_evaluator.ann_file'] = (
-            f'{data_root}/annotations/instances_val.json'
-        )
-    paths['default_hooks.logger.interval'] = 1
-    return ['--cfg-options', *(f'{k}={v}' for k, v in {**paths, **more}.items())]
-
-
-def logged(work_dir):
-    """Every entry of a work_dir's logs, in the order of the runs."""
-    files = sorted(work_dir.glob('*/vis_data/scalars.json'))
-    return [json.loads(x) for f in files for x in f.read_text().splitlines()]
+    annotations = f'{data_root}/annotations/instances_val.json'
+    return [
+        *('--cfg-options', *without_workers(data_root, *SPLITS)),
+        *(f'{split}_evaluator.ann_file={annotations}' for split in SPLITS[1:]),
+        'default_hooks.logger.interval=1',
+    ]
 
 
 def metrics(work_dir):
@@ -41,65 +40,121 @@ def metrics(work_dir):
 
 
 @pytest.fixture(scope='module')
-def trained(run_tool, digits_coco, tmp_path_factory):
-    """Two epochs on two processes, and what was printed."""
-    work_dir = tmp_path_factory.mktemp('work')
-    result = run_tool(
-        'bash', 'tools/dist_train.sh', CONFIG, 2, '--work-dir', work_dir,
-        '--seed', 0, *overrides(digits_coco, **{'train_cfg.max_epochs': 2}),
-    )  # fmt: skip
-    return work_dir, result.stdout
+def trained(run_tool, digits_coco, once):
+    """A work_dir after an epoch on one process, and what was printed."""
 
+    def fill(folder):
+        # A process that imports the packages itself, as those of run_tool do not.
+        result = run_tool(
+            'bash', 'tools/dist_train.sh', CONFIG, 1, '--work-dir', folder / 'work',
+            '--seed', 0, *overrides(digits_coco), 'train_cfg.max_epochs=1',
+            'train_dataloader.batch_size=8',
+        )  # fmt: skip
+        (folder / 'printed.txt').write_text(result.stdout)
 
-def test_training_on_two_processes(trained):
-    work_dir, output = trained
-    entries = logged(work_dir)
-    losses = [entry['loss'] for entry in entries if 'loss' in entry]
-    # 16 images / (2 processes x 4) = 2 iterations an epoch.
-    assert len(losses) == 4
-    assert all(0 < loss < 20 for loss in losses)
-    evaluations = [entry for entry in entries if 'coco/bbox_mAP' in entry]
-    assert [entry['step'] for entry in evaluations] == [1, 2]
-    assert (work_dir / 'epoch_2.pth').is_file()
-    # The total batch size is the recipe's: nothing to say about it.
-    assert 'total batch size' not in output
+    folder = once('trained', fill)
+    return folder / 'work', (folder / 'printed.txt').read_text()
 
 
 @pytest.fixture(scope='module')
-def evaluated(trained, run_tool, digits_coco):
-    """The last checkpoint tested by one process ('test') and by two ('two')."""
-    work_dir, _ = trained
-    checkpoint = work_dir / 'epoch_2.pth'
-    for name, command in {
-        'test': ['python', 'tools/test.py', CONFIG, checkpoint],
-        'two': ['bash', 'tools/dist_test.sh', CONFIG, checkpoint, 2],
-    }.items():
-        folder = work_dir / name
-        run_tool(
-            *command, '--work-dir', folder, '--out', folder / 'predictions.pkl',
-            '--show-dir', folder / 'pictures', *overrides(digits_coco),
+def resumed(run_tool, digits_coco, once, trained):
+    """The same after another epoch, on two processes."""
+
+    def fill(folder):
+        work_dir = shutil.copytree(trained[0], folder / 'work')
+        result = run_tool(
+            'python', 'tools/train.py', CONFIG, '--work-dir', work_dir, '--resume',
+            '--launcher', 'pytorch', *overrides(digits_coco),
+            'train_cfg.max_epochs=2', processes=2,
         )  # fmt: skip
-    return work_dir
+        (folder / 'printed.txt').write_text(result.stdout)
+
+    folder = once('resumed', fill)
+    return folder / 'work', (folder / 'printed.txt').read_text()
+
+
+@pytest.fixture(scope='module')
+def evaluated(run_tool, digits_coco, once, resumed):
+    """Tests of the last checkpoint by one process and by two."""
+
+    def fill(folder):
+        for name, processes in (('one', None), ('two', 2)):
+            out = folder / name
+            run_tool(
+                'python', 'tools/test.py', CONFIG, resumed[0] / 'epoch_2.pth',
+                '--launcher', 'pytorch' if processes else 'none', '--work-dir', out,
+                '--out', out / 'predictions.pkl', '--show-dir', out / 'pictures',
+                *overrides(digits_coco), processes=processes,
+            )  # fmt: skip
+
+    return once('tested', fill)
+
+
+# What only the log file has of a training, and what both have.
+IN_THE_LOG = (
+    *('System environment:', 'Config:', 'paramwise_options', 'Hooks will be executed'),
+    'Average Precision',
+)
+ON_THE_CONSOLE = ('The run:', 'Epoch(train) [1][2/2]', 'Epoch(val) [1]', 'segm_mAP: ')
+
+
+def test_console_of_a_training(trained):
+    work_dir, console = trained
+    (log,) = work_dir.glob('*/*.log')
+    assert str(log) in console
+    for text in ON_THE_CONSOLE:
+        assert text in console and text in log.read_text()
+    for text in IN_THE_LOG:
+        assert text not in console and text in log.read_text()
+    for text in ('OneDL', 'Warning', 'WARNING', 'warn('):
+        assert text not in console
+
+
+def test_training(trained, resumed):
+    entries = logged(resumed[0])
+    losses = [(entry['step'], entry['loss']) for entry in entries if 'loss' in entry]
+    # 16 images / (1 process x 8 or 2 x 4) = 2 iterations an epoch.
+    assert [step for step, _ in losses] == [1, 2, 3, 4]
+    assert all(0 < loss < 20 for _, loss in losses)
+    evaluations = [entry for entry in entries if 'coco/bbox_mAP' in entry]
+    assert [entry['step'] for entry in evaluations] == [1, 2]
+    # The total batch size is the recipe's: nothing to say about it.
+    for _, printed in (trained, resumed):
+        assert 'total batch size' not in printed
+
+
+def test_resume(resumed):
+    work_dir, printed = resumed
+    assert 'epoch_1.pth' in printed
+    checkpoints = [
+        torch.load(work_dir / f'epoch_{epoch}.pth', weights_only=False)
+        for epoch in (1, 2)
+    ]
+    assert [x['meta']['epoch'] for x in checkpoints] == [1, 2]
+    assert [x['optimizer']['state'][0]['step'] for x in checkpoints] == [2, 4]
 
 
 # MMEngine's visualizers draw on the first process alone.
-@pytest.mark.parametrize('name, pictures', [('test', 5), ('two', 3)])
-def test_evaluation_equals_the_one_in_training(evaluated, name, pictures):
-    in_training = [e for e in logged(evaluated) if 'coco/bbox_mAP' in e][1]
-    found = metrics(evaluated / name)
+@pytest.mark.parametrize('name, pictures', [('one', 5), ('two', 3)])
+def test_evaluation_equals_the_one_in_training(resumed, evaluated, name, pictures):
+    in_training = [e for e in logged(resumed[0]) if 'coco/bbox_mAP' in e][1]
+    folder = evaluated / name
+    found = metrics(folder)
     assert found
     assert found == {key: in_training[key] for key in found}
-    predictions = pickle.loads((evaluated / name / 'predictions.pkl').read_bytes())
+    predictions = pickle.loads((folder / 'predictions.pkl').read_bytes())
     # Five images on two processes: the repeated one is left out.
     assert sorted(p['img_id'] for p in predictions) == [1, 2, 3, 4, 5]
-    assert len(list((evaluated / name / 'pictures').glob('*.png'))) == pictures
+    assert len(list((folder / 'pictures').glob('*.png'))) == pictures
 
 
-def test_report(evaluated, run_tool):
-    work_dir = evaluated
+def test_report(resumed, evaluated, call_tool, tmp_path):
+    """As tools/quickstart.sh calls for it."""
+    work_dir = shutil.copytree(resumed[0], tmp_path / 'work')
+    shutil.copytree(evaluated / 'one', work_dir / 'test')
     config = work_dir / Path(CONFIG).name  # as it was run
-    lines = run_tool(
-        'python', 'tools/analysis_tools/demo_report.py', config, work_dir
+    lines = call_tool(
+        'tools/analysis_tools/demo_report.py', config, work_dir
     ).stdout.splitlines()
     found = metrics(work_dir / 'test')
     assert f'bbox_mAP: {found["coco/bbox_mAP"]:.3f}' in lines
@@ -110,107 +165,126 @@ def test_report(evaluated, run_tool):
         assert picture.std() > 10
 
 
-def test_resume(trained, run_tool, digits_coco):
-    work_dir, _ = trained
-    before = torch.load(work_dir / 'epoch_2.pth', weights_only=False)
-    output = run_tool(
-        'python', 'tools/train.py', CONFIG, '--work-dir', work_dir, '--resume',
-        '--launcher', 'pytorch',
-        *overrides(digits_coco, **{'train_cfg.max_epochs': 3}), processes=2,
-    ).stdout  # fmt: skip
-    assert 'epoch_2.pth' in output
-    steps = [entry['step'] for entry in logged(work_dir) if 'loss' in entry]
-    assert steps == [1, 2, 3, 4, 5, 6]
-    after = torch.load(work_dir / 'epoch_3.pth', weights_only=False)
-    assert after['meta']['epoch'] == 3
-
-    def updates(checkpoint):
-        return checkpoint['optimizer']['state'][0]['step']
-
-    assert (updates(before), updates(after)) == (4, 6)
-
-
-def test_another_batch_size_is_announced(run_tool, digits_coco, tmp_path):
-    command = ['python', 'tools/train.py', CONFIG, '--work-dir', tmp_path]
-    options = overrides(
-        digits_coco, **{'train_cfg.max_epochs': 1, 'train_dataloader.batch_size': 2}
-    )
-    output = run_tool(*command, *options).stdout
-    assert "total batch size is 2 (1 processes x 2); the recipe's is 8" in output
-    assert '--keep-batch-size' in output
-    first = next(entry for entry in logged(tmp_path) if 'loss' in entry)
-
-    output = run_tool(*command, '--auto-scale-lr', *options).stdout
-    assert 'The learning rate is scaled by 0.25' in output
-    # Entries of the second run follow those of the first.
-    scaled = [entry for entry in logged(tmp_path) if entry.get('iter') == 1][-1]
-    assert scaled['lr'] == pytest.approx(first['lr'] / 4)
-
-    records = [
-        json.loads(p.read_text()) for p in sorted(tmp_path.glob('*/recipe.json'))
+def test_another_batch_size_is_announced(run_tool, digits_imagenet, tmp_path):
+    """In two runs; with -v the second one shows what the log has."""
+    options = [
+        *without_workers(digits_imagenet, *SPLITS[:2]),
+        *('train_cfg.max_epochs=1', 'train_dataloader.batch_size=8'),
+        *('param_scheduler.warmup=0', 'default_hooks.logger.interval=1'),
     ]
-    assert [record['total batch'] for record in records] == [
-        dict(recipe=8, actual=2)
-    ] * 2
-    assert records[0]['learning rate'] == dict(recipe=1e-3, actual=1e-3)
-    assert records[1]['learning rate'] == dict(recipe=1e-3, actual=2.5e-4)
-    # 16 images: two updates of 8, or eight of 2.
-    assert records[0]['updates per epoch'] == dict(recipe=2, actual=8)
+    printed = [
+        run_tool(
+            'python', 'tools/train.py', CLASSIFIER, '--work-dir', tmp_path, *more,
+            '--cfg-options', *options,
+        ).stdout
+        for more in ([], ['-v', '--auto-scale-lr'])
+    ]  # fmt: skip
+    announced, scaled = printed
+    assert "total batch size is 8 (1 processes x 8); the recipe's is 32" in announced
+    assert '--keep-batch-size' in announced
+    assert 'The learning rate is scaled by 0.25' in scaled
+    for text in IN_THE_LOG[:-1]:
+        assert text not in announced and text in scaled
+    # Entries of the second run follow those of the first.
+    first, last = (e['lr'] for e in logged(tmp_path) if e.get('iter') == 1)
+    assert last == pytest.approx(first / 4)
+
+    paths = sorted(tmp_path.glob('*/recipe.json'))
+    records = [json.loads(path.read_text()) for path in paths]
+    assert [r['total batch'] for r in records] == [dict(recipe=32, actual=8)] * 2
+    assert records[0]['learning rate'] == dict(recipe=2e-3, actual=2e-3)
+    assert records[1]['learning rate'] == dict(recipe=2e-3, actual=5e-4)
+    # 40 images: one whole update of 32, or five of 8.
+    assert records[0]['updates per epoch'] == dict(recipe=1, actual=5)
     assert records[0]['PyTorch']['actual'].startswith(torch.__version__)
 
 
-def test_a_batch_size_that_does_not_fit(run_tool, tmp_path):
-    result = run_tool(
-        'python', 'tools/train.py', CONFIG, '--keep-batch-size',
-        '--launcher', 'pytorch', '--work-dir', tmp_path, check=False, processes=3,
-    )  # fmt: skip
-    assert result.returncode != 0
-    assert "3 processes x 4 images does not divide the recipe's total" in result.stdout
-    assert 'there can be 1 or 2 processes' in result.stdout
-    assert 'train.py", line' not in result.stdout
+def test_a_batch_size_that_does_not_fit(call_tool, monkeypatch, tmp_path):
+    """Found before the processes meet; the first of them speaks."""
+    for rank, said in ((0, True), (1, False)):
+        variables = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=3, LOCAL_WORLD_SIZE=3)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, str(value))
+        result = call_tool(
+            'tools/train.py', CONFIG, '--keep-batch-size', '--launcher', 'pytorch',
+            '--work-dir', tmp_path, check=False,
+        )  # fmt: skip
+        assert result.returncode == 1
+        assert ('3 processes x 4 images' in result.stderr) == said
+        assert ('there can be 1 or 2 processes' in result.stderr) == said
 
 
 @pytest.mark.parametrize(
-    'arguments, message',
+    'arguments, words',
     [
-        (['no/such.py'], 'Error: Config not found: no/such.py'),
-        ([CONFIG, '--resume', 'no.pth'], 'Error: Checkpoint to resume from not found'),
-        ([CONFIG, '--amp'], 'Error: --amp needs a GPU'),
+        (['no/such.py'], ['Config', 'no/such.py']),
+        ([CONFIG, '--resume', 'no.pth'], ['resume', 'no.pth', '--resume']),
+        ([CONFIG, '--amp'], ['--amp', 'GPU']),
         (
             ['configs/detection/mask-rcnn_mlla-t_fpn_1x_coco.py'],
-            'Error: Pretrained weights not found: data/MLLA_T.pth',
+            ['Pretrained', 'data/MLLA_T.pth'],
         ),
-        ([CONFIG, '--launcher', 'pytorch'], "Error: launcher 'pytorch' needs RANK"),
+        ([CONFIG, '--launcher', 'pytorch'], ['RANK', 'tools/dist_train.sh']),
     ],
 )
-def test_train_errors(run_tool, tmp_path, arguments, message):
-    result = run_tool(
-        'python', 'tools/train.py', *arguments, '--work-dir', tmp_path, check=False
+def test_train_errors(call_tool, tmp_path, arguments, words):
+    result = call_tool(
+        'tools/train.py', *arguments, '--work-dir', tmp_path, check=False
     )
-    assert result.returncode != 0
-    assert message in result.stdout
-    assert 'Traceback' not in result.stdout
+    assert result.returncode == 1
+    assert result.stderr.startswith('Error: ')
+    assert all(word in result.stderr for word in words)
 
 
 @pytest.mark.parametrize(
-    'arguments, message',
+    'arguments, words',
     [
-        ([], 'Error: Checkpoint not found'),
-        (['--tta'], 'Error: --tta needs tta_model in the config'),
-        (['--out', 'results.json'], 'Error: --out must end in .pkl'),
+        ([], ['Checkpoint', 'model.pth']),
+        (['--tta'], ['--tta', 'tta_model']),
+        (['--out', 'results.json'], ['--out', '.pkl', 'results.json']),
     ],
 )
-def test_test_errors(run_tool, tmp_path, arguments, message):
+def test_test_errors(call_tool, tmp_path, arguments, words):
     checkpoint = tmp_path / 'model.pth'
     if arguments:
         torch.save({}, checkpoint)
-    result = run_tool(
-        'python', 'tools/test.py', CONFIG, checkpoint, *arguments,
-        '--work-dir', tmp_path, check=False,
+    result = call_tool(
+        'tools/test.py', CONFIG, checkpoint, *arguments, '--work-dir', tmp_path,
+        check=False,
     )  # fmt: skip
-    assert result.returncode != 0
-    assert message in result.stdout
-    assert 'Traceback' not in result.stdout
+    assert result.returncode == 1
+    assert result.stderr.startswith('Error: ')
+    assert all(word in result.stderr for word in words)
+
+
+IN_A_FILE = ROOT / 'setup.py' / 'work'
+CHECKED = {
+    'work_dir': (['train.py', '--work-dir', IN_A_FILE],
+                 'Not a directory', IN_A_FILE, '--work-dir'),
+    'config of a training': (['train.py', '--cfg-options', 'model.backbone.type=MLA'],
+                             "model.backbone.type is 'MLA'", "'MLLA' meant"),
+    'config of a test': (
+        ['test.py', ROOT / CLASSIFIER, '--cfg-options', 'model.backbone.type=MLA'],
+        "model.backbone.type is 'MLA'", "'MLLA' meant"),
+    'data': (['train.py', '--cfg-options', 'val_dataloader.dataset.data_root=nowhere'],
+             'nowhere/val', 'data_root', 'val_dataloader.dataset'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('case', CHECKED)
+def test_what_is_checked_before_a_run(call_tool, digits_imagenet, tmp_path, case):
+    (tool, *arguments), *words = CHECKED[case]
+    path = tmp_path / 'config.py'
+    path.write_text(
+        f"_base_ = '{ROOT / CLASSIFIER}'\n"
+        f"train_dataloader = dict(dataset=dict(data_root='{digits_imagenet}'))\n"
+        f"val_dataloader = dict(dataset=dict(data_root='{digits_imagenet}'))\n"
+        f"work_dir = '{tmp_path}/work'\n"
+    )
+    result = call_tool(f'tools/{tool}', path, *arguments, check=False)
+    assert result.returncode == 1
+    assert result.stderr.startswith('Error: ') and result.stderr.count('\n') == 1
+    assert all(str(word) in result.stderr for word in words)
 
 
 @pytest.mark.parametrize('script', ['dist_train.sh', 'dist_test.sh', 'slurm_train.sh'])
@@ -220,10 +294,54 @@ def test_launchers_without_arguments_say_how_to_use_them(run_tool, script):
     assert f'Usage: tools/{script}' in result.stdout
 
 
-def test_process_count_must_be_a_number(run_tool):
-    result = run_tool('bash', 'tools/dist_train.sh', CONFIG, 'two', check=False)
+def test_torchrun_command(run_tool, tmp_path):
+    """An interpreter that writes down how it was called."""
+    program = tmp_path / 'python'
+    program.write_text(
+        f'#!/bin/sh\nif [ "$1" = -c ]; then exec {sys.executable} "$@"; fi\n'
+        f'printf "%s\\n" "$OMP_NUM_THREADS" "$@" > {tmp_path}/call\n'
+    )
+    program.chmod(0o755)
+
+    def call(*words, **variables):
+        variables = dict(variables, PYTHON=program, OMP_NUM_THREADS='')
+        run_tool('bash', *words, env={k: str(v) for k, v in variables.items()})
+        return (tmp_path / 'call').read_text().splitlines()
+
+    threads, *words = call('tools/dist_test.sh', CONFIG, 'a.pth', 2, '--tta')
+    assert threads == str(max(1, len(os.sched_getaffinity(0)) // 2))
+    assert words[:2] == ['-m', 'torch.distributed.run']
+    assert {'--nnodes': '1', '--nproc-per-node': '2', '--node-rank': '0'}.items() <= (
+        dict(zip(words, words[1:])).items()
+    )
+    script, *rest = words[-6:]
+    assert script == str(ROOT / 'tools/test.py')
+    assert rest == [CONFIG, 'a.pth', '--tta', '--launcher', 'pytorch']
+    machines = dict(NNODES=3, NODE_RANK=2, MASTER_ADDR='first', PORT=7)
+    words = call('tools/dist_train.sh', CONFIG, 4, '--amp', **machines)
+    expected = {'--nnodes': '3', '--nproc-per-node': '4', '--node-rank': '2'}
+    expected.update({'--master-addr': 'first', '--master-port': '7'})
+    assert expected.items() <= dict(zip(words, words[1:])).items()
+    script, *rest = words[-5:]
+    assert script == str(ROOT / 'tools/train.py')
+    assert rest == [CONFIG, '--amp', '--launcher', 'pytorch']
+
+
+@pytest.mark.parametrize('gpus', ['0', 'two', '-1', '1.5'])
+def test_process_count_must_be_a_number(run_tool, gpus):
+    result = run_tool('bash', 'tools/dist_train.sh', CONFIG, gpus, check=False)
     assert result.returncode == 2
-    assert "GPUS must be a positive number, got 'two'" in result.stdout
+    assert 'Error: GPUS' in result.stdout and f"'{gpus}'" in result.stdout
+
+
+def test_port_in_use(run_tool):
+    with socket.create_server(('', 0)) as taken:
+        port = str(taken.getsockname()[1])
+        result = run_tool(
+            'bash', 'tools/dist_train.sh', CONFIG, 2, check=False, env=dict(PORT=port)
+        )
+    assert result.returncode == 2
+    assert f'Error: port {port} ' in result.stdout and 'PORT=' in result.stdout
 
 
 def test_slurm_command(run_tool, tmp_path):

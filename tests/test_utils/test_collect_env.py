@@ -78,7 +78,10 @@ def test_nothing_is_installed():
     assert result.stderr == ''
 
 
-@pytest.mark.parametrize('package, label', [('torch', 'PyTorch'), ('cv2', 'OpenCV')])
+@pytest.mark.parametrize(
+    'package, label',
+    [('torch', 'PyTorch'), pytest.param('cv2', 'OpenCV', marks=pytest.mark.slow)],
+)
 def test_a_library_that_does_not_load(tmp_path, package, label):
     (tmp_path / package).mkdir()
     error = 'libsomething.so.1: cannot open shared object file'

@@ -1,0 +1,123 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+"""Small data sets of all three tasks, and what can be done to their files."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from mmengine.config import Config
+from PIL import ExifTags, Image
+
+from .nano import NANO
+
+DET, SEG, CLS = 'mmdet', 'mmseg', 'mmpretrain'
+WIDTH, HEIGHT = 60, 40
+
+
+def assert_says(error, *words) -> None:
+    missing = [word for word in map(str, words) if word not in str(error)]
+    assert not missing, (missing, str(error))
+
+
+def noise(*shape):
+    return np.random.default_rng(0).integers(256, size=shape).astype(np.uint8)
+
+
+def save(path, pixels, **kwargs):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, **kwargs)
+
+
+# What is done to the file of an image.
+
+
+def truncate(path):
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) * 2 // 3])
+
+
+def cut_end(path):
+    # All the pixels are there, as far as Pillow is concerned.
+    path.write_bytes(path.read_bytes()[:-2])
+
+
+def empty(path):
+    path.write_bytes(b'')
+
+
+def web_page(path):
+    path.write_text('<html>')
+
+
+def turned(orientation):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    return dict(exif=exif)
+
+
+def turn(orientation):
+    return lambda path: save(path, noise(HEIGHT, WIDTH, 3), **turned(orientation))
+
+
+def config(scope, root=None, suffix='.jpg'):
+    """The nano config of a task, on the data of the fixtures below."""
+    cfg = Config.fromfile(NANO[scope])
+    if root is None:
+        return cfg
+    for split in ('train', 'val'):
+        dataset = cfg[f'{split}_dataloader'].dataset
+        dataset.data_root = str(root)
+        if scope == DET:
+            dataset.ann_file = 'coco.json'
+            dataset.data_prefix = dict(img='images')
+        elif scope == SEG:
+            dataset.data_prefix = dict(img_path='images', seg_map_path='maps')
+            dataset.img_suffix = suffix
+    return cfg
+
+
+def coco_content():
+    return dict(
+        images=[
+            dict(id=i, file_name=f'{i}.jpg', width=WIDTH, height=HEIGHT)
+            for i in range(3)
+        ],
+        annotations=[
+            dict(
+                id=i,
+                image_id=i,
+                category_id=i,
+                bbox=[4, 4, 20, 20],
+                area=400,
+                segmentation=[[4, 4, 24, 4, 24, 24]],
+                iscrowd=0,
+            )
+            for i in range(3)
+        ],
+        categories=[dict(id=i, name=str(i)) for i in range(10)],
+    )
+
+
+def make_coco(root: Path) -> Path:
+    """Three images and their annotations in the format of COCO."""
+    for i in range(3):
+        save(root / f'images/{i}.jpg', noise(HEIGHT, WIDTH, 3))
+    (root / 'coco.json').write_text(json.dumps(coco_content()))
+    return root
+
+
+def make_masks(root: Path) -> Path:
+    """Three images and label maps of 12 values."""
+    for i in range(3):
+        save(root / f'images/{i}.jpg', noise(HEIGHT, WIDTH, 3))
+        labels = np.arange(WIDTH * HEIGHT).reshape(HEIGHT, WIDTH) % 12
+        save(root / f'maps/{i}.png', labels.astype(np.uint8))
+    return root
+
+
+def make_folders(root: Path) -> Path:
+    """An image of each of ten classes, for training and validation."""
+    for split in ('train', 'val'):
+        for i in range(10):
+            save(root / f'{split}/{i}/image.png', noise(8, 8, 3))
+    return root

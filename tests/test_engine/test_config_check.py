@@ -1,0 +1,131 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+import re
+
+import pytest
+from mmengine.config import Config
+
+from mlla_mm.engine.config_check import check_config
+
+from ..bad_data import CLS, DET, SEG, assert_says, config
+from ..nano import CONFIGS
+
+for package in ('mmdet', 'mmseg', 'mmpretrain'):
+    pytest.importorskip(package)
+
+MISSPELT = [
+    (DET, 'model.type', 'MaskRCN', 'MaskRCNN'),
+    (DET, 'model.backbone.type', 'MLA', 'MLLA'),
+    (DET, 'model.train_cfg.rpn.assigner.type', 'MaxIOUAssigner', 'MaxIoUAssigner'),
+    (DET, 'train_dataloader.dataset.type', 'COCODataset', 'CocoDataset'),
+    (DET, 'train_dataloader.dataset.pipeline.1.type', 'LoadAnotations',
+     'LoadAnnotations'),
+    (DET, 'val_evaluator.type', 'COCOMetric', 'CocoMetric'),
+    (DET, 'default_hooks.checkpoint.type', 'CheckpointHok', 'CheckpointHook'),
+    (SEG, 'model.decode_head.loss_decode.type', 'CrossEntropyLos', 'CrossEntropyLoss'),
+    (SEG, 'param_scheduler.1.type', 'PolyLr', 'PolyLR'),
+    (CLS, 'train_dataloader.sampler.type', 'DefaultSampeler', 'DefaultSampler'),
+    (CLS, 'optim_wrapper.optimizer.type', 'AdamWW', 'AdamW'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize('scope, key, wrong, right', MISSPELT)
+def test_unknown_types(scope, key, wrong, right):
+    """The nearest name that is registered is said."""
+    cfg = config(scope)
+    cfg.merge_from_dict({key: wrong})
+    with pytest.raises(ValueError) as caught:
+        check_config(cfg)
+    key = re.sub(r'\.(\d+)', r'[\1]', key)
+    assert_says(caught.value, f'{key} ', repr(wrong), f'{right!r} meant')
+
+
+# What is changed, and what the error says.
+CONFIG_ERRORS = [
+    (DET, {'model.backbone.type': 'Wombat9'},
+     ["model.backbone.type is 'Wombat9'", 'mmdet', 'custom_imports']),
+    # Numbers of classes.
+    (DET, {'model.roi_head.bbox_head.num_classes': 80},
+     ['model.roi_head.bbox_head.num_classes is 80', 'train_dataloader has 10 classes',
+      'metainfo.classes']),
+    (DET, {'model.roi_head.mask_head.num_classes': 11},
+     ['model.roi_head.mask_head.num_classes is 11', 'train_dataloader has 10 classes']),
+    (SEG, {'model.auxiliary_head.num_classes': 150},
+     ['model.auxiliary_head.num_classes is 150', 'train_dataloader has 11 classes',
+      'background']),
+    (CLS, {'model.data_preprocessor.num_classes': 1000},
+     ['model.data_preprocessor.num_classes is 1000', '10 classes']),
+    (SEG, {'val_dataloader.dataset.metainfo': dict(classes=('ground', 'digit'))},
+     ['model.decode_head.num_classes is 11', 'val_dataloader has 2 classes',
+      'ground, digit']),
+    # Channels and outputs.
+    (DET, {'model.neck.in_channels': [96, 192, 384, 768]},
+     ['model.neck.in_channels is [96, 192, 384, 768]', '[32, 64, 128, 256]',
+      'embed_dims 32']),
+    (DET, {'model.backbone.out_indices': (1, 2, 3)},
+     ['model.neck.in_channels is [32, 64, 128, 256]', '[64, 128, 256]',
+      'out_indices (1, 2, 3)']),
+    (DET, {'model.rpn_head.in_channels': 256},
+     ['model.rpn_head.in_channels is 256', '64 channels', "FPN's out_channels"]),
+    (SEG, {'model.decode_head.in_channels': [64, 128, 256, 512]},
+     ['model.decode_head.in_channels is [64, 128, 256, 512]', '[32, 64, 128, 256]']),
+    (SEG, {'model.backbone.out_indices': (0, 1), 'model.decode_head.in_index': [0, 2]},
+     ['model.decode_head.in_index is [0, 2]', '2 maps', 'out_indices (0, 1)']),
+    (CLS, {'model.backbone.out_indices': (2,)},
+     ['model.head.in_channels is 256', '128 channels', 'out_indices (2,)']),
+    # Arguments of the backbone.
+    (DET, {'model.backbone.drop_path': 0.1},
+     ['model.backbone.drop_path is', "'drop_path_rate' meant"]),
+    (DET, {'model.backbone.out_indices': (1, 2, 3, 4)},
+     ['model.backbone', 'between 0 and 3', 'got (1, 2, 3, 4)']),
+    (DET, {'model.backbone.drop_path_rate': -0.1},
+     ['model.backbone', 'at least 0 and below 1', 'got -0.1']),
+    (DET, {'model.backbone.arch.num_heads': (3, 2, 4, 8)},
+     ['model.backbone', 'num_heads[0] = 3', '32 channels']),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize('scope, changes, words', CONFIG_ERRORS)
+def test_configs(scope, changes, words):
+    cfg = config(scope)
+    cfg.merge_from_dict(changes)
+    with pytest.raises(ValueError) as caught:
+        check_config(cfg)
+    assert_says(caught.value, *words)
+
+
+@pytest.mark.parametrize(
+    'path',
+    [path for path in sorted(CONFIGS.glob('*/*.py')) if path.parent.name != '_base_'],
+    ids=lambda path: path.stem,
+)
+def test_our_configs_are_right(path):
+    check_config(Config.fromfile(path))
+
+
+def test_what_is_not_known_is_left_alone():
+    cfg = config(DET)
+    cfg.merge_from_dict(
+        {
+            'model.backbone': dict(
+                _delete_=True, type='ResNet', depth=50, anything='goes'
+            ),
+            'train_dataloader.dataset.pipeline.2': dict(
+                type='Albu', transforms=[dict(type='RandomCrops')]
+            ),
+            'model.test_cfg.rcnn.nms.type': 'soft_nms',
+            'model.mine': dict(type='SomethingOfMine'),
+        }
+    )
+    check_config(cfg)
+
+
+def test_a_classifier_can_be_evaluated_on_some_of_its_classes():
+    cfg = config(CLS)
+    cfg.model.head.num_classes = cfg.model.data_preprocessor.num_classes = 20
+    with pytest.raises(ValueError, match='num_classes is 20, .* train_dataloader'):
+        check_config(cfg)
+    cfg.train_dataloader.dataset = dict(type='CustomDataset')  # of 20 classes
+    check_config(cfg)
+    cfg.model.head.num_classes = 5
+    with pytest.raises(ValueError, match='num_classes is 5, .* val_dataloader'):
+        check_config(cfg)
