@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from mlla_mm import __version__
+from mlla_mm.utils.versions import EXTRAS
 
 ROOT = Path(__file__).parents[1]
 WORKFLOWS = sorted((ROOT / '.github/workflows').glob('*.yml'))
@@ -96,7 +97,9 @@ def test_issue_forms(path):
 
 
 def test_hooks_before_commits_have_the_versions_that_they_need():
-    config = load(ROOT / '.pre-commit-config.yaml')
-    hooks = {hook['id'] for repo in config['repos'] for hook in repo['hooks']}
-    assert {'ruff-check', 'ruff-format'} <= hooks
-    assert all(re.fullmatch(r'v\d+\.\d+\.\d+', repo['rev']) for repo in config['repos'])
+    repos = load(ROOT / '.pre-commit-config.yaml')['repos']
+    hooks = {hook['id']: repo['rev'] for repo in repos for hook in repo['hooks']}
+    assert all(re.fullmatch(r'v\d+\.\d+\.\d+', rev) for rev in hooks.values())
+    assert hooks['ruff-check'] == hooks['ruff-format']
+    # The one that the tests run.
+    assert f'ruff=={hooks["ruff-check"][1:]}' in EXTRAS['tests']

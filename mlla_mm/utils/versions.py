@@ -74,7 +74,8 @@ EXTRAS = {
         'ftfy',
         'regex',
     ],
-    'tests': ['pytest', 'pytest-xdist', 'hypothesis', 'ruff'],
+    # Another ruff lays out code in another way.
+    'tests': ['pytest', 'pytest-xdist', 'hypothesis', 'ruff==0.17.6'],
     'docs': [
         'sphinx',
         'myst-parser',

@@ -48,7 +48,14 @@ def device(request):
 
 
 @pytest.mark.skipif(INTERPRETED, reason='would start itself')
-@pytest.mark.parametrize('names', ['block', 'attention', 'not block and not attention'])
+@pytest.mark.parametrize(
+    'names',
+    [
+        'block',
+        'not block and (attention or same_bits)',
+        'not block and not (attention or same_bits)',
+    ],
+)
 @pytest.mark.parametrize(
     'chosen', ['not slow', pytest.param('slow', marks=pytest.mark.slow)]
 )
