@@ -12,8 +12,8 @@ def _lay_out(text: str, **kwargs) -> tuple:
     return ast.unparse(ast.parse(text)), True
 
 
-# MMEngine lays out a run's config four times, for readers, and YAPF takes more than a
-# second for it. Runs that launchers start keep YAPF.
+# A run lays out its config for readers, and in a short one YAPF takes most of the time.
+# Runs that launchers start keep YAPF.
 yapf_api.FormatCode = _lay_out
 # Each data set starts a collection. It need not look at what was imported.
 gc.collect()

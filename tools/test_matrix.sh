@@ -91,7 +91,7 @@ set_up() {
 # As run_tests.sh does, but for ruff, which has nothing to do with stacks.
 run_tests() {
     OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONPATH=$PWD \
-        python -m pytest --numprocesses 2 --dist loadfile "$@"
+        python -m pytest --numprocesses 2 --dist worksteal "$@"
 }
 
 versions() {

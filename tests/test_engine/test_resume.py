@@ -131,7 +131,8 @@ def test_an_interrupted_run_of_epochs(run_tool, tmp_path):
         return newest_checkpoint(tmp_path / folder)
 
     interrupted = train('interrupted', 2, 2)
-    resumed = train('interrupted', 4, 0, '--resume')
-    expected = train('uninterrupted', 4, 1, '--seed', seed_of(interrupted))
+    seed = seed_of(interrupted)
+    resumed = train('interrupted', 4, 0, '--resume')  # which removes the older one
+    expected = train('uninterrupted', 4, 1, '--seed', seed)
     assert resumed.name == expected.name != interrupted.name
     assert_same_end(resumed, expected)

@@ -52,8 +52,8 @@ def device(request):
     'names',
     [
         'block',
-        'not block and (attention or same_bits)',
-        'not block and not (attention or same_bits)',
+        'not block and (attention or same_bits or gradients)',
+        'not block and not (attention or same_bits or gradients)',
     ],
 )
 @pytest.mark.parametrize(
