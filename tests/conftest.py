@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.logging import MMLogger
 from mmengine.visualization import Visualizer
 
 import mlla_mm  # noqa: F401  (before anything imports mmcv.ops)
@@ -25,10 +26,13 @@ def seed():
 
 
 @pytest.fixture(autouse=True)
-def forget_visualizers():
-    """MMEngine gives runners of one second the same one, and the folder that it had."""
+def forget_instances():
+    """MMEngine gives runners of one second the same ones, and the folder that they had.
+
+    The last logger serves whoever asks for one, also when its file has been closed.
+    """
     yield
-    for cls in (Visualizer, *Visualizer.__subclasses__()):
+    for cls in (MMLogger, Visualizer, *Visualizer.__subclasses__()):
         cls._instance_dict.clear()
 
 

@@ -3,6 +3,7 @@
 
 import ast
 import gc
+import sys
 
 from yapf.yapflib import yapf_api
 
@@ -14,7 +15,9 @@ def _lay_out(text: str, **kwargs) -> tuple:
 
 # A run lays out its config for readers, and in a short one YAPF takes most of the time.
 # Runs that launchers start keep YAPF.
-yapf_api.FormatCode = _lay_out
+for owner in (yapf_api, sys.modules['mmengine.config.config']):
+    if hasattr(owner, 'FormatCode'):  # mmengine 0.10.7 has its own name for it
+        owner.FormatCode = _lay_out
 # Each data set starts a collection. It need not look at what was imported.
 gc.collect()
 gc.freeze()

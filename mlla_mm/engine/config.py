@@ -4,6 +4,7 @@
 import argparse
 import functools
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any, List, Optional
 
@@ -53,7 +54,10 @@ def lay_out_configs_once() -> None:
     It takes a second or more. MMEngine writes the text in four places when a run
     starts, and in every checkpoint.
     """
-    lay_out = yapf_api.FormatCode
+    # mmengine 0.10.7 imports the function once, the fork whenever it calls it.
+    config = import_module('mmengine.config.config')
+    owner = config if hasattr(config, 'FormatCode') else yapf_api
+    lay_out = owner.FormatCode
     if hasattr(lay_out, '__wrapped__'):
         return
     known = {}
@@ -64,7 +68,7 @@ def lay_out_configs_once() -> None:
             known[text] = lay_out(text, **options)
         return known[text]
 
-    yapf_api.FormatCode = format_code
+    owner.FormatCode = format_code
 
 
 def compile_backbone(cfg: Config) -> None:

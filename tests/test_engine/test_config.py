@@ -1,9 +1,11 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 import argparse
+import sys
 
 import pytest
 import torch
 from mmengine.config import Config
+from yapf.yapflib import yapf_api
 
 from mlla_mm.engine import config as options
 from mlla_mm.utils.checkpoint_file import checkpoints_are_trusted, trust_checkpoints
@@ -166,7 +168,9 @@ def test_a_config_is_laid_out_once(monkeypatch):
         texts.append(text)
         return f'{text}\n', True
 
-    monkeypatch.setattr('yapf.yapflib.yapf_api.FormatCode', lay_out)
+    for owner in (yapf_api, sys.modules['mmengine.config.config']):
+        if hasattr(owner, 'FormatCode'):
+            monkeypatch.setattr(owner, 'FormatCode', lay_out)
     options.lay_out_configs_once()
     options.lay_out_configs_once()
     cfg = Config(dict(a=1))
