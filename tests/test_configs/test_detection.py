@@ -13,7 +13,10 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, PARAM_SCHEDULERS, init_default_scope
 from torch import nn
 
+from mlla_mm.datasets import digits
+
 from .. import reference
+from ..nano import NANO
 
 CONFIGS = Path(__file__).parents[2] / 'configs' / 'detection'
 mmdet = pytest.importorskip('mmdet')
@@ -252,3 +255,12 @@ def test_inheritance_example(tmp_path):
     build_optim_wrapper(model, cfg.optim_wrapper)
     with torch.no_grad():
         assert len(model.extract_feat(torch.rand(1, 3, 64, 96))) == 5
+
+
+def test_digits_have_colours_of_their_own():
+    """COCO's would be taken in their order, and some are too dark to tell."""
+    for split in ('train', 'val', 'test'):
+        cfg = Config.fromfile(NANO['mmdet'])
+        meta = cfg[f'{split}_dataloader'].dataset.metainfo
+        assert meta.classes == digits.CLASSES
+        assert [tuple(color) for color in meta.palette] == digits.PALETTE
