@@ -54,6 +54,7 @@ def test_set_up_without_a_launcher(monkeypatch):
 
 
 SCRIPT = """
+import os
 import torch
 from mmengine.config import Config
 from mmengine.dist import all_reduce, get_rank
@@ -65,6 +66,8 @@ total = torch.tensor([float(layout.rank + 1)])
 all_reduce(total)
 assert get_rank() == layout.rank
 assert cfg.model_wrapper_cfg['device_ids'] is None
+threads = str(torch.get_num_threads())
+assert os.environ['OMP_NUM_THREADS'] == os.environ['MKL_NUM_THREADS'] == threads
 open(f'{OUT}/{layout.rank}', 'w').write(
     f'{total.item()} {torch.distributed.get_backend()} {torch.get_num_threads()}')
 launch.tear_down()

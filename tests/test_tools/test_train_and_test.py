@@ -326,6 +326,13 @@ def test_torchrun_command(run_tool, tmp_path):
     assert script == str(ROOT / 'tools/train.py')
     assert rest == [CONFIG, '--amp', '--launcher', 'pytorch']
 
+    # On GPUs, several processes have one thread each, as torchrun would set it.
+    (tmp_path / 'nvidia-smi').write_text('#!/bin/sh\n')
+    (tmp_path / 'nvidia-smi').chmod(0o755)
+    path = f'{tmp_path}{os.pathsep}{os.environ["PATH"]}'
+    assert call('tools/dist_train.sh', CONFIG, 2, PATH=path)[0] == '1'
+    assert call('tools/dist_train.sh', CONFIG, 1, PATH=path)[0] == ''
+
 
 @pytest.mark.parametrize('gpus', ['0', 'two', '-1', '1.5'])
 def test_process_count_must_be_a_number(run_tool, gpus):

@@ -28,13 +28,14 @@ if [ "${NODE_RANK:-0}" = 0 ] && ! "$PYTHON" -c "import socket; socket.create_ser
     exit 2
 fi
 
-# On the CPU the processes share the cores. Else it is one thread each, as torchrun would
-# set with a warning.
+# On the CPU the processes share the cores. On GPUs several have one thread each, as
+# torchrun would set with a warning.
 if [ -z "${OMP_NUM_THREADS:-}" ]; then
-    export OMP_NUM_THREADS=1
     if ! nvidia-smi -L >/dev/null 2>&1; then
         cores=$("$PYTHON" -c 'import os; print(len(os.sched_getaffinity(0)))')
         export OMP_NUM_THREADS=$((cores > GPUS ? cores / GPUS : 1))
+    elif [ "$GPUS" -gt 1 ]; then
+        export OMP_NUM_THREADS=1
     fi
 fi
 
