@@ -284,10 +284,11 @@ def test_active_environment_is_left_alone(tmp_path):
     after = 'tests; echo "$PYTHONPATH"; python -c "import sys; print(sys.prefix)"'
     result = source(tmp_path, after, VIRTUAL_ENV=sys.prefix)
     assert result.returncode == 0, result.stdout
-    active, *checking, python_path, prefix = result.stdout.splitlines()
-    assert active.endswith(f'environment: {sys.prefix}')
+    *said, python_path, prefix = result.stdout.splitlines()
+    if sys.prefix != str(ROOT / '.venv'):  # which is taken without a word
+        assert said.pop(0).endswith(f'environment: {sys.prefix}')
     # Nothing where it was checked before.
-    assert all(line.startswith('Checking') for line in checking)
+    assert all(line.startswith('Checking') for line in said)
     assert (python_path, prefix) == (str(ROOT), sys.prefix)
     assert {d.metadata['Name']: d.version for d in metadata.distributions()} == before
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.glob('*.log')) == []
