@@ -34,6 +34,13 @@ class PlainMLLA(MLLA):
 
     compile = nn.Module.compile
 
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):  # as PyTorch makes it
+                weight = module.weight.data
+                module.weight.data = weight.clone(memory_format=torch.contiguous_format)
+
     def forward(self, x: Tensor) -> Tuple[Tensor, ...]:
         """Features of the stages in ``out_indices``, see :meth:`MLLA.forward`."""
         self._check_input(x)

@@ -110,3 +110,9 @@ def test_compiled():
 def test_bad_input():
     with pytest.raises(ValueError, match='Expected non-empty images'):
         PlainMLLA(NANO)(torch.rand(1, 1, 32, 32))
+
+
+def test_weights_lie_in_memory_as_pytorch_makes_them():
+    """The authors' do; another layout makes convolutions quicker."""
+    for weight in twins()[1].parameters():
+        assert weight.stride() == torch.empty(weight.shape).stride()
