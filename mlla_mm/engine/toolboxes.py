@@ -21,6 +21,7 @@ def load_own_toolbox_alone(config: str) -> None:
         config (str): Path of the config; a missing file is left to who reads it.
     """
     try:
+        # The config's own imports, which may be of a toolbox, have to come later.
         cfg = Config.fromfile(config, import_custom_modules=False)
     except FileNotFoundError:
         return
