@@ -7,7 +7,7 @@ import sys
 import types
 import zipfile
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Callable, Dict, Optional
 
 import numpy as np
 import torch
@@ -71,36 +71,39 @@ class Call:
         return self.call
 
 
-def _name(module: str, name: str) -> bytes:
+def name(module: str, attribute: str) -> bytes:
     """Opcodes that look up a name. Only those of protocol 4 look up dotted ones."""
-    if '.' not in name:
-        return f'c{module}\n{name}\n'.encode()
-    return _value(module) + _value(name) + b'\x93'
+    if '.' not in attribute:
+        return f'c{module}\n{attribute}\n'.encode()
+    return value(module) + value(attribute) + b'\x93'
 
 
-def _value(value: Any) -> bytes:
-    return pickle.dumps(value, 2)[2:-1]
+def value(content: Any) -> bytes:
+    """Opcodes that make a value."""
+    return pickle.dumps(content, 2)[2:-1]
 
 
-def _call(function: bytes, *args: bytes) -> bytes:
+def call(function: bytes, *args: bytes) -> bytes:
+    """Opcodes that call what other opcodes make."""
     return function + b'(' + b''.join(args) + b'tR'
 
 
-def _whole(opcodes: bytes) -> bytes:
+def whole(opcodes: bytes) -> bytes:
+    """A pickle."""
     return b'\x80\x04' + opcodes + b'.'
 
 
 def attacks(marker: Path) -> Dict[str, bytes]:
     """Pickles that make the file ``marker`` when they are loaded."""
     code = f'open({str(marker)!r}, "w").close()'
-    command = _value(f'echo > {marker}')
+    command = value(f'echo > {marker}')
     inner = io.BytesIO()
     torch.save(Call(exec, code), inner)
     objects = np.empty(1, dtype=object)
     objects[0] = Call(exec, code)
-    system, getattr_ = _name('os', 'system'), _name('builtins', 'getattr')
+    system, getattr_ = name('os', 'system'), name('builtins', 'getattr')
     return {
-        'system': _whole(_call(system, command)),
+        'system': whole(call(system, command)),
         'exec': pickle.dumps(Call(exec, code), 2),
         'deep in weights': pickle.dumps({'model': {'a': [(Call(exec, code),)]}}, 2),
         'yacs': pickle.dumps({'config': Call(exec, code), 'model': {}}, 2),
@@ -108,35 +111,35 @@ def attacks(marker: Path) -> Dict[str, bytes]:
         'storage': pickle.dumps(
             Call(torch.storage._load_from_bytes, inner.getvalue()), 2
         ),
-        'dotted name': _whole(_call(_name('torch', 'hub.os.system'), command)),
-        'dotted name beside HistoryBuffer': _whole(
-            _call(_name('mmengine.logging.logger', 'os.system'), command)
+        'dotted name': whole(call(name('torch', 'hub.os.system'), command)),
+        'dotted name beside HistoryBuffer': whole(
+            call(name('mmengine.logging.logger', 'os.system'), command)
         ),
-        'getattr': _whole(
-            _call(
-                _call(
+        'getattr': whole(
+            call(
+                call(
                     getattr_,
-                    _call(getattr_, _name('torch', 'hub'), _value('os')),
-                    _value('system'),
+                    call(getattr_, name('torch', 'hub'), value('os')),
+                    value('system'),
                 ),
                 command,
             )
         ),
-        'partial': _whole(_call(_call(_name('functools', 'partial'), system, command))),
-        'rebuild': _whole(
-            _call(
-                _name('torch._tensor', '_rebuild_from_type_v2'),
-                *(system, _name('builtins', 'int'), b'(' + command + b't', b'}'),
+        'partial': whole(call(call(name('functools', 'partial'), system, command))),
+        'rebuild': whole(
+            call(
+                name('torch._tensor', '_rebuild_from_type_v2'),
+                *(system, name('builtins', 'int'), b'(' + command + b't', b'}'),
             )
         ),
         # No function, but a class.
-        'file': _whole(_call(_name('io', 'FileIO'), _value(str(marker)), _value('w'))),
-        'inst': _whole(b'(' + command + b'ios\nsystem\n'),
-        'obj': _whole(b'(' + system + command + b'o'),
+        'file': whole(call(name('io', 'FileIO'), value(str(marker)), value('w'))),
+        'inst': whole(b'(' + command + b'ios\nsystem\n'),
+        'obj': whole(b'(' + system + command + b'o'),
     }
 
 
-def save_pickle(content: bytes, path: Path, legacy: bool) -> None:
+def save_pickle(content: bytes, path: Path, legacy: bool = False) -> None:
     """A file in one of PyTorch's formats with this pickle in it."""
     buffer = io.BytesIO()
     torch.save(None, buffer, _use_new_zipfile_serialization=not legacy)
@@ -147,7 +150,27 @@ def save_pickle(content: bytes, path: Path, legacy: bool) -> None:
         start = buffer.getvalue()[: -len(own + storages)]
         path.write_bytes(start + content + storages)
         return
-    with zipfile.ZipFile(buffer) as old, zipfile.ZipFile(path, 'w') as new:
-        for name in old.namelist():
-            is_pickle = name.endswith('/data.pkl')
-            new.writestr(name, content if is_pickle else old.read(name))
+    path.write_bytes(buffer.getvalue())
+    rewrite(path, lambda record, old: content if record == 'data.pkl' else old)
+
+
+def rewrite(
+    path: Path,
+    change: Callable[[str, bytes], Optional[bytes]],
+    compression: int = zipfile.ZIP_STORED,
+) -> None:
+    """Change a checkpoint.
+
+    Args:
+        path (Path): The file.
+        change (Callable): Gets the name of a record, such as 'data/0', and its bytes,
+            and returns others, or None to leave the record out.
+        compression (int): As in ``zipfile``. Defaults to none.
+    """
+    with zipfile.ZipFile(path) as old:
+        records = {record: old.read(record) for record in old.namelist()}
+    with zipfile.ZipFile(path, 'w', compression) as new:
+        for record, content in records.items():
+            content = change(record.split('/', 1)[1], content)
+            if content is not None:
+                new.writestr(record, content)

@@ -25,10 +25,6 @@ else:
 #: even the smallest MLLA.
 COMPILES = torch.__version__ >= (2, 2)
 
-#: Whether torch.load sees that a pickle tells wrong lengths of a file's records.
-#: PyTorch 2.1 believes it, and reads behind their end; 2.11 does not.
-CHECKS_RECORD_LENGTHS = torch.__version__ >= (2, 11)
-
 
 def require_compiler(option: str) -> None:
     """Refuse an option that needs torch.compile where that cannot be used.

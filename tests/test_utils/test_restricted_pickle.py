@@ -1,0 +1,508 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+import argparse
+import copyreg
+import io
+import itertools
+import os
+import pickle
+import random
+from collections import Counter, OrderedDict, defaultdict, deque
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import ConfigDict
+from mmengine.logging import HistoryBuffer
+
+from mlla_mm.utils import restricted_pickle
+from mlla_mm.utils.restricted_pickle import (
+    MAX_DEPTH,
+    Refused,
+    Storage,
+    Unpickler,
+    storage_from_bytes,
+)
+
+from ..checkpoints import call, name, value, whole
+
+PROTOCOLS = pytest.mark.parametrize('protocol', [2, 3, 4, 5])
+DTYPES = (
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64),
+    *(torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+    *(torch.complex64, torch.complex128),
+)
+
+
+def load(*opcodes, memory=b''):
+    """Read a pickle whose tensors are of one storage with this memory."""
+    data = torch.tensor(list(memory), dtype=torch.uint8)
+    return Unpickler(
+        whole(b''.join(opcodes)), lambda kind, key, length: Storage(data, kind.dtype)
+    ).load()
+
+
+def assert_same(actual, expected):
+    assert type(actual) is type(expected)
+    if isinstance(expected, (np.ndarray, np.generic)):
+        # Protocols differ in whether NumPy turns bytes to the machine's order.
+        assert actual.dtype.newbyteorder('=') == expected.dtype.newbyteorder('=')
+        assert actual.shape == expected.shape
+        np.testing.assert_array_equal(actual, expected)
+    elif isinstance(expected, (list, tuple)):
+        assert len(actual) == len(expected)
+        for pair in zip(actual, expected):
+            assert_same(*pair)
+    else:
+        assert actual == expected
+
+
+PLAIN = [
+    *(1, -1, 255, 256, 70000, -5, 2**31, 2**70, -(2**70), 1.5, float('inf'), 3j),
+    *(None, True, False, 'text', 'ü\u2028', 'x' * 300, b'', b'\xff', b'y' * 300),
+    *(bytearray(), bytearray(b'4'), bytearray(b'z' * 300), slice(1, None)),
+    *([], [1], [1, [2]], (), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4)),
+    *(set(), {2, 3}, frozenset(), frozenset([3, 'a']), {}, {'a': 1, 2: {None: 'b'}}),
+    *({(1, 'a'): 1}, OrderedDict(b=1, a=2), Counter('aab'), deque([1, 2], 5), deque()),
+    *(torch.float16, torch.Size([1, 2]), torch.device('cpu'), torch.device('cuda', 1)),
+    *(np.float64(0.5), np.int64(3), np.bool_(True), np.float32(2)),
+    *(np.arange(6.0).reshape(2, 3), np.asfortranarray(np.arange(6).reshape(2, 3))),
+    *(np.arange(3, dtype='>i4'), np.ones(2, np.float16), np.array(['ab', 'c'])),
+    *(np.array([b'ab', b'c']), np.array([True, False]), np.zeros((0, 3)), np.array(3)),
+]
+
+
+@PROTOCOLS
+def test_data(protocol):
+    assert_same(Unpickler(pickle.dumps(PLAIN, protocol)).load(), PLAIN)
+    loaded = Unpickler(pickle.dumps(defaultdict(list, a=[1]), protocol)).load()
+    assert_same(loaded, defaultdict(list, a=[1]))
+    assert loaded['b'] == []
+    # What is the same object stays the same.
+    shared = [1]
+    loaded = Unpickler(pickle.dumps([shared, {'a': shared}], protocol)).load()
+    assert loaded[0] is loaded[1]['a']
+
+
+def test_pickles_in_a_row():
+    stream = Unpickler(pickle.dumps(1) + pickle.dumps('a') + b'rest')
+    assert (stream.load(), stream.load(), stream.read(4)) == (1, 'a', b'rest')
+    with pytest.raises(EOFError):
+        stream.read(1)
+
+
+@PROTOCOLS
+def test_configs_become_dicts(protocol):
+    content = [argparse.Namespace(lr=0.1), ConfigDict(a=ConfigDict(b=1))]
+    loaded = Unpickler(pickle.dumps(content, protocol)).load()
+    assert_same(loaded, [{'lr': 0.1}, {'a': {'b': 1}}])
+
+
+def test_numpy_of_either_version():
+    """NumPy 2 moved the functions that its pickles name."""
+    content = [np.arange(3), np.float32(2)]
+    for protocol in (2, 5):
+        written = pickle.dumps(content, protocol)
+        old, new = b'numpy.core.', b'numpy._core.'
+        assert old in written or new in written
+        for spelling in (old, new) if protocol == 2 else ():
+            other = written.replace(new, old).replace(old, spelling)
+            assert_same(Unpickler(other).load(), content)
+
+
+UNTYPED = name('torch.storage', 'UntypedStorage')
+FLOATS = name('torch', 'FloatStorage')
+# A pointer that C++ would follow.
+ALLOCATOR = b'}' + value('allocator') + value(0x4141414141414141) + b's'
+DEEP = b']' * 1000 + b'a' * 999
+# x = (x, x), 60 times over.
+SHARED = b'N' + b'q\x00h\x00\x86' * 60
+DTYPE = name('numpy', 'dtype')
+FLOAT64 = call(DTYPE, value('f8'), value(False), value(True))
+ARRAY = call(
+    name('numpy.core.multiarray', '_reconstruct'),
+    *(name('numpy', 'ndarray'), value((0,)), value(b'b')),
+)
+
+
+def array_state(shape, dtype=FLOAT64, data=b'12345678'):
+    parts = (value(1), value(shape), dtype, value(False), value(data))
+    return b'(' + b''.join(parts) + b't'
+
+
+REFUSED = {
+    # Construction of classes of C++, by every opcode that calls.
+    'storage by NEWOBJ_EX': UNTYPED + value((8,)) + ALLOCATOR + b'\x92',
+    'storage by NEWOBJ': UNTYPED + value((8,)) + b'\x81',
+    'storage by REDUCE': UNTYPED + value((8,)) + b'R',
+    'storage by OBJ': b'(' + UNTYPED + value(8) + b'o',
+    'storage by INST': b'(' + value(8) + b'itorch.storage\nUntypedStorage\n',
+    'typed storage': FLOATS + value((8,)) + b'R',
+    'dtype by NEWOBJ_EX': name('torch', 'float32') + b')}\x92',
+    'class by OBJ': b'(' + name('builtins', 'set') + b'o',
+    'call of an instance': value({'a': 1}) + b')R',
+    'call of a nested tuple': SHARED + b')R',
+    'a name of another class': name('torch', 'Tensor'),
+    # Memory and time.
+    'deep list': DEEP,
+    'deep tuple': b')' + b'\x85' * 1000,
+    'deep dict': (b'}' + value('a')) * 1000 + b'N' + b's' * 1000,
+    'shared tuple': SHARED,
+    'list of itself': b']q\x00h\x00a',
+    'dict of itself': b'}q\x07' + value('a') + b'h\x07s',
+    'deep key': b'}' + b')' + b'\x85' * 1000 + b'Ns',
+    'shared key': b'}' + SHARED + b'Ns',
+    'shared item': b'\x8f(' + SHARED + b'\x90',
+    'deep state': name('collections', 'OrderedDict')
+    + b')R}' + value('_metadata') + DEEP + b'sb',
+    'list as key': b'}]Ns',
+    'bytearray of a length': call(name('builtins', 'bytearray'), value(10**15)),
+    'integer of many digits': b'\x8b\x00\x10\x00\x00' + b'\x7f' * 0x1000,
+    'copies of text': b'](' + value('x' * 10_000) + b'q\x09'
+    + call(name('_codecs', 'encode'), b'h\x09', value('latin1')) * 99 + b'e',
+    'copies of a list': b'](](' + value(0) * 10_000 + b'eq\x09'
+    + call(name('builtins', 'set'), b'h\x09') * 99 + b'e',
+    'copies of a state': b'](' + value(b'x' * 10_000) + b'q\x09'
+    + (ARRAY + b'(K\x01' + value((1250,)) + FLOAT64 + b'\x89h\x09tb') * 99 + b'e',
+    'slice of a list': call(name('builtins', 'slice'), DEEP, b'N', b'N'),
+    # What is changed.
+    'items of a tensor': name('torch', 'float32') + b'(NNu',
+    'items of an array': ARRAY + value(0) + b'Ns',
+    'items of bytes': value(bytearray(b'a')) + value(0) + b'a',
+    'state of a function': name('torch._utils', '_rebuild_tensor_v2')
+    + value({'a': 1}) + b'b',
+    'state of a class': name('mmengine.logging.history_buffer', 'HistoryBuffer')
+    + value((None, {'mean': 1})) + b'b',
+    # Names.
+    'function by its dotted name': name('torch', '_utils._rebuild_tensor'),
+    'text in an encoding that is a program': call(
+        name('_codecs', 'encode'), value('a'), value('punycode')
+    ),
+    'getattr': call(name('builtins', 'getattr'), value('a'), value('join')),
+    'getattr of text': call(name('builtins', 'getattr'), value('a'), value('min')),
+    'defaultdict of a function': call(
+        name('collections', 'defaultdict'), name('torch._utils', '_rebuild_tensor')
+    ),
+    'name with control characters': name('os\x1b[31m', 'sys\ttem'),
+    # NumPy.
+    'objects': call(DTYPE, value('O8')),
+    'records of objects': call(DTYPE, value('f8,O')),
+    'records': call(DTYPE, value('f8,i4')),
+    'arrays in arrays': call(DTYPE, value('2f8')),
+    'elements of no size': call(DTYPE, value('U0')),
+    'dates': call(DTYPE, value('M8')),
+    'array of a list': ARRAY + array_state((1,), value('O'), [1]) + b'b',
+    # Other protocols.
+    'text protocol': b'I1\n',
+    'protocol 1 before': b'\x80\x01N',
+    'extension': b'\x82\xf0',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('kind', REFUSED)
+def test_what_is_no_data(kind):
+    with pytest.raises(Refused) as refused:
+        load(REFUSED[kind])
+    assert str(refused.value).isprintable() and len(str(refused.value)) < 300
+
+
+DAMAGED = {
+    'bytes of a length': call(name('builtins', 'bytes'), value(10**15)),
+    'nothing': b'',
+    'nothing on the stack': b'\x85',
+    'no mark': b'Nt',
+    'memo of another place': b'h\x07',
+    'text behind the end': b'X\xff\xff\x00\x00',
+    'bytes behind the end': b'\x8e' + (1 << 62).to_bytes(8, 'little'),
+    'bytearray behind the end': b'\x96' + (1 << 62).to_bytes(8, 'little'),
+    'no text': b'X\x01\x00\x00\x00\xff',
+    'name without an end': b'cos',
+    'dtype with an item too many': FLOAT64 + value((3, '<', *[None] * 3, -1, -1, 0, {}))
+    + b'b',
+    # NumPy believes sizes and flags.
+    'text longer than its memory': call(DTYPE, value('S5'))
+    + value((3, '|', *[None] * 3, 4096, 1, 0)) + b'b',
+    'text of less than nothing': call(DTYPE, value('S5'))
+    + value((3, '|', *[None] * 3, -5, 1, 0)) + b'b',
+    'other flags': FLOAT64 + value((3, '<', *[None] * 3, -1, -1, 63)) + b'b',
+    'records that claim to have no objects': FLOAT64
+    + value((3, '|', None, ('a',), {'a': (None, 0)}, 8, 1, 0)) + b'b',
+    # Arrays that the data do not fill.
+    'too long an array': ARRAY + array_state((100,)) + b'b',
+    'a length below zero': ARRAY + array_state((-1, -1)) + b'b',
+    'a length that overflows': ARRAY + array_state((2**32, 2**32)) + b'b',
+    'a length that is none': ARRAY + array_state((1.0,)) + b'b',
+    'two and a half elements': ARRAY + array_state((2,), data=b'x' * 20) + b'b',
+    'a scalar of fewer bytes': call(
+        name('numpy.core.multiarray', 'scalar'), FLOAT64, value(b'1234')
+    ),
+    'a buffer of fewer bytes': call(
+        name('numpy.core.numeric', '_frombuffer'),
+        *(value(b'1234'), FLOAT64, value((1,)), value('C')),
+    ),
+    'booleans that are neither': ARRAY
+    + array_state((1,), call(DTYPE, value('b1')), b'\x02') + b'b',
+    'history of text': name('mmengine.logging.history_buffer', 'HistoryBuffer')
+    + b')\x81'
+    + value(dict(max_length=9, _log_history='a', _count_history='b')) + b'b',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('kind', DAMAGED)
+def test_damage(kind):
+    # What is refused may be damaged as well.
+    with pytest.raises(Exception):  # noqa: B017
+        load(DAMAGED[kind])
+
+
+def test_depth_that_is_allowed():
+    for depth, refused in ((MAX_DEPTH, False), (MAX_DEPTH + 1, True)):
+        opcodes = b']' * depth + b'a' * (depth - 1)
+        if refused:
+            with pytest.raises(Refused, match=f'{MAX_DEPTH} deep'):
+                load(opcodes)
+        else:
+            assert str(load(opcodes)).count('[') == depth
+
+
+def test_number_of_objects(monkeypatch):
+    monkeypatch.setattr(restricted_pickle, 'MAX_STEPS', 1000)
+    assert load(b'](' + b'K\x01' * 900 + b'e') == [1] * 900
+    with pytest.raises(Refused, match='1,000 objects'):
+        load(b'](' + b'K\x01' * 1000 + b'e')
+    # Ten times one list of 200.
+    shared = b'](' + b'N' * 200 + b'eq\x00' + b'h\x00' * 9
+    with pytest.raises(Refused, match='1,000 objects, written out'):
+        load(b'(' + shared + b't')
+
+
+def test_nothing_that_exists_is_changed():
+    before = HistoryBuffer.mean
+    state = dict(statistics_methods={'mean': 1}, max_length=9, mean=1)
+    state.update(_log_history=np.ones(1), _count_history=np.ones(1))
+    history = name('mmengine.logging.history_buffer', 'HistoryBuffer')
+    assert load(history, b')\x81', value(state), b'b').mean() == 1
+    assert HistoryBuffer.mean is before
+    assert HistoryBuffer._statistics_methods['mean'] is before
+    state = value({'_metadata': {}, 'items': 1})
+    loaded = load(name('collections', 'OrderedDict'), b')R', state, b'b')
+    assert vars(loaded) == {'_metadata': {}}
+    # NumPy's own dtype, in whose place a pickle may get it, stays as it is.
+    state = value((3, '>', None, None, None, -1, -1, 0))
+    assert load(FLOAT64, state, b'b') == np.dtype('>f8')
+    assert np.dtype('f8').isnative
+
+
+def test_extensions(monkeypatch):
+    """What another package gave a number, and a pickle has used, is there by it."""
+    monkeypatch.setitem(copyreg._extension_cache, 240, os.system)
+    with pytest.raises(Refused, match='EXT1'):
+        load(b'\x82\xf0' + value(('true',)) + b'R')
+
+
+def reference(kind='Float', length=4):
+    parts = (value('storage'), name('torch', f'{kind}Storage'), value('0'))
+    return b'(' + b''.join(parts) + value('cpu') + value(length) + b'tQ'
+
+
+def tensor(offset, size, stride, *more, storage=None, version=2):
+    return call(
+        name('torch._utils', f'_rebuild_tensor_v{version}'),
+        *(storage or reference(), value(offset), value(size), value(stride)),
+        *(value(False), value(None), *more),
+    )
+
+
+def test_tensors_lie_within_their_storage():
+    """Against a list of all elements, for what fits and what does not."""
+    memory = np.arange(4, dtype=np.float32)
+    fits = 0
+    for offset, *shape in itertools.product(
+        range(6), range(4), range(3), *[range(5)] * 2
+    ):
+        size, stride = tuple(shape[:2]), tuple(shape[2:])
+        elements = [
+            offset + row * stride[0] + column * stride[1]
+            for row, column in itertools.product(*map(range, size))
+        ]
+        opcodes = tensor(offset, size, stride)
+        if offset > 4 or len(elements) > 4 or max(elements, default=0) > 3:
+            with pytest.raises(ValueError, match='beyond its storage of 4'):
+                load(opcodes, memory=memory.tobytes())
+        else:
+            loaded = load(opcodes, memory=memory.tobytes())
+            assert (loaded.shape, loaded.stride()) == (size, stride)
+            assert loaded.flatten().tolist() == [memory[i] for i in elements]
+            fits += 1
+    assert fits > 100
+
+
+@pytest.mark.parametrize(
+    'offset, size, stride',
+    [
+        (-1, (1,), (1,)),
+        (0, (-1,), (1,)),
+        (0, (2,), (-1,)),
+        (0, (2,), ()),
+        (0, (), (1,)),
+        (True, (1,), (1,)),
+        ('0', (1,), (1,)),
+        (0.0, (1,), (1,)),
+        (2**63, (1,), (1,)),
+        (0, (2**63,), (1,)),
+        (0, (2,), (2**62,)),
+        # Products of 64 bits overflow.
+        (0, (2**32, 2**32), (1, 1)),
+        (0, (2**47, 2**47, 0), (1, 1, 1)),
+        (0, None, (1,)),
+    ],
+)
+def test_sizes_that_are_none(offset, size, stride):
+    with pytest.raises((ValueError, TypeError)):
+        load(tensor(offset, size, stride), memory=bytes(16))
+
+
+def test_dtypes_count_in_their_own_bytes():
+    def as_dtype(dtype, size):
+        more = (name('torch', dtype),)
+        bytes_of = reference('Byte', 16)
+        return tensor(0, (size,), (1,), *more, storage=bytes_of, version=3)
+
+    memory = np.arange(4, dtype=np.float32).tobytes()
+    assert load(as_dtype('float32', 4), memory=memory).tolist() == [0, 1, 2, 3]
+    assert load(as_dtype('int16', 8), memory=memory).dtype == torch.int16
+    for dtype, size in (('float64', 3), ('float32', 5), ('int16', 9)):
+        with pytest.raises(ValueError, match='beyond its storage'):
+            load(as_dtype(dtype, size), memory=memory)
+    for dtype in ('bool', 'quint8'):
+        with pytest.raises(Refused, match=f'torch.{dtype}'):
+            load(as_dtype(dtype, 1), memory=memory)
+
+
+def test_views_with_metadata():
+    with pytest.raises(Refused, match='conjugates'):
+        load(tensor(0, (1,), (1,), value({'conj': True})), memory=bytes(16))
+
+
+def test_tensors_need_a_storage():
+    for storage in (value(None), value((b'1234', 4)), FLOATS):
+        with pytest.raises(ValueError, match='without a storage'):
+            load(tensor(0, (1,), (1,), storage=storage))
+    with pytest.raises(Refused, match='a storage'):
+        Unpickler(whole(tensor(0, (1,), (1,)))).load()
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+def test_tensors_in_plain_pickles(dtype):
+    names = {('torch.storage', '_load_from_bytes'): storage_from_bytes}
+    base = torch.arange(6).to(dtype)
+    for content in (base, base.view(2, 3).t(), base[:0], base[1:3]):
+        loaded = Unpickler(pickle.dumps(content), names=names).load()
+        assert (loaded.dtype, loaded.stride()) == (content.dtype, content.stride())
+        assert torch.equal(loaded, content)
+    with pytest.raises(Refused, match='_load_from_bytes'):
+        Unpickler(pickle.dumps(base)).load()
+
+
+def saved_storage(content):
+    buffer = io.BytesIO()
+    storage = content.untyped_storage()
+    torch.save(storage, buffer, _use_new_zipfile_serialization=False)
+    return buffer.getvalue()
+
+
+def test_storages_that_lie():
+    whole_storage = saved_storage(torch.tensor([1, 0, 1], dtype=torch.uint8))
+    assert storage_from_bytes(whole_storage).memory.tolist() == [1, 0, 1]
+    length = (3).to_bytes(8, 'little')
+    assert whole_storage.endswith(length + b'\1\0\1')
+    for wrong in (
+        whole_storage[:-1],
+        whole_storage.replace(length, (2).to_bytes(8, 'little')),
+        whole_storage.replace(length, (-1).to_bytes(8, 'little', signed=True)),
+        whole_storage.replace(b'K\3', b'K\4'),
+        whole_storage.replace(b'UntypedStorage', b'BoolStorage').replace(
+            b'\0\1', b'\2\3'
+        ),
+    ):
+        assert wrong != whole_storage
+        with pytest.raises((ValueError, EOFError, Refused)):
+            storage_from_bytes(wrong)
+    buffer = io.BytesIO()
+    torch.save([1], buffer, _use_new_zipfile_serialization=False)
+    with pytest.raises(Refused, match='else than a storage'):
+        storage_from_bytes(buffer.getvalue())
+
+
+def test_bytes_that_are_no_booleans():
+    for memory, fine in ((torch.tensor([0, 1]), True), (torch.tensor([0, 2]), False)):
+        memory = memory.to(torch.uint8)
+        restricted_pickle.require_booleans(memory, torch.uint8)
+        if fine:
+            restricted_pickle.require_booleans(memory, torch.bool)
+        else:
+            with pytest.raises(ValueError, match='booleans'):
+                restricted_pickle.require_booleans(memory, torch.bool)
+
+
+def test_random_damage():
+    """Whatever is changed, the reader ends, with data or an error."""
+    generator = random.Random(0)
+    content = [PLAIN, dict(a=np.arange(5), b=OrderedDict(c=(1, 2.5)))]
+    errors = 0
+    for protocol in (2, 4):
+        whole_pickle = pickle.dumps(content, protocol) + b'.'
+        for _ in range(2000):
+            changed = bytearray(whole_pickle)
+            for _ in range(generator.choice([1, 2, 10])):
+                changed[generator.randrange(len(changed))] = generator.randrange(256)
+            try:
+                Unpickler(bytes(changed)).load()
+            except Exception:  # noqa: BLE001
+                errors += 1
+    assert errors > 1000
+
+
+def test_the_names():
+    """Whoever adds one has to look at this list."""
+    builtins = (
+        'bool bytearray bytes complex dict float frozenset getattr int list set slice '
+        'str tuple'
+    ).split()
+    arrays = ('multiarray._reconstruct', 'multiarray.scalar', 'numeric._frombuffer')
+    buffer = 'mmengine.logging.history_buffer.HistoryBuffer'
+    rebuild = '_tensor _tensor_v2 _tensor_v3 _parameter'.split()
+    storages = (
+        'BFloat16 Bool Byte Char ComplexDouble ComplexFloat Double Float Half Int Long '
+        'Short'
+    ).split()
+    expected = {
+        *(f'builtins.{name}' for name in builtins),
+        *(f'__builtin__.{name}' for name in builtins),
+        *(f'collections.{name}' for name in ('Counter', 'OrderedDict')),
+        *(f'collections.{name}' for name in ('defaultdict', 'deque')),
+        *('_codecs.encode', 'torch.Size', 'torch.device', 'numpy.ndarray'),
+        *('numpy.dtype', 'torch.storage.UntypedStorage'),
+        *(f'torch.{name}Storage' for name in storages),
+        *(f'torch._utils._rebuild{name}' for name in rebuild),
+        *(f'numpy.core.{name}' for name in arrays),
+        *(f'numpy._core.{name}' for name in arrays),
+        *(buffer, *(f'{buffer}.{name}' for name in ('min', 'max', 'current', 'mean'))),
+        *('yacs.config.CfgNode', 'argparse.Namespace', 'mmcv.utils.config.ConfigDict'),
+        'mmengine.config.config.ConfigDict',
+    }
+    found = {'.'.join(key): value for key, value in restricted_pickle._NAMES.items()}
+    # PyTorch has more of them with every version.
+    dtypes = {name for name, value in found.items() if isinstance(value, torch.dtype)}
+    assert {str(dtype) for dtype in DTYPES} <= dtypes
+    assert dtypes == {str(found[name]) for name in dtypes}
+    assert found.keys() - dtypes == expected
+    for kind in found.values():
+        assert not callable(kind) or isinstance(kind, type) or kind in OURS
+    assert set(restricted_pickle._CALLS.values()) <= OURS
+
+
+OURS = {
+    function
+    for function in vars(restricted_pickle).values()
+    if getattr(function, '__module__', '') == restricted_pickle.__name__
+}
