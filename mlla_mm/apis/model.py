@@ -19,6 +19,7 @@ from ..models import MLLA
 from ..models.checkpoint_layout import check_fit, find_weights, to_own_names
 from ..models.weights import load_pretrained, require_weights
 from ..utils.checkpoint_file import fetch_checkpoint, load_checkpoint_file
+from ..utils.text import printable
 
 _NAMES = {f'mlla-{arch}': arch for arch in MLLA.arch_zoo}
 
@@ -130,11 +131,13 @@ def _pretrained_classifier(
     num_classes: Optional[int],
 ) -> Classifier:
     fc = ('head.fc.weight', 'head.fc.bias')
+    matrix = weights.get(fc[0])
     # A file without a classifier is refused below.
-    in_file = len(weights[fc[1]]) if fc[1] in weights else 1000
+    is_classifier = matrix is not None and matrix.dim() == 2
+    in_file = len(matrix) if is_classifier else 1000
     model = Classifier(backbone, num_classes or in_file)
     own = model.state_dict()
-    if fc[1] in weights and num_classes not in (None, in_file):
+    if is_classifier and num_classes not in (None, in_file):
         print_log(
             f'The linear layer starts fresh: {source} has {in_file} classes, not '
             f'{num_classes}.',
@@ -195,10 +198,24 @@ def _dataset_meta(checkpoint: Any) -> dict:
     meta = meta if isinstance(meta, Mapping) else {}
     # MMEngine's, and what mmdet 2.x, mmseg 0.x and mmcls wrote.
     found = meta.get('dataset_meta') or meta
-    found = {key.lower(): value for key, value in found.items()}
-    return {
-        key: found[key] for key in ('classes', 'palette') if found.get(key) is not None
-    }
+    found = found if isinstance(found, Mapping) else {}
+    found = {str(key).lower(): value for key, value in found.items()}
+    result = {}
+    classes, palette = found.get('classes'), found.get('palette')
+    if isinstance(classes, (list, tuple)):
+        result['classes'] = tuple(map(printable, classes))
+    if isinstance(palette, (list, tuple)) and all(map(_is_colour, palette)):
+        result['palette'] = palette
+    return result
+
+
+def _is_colour(value: Any) -> bool:
+    """Whether a value is red, green and blue, from 0 to 255."""
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) == 3
+        and all(isinstance(part, int) and 0 <= part < 256 for part in value)
+    )
 
 
 def _check_device(device: str) -> None:

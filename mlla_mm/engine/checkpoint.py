@@ -19,8 +19,9 @@ from mmengine.runner import (
     get_torchvision_models,
 )
 
-from ..models.checkpoint_layout import to_own_layout
+from ..models.checkpoint_layout import find_weights, has_names, to_own_layout
 from ..utils.checkpoint_file import (
+    CheckpointError,
     checkpoints_are_trusted,
     fetch_checkpoint,
     load_checkpoint_file,
@@ -37,6 +38,7 @@ def load_from_local(filename: Union[str, Path], map_location: Any = None) -> Any
     checkpoint = load_checkpoint_file(filename, map_location or 'cpu')
     if not checkpoints_are_trusted():
         _remove_programs(checkpoint)
+    _require_names(checkpoint, filename)
     return to_own_layout(checkpoint)
 
 
@@ -77,7 +79,7 @@ def load_from_openmmlab(filename: str, map_location: Any = None) -> Any:
 def load_from_mmcls(filename: str, map_location: Any = None) -> Any:
     """Read the backbone of a classifier that OpenMMLab publishes, by its name."""
     checkpoint = load_from_http(get_mmcls_models()[_name(filename)], map_location)
-    weights = checkpoint.get('state_dict', checkpoint)
+    weights = find_weights(checkpoint, filename)
     prefix = 'backbone.'
     return dict(
         state_dict={
@@ -102,6 +104,16 @@ def load_from_pavi(filename: str, map_location: Any = None) -> Any:
 
 def _name(address: str) -> str:
     return address.split('://', 1)[1]
+
+
+def _require_names(checkpoint: Any, filename: Union[str, Path]) -> None:
+    """Refuse weights without names, which end in errors deep inside of MMEngine."""
+    content = checkpoint if isinstance(checkpoint, Mapping) else {}
+    if not has_names(content.get('state_dict', content)):
+        raise CheckpointError(
+            f'{filename} holds no weights: expected names and tensors, at the top '
+            "level or under 'state_dict'."
+        )
 
 
 def _remove_programs(checkpoint: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 from torch import Tensor
 
 from ..utils.checkpoint_file import CheckpointError
+from ..utils.text import printable
 
 EMA_KEY = 'state_dict_ema'
 """Where a checkpoint holds averaged weights beside the plain ones.
@@ -22,7 +23,8 @@ round, with the averaged weights in ``state_dict`` and the plain ones in
 _PLAIN_KEYS = ('state_dict', 'model')
 # Of MLLA alone: Swin has 'attn.qkv'.
 _BLOCK = re.compile(
-    r'^(?P<prefix>.*?)layers\.(?P<stage>\d+)\.blocks\.\d+\.attn\.qk\.weight$'
+    # No more stages than a network has: the highest one says how many there are.
+    r'^(?P<prefix>.*?)layers\.(?P<stage>[0-9])\.blocks\.\d+\.attn\.qk\.weight$'
 )
 # Rotation tables of the authors' files: functions of the image size alone.
 _ROTATIONS = re.compile(r'\.rope\.rotations$')
@@ -76,7 +78,7 @@ class Network(NamedTuple):
 def describe(weights: Mapping[str, Tensor]) -> Optional[Network]:
     """Recognise an MLLA by its weights; None if there is none."""
     blocks = [match for match in map(_BLOCK.match, weights) if match]
-    if not blocks:
+    if not blocks or weights[blocks[0].string].dim() != 2:
         return None
     stages = [int(block['stage']) for block in blocks]
     task = 'backbone'
@@ -123,12 +125,20 @@ def find_weights(
             'training without them. Take the plain ones.'
         )
     weights = found[0] if found else content
-    if not weights or not all(isinstance(v, Tensor) for v in weights.values()):
+    are_tensors = all(isinstance(value, Tensor) for value in weights.values())
+    if not weights or not are_tensors or not has_names(weights):
         raise CheckpointError(
             f'{source} holds no weights: expected them at the top level, or under '
             "'model' or 'state_dict'."
         )
     return weights
+
+
+def has_names(weights: Any) -> bool:
+    """Whether a value is a mapping whose keys are all text that can be printed."""
+    return isinstance(weights, Mapping) and all(
+        isinstance(key, str) and key.isprintable() for key in weights
+    )
 
 
 def to_own_names(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -212,7 +222,7 @@ def check_fit(
         return
     # Shapes tell more than names.
     shown = sorted(problems, key=lambda key: key not in own or key not in weights)[:5]
-    lines = '\n'.join(f'    {key}: {problems[key]}' for key in shown)
+    lines = '\n'.join(f'    {printable(key)}: {problems[key]}' for key in shown)
     raise CheckpointError(
         f'The weights of {source} do not fit the model ({len(problems)} differences):\n'
         f'{lines}\n{_way_out(own, weights, source, list(problems))}'

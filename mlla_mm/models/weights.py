@@ -10,6 +10,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from ..utils.checkpoint_file import fetch_checkpoint, load_checkpoint_file
+from ..utils.text import printable
 from .checkpoint_layout import (
     Network,
     check_fit,
@@ -123,4 +124,4 @@ def _split(
 def _parts(keys: Iterable[str]) -> str:
     """The parts of a model that keys belong to, for a message."""
     parts = {key if key == 'rope.rotations' else key.split('.')[0] for key in keys}
-    return ', '.join(sorted(parts)) or 'nothing'
+    return printable(', '.join(sorted(parts))) or 'nothing'

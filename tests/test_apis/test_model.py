@@ -119,6 +119,48 @@ def test_wrong_arguments(official, tmp_path):
         get_model('mlla-t', official, ema=True)
 
 
+@pytest.mark.parametrize('part', ['weight', 'bias'])
+@pytest.mark.parametrize('shape', [(), (3,), (10**8,), (3, 4, 5)])
+def test_linear_layers_that_are_none(tmp_path, part, shape):
+    """Nor is memory reserved for as many classes as a file claims."""
+    weights = checkpoints.official_classifier('t')
+    weights[f'head.{part}'] = torch.empty(shape, dtype=torch.uint8)
+    torch.save(dict(model=weights), tmp_path / 'a.pth')
+    with pytest.raises(CheckpointError, match=f'head.fc.{part}: '):
+        get_model('mlla-t', tmp_path / 'a.pth')
+
+
+@pytest.mark.parametrize(
+    'meta, expected',
+    [
+        (dict(dataset_meta=dict(classes=['a', 'b'])), dict(classes=('a', 'b'))),
+        (
+            dict(CLASSES=('a',), PALETTE=[(0, 1, 255)]),
+            dict(classes=('a',), palette=[(0, 1, 255)]),
+        ),
+        (
+            dict(classes=['\x1b[2J', 1, ['deep']]),
+            dict(classes=('\\x1b[2J', '1', '<list>')),
+        ),
+        (dict(classes='a', palette='random'), {}),
+        (dict(classes=None, palette=[(0, 1, 256)]), {}),
+        (dict(classes={'a': 1}, palette=[(0, 1)]), {}),
+        (dict(palette=[0.5]), {}),
+        (dict(dataset_meta=[1]), {}),
+        ({1: 2}, {}),
+        ([1], {}),
+    ],
+)
+def test_names_and_colours_of_a_checkpoint(tmp_path, meta, expected):
+    pytest.importorskip('mmpretrain')
+    cfg = Config.fromfile(CONFIGS / 'classification/mlla-nano_digits.py')
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        weights = MODELS.build(cfg.model).state_dict()
+    torch.save(dict(state_dict=weights, meta=meta), tmp_path / 'a.pth')
+    model = load_model(cfg, tmp_path / 'a.pth', device='cpu')
+    assert model.dataset_meta == expected
+
+
 def test_needs_none_of_mmdet_mmseg_and_mmpretrain():
     code = (
         'import sys\n'

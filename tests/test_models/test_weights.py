@@ -13,7 +13,6 @@ from mlla_mm.models.checkpoint_layout import (
     find_weights,
     to_own_layout,
 )
-from mlla_mm.utils import checkpoint_file
 from mlla_mm.utils.checkpoint_file import CheckpointError
 
 from .. import checkpoints, reference
@@ -160,12 +159,11 @@ def test_address_in_init_cfg(tmp_path, monkeypatch):
     monkeypatch.setattr(
         torch.hub,
         'download_url_to_file',
-        lambda url, to: path.replace(to) if url.endswith('?dl=1') else None,
+        lambda url, to, digest: path.replace(to),
     )
     assert mean(start('https://example.org/f/a1b2/?dl=1', NANO)) == 0
     # From the cache: there is nothing to download any more.
     assert mean(start('https://example.org/f/a1b2/?dl=1', NANO)) == 0
-    assert checkpoint_file.fetch_checkpoint('http://example.org/f/a1b2').is_file()
 
 
 def drop(weights):
