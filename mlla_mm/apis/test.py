@@ -35,7 +35,7 @@ def test(args: argparse.Namespace) -> None:
         check_images(cfg, 'test')
         if launch.set_up(cfg).rank == 0:
             require_data(cfg, 'test')
-            require_work_dir(cfg.work_dir)
+            require_work_dir(cfg)
     # An image is one process's; a checkpoint is all of theirs.
     with launch.exit_on_user_error((CorruptImageError,), shared=False):
         with launch.exit_on_user_error((CheckpointError,)):

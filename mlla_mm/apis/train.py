@@ -45,7 +45,7 @@ def train(args: argparse.Namespace) -> int:
         if layout.rank == 0:
             require_data(cfg, 'train', 'val')
             if not args.check:
-                require_work_dir(cfg.work_dir)
+                require_work_dir(cfg)
     if args.check:
         return preflight.run(cfg, layout)
     # An image is one process's; the other errors are all of theirs.

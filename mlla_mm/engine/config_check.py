@@ -106,20 +106,30 @@ def check_config(cfg: Config) -> None:
                 _check_classes(model, cfg.get(f'{split}_dataloader'), split)
 
 
-def require_work_dir(path: str) -> None:
+def require_work_dir(cfg: Config) -> None:
     """Make the folder of a run, and see that it can be written to.
 
+    Args:
+        cfg (Config): The run's config.
+
     Raises:
-        ValueError: If it cannot.
+        ValueError: If it cannot, or if MMEngine, which copies the config there, would
+            write elsewhere through a link.
     """
     try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
+        Path(cfg.work_dir).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cfg.work_dir):
             pass
     except OSError as error:
         raise ValueError(
             f'The work_dir cannot be written to: {error}. Choose one with --work-dir.'
         ) from error
+    copy = Path(cfg.work_dir) / Path(cfg.filename or 'of no file').name
+    if copy.is_symlink() or (copy.exists() and not copy.is_file()):
+        raise ValueError(
+            f'{copy} is a link, folder or pipe, and the config is to be copied there. '
+            'Remove it, or choose another folder with --work-dir.'
+        )
 
 
 def nearest(name: str, names: Iterable[str], alike: float = _SIMILAR) -> Optional[str]:

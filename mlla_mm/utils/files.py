@@ -22,7 +22,9 @@ def write_whole(path: Union[str, Path], content: Content) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = part_of(path)
     try:
-        with part.open('wb') as file:
+        # Not through a link that somebody left there.
+        part.unlink(missing_ok=True)
+        with part.open('xb') as file:
             file.write(content)
             file.flush()
             # On the disk before its name is, or a power cut leaves the name alone.

@@ -1,10 +1,11 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+import os
 import re
 
 import pytest
 from mmengine.config import Config
 
-from mlla_mm.engine.config_check import check_config
+from mlla_mm.engine.config_check import check_config, require_work_dir
 
 from ..bad_data import CLS, DET, SEG, assert_says, config
 from ..nano import CONFIGS
@@ -129,3 +130,22 @@ def test_a_classifier_can_be_evaluated_on_some_of_its_classes():
     cfg.model.head.num_classes = 5
     with pytest.raises(ValueError, match='num_classes is 5, .* val_dataloader'):
         check_config(cfg)
+
+
+@pytest.mark.parametrize('kind', ['link', 'pipe', 'folder'])
+def test_the_copy_of_the_config_goes_nowhere_else(tmp_path, kind):
+    """MMEngine would write through a link that somebody left in the folder."""
+    work_dir, outside = tmp_path / 'work', tmp_path / 'outside'
+    (tmp_path / 'x.py').write_text(f'work_dir = {str(work_dir)!r}')
+    cfg = Config.fromfile(tmp_path / 'x.py')
+    require_work_dir(cfg)
+    (work_dir / 'x.py').write_text('of a run before')
+    require_work_dir(cfg)
+    (work_dir / 'x.py').unlink()
+    if kind == 'link':
+        (work_dir / 'x.py').symlink_to(outside)
+    else:
+        (os.mkfifo if kind == 'pipe' else os.mkdir)(work_dir / 'x.py')
+    with pytest.raises(ValueError, match='work/x.py is a .*--work-dir'):
+        require_work_dir(cfg)
+    assert not outside.exists()

@@ -1,0 +1,26 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+import pytest
+
+from mlla_mm.utils.files import part_of, write_whole
+
+
+def test_links_are_replaced(tmp_path):
+    """Neither the file nor its part is written through one."""
+    outside, path = tmp_path / 'outside', tmp_path / 'folder' / 'report.md'
+    outside.write_text('mine')
+    path.parent.mkdir()
+    for link in (path, part_of(path)):
+        link.symlink_to(outside)
+        write_whole(path, b'new')
+        assert path.read_bytes() == b'new' and not path.is_symlink()
+        assert not part_of(path).is_symlink()
+    assert outside.read_text() == 'mine'
+
+
+def test_what_was_there_stays(tmp_path):
+    path = tmp_path / 'report.md'
+    write_whole(path, b'old')
+    part_of(path).mkdir()
+    with pytest.raises(OSError):
+        write_whole(path, b'new')
+    assert path.read_bytes() == b'old'
