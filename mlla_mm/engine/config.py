@@ -16,6 +16,12 @@ from ..models.weights import require_weights
 from ..utils.checkpoint_file import trust_checkpoints
 from .resume import newest_checkpoint, seed_of
 
+# Hooks of every run.
+_ALWAYS = (
+    *('CheckWeightsHook', 'RecordRunHook', 'ResumedStateHook'),
+    'StopOnInvalidLossHook',
+)
+
 
 def read_run_config(args: argparse.Namespace) -> Config:
     """Read the config of a run and apply the arguments that tools share.
@@ -38,7 +44,7 @@ def read_run_config(args: argparse.Namespace) -> Config:
         cfg.trust_checkpoint = True
     trust_checkpoints(cfg.get('trust_checkpoint', False))
     hooks = list(cfg.get('custom_hooks') or [])
-    for kind in ('CheckWeightsHook', 'StopOnInvalidLossHook'):
+    for kind in _ALWAYS:
         # A config may have one with options of its own.
         if all(hook.get('type') != kind for hook in hooks if isinstance(hook, dict)):
             hooks.append(dict(type=kind))

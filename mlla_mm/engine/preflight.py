@@ -43,6 +43,7 @@ from mmengine.runner.checkpoint import CheckpointLoader
 from . import launch
 from .batch_size import accumulated_batches
 from .config import as_list
+from .resume import newest_checkpoint, require_resumable
 
 UPDATES = 2
 """Optimiser updates at the largest size."""
@@ -344,11 +345,13 @@ def _start(cfg: Config) -> Start:
     """What a run that resumes goes on from."""
     if not cfg.get('resume'):
         return Start()
-    path = cfg.get('load_from') or find_latest_checkpoint(cfg.work_dir)
+    path = cfg.get('load_from') or newest_checkpoint(cfg.work_dir)
     if path is None:
         return Start()
-    meta = CheckpointLoader.load_checkpoint(path, map_location='cpu')['meta']
-    return Start(path, meta['epoch'], meta['iter'])
+    checkpoint = CheckpointLoader.load_checkpoint(str(path), map_location='cpu')
+    require_resumable(checkpoint, path)
+    meta = checkpoint['meta']
+    return Start(str(path), meta['epoch'], meta['iter'])
 
 
 def _derived(cfg: Config, folder: str) -> Config:

@@ -89,6 +89,8 @@ def test_a_hook_of_the_config_has_its_own_options(tmp_path):
     assert [hook.type for hook in hooks] == [
         'StopOnInvalidLossHook',
         'CheckWeightsHook',
+        'RecordRunHook',
+        'ResumedStateHook',
     ]
     assert hooks[0].max_skipped == 9
 
@@ -97,8 +99,10 @@ def test_checkpoints_are_checked_and_not_trusted(tmp_path):
     path = tmp_path / 'a.py'
     path.write_text("custom_hooks = [dict(type='MyHook')]")
     cfg = run_config(path)
-    hooks = ['MyHook', 'CheckWeightsHook', 'StopOnInvalidLossHook']
-    assert [hook.type for hook in cfg.custom_hooks] == hooks
+    assert [hook.type for hook in cfg.custom_hooks] == [
+        *('MyHook', 'CheckWeightsHook', 'RecordRunHook', 'ResumedStateHook'),
+        'StopOnInvalidLossHook',
+    ]
     assert not checkpoints_are_trusted()
     try:
         run_config(path, '--trust-checkpoint')

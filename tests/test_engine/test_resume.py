@@ -1,13 +1,16 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
 
 from mlla_mm.datasets.digits import make_imagenet
 from mlla_mm.engine import config as options
-from mlla_mm.engine.resume import newest_checkpoint, seed_of
+from mlla_mm.engine.resume import keep_sound_state, newest_checkpoint, seed_of
+from mlla_mm.utils.checkpoint_file import CheckpointError
 
 from ..runs import logged, without_workers
 
@@ -58,6 +61,61 @@ def test_a_checkpoint_that_is_no_file_of_the_work_dir(tmp_path):
     assert newest_checkpoint(tmp_path) is None
     (tmp_path / 'elsewhere').mkdir()
     assert newest_checkpoint(tmp_path) == tmp_path / 'elsewhere'
+
+
+def test_pipes_are_no_checkpoints(tmp_path):
+    """Who opens one waits."""
+    pipe, pointer = tmp_path / 'epoch_9.pth', tmp_path / 'last_checkpoint'
+    os.mkfifo(pipe)
+    os.mkfifo(pointer)
+    assert newest_checkpoint(tmp_path) is None
+    pointer.unlink()
+    pointer.write_text(str(pipe))
+    assert newest_checkpoint(tmp_path) is None
+    saved = save(tmp_path / 'epoch_3.pth')
+    assert newest_checkpoint(tmp_path) == saved
+
+
+@pytest.mark.parametrize(
+    'content', [b'', b'\n', b'a\0b', bytes(range(256)), b'a' * 300, b'a/' * 10**6]
+)
+def test_what_does_not_name_a_checkpoint(tmp_path, content, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'last_checkpoint').write_bytes(content)
+    assert newest_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize('seed', ['5', -1, 2**32, 1.0, True, [5]])
+def test_a_seed_that_is_none(tmp_path, seed):
+    path = save(tmp_path / 'iter_2.pth', seed=seed)
+    with pytest.raises(CheckpointError, match='iter_2.pth cannot be resumed: its seed'):
+        seed_of(path)
+
+
+def test_updates_that_are_none(tmp_path):
+    save(tmp_path / 'epoch_3.pth', updates='many')
+    stopped = save(tmp_path / 'preempted_iter_1.pth', updates=1)
+    assert newest_checkpoint(tmp_path) == stopped
+
+
+def test_sound_state_is_kept():
+    begun = dict(epoch=1, iter=10, updates=10)
+    sound = dict(
+        best_score=np.float32(0.5), best_score_a=torch.tensor(1.0), best_score_b=3,
+        epoch_begun=begun, validation_due=True, own=dict(a=[1]), text='words', no=None,
+    )  # fmt: skip
+    messages = dict(log_scalars={}, runtime_info=dict(sound), resumed_keys={})
+    keep_sound_state(messages, updates=19)
+    assert messages['runtime_info'] == sound
+    unsound = [
+        *(dict(best_score=x) for x in ('9', None, [1], torch.ones(2), float)),
+        *(dict(epoch_begun=x) for x in (7, {}, dict(begun, iter=-9))),
+        *(dict(epoch_begun=dict(begun, **x)) for x in (dict(iter=20), dict(epoch='1'))),
+    ]
+    for state in unsound:
+        messages['runtime_info'] = state
+        keep_sound_state(messages, updates=19)
+        assert not state
 
 
 def test_the_seed_is_the_interrupted_runs(tmp_path):

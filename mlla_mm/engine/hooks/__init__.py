@@ -6,6 +6,8 @@ from .logger import MainProcessLoggerHook
 from .mesa import MESAHook, UseEMAWeightsHook
 from .preemption import Preempted, PreemptionHook
 from .record_recipe import RecordRecipeHook
+from .record_run import RecordRunHook
+from .resumed_state import ResumedStateHook
 from .sync_buffers import SyncBuffersBeforeSaveHook
 from .zero import SaveZeroOptimizerHook
 
@@ -17,6 +19,8 @@ __all__ = [
     'Preempted',
     'PreemptionHook',
     'RecordRecipeHook',
+    'RecordRunHook',
+    'ResumedStateHook',
     'SaveZeroOptimizerHook',
     'StopOnInvalidLossHook',
     'SyncBuffersBeforeSaveHook',

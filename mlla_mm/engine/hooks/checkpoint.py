@@ -1,18 +1,22 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import List, Union
+from typing import List, Optional, Union
 
 from mmengine.dist import is_main_process, master_only
 from mmengine.fileio import register_backend
 from mmengine.fileio.backends import LocalBackend
 from mmengine.hooks import CheckpointHook
+from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 
 from ...utils.checkpoint_file import read_checkpoint_meta
 from ...utils.files import write_whole
-from ..resume import PREEMPTED_NAME
+from ...utils.text import printable
+from ..resume import PREEMPTED_NAME, checkpoint_names, keep_own_names
 
 
 @register_backend('whole_file')
@@ -31,22 +35,44 @@ class WholeFileBackend(LocalBackend):
             ) from error
 
 
-class _RemoveLater:
-    """A storage backend that keeps in mind what it is asked to remove.
+class _OwnFiles:
+    """A storage backend that removes checkpoints of this run alone.
 
     Args:
         backend (BaseStorageBackend): Does all the rest.
+        hook (WholeCheckpointHook): Knows which files are its own.
+
+    Attributes:
+        removed (list[str] | None): Gets the names of files instead of removing them.
     """
 
-    def __init__(self, backend) -> None:
-        self.removed: List[str] = []
+    def __init__(self, backend, hook: 'WholeCheckpointHook') -> None:
+        self.removed: Optional[List[str]] = None
         self._backend = backend
+        self._hook = hook
 
     def remove(self, filepath: str) -> None:
-        self.removed.append(filepath)
+        if self.removed is not None:
+            self.removed.append(filepath)
+        elif self._hook.is_own(filepath):
+            self._backend.remove(filepath)
+        else:
+            _leave(filepath)
+
+    def rmtree(self, dir_path: str) -> None:
+        _leave(dir_path)
 
     def __getattr__(self, name: str):
         return getattr(self._backend, name)
+
+
+def _leave(path: str) -> None:
+    print_log(
+        f'{printable(path)} is not removed: it is not a checkpoint file of this run. '
+        'Remove it if you do not need it.',
+        logger='current',
+        level=logging.WARNING,
+    )
 
 
 @HOOKS.register_module()
@@ -55,7 +81,9 @@ class WholeCheckpointHook(CheckpointHook):
 
     A checkpoint gets its name when it is complete, and an old one is removed after
     that, as are those of :class:`PreemptionHook`; MMEngine removes it before it begins
-    to write.
+    to write. Whatever a resumed checkpoint says, what is removed and published are
+    checkpoints of this run: files in its folder, no links and no folders, with names as
+    :func:`mlla_mm.engine.resume.checkpoint_names` has them.
 
     Args:
         *args, **kwargs: As :class:`mmengine.hooks.CheckpointHook` takes them.
@@ -66,15 +94,42 @@ class WholeCheckpointHook(CheckpointHook):
             kwargs['backend_args'] = dict(backend='whole_file')
         super().__init__(*args, **kwargs)
 
+    @property
+    def file_backend(self):
+        """_OwnFiles: The storage that MMEngine's hook chose in ``before_train``."""
+        return self._file_backend
+
+    @file_backend.setter
+    def file_backend(self, backend) -> None:
+        # Right when it is set: what follows there may remove files.
+        self._file_backend = _OwnFiles(backend, self)
+
     def before_train(self, runner) -> None:
+        state = runner.message_hub.runtime_info
+        keep_own_names(state, folder_of(self, runner.work_dir), self.filename_tmpl)
         super().before_train(runner)
         if runner.iter > 0:
             # MMEngine forgets it, and then does not save that a checkpoint is the best.
             self.last_ckpt = runner.message_hub.get_info('last_ckpt')
-        if is_main_process() and self.file_backend.isdir(self.out_dir):
-            # What a killed process was writing.
-            for part in Path(self.out_dir).glob('.*.pth.part'):
-                part.unlink()
+        if is_main_process():
+            if self.file_backend.isdir(self.out_dir):
+                # What a killed process was writing.
+                for part in Path(self.out_dir).glob('.*.pth.part'):
+                    _unlink(part)
+            pointer = Path(runner.work_dir) / 'last_checkpoint'
+            # MMEngine would write to where a link leads, or wait for a pipe's reader.
+            if pointer.is_symlink() or not pointer.is_file():
+                _unlink(pointer)
+
+    def is_own(self, path: str) -> bool:
+        """Whether a file is a checkpoint of this run, by its place and name."""
+        folder = os.path.join(self.out_dir, '')
+        names = checkpoint_names(self.filename_tmpl)
+        return (
+            path.startswith(folder)
+            and names.fullmatch(path[len(folder) :]) is not None
+            and not os.path.islink(path)
+        )
 
     def _save_checkpoint_with_step(self, runner, step, meta) -> None:
         with self._removals_last():
@@ -94,18 +149,38 @@ class WholeCheckpointHook(CheckpointHook):
                 self._remove_preempted(runner)
 
     @master_only
+    def _publish_model(self, runner, ckpt_path: Optional[str]) -> None:
+        # None if no model was better than none. A run that was moved may have left it.
+        if ckpt_path and self.is_own(ckpt_path) and self.file_backend.isfile(ckpt_path):
+            super()._publish_model(runner, ckpt_path)
+
+    @master_only
     def _remove_preempted(self, runner) -> None:
         for path in Path(runner.work_dir).glob(PREEMPTED_NAME.format('*')):
-            path.unlink()
+            _unlink(path)
 
     @contextmanager
     def _removals_last(self) -> Iterator[None]:
         """Remove what is asked to be removed at the end, if all went well."""
-        backend = self.file_backend
-        self.file_backend = _RemoveLater(backend)
+        backend, removed = self.file_backend, []
+        # A best checkpoint is followed by another of the usual ones.
+        outer, backend.removed = backend.removed, removed
         try:
             yield
-            for path in self.file_backend.removed:
-                backend.remove(path)
         finally:
-            self.file_backend = backend
+            backend.removed = outer
+        for path in removed:
+            backend.remove(path)
+
+
+def folder_of(hook: CheckpointHook, work_dir: str) -> str:
+    """Where MMEngine's hook will save, which settles it when the training starts."""
+    if hook.out_dir is None or hook.out_dir == work_dir:
+        return work_dir
+    return os.path.join(hook.out_dir, os.path.basename(work_dir.rstrip(os.sep)))
+
+
+def _unlink(path: Path) -> None:
+    """Remove a file, or a link alone; a folder stays."""
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        path.unlink()

@@ -1,0 +1,36 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+from mmengine.hooks import CheckpointHook, Hook
+from mmengine.registry import HOOKS
+
+from ..resume import keep_own_names, keep_sound_state, require_resumable
+from .checkpoint import folder_of
+
+
+@HOOKS.register_module()
+class ResumedStateHook(Hook):
+    """Take over from a resumed checkpoint what is this run's business.
+
+    MMEngine believes what a checkpoint says of its run: how far it has come, and which
+    files it has saved, some to be removed later. See :mod:`mlla_mm.engine.resume`.
+
+    Raises:
+        CheckpointError: If a run cannot go on from the checkpoint.
+    """
+
+    # Before anything looks at the checkpoint.
+    priority = 'HIGHEST'
+
+    def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
+        if not runner._resume:
+            return
+        source = runner._load_from or f'the newest checkpoint of {runner.work_dir}'
+        require_resumable(checkpoint, source)
+        messages = checkpoint['message_hub']
+        keep_sound_state(messages, updates=checkpoint['meta']['iter'])
+        for hook in runner.hooks:
+            if isinstance(hook, CheckpointHook):
+                keep_own_names(
+                    messages['runtime_info'],
+                    folder_of(hook, runner.work_dir),
+                    hook.filename_tmpl,
+                )
