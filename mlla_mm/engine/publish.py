@@ -12,6 +12,13 @@ from ..models.checkpoint_layout import describe, find_weights, to_own_names
 from ..utils.checkpoint_file import CheckpointError, load_checkpoint_file
 from ..utils.files import write_whole
 
+#: What is kept of a checkpoint's ``meta``: the names and colours of the classes, as
+#: MMEngine saves them and as older toolboxes did, and which training it was.
+PUBLISHED_META = (
+    *('dataset_meta', 'CLASSES', 'PALETTE'),
+    *('epoch', 'iter', 'mmengine_version'),
+)
+
 
 def publish(
     source: Union[str, Path],
@@ -21,9 +28,11 @@ def publish(
 ) -> Path:
     """Write the weights of any MLLA checkpoint in this package's layout.
 
-    The file holds ``state_dict`` and, of OpenMMLab's checkpoints, ``meta`` (for
-    inference: the names of the classes). The authors' classifiers become ours. As in
-    OpenMMLab, the first 8 digits of the file's SHA-256 go at the end of its name.
+    The file holds ``state_dict`` and, of OpenMMLab's checkpoints, what
+    :data:`PUBLISHED_META` names of ``meta`` (for inference: the names of the classes).
+    The config, a program that MMEngine would execute, is left out: publish it beside
+    the file. The authors' classifiers become ours. As in OpenMMLab, the first 8 digits
+    of the file's SHA-256 go at the end of its name.
 
     Args:
         source (str | Path): A checkpoint of the authors or of this package.
@@ -48,8 +57,9 @@ def publish(
     if describe(weights) is None:
         raise CheckpointError(f'{source} holds no MLLA.')
     published = dict(state_dict=weights)
-    if isinstance(checkpoint.get('meta'), dict):
-        published['meta'] = checkpoint['meta']
+    meta = checkpoint.get('meta')
+    if isinstance(meta, dict):
+        published['meta'] = {key: meta[key] for key in PUBLISHED_META if key in meta}
     buffer = io.BytesIO()
     torch.save(published, buffer)
     digest = hashlib.sha256(buffer.getbuffer()).hexdigest()
