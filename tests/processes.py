@@ -2,6 +2,7 @@
 """Runs of the tools, which mostly take less time than the imports of a new process."""
 
 import importlib.util
+import ipaddress
 import multiprocessing
 import os
 import random
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Optional
@@ -202,6 +203,34 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(('', 0))
         return free.getsockname()[1]
+
+
+def listening(pid: int) -> set:
+    """The IP addresses at which a process and those that it has started listen."""
+    parents = {}
+    for stat in Path('/proc').glob('[0-9]*/stat'):
+        with suppress(OSError):  # it ends
+            parents[int(stat.parent.name)] = int(
+                stat.read_text().split(')')[-1].split()[1]
+            )
+    family = {pid}
+    while not family.issuperset(more := {p for p in parents if parents[p] in family}):
+        family |= more
+    sockets = set()
+    for path in (path for p in family for path in Path(f'/proc/{p}/fd').iterdir()):
+        with suppress(OSError):
+            sockets.add(os.readlink(path))
+    addresses = set()
+    for table in Path('/proc/net').glob('tcp*'):
+        for line in table.read_text().splitlines()[1:]:
+            _, address, _, state, *_, inode = line.split()[:10]
+            if state == '0A' and f'socket:[{inode}]' in sockets:
+                words = bytes.fromhex(address.split(':')[0])
+                found = b''.join(
+                    words[i : i + 4][::-1] for i in range(0, len(words), 4)
+                )
+                addresses.add(str(ipaddress.ip_address(found)))
+    return addresses
 
 
 def _environments(environment: dict, processes: Optional[int]) -> list:

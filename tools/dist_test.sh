@@ -4,8 +4,8 @@
 # Environment, all optional:
 #   NNODES=1               number of machines; run this on each of them
 #   NODE_RANK=0            which of them this one is: 0 to NNODES - 1
-#   MASTER_ADDR=127.0.0.1  address of machine 0
-#   PORT                   free port of machine 0 (one machine: any, several: 29500)
+#   MASTER_ADDR=127.0.0.1  address of machine 0, where there are several
+#   PORT=29500             free port of machine 0, where there are several
 #   OMP_NUM_THREADS        threads of a process on the CPU (its part of the cores)
 #   PYTHON=python          the interpreter
 set -euo pipefail

@@ -4,6 +4,7 @@
 import gc
 import multiprocessing
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ from .resume import newest_checkpoint
 # In the work_dir; says why torchrun need not start the run again.
 _ENDED_NAME = '.ended'
 LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
+# Of the first process: it listens from set_up to tear_down.
+_store: Optional['distributed.TCPStore'] = None
 
 
 class Processes(NamedTuple):
@@ -101,6 +104,7 @@ def processes(launcher: str) -> Processes:
 def set_up(cfg: Config) -> Processes:
     """Prepare this process and its config for the devices of the machine.
 
+    Where all processes are on one machine, they listen to this machine alone.
     With GPUs MMEngine's own launcher does what is left. On the CPU it would ask for
     CUDA devices, so the gloo process group is made here, the model is wrapped without
     device ids, and SyncBatchNorm, which has no CPU kernel, becomes BatchNorm.
@@ -113,16 +117,18 @@ def set_up(cfg: Config) -> Processes:
 
     Raises:
         ValueError: If the launcher is unknown, did not start this process, or started
-            more processes than there are GPUs.
+            more processes than there are GPUs; if the processes' port is in use.
     """
     layout = processes(cfg.launcher)
     if torch.cuda.is_available():
         _check_gpu_count(layout)
         _name_threads(cfg.launcher, 1)
+        _stay_on_one_machine(cfg.launcher, layout)
         return layout
     _share_threads(layout)
     _name_threads(cfg.launcher, torch.get_num_threads())
     if cfg.launcher != 'none':
+        _stay_on_one_machine(cfg.launcher, layout)
         _init_gloo(layout, cfg.get('env_cfg', {}).get('dist_cfg', {}))
         cfg.model_wrapper_cfg = dict(
             type='MMDistributedDataParallel',
@@ -201,6 +207,8 @@ def tear_down() -> None:
         gc.collect()  # a runner and its loops refer to one another
         distributed.barrier()
         distributed.destroy_process_group()
+    global _store
+    _store = None
 
 
 def _check_gpu_count(layout: Processes) -> None:
@@ -228,6 +236,55 @@ def _name_threads(launcher: str, threads: int) -> None:
     if launcher != 'none':
         os.environ.setdefault('OMP_NUM_THREADS', str(threads))
         os.environ.setdefault('MKL_NUM_THREADS', os.environ['OMP_NUM_THREADS'])
+
+
+def _stay_on_one_machine(launcher: str, layout: Processes) -> None:
+    """Let the processes meet on the loopback interface, if one machine has them all.
+
+    Process groups have no authentication, and whoever can connect can run code. NCCL
+    uses the interface to introduce the GPUs to one another; they exchange data through
+    NVLink, PCIe or shared memory.
+    """
+    if launcher == 'slurm':  # its tasks per node are an upper limit
+        alone = os.environ.get('SLURM_STEP_NUM_NODES') == '1'
+    else:
+        alone = layout.local_world_size == layout.world_size
+    if launcher == 'none' or not alone:
+        return
+    names = {name for _, name in socket.if_nameindex()}
+    for loopback in names & {'lo', 'lo0'}:  # of Linux, of BSD and macOS
+        os.environ.setdefault('GLOO_SOCKET_IFNAME', loopback)
+        os.environ.setdefault('NCCL_SOCKET_IFNAME', loopback)
+    # torchrun may have opened the store, when it was not started by our scripts.
+    if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True':
+        os.environ['MASTER_ADDR'] = '127.0.0.1'
+        if layout.rank == 0:
+            _open_store(int(os.environ.setdefault('MASTER_PORT', '29500')))
+
+
+def _open_store(port: int) -> None:
+    """Open the processes' store on the loopback interface.
+
+    The store that ``init_process_group`` opens listens on all interfaces, but it joins
+    one of its process that has the same port.
+    """
+    global _store
+    try:
+        server = socket.create_server(('127.0.0.1', port))
+    except OSError as error:
+        raise ValueError(
+            f'Port {port} of this machine is not free ({error.strerror}). Start again; '
+            'set another MASTER_PORT in the environment if Slurm starts the processes.'
+        ) from None
+    _store = distributed.TCPStore(
+        '127.0.0.1',
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        multi_tenant=True,
+        master_listen_fd=server.detach(),
+        use_libuv=False,  # before PyTorch 2.8 libuv's takes no socket over
+    )
 
 
 def _init_gloo(layout: Processes, dist_cfg: Dict[str, Any]) -> None:

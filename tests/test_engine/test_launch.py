@@ -1,4 +1,6 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+import os
+import socket
 import time
 
 import pytest
@@ -6,6 +8,8 @@ import torch
 from mmengine.config import Config, ConfigDict
 
 from mlla_mm.engine import launch
+
+from ..processes import ROOT, free_port, listening
 
 VARIABLES = {
     'pytorch': ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE'),
@@ -59,6 +63,7 @@ import torch
 from mmengine.config import Config
 from mmengine.dist import all_reduce, get_rank
 from mlla_mm.engine import launch
+from tests.processes import listening
 
 cfg = Config(dict(launcher='pytorch', model=dict()))
 layout = launch.set_up(cfg)
@@ -70,6 +75,9 @@ threads = str(torch.get_num_threads())
 assert os.environ['OMP_NUM_THREADS'] == os.environ['MKL_NUM_THREADS'] == threads
 open(f'{OUT}/{layout.rank}', 'w').write(
     f'{total.item()} {torch.distributed.get_backend()} {torch.get_num_threads()}')
+torch.distributed.barrier()
+# All that torchrun has started.
+open(f'{OUT}/listening{layout.rank}', 'w').write(' '.join(listening(os.getppid())))
 launch.tear_down()
 assert not torch.distributed.is_initialized()
 launch.tear_down()  # nothing left to do
@@ -78,11 +86,85 @@ launch.tear_down()  # nothing left to do
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='for machines without a GPU')
 def test_process_group_on_the_cpu(tmp_path, run_tool):
+    """Two processes meet through torchrun, and listen to no other machine."""
     script = tmp_path / 'script.py'
     script.write_text(SCRIPT.replace('{OUT}', str(tmp_path)))
-    run_tool('python', script, processes=2)
+    name = os.path.relpath(script, ROOT / 'tools')
+    run_tool('bash', 'tools/misc/launch.sh', name, 2)
     for rank in '01':
         assert (tmp_path / rank).read_text() == '3.0 gloo 1'
+        assert (tmp_path / f'listening{rank}').read_text() == '127.0.0.1'
+
+
+@pytest.fixture
+def first_process(monkeypatch):
+    """The environment of the first of two processes that a launcher has started."""
+    for name in ('MASTER_ADDR', 'GLOO_SOCKET_IFNAME', 'NCCL_SOCKET_IFNAME'):
+        monkeypatch.setenv(name, 'of the user')
+        monkeypatch.delenv(name)
+    monkeypatch.delenv('TORCHELASTIC_USE_AGENT_STORE', raising=False)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    monkeypatch.setenv('MASTER_PORT', str(free_port()))
+
+    def start(launcher, **variables):
+        names = launch._VARIABLES[launcher]
+        values = dict(zip(names, ('0', '2', '0', '2')), **variables)
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+        launch.set_up(Config(dict(launcher=launcher, model=dict())))
+        return os.environ.get('NCCL_SOCKET_IFNAME'), listening(os.getpid())
+
+    yield start
+    launch.tear_down()
+
+
+@pytest.mark.parametrize(
+    'launcher, variables',
+    [
+        ('pytorch', {'MASTER_ADDR': '0.0.0.0'}),
+        ('slurm', {'SLURM_STEP_NUM_NODES': '1'}),
+        ('mpi', {}),
+    ],
+)
+def test_one_machine_listens_to_itself(first_process, launcher, variables):
+    """As on GPUs, where MMEngine makes the process group later."""
+    before = listening(os.getpid())
+    interface, addresses = first_process(launcher, **variables)
+    assert interface == os.environ['GLOO_SOCKET_IFNAME'] == 'lo'
+    assert addresses - before <= {'127.0.0.1'} <= addresses
+    torch.distributed.init_process_group('gloo', rank=0, world_size=1)
+    assert listening(os.getpid()) - before <= {'127.0.0.1'}
+    launch.tear_down()
+    with socket.create_server(('127.0.0.1', int(os.environ['MASTER_PORT']))):
+        pass  # it is free again
+
+
+@pytest.mark.parametrize(
+    'launcher, variables',
+    [
+        ('pytorch', {'WORLD_SIZE': '4'}),
+        # As many tasks as there may be on one machine, on two.
+        ('slurm', {'SLURM_STEP_NUM_NODES': '2'}),
+    ],
+)
+def test_several_machines_use_their_network(first_process, launcher, variables):
+    before = listening(os.getpid())
+    interface, addresses = first_process(launcher, **variables)
+    assert interface is None and addresses == before
+    assert 'MASTER_ADDR' not in os.environ
+
+
+def test_interfaces_of_the_user_stay(first_process):
+    interface, _ = first_process('pytorch', NCCL_SOCKET_IFNAME='eth7')
+    assert interface == 'eth7'
+
+
+def test_port_of_the_processes_in_use(first_process):
+    port = os.environ['MASTER_PORT']
+    with socket.create_server(('127.0.0.1', int(port))):
+        with pytest.raises(ValueError, match=f'{port} .*MASTER_PORT'):
+            first_process('mpi')
 
 
 def test_more_processes_than_gpus(monkeypatch):

@@ -53,8 +53,9 @@ def losses(work_dir):
 def on_two_machines(run_tool, command, **variables):
     """Run a command as on two machines at the same time; what each printed."""
     variables = dict(
-        variables, NNODES='2', MASTER_ADDR='127.0.0.1', PORT=str(free_port())
-    )
+        variables, NNODES='2', MASTER_ADDR='127.0.0.1', PORT=str(free_port()),
+        RDZV_ID='a secret',
+    )  # fmt: skip
     results = {}
 
     def run(rank):
@@ -105,11 +106,14 @@ import os, signal
 from pathlib import Path
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
+from tests.processes import listening
 
 
 @HOOKS.register_module()
 class FailOnceHook(Hook):
     def before_train_iter(self, runner, batch_idx, data_batch=None):
+        with open(os.environ['LISTENING'], 'a') as file:
+            print(*listening(os.getppid()), file=file)  # and all that torchrun started
         marker = Path(os.environ['FAILED'])
         if runner.rank == 1 and runner.iter == 5 and not marker.exists():
             marker.touch()
@@ -140,6 +144,7 @@ def test_restart(run_tool, data, alone, tmp_path, machines):
     variables = dict(
         MAX_RESTARTS='1',
         FAILED=str(tmp_path / 'failed'),
+        LISTENING=str(tmp_path / 'listening'),
         PYTHONPATH=f'{ROOT}{os.pathsep}{tmp_path}',
     )
     if machines == 1:
@@ -147,6 +152,8 @@ def test_restart(run_tool, data, alone, tmp_path, machines):
     else:
         on_two_machines(run_tool, command, **variables)
     assert (tmp_path / 'failed').exists()
+    if machines == 1:
+        assert set((tmp_path / 'listening').read_text().split()) == {'127.0.0.1'}
     # Iteration 6 was lost with the process, and the whole second epoch done again.
     assert [step for step, _ in losses(work_dir)] == [1, 2, 3, 4, 5, 5, 6, 7, 8]
     last = torch.load(work_dir / 'epoch_2.pth', weights_only=False)
@@ -251,5 +258,6 @@ def test_launchers_tell_their_variables(run_tool):
         text = run_tool('bash', f'tools/dist_{name}.sh', check=False).stdout
         for variable in ('NNODES', 'NODE_RANK', 'MASTER_ADDR', 'PORT', 'PYTHON'):
             assert f'  {variable}' in text
-        assert ('  MAX_RESTARTS' in text) == (name == 'train')
+        for variable in ('MAX_RESTARTS', 'RDZV_ID'):
+            assert (f'  {variable}' in text) == (name == 'train')
         assert 'set -euo' not in text and not text.startswith('#')

@@ -4,6 +4,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import socket
 import sys
@@ -300,6 +301,8 @@ def test_torchrun_command(run_tool, tmp_path):
     program.write_text(
         f'#!/bin/sh\nif [ "$1" = -c ]; then exec {sys.executable} "$@"; fi\n'
         f'printf "%s\\n" "$OMP_NUM_THREADS" "$@" > {tmp_path}/call\n'
+        f'printf "%s" "$PET_RDZV_ID" > {tmp_path}/id\n'
+        f'ls -l /proc/self/fd > {tmp_path}/files\n'
     )
     program.chmod(0o755)
 
@@ -311,9 +314,14 @@ def test_torchrun_command(run_tool, tmp_path):
     threads, *words = call('tools/dist_test.sh', CONFIG, 'a.pth', 2, '--tta')
     assert threads == str(max(1, len(os.sched_getaffinity(0)) // 2))
     assert words[:2] == ['-m', 'torch.distributed.run']
-    assert {'--nnodes': '1', '--nproc-per-node': '2', '--node-rank': '0'}.items() <= (
-        dict(zip(words, words[1:])).items()
-    )
+    expected = {'--nnodes': '1', '--nproc-per-node': '2', '--max-restarts': '0'}
+    expected.update({'--rdzv-backend': 'c10d', '--local-addr': '127.0.0.1'})
+    found = dict(zip(words, words[1:]))
+    assert expected.items() <= found.items()
+    assert 'store_type=file' in found['--rdzv-conf']
+    # Its file is removed already, and open.
+    assert found['--rdzv-endpoint'] == '/proc/self/fd/9'
+    assert re.search(r' 9 -> .*\(deleted\)', (tmp_path / 'files').read_text())
     script, *rest = words[-6:]
     assert script == str(ROOT / 'tools/test.py')
     assert rest == [CONFIG, 'a.pth', '--tta', '--launcher', 'pytorch']
@@ -325,6 +333,13 @@ def test_torchrun_command(run_tool, tmp_path):
     script, *rest = words[-5:]
     assert script == str(ROOT / 'tools/train.py')
     assert rest == [CONFIG, '--amp', '--launcher', 'pytorch']
+    machines.update(MAX_RESTARTS=2, RDZV_ID='secret')
+    words = call('tools/dist_train.sh', CONFIG, 4, **machines)
+    expected = {'--rdzv-backend': 'c10d', '--rdzv-endpoint': 'first:7'}
+    expected.update({'--max-restarts': '2', '--rdzv-conf': 'is_host=false'})
+    assert expected.items() <= dict(zip(words, words[1:])).items()
+    # The list of processes does not show it.
+    assert (tmp_path / 'id').read_text() == 'secret' and 'secret' not in words
 
     # On GPUs, several processes have one thread each, as torchrun would set it.
     (tmp_path / 'nvidia-smi').write_text('#!/bin/sh\n')
@@ -334,18 +349,34 @@ def test_torchrun_command(run_tool, tmp_path):
     assert call('tools/dist_train.sh', CONFIG, 1, PATH=path)[0] == ''
 
 
-@pytest.mark.parametrize('gpus', ['0', 'two', '-1', '1.5'])
-def test_process_count_must_be_a_number(run_tool, gpus):
-    result = run_tool('bash', 'tools/dist_train.sh', CONFIG, gpus, check=False)
+@pytest.mark.parametrize('count', ['0', 'two', '-1', '1.5'])
+def test_counts_must_be_numbers(run_tool, count):
+    for name, gpus, variables in (
+        ('GPUS', count, {}),
+        ('NNODES', 1, dict(NNODES=count)),
+    ):
+        result = run_tool(
+            'bash', 'tools/dist_train.sh', CONFIG, gpus, check=False, env=variables
+        )
+        assert result.returncode == 2
+        assert f'Error: {name}' in result.stdout and f"'{count}'" in result.stdout
+
+
+def test_restarts_on_several_machines_need_an_id(run_tool):
+    variables = dict(NNODES='2', NODE_RANK='1', MAX_RESTARTS='1', RDZV_ID='')
+    result = run_tool(
+        'bash', 'tools/dist_train.sh', CONFIG, 2, check=False, env=variables
+    )
     assert result.returncode == 2
-    assert 'Error: GPUS' in result.stdout and f"'{gpus}'" in result.stdout
+    assert 'RDZV_ID' in result.stdout and 'secrets.token_hex' in result.stdout
 
 
 def test_port_in_use(run_tool):
     with socket.create_server(('', 0)) as taken:
         port = str(taken.getsockname()[1])
+        variables = dict(NNODES='2', PORT=port)
         result = run_tool(
-            'bash', 'tools/dist_train.sh', CONFIG, 2, check=False, env=dict(PORT=port)
+            'bash', 'tools/dist_train.sh', CONFIG, 2, check=False, env=variables
         )
     assert result.returncode == 2
     assert f'Error: port {port} ' in result.stdout and 'PORT=' in result.stdout

@@ -8,22 +8,21 @@ SCRIPT=$1
 GPUS=$2
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 PYTHON=${PYTHON:-python}
-
-if ! [[ $GPUS =~ ^[1-9][0-9]*$ ]]; then
-    echo "Error: GPUS must be a positive number, got '$GPUS'." >&2
-    exit 2
-fi
-
 NNODES=${NNODES:-1}
-if [ -z "${PORT:-}" ]; then
-    if [ "$NNODES" -gt 1 ]; then
-        PORT=29500  # the machines have to agree on it
-    else
-        PORT=$("$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
-    fi
-fi
+NODE_RANK=${NODE_RANK:-0}
+MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}
+PORT=${PORT:-29500}
+MAX_RESTARTS=${MAX_RESTARTS:-0}
 
-if [ "${NODE_RANK:-0}" = 0 ] && ! "$PYTHON" -c "import socket; socket.create_server(('', $PORT))" 2>/dev/null; then
+for name in GPUS NNODES; do
+    if ! [[ ${!name} =~ ^[1-9][0-9]*$ ]]; then
+        echo "Error: $name must be a positive number, got '${!name}'." >&2
+        exit 2
+    fi
+done
+
+if [ "$NNODES" -gt 1 ] && [ "$NODE_RANK" = 0 ] &&
+    ! "$PYTHON" -c "import socket; socket.create_server(('', $PORT))" 2>/dev/null; then
     echo "Error: port $PORT of this machine is in use, or no port. Set another one: PORT=..." >&2
     exit 2
 fi
@@ -39,21 +38,41 @@ if [ -z "${OMP_NUM_THREADS:-}" ]; then
     fi
 fi
 
-MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}
-NODE_RANK=${NODE_RANK:-0}
-MAX_RESTARTS=${MAX_RESTARTS:-0}
-if [ "$MAX_RESTARTS" = 0 ]; then
+if [ "$NNODES" = 1 ]; then
+    # torchrun's store would listen on all interfaces. A file takes its place. It has no
+    # name, so that nobody else can open it and it goes when torchrun does. Every sign of
+    # life makes it longer: the only machine is to give one an hour.
+    STORE=$(mktemp)
+    exec 9<>"$STORE"
+    rm "$STORE"
+    MEETING=(
+        --rdzv-backend c10d
+        --rdzv-conf store_type=file,keep_alive_interval=3600
+        --rdzv-endpoint /proc/self/fd/9
+        --local-addr 127.0.0.1
+    )
+elif [ "$MAX_RESTARTS" = 0 ]; then
     MEETING=(--node-rank "$NODE_RANK" --master-addr "$MASTER_ADDR" --master-port "$PORT")
 else
+    if [ -z "${RDZV_ID:-}" ]; then
+        echo "Error: MAX_RESTARTS on several machines needs RDZV_ID, a secret word that is the same on all of them." \
+            "Make one: python -c 'import secrets; print(secrets.token_hex())'" >&2
+        exit 2
+    fi
+    # As --rdzv-id would, which every user of the machine could read.
+    export PET_RDZV_ID=$RDZV_ID
     # Meets anew on all machines when a process dies on one of them.
     MEETING=(
-        --max-restarts "$MAX_RESTARTS"
         --rdzv-backend c10d
         --rdzv-endpoint "$MASTER_ADDR:$PORT"
         --rdzv-conf "is_host=$([ "$NODE_RANK" = 0 ] && echo true || echo false)"
     )
-    # A store per attempt: in a shared one processes find addresses of dead ones.
-    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+fi
+# The processes open a store of their own, after a restart a new one: they do not find
+# addresses of dead ones in it, and torchrun opens none for them, on all interfaces.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+
+if [ "$MAX_RESTARTS" != 0 ]; then
     # Newer checkpoints are this run's, see restart_checkpoint in mlla_mm/engine/launch.py.
     LAUNCH_TIME=$(date +%s)
     export LAUNCH_TIME
@@ -61,6 +80,7 @@ fi
 
 PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" exec "$PYTHON" -m torch.distributed.run \
     --nnodes "$NNODES" \
+    --max-restarts "$MAX_RESTARTS" \
     "${MEETING[@]}" \
     --nproc-per-node "$GPUS" \
     "$ROOT/tools/$SCRIPT" "${@:3}" --launcher pytorch
