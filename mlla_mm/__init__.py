@@ -14,9 +14,12 @@ __all__ = ['__version__', 'apis', 'engine', 'get_model', 'models']
 # which has to work where the rest cannot be imported.
 if sys.argv[:1] != ['-m']:
     try:
-        # First of all: whatever imports mmcv.ops afterwards needs ``mmcv._ext``.
+        # First of all: OpenCV reads its limits when mmcv imports it, and whatever
+        # imports mmcv.ops afterwards needs ``mmcv._ext``.
         from .ops import mmcv_ext
+        from .utils import images
 
+        images.install()
         mmcv_ext.install()
 
         from . import apis, engine, models

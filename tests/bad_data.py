@@ -2,11 +2,15 @@
 """Small data sets of all three tasks, and what can be done to their files."""
 
 import json
+import os
+import struct
+import zlib
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from mmengine.config import Config
-from PIL import ExifTags, Image
+from PIL import EpsImagePlugin, ExifTags, Image
 
 from .nano import NANO
 
@@ -47,6 +51,62 @@ def empty(path):
 
 def web_page(path):
     path.write_text('<html>')
+
+
+def postscript(path):
+    Image.new('RGB', (8, 8)).save(path, format='EPS')
+
+
+def pipe(path):
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+def endless(path):
+    path.unlink(missing_ok=True)
+    path.symlink_to('/dev/zero')
+
+
+def link_to_nothing(path):
+    path.unlink(missing_ok=True)
+    path.symlink_to('nowhere')
+
+
+def bomb(path):
+    """Of 3 GB when decoded, and some kilobytes."""
+    path.write_bytes(black_png(40000, 27000))
+
+
+@lru_cache
+def black_png(width, height) -> bytes:
+    """A PNG file of one bit per pixel; nothing of its size is in memory."""
+
+    def chunk(kind, content):
+        checksum = struct.pack('>I', zlib.crc32(kind + content))
+        return struct.pack('>I', len(content)) + kind + content + checksum
+
+    compressor = zlib.compressobj(1)
+    row = bytes(1 + (width + 7) // 8)
+    rows = b''.join(compressor.compress(row) for _ in range(height))
+    header = struct.pack('>IIBBBBB', width, height, 1, 0, 0, 0, 0)
+    return b'\x89PNG\r\n\x1a\n' + b''.join(
+        [
+            chunk(b'IHDR', header),
+            chunk(b'IDAT', rows + compressor.flush()),
+            chunk(b'IEND', b''),
+        ]
+    )
+
+
+def fake_ghostscript(monkeypatch, folder: Path) -> Path:
+    """Be the Ghostscript that Pillow finds; returns what is there once it ran."""
+    marker, program = folder / 'ghostscript ran', folder / 'bin/gs'
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\ntouch "{marker}"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv('PATH', str(program.parent), prepend=os.pathsep)
+    monkeypatch.setattr(EpsImagePlugin, 'gs_binary', None)  # or it is not looked for
+    return marker
 
 
 def turned(orientation):

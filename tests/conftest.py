@@ -1,5 +1,6 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,20 @@ def forget_instances():
     yield
     for cls in (MMLogger, Visualizer, *Visualizer.__subclasses__()):
         cls._instance_dict.clear()
+
+
+@pytest.fixture
+def no_waiting():
+    """Fail a test that waits for a pipe, or reads a device without end."""
+
+    def fail(*_):
+        raise TimeoutError('Waited for a file that never ends.')
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture(scope='session')

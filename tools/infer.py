@@ -1,7 +1,7 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 """Detect, segment or classify in pictures and videos; draw and write the results.
 
-Exit status 1 if nothing could be read.
+Exit status 1 if a file could not be read, predicted or drawn; the others are.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             args.inputs, out_dir, args.batch_size, score_thr=args.score_thr
         )
     print('\n'.join(summary(results, out_dir)))
-    if not any('error' not in result for result in results):
+    if not results or any('error' in result for result in results):
         sys.exit(1)
 
 

@@ -19,12 +19,13 @@ from rich.progress import track
 from torch import nn
 
 from ..engine.config import read_config
+from ..utils.images import describe
 from .inputs import InputType, Picture, count_pictures, find_sources, read_pictures
 from .model import load_model
 from .output import Output
 from .tasks import TASKS, Task
 
-# A picture and what the test pipeline makes of it; None for an unreadable one.
+# A picture and what the test pipeline makes of it; None for one with an error.
 _Item = Tuple[Picture, Optional[dict]]
 
 
@@ -32,9 +33,10 @@ class Inferencer(BaseInferencer):
     """Detection, segmentation or classification on pictures, with one interface.
 
     It is MMEngine's inferencer with the steps of all three tasks, and differs from
-    those of mmdet, mmseg and mmpretrain in that an unreadable file does not end the
-    work on the others, weights that do not fit are an error, arrays are BGR throughout,
-    and pictures are read, predicted, drawn and written one batch at a time.
+    those of mmdet, mmseg and mmpretrain in that a picture that cannot be read or
+    predicted does not end the work on the others, weights that do not fit are an error,
+    arrays are BGR throughout, and pictures are read, predicted, drawn and written one
+    batch at a time.
 
     Args:
         config (str | Path | Config): A config of ours, or of mmdet, mmseg or mmpretrain
@@ -117,7 +119,8 @@ class Inferencer(BaseInferencer):
 
             - ``input`` (str | int): The path, or the position of an array in
               ``inputs``; ``frame`` (int): The position in a video, from 0.
-            - ``error`` (str): Why it could not be read; then there is nothing else.
+            - ``error`` (str): Why it could not be read, predicted, drawn or written,
+              such as 'is empty'; what comes after that step is not there.
             - ``task`` (str), ``height``, ``width`` (int): In pixels.
             - 'detection': ``instances``, a list of ``label`` (int), ``name`` (str),
               ``box`` ([x1, y1, x2, y2] in pixels), ``score`` (float) and, of models
@@ -147,22 +150,22 @@ class Inferencer(BaseInferencer):
         )
         results = []
         with nullcontext() if out_dir is None else Output(out_dir) as out:
-            for batch in self.preprocess(pictures, batch_size):
-                # Unreadable pictures have no data, and a batch is of one kind.
-                readable = [data for _, data in batch if data is not None]
-                preds = self.forward(readable) if readable else [None] * len(batch)
-                results += self.postprocess(batch, preds, task, out)
-            if out is not None:
-                out.write_results(results)
+            try:
+                for batch in self.preprocess(pictures, batch_size):
+                    for picture, sample in self._predict(batch):
+                        results += self.postprocess([picture], [sample], task, out)
+            finally:  # also of a run that is interrupted
+                if out is not None:
+                    out.write_results(results)
         return results
 
     def preprocess(
         self, pictures: Iterable[Picture], batch_size: int = 1
     ) -> Iterator[List[_Item]]:
-        """Run the test pipeline; yields pictures of one size, or unreadable ones."""
+        """Run the test pipeline; yields pictures of one size, or those with errors."""
         batch: List[_Item] = []
         for picture in pictures:
-            item = (picture, self._prepare(picture))
+            item = self._prepare(picture)
             full = len(batch) == batch_size
             if batch and (full or _size_at_input(item) != _size_at_input(batch[0])):
                 yield batch
@@ -186,41 +189,72 @@ class Inferencer(BaseInferencer):
 
     def postprocess(
         self,
-        batch: List[_Item],
+        pictures: Sequence[Picture],
         preds: Sequence[Optional[BaseDataElement]],
         task: Task,
         out: Optional[Output] = None,
     ) -> List[Dict[str, Any]]:
         """Make results of predictions, and write what there is to write."""
         results = []
-        for (picture, _), sample in zip(batch, preds):
+        for picture, sample in zip(pictures, preds):
             result = _describe_input(picture)
             results.append(result)
             if sample is None:
                 continue
             result.update(task=task.name, **task.describe(sample))
             if out is not None:
-                labels = task.label_map(sample)
-                if labels is not None:
-                    result['label_map'] = out.write_label_map(picture, labels)
-                (drawn,) = self.visualize([picture.image], [sample], task)
-                result['drawn'] = out.write_drawn(picture, drawn)
+                try:
+                    self._write(result, picture, sample, task, out)
+                except Exception as error:
+                    result['error'] = f'cannot be drawn or written ({describe(error)})'
         return results
 
-    def _prepare(self, picture: Picture) -> Optional[dict]:
-        if picture.image is None:
-            return None
+    def _prepare(self, picture: Picture) -> _Item:
+        if picture.error is not None:
+            return picture, None
         shape = picture.image.shape[:2]
-        return self.pipeline(
-            dict(
-                img=picture.image,
-                img_shape=shape,
-                ori_shape=shape,
-                # Only because mmdet's PackDetInputs asks for them.
-                img_path=str(picture.source.label),
-                img_id=0,
-            )
+        inputs = dict(
+            img=picture.image,
+            img_shape=shape,
+            ori_shape=shape,
+            # Only because mmdet's PackDetInputs asks for them.
+            img_path=str(picture.source.label),
+            img_id=0,
         )
+        try:
+            return picture, self.pipeline(inputs)
+        except Exception as error:
+            return picture.failed(error), None
+
+    def _predict(
+        self, batch: List[_Item]
+    ) -> List[Tuple[Picture, Optional[BaseDataElement]]]:
+        """Predict a batch; if that fails, its pictures one by one."""
+        pictures, inputs = zip(*batch)
+        if inputs[0] is None:  # those with errors are batches of their own
+            return [(picture, None) for picture in pictures]
+        try:
+            return list(zip(pictures, self.forward(list(inputs))))
+        except Exception as error:
+            failed = pictures[0].failed(error)
+        # Not above, where the error keeps the memory that may have run out.
+        if len(batch) == 1:
+            return [(failed, None)]
+        return [pair for item in batch for pair in self._predict([item])]
+
+    def _write(
+        self,
+        result: Dict[str, Any],
+        picture: Picture,
+        sample: BaseDataElement,
+        task: Task,
+        out: Output,
+    ) -> None:
+        labels = task.label_map(sample)
+        if labels is not None:
+            result['label_map'] = out.write_label_map(picture, labels)
+        (drawn,) = self.visualize([picture.image], [sample], task)
+        result['drawn'] = out.write_drawn(picture, drawn)
 
     def _load(self, path: str) -> np.ndarray:
         return self._loader(dict(img_path=path))['img']
@@ -264,7 +298,7 @@ def _describe_input(picture: Picture) -> Dict[str, Any]:
     result = dict(input=picture.source.label)
     if picture.frame is not None:
         result['frame'] = picture.frame
-    if picture.image is None:
+    if picture.error is not None:
         result['error'] = picture.error
     else:
         result['height'], result['width'] = picture.image.shape[:2]

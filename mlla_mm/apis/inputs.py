@@ -1,12 +1,16 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 """Pictures out of whatever inference is given: paths, folders, videos, arrays."""
 
+import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import List, NamedTuple, Optional, Sequence, Set, Union
 
 import mmcv
 import numpy as np
+
+from ..utils.images import describe, file_problem, reading_problem, size_problem
 
 InputType = Union[str, Path, np.ndarray]
 
@@ -14,6 +18,11 @@ PICTURE_SUFFIXES = (
     *('.bmp', '.jpeg', '.jpg', '.pgm', '.png', '.ppm', '.tif', '.tiff', '.webp'),
 )
 VIDEO_SUFFIXES = ('.avi', '.m4v', '.mkv', '.mov', '.mp4', '.mpeg', '.mpg', '.webm')
+
+# How videos begin: AVI, Matroska and WebM, MPEG programs and transports; and what
+# stands behind four bytes of MOV and MP4.
+_BEGINNINGS = (b'RIFF', b'\x1aE\xdf\xa3', b'\0\0\1', b'G')
+_ATOMS = (b'ftyp', b'moov', b'mdat', b'wide', b'free', b'skip', b'pnot', b'uuid')
 
 
 class Source(NamedTuple):
@@ -42,6 +51,15 @@ class Picture(NamedTuple):
     """Position in the video, from 0."""
 
     error: Optional[str] = None
+    """Why it cannot be read or predicted, to stand behind its name."""
+
+    def failed(self, error: Exception) -> 'Picture':
+        """The picture whose test pipeline or prediction raised an error."""
+        height, width = self.image.shape[:2]
+        size = f'{width} x {height} pixels'
+        return self._replace(
+            error=f'cannot be processed, at {size} ({describe(error)})'
+        )
 
 
 def find_sources(
@@ -53,8 +71,9 @@ def find_sources(
     Args:
         inputs (str | Path | np.ndarray | Sequence): A picture, a video, a folder, or
             several of them. Of a folder and all folders below it, in the order of their
-            names, every file counts whose suffix is one of :data:`PICTURE_SUFFIXES` or
-            :data:`VIDEO_SUFFIXES`. An array is a BGR picture (H, W, 3), uint8.
+            names, everything but folders counts whose suffix is one of
+            :data:`PICTURE_SUFFIXES` or :data:`VIDEO_SUFFIXES`. An array is a BGR
+            picture (H, W, 3), uint8.
         leave_out (str | Path, optional): Folder below an input folder that is no
             input: that of the results. Defaults to None.
 
@@ -78,24 +97,19 @@ def find_sources(
                 'Inputs are paths and BGR arrays (H, W, 3), or lists of them, got '
                 f'{type(item).__name__}.'
             )
-        elif Path(item).is_dir():
+        elif os.path.isdir(item):
             for path in _files(Path(item), leave_out):
-                name = path.relative_to(item).with_suffix('')
-                sources.append(Source(path, _unique(str(name), names), str(path)))
+                name = _without_suffix(path.relative_to(item))
+                sources.append(Source(path, _unique(name, names), str(path)))
         else:
-            name = _unique(Path(item).stem, names)
+            name = _unique(_without_suffix(Path(Path(item).name)), names)
             sources.append(Source(item, name, str(item)))
     return sources
 
 
 def count_pictures(sources: Sequence[Source]) -> int:
     """Number of pictures in the sources; that in videos is what their headers say."""
-    return sum(
-        max(1, _open_video(source).frame_cnt)
-        if source.is_video and Path(source.content).is_file()
-        else 1
-        for source in sources
-    )
+    return sum(map(_count, sources))
 
 
 def read_pictures(
@@ -120,43 +134,65 @@ def read_pictures(
 
 
 def fps(source: Source) -> float:
-    """Frames per second of a video; 25 if it does not say."""
-    return _open_video(source).fps or 25.0
+    """Frames per second of a video; 25 if it says nothing, or nothing possible."""
+    rate = _open_video(source).fps
+    return rate if 0.1 <= rate <= 1000 else 25.0
 
 
 def _read_picture(source: Source, load: Callable[[str], np.ndarray]) -> Picture:
-    # One unreadable file shall not end the work on the others, and file systems and
-    # decoders raise errors of many types.
-    try:
-        return Picture(source, load(str(source.content)))
-    except Exception as error:
-        return Picture(source, error=_reason(source, 'picture', error))
+    path = str(source.content)
+    problem = None
+    if '://' not in path:
+        problem = file_problem(path) or size_problem(path)
+    if problem is None:
+        # One unreadable file shall not end the work on the others, and file systems and
+        # decoders raise errors of many types.
+        try:
+            return Picture(source, load(path))
+        except Exception as error:
+            problem = reading_problem(path, error)
+    return Picture(source, error=problem)
 
 
 def _read_video(source: Source) -> Iterator[Picture]:
-    if not Path(source.content).is_file():
-        yield Picture(source, error=_reason(source, 'video'))
-        return
-    frame = -1
-    for frame, image in enumerate(_open_video(source)):
-        yield Picture(source, image, frame)
-    if frame < 0:
-        yield Picture(source, error=_reason(source, 'video'))
-
-
-def _reason(source: Source, kind: str, error: Optional[Exception] = None) -> str:
-    path = Path(source.content)
-    if '://' in str(source.content):
-        return f'cannot be read: {error}'
-    if not path.is_file():
-        return 'no such file'
-    if path.stat().st_size == 0:
-        return 'empty file'
-    return f'cannot be decoded as a {kind}'
+    problem, frame = _video_problem(source.content), -1
+    if problem is None:
+        try:
+            for frame, image in enumerate(_open_video(source)):
+                yield Picture(source, image, frame)
+        except Exception as error:
+            problem = f'cannot be decoded ({describe(error)})'
+        if frame < 0 and problem is None:
+            problem = 'cannot be decoded as a video'
+    if problem is not None:
+        yield Picture(source, error=problem)
 
 
 def _open_video(source: Source) -> mmcv.VideoReader:
     return mmcv.VideoReader(str(source.content))
+
+
+def _video_problem(path: Union[str, Path]) -> Optional[str]:
+    """What keeps a file from being opened as a video, or None.
+
+    FFmpeg goes by what is in a file. In a playlist called film.mp4 it would find the
+    names of other files, open them, and wait for those that are not there.
+    """
+    problem = file_problem(path)
+    if problem is None:
+        with open(path, 'rb') as file:
+            start = file.read(8)
+        if not start.startswith(_BEGINNINGS) and start[4:] not in _ATOMS:
+            problem = 'is not a video (AVI, Matroska, MOV, MPEG, MPEG-4, WebM)'
+    return problem
+
+
+def _count(source: Source) -> int:
+    if source.is_video and _video_problem(source.content) is None:
+        # A header may say what is no number.
+        with suppress(Exception):
+            return max(1, _open_video(source).frame_cnt)
+    return 1
 
 
 def _is_video(path: Union[str, Path]) -> bool:
@@ -165,14 +201,21 @@ def _is_video(path: Union[str, Path]) -> bool:
 
 def _files(folder: Path, leave_out: Optional[Union[str, Path]]) -> List[Path]:
     suffixes = PICTURE_SUFFIXES + VIDEO_SUFFIXES
-    left_out = Path(leave_out).resolve() if leave_out else None
+    left_out = Path(os.path.realpath(leave_out)) if leave_out else None
     return sorted(
         path
-        for path in folder.rglob('*')
+        for parent, _, names in os.walk(folder)
+        for path in (Path(parent, name) for name in names)
         if path.suffix.lower() in suffixes
-        and path.is_file()
-        and left_out not in path.resolve().parents
+        # Not resolve(), which raises an error for a link to itself.
+        and left_out not in Path(os.path.realpath(path)).parents
     )
+
+
+def _without_suffix(path: Path) -> str:
+    stem = path.name[: len(path.name) - len(path.suffix)]
+    # What is left of '...mp4' would be the name of another folder.
+    return str(path.with_name(stem) if stem.strip('.') else path)
 
 
 def _unique(name: str, taken: Set[str]) -> str:

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Union
 
 import cv2
-import mmcv
 import numpy as np
 from mmengine.fileio import dump
 
+from ..utils.text import PATH_LIMIT, printable
 from .inputs import Picture, Source, fps
 
 RESULTS = 'results.json'
@@ -48,32 +48,38 @@ class Output:
         """
         image = np.ascontiguousarray(drawn[..., ::-1])
         if picture.frame is None:
-            path = self._path('drawn', picture, '.jpg')
-            mmcv.imwrite(image, str(path))
-            return str(path)
+            return self._write(image, 'drawn', picture, '.jpg')
         path = self.folder / 'drawn' / f'{picture.source.name}.mp4'
         if picture.source is not self._source:
             self._close_video()
-            self._source = picture.source
             self._video = _open_writer(path, fps(picture.source), image)
+            self._source = picture.source
         self._video.write(image)
         return str(path)
 
     def write_label_map(self, picture: Picture, labels: np.ndarray) -> str:
         """Write the labels of all pixels (H, W) as a PNG file; returns its path."""
-        path = self._path('label_maps', picture, '.png')
-        mmcv.imwrite(labels, str(path))
-        return str(path)
+        return self._write(labels, 'label_maps', picture, '.png')
 
     def write_results(self, results: List[Dict[str, Any]]) -> None:
         dump(results, str(self.folder / RESULTS))
 
-    def _path(self, kind: str, picture: Picture, suffix: str) -> Path:
+    def _write(
+        self, image: np.ndarray, kind: str, picture: Picture, suffix: str
+    ) -> str:
         name = picture.source.name
         if picture.frame is not None:
             name = f'{name}/{picture.frame:06d}'
-        # Not with_suffix(): a dot of the name is no suffix.
-        return self.folder / kind / f'{name}{suffix}'
+        # Not with_suffix(): a dot of the name is no suffix. Nor imwrite(), which looks
+        # for the suffix in the name.
+        path = self.folder / kind / f'{name}{suffix}'
+        encoded, content = cv2.imencode(suffix, image)
+        if not encoded:
+            height, width = image.shape[:2]
+            raise ValueError(f'{width} x {height} pixels do not fit into a {suffix}')
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.tobytes())
+        return str(path)
 
     def _close_video(self) -> None:
         if self._video is not None:
@@ -94,6 +100,8 @@ def _open_writer(path: Path, rate: float, image: np.ndarray) -> cv2.VideoWriter:
 def summary(results: List[Dict[str, Any]], folder: Union[str, Path]) -> List[str]:
     """Say what was written, and which inputs were skipped and why.
 
+    Names of files are escaped where they would move a terminal's cursor.
+
     Args:
         results (list[dict]): What :class:`mlla_mm.apis.Inferencer` returned.
         folder (str | Path): The folder that it wrote into.
@@ -103,7 +111,7 @@ def summary(results: List[Dict[str, Any]], folder: Union[str, Path]) -> List[str
     """
     skipped = [result for result in results if 'error' in result]
     read = [result for result in results if 'error' not in result]
-    lines = [f'Skipped {r["input"]}: {r["error"]}' for r in skipped[:_NAMED]]
+    lines = [f'Skipped: {_name(r)} {r["error"]}' for r in skipped[:_NAMED]]
     if len(skipped) > _NAMED:
         lines.append(f'... and {len(skipped) - _NAMED} more: see {RESULTS}.')
     if not results:
@@ -119,3 +127,8 @@ def summary(results: List[Dict[str, Any]], folder: Union[str, Path]) -> List[str
             kind = Path(folder) / ('drawn' if key == 'drawn' else 'label_maps')
             lines.append(f'{what}: {len(paths)} files in {kind}')
     return [*lines, f'Results: {Path(folder) / RESULTS}']
+
+
+def _name(result: Dict[str, Any]) -> str:
+    name = printable(result['input'], PATH_LIMIT)
+    return f'{name}, frame {result["frame"]},' if 'frame' in result else name

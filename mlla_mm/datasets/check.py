@@ -13,6 +13,9 @@ import numpy as np
 from mmengine.utils import track_iter_progress
 from PIL import ExifTags, Image
 
+from ..utils import images as image_files
+from ..utils.text import printable
+
 COCO_COUNTS = (118287, 5000)
 ADE20K_COUNTS = (20210, 2000)
 IMAGENET_COUNTS = (1281167, 50000)
@@ -258,7 +261,7 @@ def _check_files(
                 'Remove the files that do not belong to the data set.',
             )
         )
-    empty = [relative_name(path, folder) for path in files if path.stat().st_size == 0]
+    empty = [relative_name(path, folder) for path in files if is_empty(path)]
     if empty:
         findings.append(
             Finding(
@@ -272,6 +275,7 @@ def _check_files(
 def _read_coco_json(path: Path) -> dict:
     """The three lists of COCO's annotations; empty ones if the file has none."""
     try:
+        image_files.check_regular_file(path)
         content = json.loads(path.read_text(encoding='utf-8'))
         return {key: content[key] for key in ('images', 'annotations', 'categories')}
     except (OSError, ValueError, KeyError, TypeError):
@@ -343,21 +347,33 @@ def _check_list(
 def decode_problem(path: Path) -> Optional[str]:
     """What keeps an image from being read, or None."""
     # Zero bytes are found without decoding.
-    if path.stat().st_size == 0:
+    if is_empty(path):
         return None
     try:
-        with Image.open(path) as image:
+        with image_files.open_image(path) as image:
             image.load()
-    # Pillow's plugins raise SyntaxError and ValueError too for broken files.
-    except (OSError, SyntaxError, ValueError):
+    except Image.DecompressionBombError:
+        limit = f'{image_files.MAX_PIXELS_VARIABLE}={image_files.max_pixels()}'
+        return f'of more pixels than {limit} allows'
+    # Pillow's plugins raise errors of many types for broken files.
+    except Exception:
         return 'unreadable'
     return None
+
+
+def is_empty(path: Path) -> bool:
+    """Whether a file has no bytes; pipes, devices and broken links are no files."""
+    return path.is_file() and path.stat().st_size == 0
 
 
 def image_size(image: Image.Image) -> Tuple[int, int]:
     """Width and height as mmcv reads an image: turned as its EXIF data say."""
     width, height = image.size
-    turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    try:
+        turned = image.getexif().get(ExifTags.Base.Orientation) in range(5, 9)
+    # mmcv leaves an image as it is whose EXIF data are damaged.
+    except Exception:
+        turned = False
     return (height, width) if turned else (width, height)
 
 
@@ -369,9 +385,9 @@ class SizeCheck:
 
     def __call__(self, path: Path) -> Optional[str]:
         problem = decode_problem(path)
-        if problem or path not in self.sizes or path.stat().st_size == 0:
+        if problem or path not in self.sizes or is_empty(path):
             return problem
-        with Image.open(path) as image:
+        with image_files.open_image(path) as image:
             if image_size(image) != self.sizes[path]:
                 return 'of another size than annotated'
         return None
@@ -386,13 +402,15 @@ class _PairCheck:
 
     def __call__(self, path: Path) -> Optional[str]:
         mask_path = self.mask_folder / f'{path.stem}.png'
-        if 0 in (path.stat().st_size, mask_path.stat().st_size):
+        if is_empty(path) or is_empty(mask_path):
             return None
-        if decode_problem(path):
-            return 'unreadable'
+        problem = decode_problem(path)
+        if problem:
+            return problem
         if decode_problem(mask_path):
             return 'with an unreadable label map'
-        with Image.open(path) as image, Image.open(mask_path) as mask:
+        open_image = image_files.open_image
+        with open_image(path) as image, open_image(mask_path) as mask:
             if image_size(image) != mask.size:
                 return 'of another size than the label map'
             labels = np.asarray(mask)
@@ -445,6 +463,6 @@ def relative_name(path: Path, folder: Path) -> str:
 
 
 def examples(names: Sequence[str]) -> str:
-    shown = ', '.join(names[:_NUM_EXAMPLES])
+    shown = ', '.join(map(printable, names[:_NUM_EXAMPLES]))
     more = len(names) - _NUM_EXAMPLES
     return f'{shown} and {more} more' if more > 0 else shown

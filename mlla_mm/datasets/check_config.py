@@ -17,9 +17,9 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 import numpy as np
 from mmengine.config import Config
 from mmengine.registry import DATASETS, DefaultScope
-from PIL import Image
 
 from ..engine.config_check import check_config, head_classes, innermost_dataset, nearest
+from ..utils.images import open_image
 from .check import (
     Finding,
     SizeCheck,
@@ -27,6 +27,7 @@ from .check import (
     examples,
     group,
     image_size,
+    is_empty,
     relative_name,
     track,
 )
@@ -310,7 +311,8 @@ def _check_images(
     where = f'Check data_root and data_prefix of {source.key}.'
     findings = _missing_files(list(images), folder, 'images', where)
     if source.decode:
-        present = [path for path in images if path.is_file()]
+        # A link to nothing is there, and a pipe: they are found to be unreadable.
+        present = list(filter(os.path.lexists, images))
         sizes = {path: size for path, size in images.items() if size is not None}
         findings += group(
             track(present, _Nonempty(SizeCheck(sizes))),
@@ -347,7 +349,7 @@ class _Nonempty:
         self.check = check
 
     def __call__(self, path: Path) -> Optional[str]:
-        return 'of zero bytes' if path.stat().st_size == 0 else self.check(path)
+        return 'of zero bytes' if is_empty(path) else self.check(path)
 
 
 # Images and label maps.
@@ -359,7 +361,7 @@ def _check_label_maps(source: _Source) -> List[Finding]:
     where = f'Check data_root and data_prefix of {source.key}.'
     if not folder.is_dir():
         return [Finding(f'Folder not found: {folder}', where)]
-    if dataset.ann_file and not Path(dataset.ann_file).exists():
+    if dataset.ann_file and not Path(dataset.ann_file).is_file():
         return [Finding(f'Annotation file not found: {dataset.ann_file}', where)]
     infos = dataset.load_data_list()
     if not infos:
@@ -382,8 +384,7 @@ def _check_label_maps(source: _Source) -> List[Finding]:
     )
     if source.decode:
         check = _LabelCheck(maps, dataset)
-        present = [x for x, label_map in maps.items() if x.is_file() and
-                   label_map.is_file()]  # fmt: skip
+        present = [pair[0] for pair in maps.items() if all(map(os.path.lexists, pair))]
         for problem in group(track(present, _Nonempty(check)), folder, _LABEL_FIX):
             findings.append(problem._replace(fatal=_UNLABELLED not in problem.problem))
     return findings
@@ -414,12 +415,13 @@ class _LabelCheck:
         self.last = count - 1 + self.first
 
     def __call__(self, path: Path) -> Optional[str]:
-        if decode_problem(path):
-            return 'unreadable'
+        problem = decode_problem(path)
+        if problem:
+            return problem
         map_path = self.maps[path]
-        if map_path.stat().st_size == 0 or decode_problem(map_path):
+        if is_empty(map_path) or decode_problem(map_path):
             return 'with an unreadable label map'
-        with Image.open(path) as image, Image.open(map_path) as label_map:
+        with open_image(path) as image, open_image(map_path) as label_map:
             # mmcv turns the image as its EXIF data say, and not the label map.
             if image_size(image) != label_map.size:
                 return 'of another size than the label map'

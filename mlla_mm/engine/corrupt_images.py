@@ -1,18 +1,21 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 """Images that cannot be read: named, or in training skipped and counted."""
 
+import os
 from pathlib import Path
 from typing import Any, List, Optional
 
-import cv2
+import mmcv
 from mmengine.config import Config
 from mmengine.dist import all_reduce
 from mmengine.hooks import Hook
 from mmengine.registry import DATASETS, HOOKS
 from mmengine.runner import EpochBasedTrainLoop
-from PIL import Image, UnidentifiedImageError
 from torch import tensor
 from torch.utils.data import Dataset
+
+from ..utils import images
+from ..utils.text import PATH_LIMIT, printable
 
 _ENDS = {b'\xff\xd8': b'\xff\xd9', b'\x89P': b'IEND\xaeB`\x82'}
 """The last bytes of a JPEG and of a PNG file, by the first two."""
@@ -109,28 +112,30 @@ def read_sample(dataset: Any, index: int, way_out: str) -> Any:
         for path in _files(dataset, index):
             problem = image_problem(path) or _size_problem(path)
             if problem is not None:
-                raise CorruptImageError(f'{path} {problem}. {way_out}') from error
+                raise _corrupt(path, problem, way_out) from error
         raise
     for path in _files_of(sample):
         problem = image_problem(path) if _lacks_end(path) else None
         if problem is not None:
-            raise CorruptImageError(f'{path} {problem}. {way_out}')
+            raise _corrupt(path, problem, way_out)
     return sample
+
+
+def _corrupt(path: Path, problem: str, way_out: str) -> CorruptImageError:
+    return CorruptImageError(f'{printable(path, PATH_LIMIT)} {problem}. {way_out}')
 
 
 def image_problem(path: Path) -> Optional[str]:
     """What keeps an existing file from being read as an image, or None."""
-    if path.stat().st_size == 0:
-        return 'is empty'
+    problem = images.image_problem(path)
+    if problem is not None:
+        return problem
     try:
-        with Image.open(path) as image:
-            image.load()
-    except UnidentifiedImageError:
-        return 'is not an image'
-    # Pillow's plugins raise SyntaxError and ValueError too for broken files.
-    except (OSError, SyntaxError, ValueError) as error:
-        return 'is truncated' if 'runcated' in str(error) else f'is damaged ({error})'
-    return 'cannot be decoded by OpenCV' if cv2.imread(str(path)) is None else None
+        decoded = mmcv.imread(path) is not None
+    # OpenCV may have been imported before, and with it another limit of pixels.
+    except Exception:
+        decoded = False
+    return None if decoded else 'cannot be decoded by OpenCV'
 
 
 def _size_problem(path: Path) -> Optional[str]:
@@ -138,7 +143,7 @@ def _size_problem(path: Path) -> Optional[str]:
 
     mmseg takes a label map of one row or column for a vector.
     """
-    with Image.open(path) as image:
+    with images.open_image(path) as image:
         width, height = image.size
     if min(width, height) > 1 and max(width, height) < _THIN * min(width, height):
         return None
@@ -149,12 +154,12 @@ _FILE_KEYS = ('img_path', 'seg_map_path')
 
 
 def _files(dataset: Any, index: int) -> List[Path]:
-    """The local files that a sample is made of, as far as the data set tells."""
+    """What a sample is made of in local folders, as far as the data set tells."""
     if not hasattr(dataset, 'get_data_info'):
         return []
     info = dataset.get_data_info(index)
     paths = [info.get(key) for key in _FILE_KEYS]
-    return [Path(path) for path in paths if path and Path(path).is_file()]
+    return [Path(path) for path in paths if path and os.path.exists(path)]
 
 
 def _files_of(sample: Any) -> List[Path]:

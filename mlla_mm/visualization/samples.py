@@ -5,11 +5,11 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Set, Union
 
-import mmcv
 from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
 from mmengine.structures import BaseDataElement
 
+from ..utils.images import read_image
 from .sheet import (
     add_legend,
     class_colors,
@@ -60,7 +60,7 @@ def training_sheet(
     for (left, right), i in zip(axes, positions):
         packed = dataset[i]
         sample = packed['data_samples']
-        show(left, mmcv.imread(sample.img_path, channel_order='rgb'))
+        show(left, read_image(sample.img_path, channel_order='rgb'))
         # Inputs are (3, H, W), BGR.
         show(right, packed['inputs'].numpy()[::-1].transpose(1, 2, 0))
         seen |= draw(right, sample, dataset.metainfo)

@@ -4,10 +4,10 @@
 from pathlib import Path
 from typing import Union
 
-import mmcv
 from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
 
+from ..utils.images import read_image
 from .sheet import add_legend, draw_classes, new_sheet, save_sheet, show, spread
 
 
@@ -40,14 +40,14 @@ def segmentation_sheet(
     seen = set()
     for panels, i in zip(axes, chosen):
         info = dataset.get_data_info(i)
-        image = mmcv.imread(info['img_path'], channel_order='rgb')
+        image = read_image(info['img_path'], channel_order='rgb')
         name = f'{Path(info["img_path"]).stem}.png'
         for ax in panels:
             show(ax, image)
         for ax, path in zip(
             panels[1:], (info['seg_map_path'], Path(predictions) / name)
         ):
-            labels = mmcv.imread(str(path), 'unchanged').astype(int) - offset
+            labels = read_image(str(path), 'unchanged').astype(int) - offset
             seen |= draw_classes(ax, labels, dataset.metainfo)
     add_legend(figure, dataset.metainfo, seen)
     save_sheet(figure, out)

@@ -1,6 +1,9 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 import json
+import os
+import resource
 import shutil
+import struct
 from pathlib import Path
 
 import cv2
@@ -17,7 +20,8 @@ from mlla_mm.apis.output import summary
 from mlla_mm.datasets.check import image_size
 from mlla_mm.utils.checkpoint_file import CheckpointError
 
-from .. import checkpoints
+from .. import bad_data, checkpoints
+from ..bad_data import assert_says, noise, save
 from ..nano import CLASSES, CONFIGS, NANO, build
 
 SCOPES = list(NANO)
@@ -195,22 +199,185 @@ def test_folder(inferencer, folder, scope):
             Path('empty.png'),
         ]
     errors = [result.get('error') for result in results]
-    assert errors == [None, None, 'cannot be decoded as a picture', 'empty file']
+    assert errors[:2] == [None, None] and errors[3] == 'is empty'
+    assert_says(errors[2], 'is not an image', 'JPEG')
     assert json.loads((out / 'results.json').read_text()) == results
     drawn = [Path(result['drawn']).relative_to(out) for result in results[:2]]
     assert drawn == [Path('drawn/a.jpg'), Path('drawn/below/a.jpg')]
     for result in results[:2]:
         assert mmcv.imread(result['drawn']).shape == (64, 64, 3)
     lines = summary(results, out)
-    assert f'Skipped {folder / "empty.png"}: empty file' in lines
+    assert f'Skipped: {folder / "empty.png"} is empty' in lines
     assert 'Read 2 pictures and 0 frames of videos, skipped 2 files.' in lines
+
+
+# What is wrong with a picture, and how its error begins.
+BAD = {
+    'a_zero_bytes.jpg': (bad_data.empty, 'is empty'),
+    'a_text.png': (bad_data.web_page, 'is not an image'),
+    'a_postscript.jpg': (bad_data.postscript, 'is not an image'),
+    'a_bomb.png': (bad_data.bomb, 'is of 1080000000 pixels'),
+    'a_pipe.jpg': (bad_data.pipe, 'is a pipe'),
+    'a_device.jpg': (bad_data.endless, 'is a pipe'),
+    'a_link.jpg': (bad_data.link_to_nothing, 'cannot be opened'),
+    'a_loop.jpg': (lambda path: path.symlink_to(path), 'cannot be opened'),
+    'an_empty_video.mp4': (bad_data.empty, 'is empty'),
+    'a_piped_video.mp4': (bad_data.pipe, 'is a pipe'),
+    'escapes_\x1b[31m\n.png': (bad_data.web_page, 'is not an image'),
+    'not_unicode_\udcff.png': (bad_data.web_page, 'is not an image'),
+}
+# OpenCV before 4.12 fills up what is cut off, and before 4.11 reads no GIF.
+CUT, ANIMATED = 'a_cut_off.jpg', 'animated.jpg'
+# Names that are no good as those of results.
+NAMES = (
+    *('....png', '...png', '..png', 'two\nlines.png', '\x1b[31m.png', '\udcff.png'),
+    *('写真.png', ' .png', '100%d.png', f'{"n" * 251}.png', '[bold].png'),
+)
+ODD = {
+    '16_bit.png': noise(40, 60).astype(np.uint16) * 257,
+    'grey.png': noise(40, 60),
+    'transparent.png': noise(40, 60, 4),
+    'grey_transparent.png': noise(40, 60, 2),
+    'palette.png': noise(40, 60, 3),
+    'cmyk.jpg': noise(40, 60, 4),
+}
+# Thinner than the pipeline, the network, or what draws can do with.
+THIN = {'1x1.png': (1, 1), '1x20000.png': (20000, 1), '20000x1.png': (1, 20000)}
+
+
+@pytest.fixture
+def gallery(tmp_path):
+    root = tmp_path / 'gallery'
+    (root / 'folder.jpg').mkdir(parents=True)  # whose pictures are those of a folder
+    for name, (spoil, _) in BAD.items():
+        spoil(root / name)
+    save(root / CUT, noise(40, 60, 3))
+    bad_data.truncate(root / CUT)
+    for name in NAMES:
+        save(root / name, noise(40, 60, 3), format='PNG')
+    for name, pixels in ODD.items():
+        image = Image.fromarray(pixels, 'CMYK' if 'cmyk' in name else None)
+        if 'palette' in name:
+            image = image.convert('P')
+        image.save(root / name)
+    frames = [Image.fromarray(noise(40, 60))] * 3
+    frames[0].save(root / ANIMATED, 'GIF', save_all=True, append_images=frames[1:])
+    for name, shape in THIN.items():
+        save(root / name, noise(*shape, 3))
+    return root
+
+
+@pytest.mark.parametrize('batch_size', [1, 4])
+@pytest.mark.parametrize('scope', SCOPES)
+def test_no_picture_ends_a_run(
+    inferencer, gallery, tmp_path, scope, batch_size, monkeypatch
+):
+    marker = bad_data.fake_ghostscript(monkeypatch, tmp_path)
+    out = tmp_path / 'out'
+    results = inferencer(scope)(gallery, out, batch_size)
+    assert not marker.exists()
+    assert json.loads((out / 'results.json').read_text()) == results
+    by_name = {os.path.relpath(result['input'], gallery): result for result in results}
+    assert by_name.keys() == {*BAD, CUT, ANIMATED, *NAMES, *ODD, *THIN}
+    for name, (_, problem) in BAD.items():
+        assert by_name[name].keys() == {'input', 'error'}
+        assert by_name[name]['error'].startswith(problem), name
+    assert by_name[CUT].get('error') in (None, 'is truncated')
+    assert by_name[ANIMATED].get('error', 'cannot be decoded').startswith('cannot be d')
+    assert [by_name[x] for x in (*NAMES, *ODD) if 'error' in by_name[x]] == []
+    drawn = [by_name[name]['drawn'] for name in (*NAMES, *ODD)]
+    assert len(set(drawn)) == len(drawn)
+    for path in drawn:
+        with Image.open(path) as image:
+            assert image.size == (60, 40)
+        assert out / 'drawn' in Path(path).parents and '..' not in Path(path).parts
+    for name in THIN:
+        result = by_name[name]
+        assert 'drawn' in result or result['error'].startswith('cannot be ')
+    if scope == 'mmdet':
+        assert_says(by_name['1x20000.png']['error'], 'processed', '1 x 20000 pixels')
+    lines = summary(results, out)
+    assert all(line.isprintable() for line in lines)
+    assert 'Skipped: ' in lines[0] and 'more: see results.json' in lines[10]
+
+
+def test_names_of_videos_stay_in_their_folder(inferencer, video, tmp_path):
+    """Less its suffix, '...avi' is the folder above."""
+    shutil.copy(video, tmp_path / '...avi')
+    results = inferencer('mmseg')(tmp_path / '...avi', tmp_path / 'out')
+    maps = {Path(result['label_map']).resolve().parent for result in results}
+    assert len(results) == 3 and len(maps) == 1
+    assert maps.pop().parent == tmp_path.resolve() / 'out/label_maps'
+    assert Path(results[0]['drawn']).parent == tmp_path / 'out/drawn'
+
+
+@pytest.mark.parametrize('scope', SCOPES)
+def test_a_picture_that_the_network_fails_for(inferencer, scope, tmp_path):
+    """In a batch it alone has an error, and the others what they have without it."""
+
+    def fail(module, inputs):
+        if (inputs[0].amax((2, 3)) == inputs[0].amin((2, 3))).any():
+            raise RuntimeError('no\nmemory')
+
+    infer = inferencer(scope)
+    pictures = [noise(64, 64, 3), np.zeros((64, 64, 3), np.uint8), noise(64, 64, 3)]
+    alone = infer([pictures[0], pictures[2]], score_thr=0.1)
+    hook = infer.model.backbone.register_forward_pre_hook(fail)
+    try:
+        results = infer(pictures, tmp_path, batch_size=3, score_thr=0.1)
+    finally:
+        hook.remove()
+    assert_says(results[1]['error'], 'processed', '64 x 64 pixels', 'no memory')
+    for one, other in zip(alone, results[::2]):
+        assert _numbers(one) == pytest.approx(_numbers(other), abs=1e-3)
+    assert 'drawn' in results[0] and 'drawn' in results[2]
+
+
+def test_memory_that_runs_out(inferencer, tmp_path):
+    """While a picture is decoded, or while it is drawn."""
+    for side in (5000, 16000):
+        (tmp_path / f'{side}.png').write_bytes(bad_data.black_png(side, side))
+    save(tmp_path / 'small.png', noise(64, 64, 3))
+    infer = inferencer('mmpretrain')
+    infer(tmp_path / 'small.png', tmp_path / 'out')  # what it takes without the others
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path('/proc/self/statm').read_text().split()[0])
+    limit = pages * resource.getpagesize() + 500 * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    try:
+        largest, large, small = infer(tmp_path, tmp_path / 'out')
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    assert_says(largest['error'], 'cannot be decoded', 'memory')
+    assert_says(large['error'], 'cannot be drawn', 'emory')
+    assert 'drawn' in small and 'classes' in large
+
+
+def test_an_interrupted_run_writes_its_results(inferencer, pictures, tmp_path):
+    infer = inferencer('mmpretrain')
+    seen = []
+
+    def interrupt(module, inputs):
+        seen.append(1)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    hook = infer.model.backbone.register_forward_pre_hook(interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            infer(pictures, tmp_path)
+    finally:
+        hook.remove()
+    results = json.loads((tmp_path / 'results.json').read_text())
+    assert [result['input'] for result in results] == pictures[:2]
 
 
 def test_files_of_one_name_are_not_mixed_up(inferencer, folder, tmp_path):
     inputs = [folder / 'a.png', str(folder / 'below' / 'a.png'), folder / 'none.png']
     results = inferencer('mmpretrain')(inputs, out_dir=tmp_path / 'out')
     assert len({result['drawn'] for result in results[:2]}) == 2
-    assert results[2] == dict(input=str(folder / 'none.png'), error='no such file')
+    error = 'cannot be opened (No such file or directory)'
+    assert results[2] == dict(input=str(folder / 'none.png'), error=error)
 
 
 @pytest.mark.parametrize('scope', SCOPES)
@@ -239,10 +406,13 @@ def test_detections_are_drawn(inferencer, pictures, tmp_path):
 @pytest.mark.parametrize('scope', SCOPES)
 def test_video(inferencer, video, scope, tmp_path):
     broken = tmp_path / 'broken.mp4'
-    broken.write_bytes(b'not a video')
-    results = inferencer(scope)([video, broken], tmp_path / 'out', batch_size=2)
-    assert [result.get('frame') for result in results] == [0, 1, 2, None]
+    broken.write_bytes(video.read_bytes()[:100])
+    text = tmp_path / 'text.mp4'
+    text.write_bytes(b'not a video')
+    results = inferencer(scope)([video, broken, text], tmp_path / 'out', batch_size=2)
+    assert [result.get('frame') for result in results] == [0, 1, 2, None, None]
     assert results[3]['error'] == 'cannot be decoded as a video'
+    assert results[4]['error'].startswith('is not a video (AVI')
     frames = list(mmcv.VideoReader(str(video)))
     expected = inferencer(scope)(frames)
     path = tmp_path / 'out' / 'drawn' / 'digits.mp4'
@@ -256,6 +426,53 @@ def test_video(inferencer, video, scope, tmp_path):
         assert (
             sorted((tmp_path / 'out/label_maps/digits').iterdir())[2].stem == '000002'
         )
+
+
+PLAYLISTS = {
+    'concat': 'ffconcat version 1.0\nfile digits.avi\n',
+    'HLS': '#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\ndigits.avi\n#EXT-X-ENDLIST\n',
+}
+
+
+@pytest.mark.parametrize('kind', PLAYLISTS)
+def test_playlists_are_no_videos(inferencer, video, tmp_path, kind):
+    """They name other files, which would be read in their place."""
+    shutil.copy(video, tmp_path / 'digits.avi')
+    playlist = tmp_path / 'film.mp4'
+    playlist.write_text(PLAYLISTS[kind])
+    assert mmcv.VideoReader(str(playlist)).opened
+    results = inferencer('mmpretrain')([playlist, video])
+    assert results[0]['error'].startswith('is not a video')
+    assert [result.get('frame') for result in results[1:]] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    'suffix', ['avi', 'm4v', 'mkv', 'mov', 'mp4', 'mpeg', 'mpg', 'ts', 'webm']
+)
+def test_kinds_of_videos(inferencer, video, tmp_path, suffix):
+    path = str(tmp_path / f'film.{suffix}')
+    codec = 'VP80' if suffix == 'webm' else 'mp4v'
+    writer = cv2.VideoWriter(path, cv2.VideoWriter_fourcc(*codec), 25, (64, 64))
+    for frame in mmcv.VideoReader(str(video)):
+        writer.write(frame)
+    writer.release()
+    if suffix == 'ts':
+        path = Path(path).rename(tmp_path / 'film.mpg')
+    results = inferencer('mmpretrain')(path)
+    assert [result.get('frame') for result in results] == [0, 1, 2]
+
+
+@pytest.mark.parametrize('scale, rate', [(1, 10**6), (1, 2**32 - 1), (2**31, 1)])
+def test_video_of_an_impossible_rate(inferencer, video, tmp_path, scale, rate):
+    """With which no video can be written."""
+    content = video.read_bytes()
+    start = content.index(b'strh') + 28
+    rates = struct.pack('<II', scale, rate)
+    (tmp_path / 'a.avi').write_bytes(content[:start] + rates + content[start + 8 :])
+    assert mmcv.VideoReader(str(tmp_path / 'a.avi')).fps != 25
+    results = inferencer('mmpretrain')(tmp_path / 'a.avi', tmp_path / 'out')
+    assert [result.get('error') for result in results] == [None] * 3
+    assert mmcv.VideoReader(results[0]['drawn']).fps == 25
 
 
 def test_averaged_weights(nano, inferencer, pictures):
@@ -301,7 +518,7 @@ def test_names_of_classes_are_too_few(nano, pictures, tmp_path):
     saved['meta'] = dict(CLASSES=['only'])  # as mmcls wrote it
     torch.save(saved, tmp_path / 'model.pth')
     inferencer = Inferencer(cfg, tmp_path / 'model.pth', 'cpu')
-    assert inferencer.classes == ['only']
+    assert list(inferencer.classes) == ['only']
     with pytest.raises(ValueError, match='names of 1 classes are known'):
         inferencer(pictures[0])
 

@@ -1,11 +1,19 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 import json
 
+import mmcv
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
-from mlla_mm.datasets.check import check_ade20k, check_coco, check_imagenet
+from mlla_mm.datasets.check import (
+    check_ade20k,
+    check_coco,
+    check_imagenet,
+    image_size,
+)
+
+from .. import bad_data
 
 COUNTS = (3, 2)
 SIZE = (12, 8)
@@ -150,6 +158,73 @@ def test_truncated_files(ade20k, coco, imagenet, check, name):
     assert 'unreadable' in found and '1 images' in found
     # Without decoding it is not seen.
     assert run(fast=True) == []
+
+
+@pytest.mark.parametrize(
+    'check, name',
+    [
+        ('ade20k', 'images/training/1.jpg'),
+        ('ade20k', 'annotations/training/1.png'),
+        ('coco', 'val2017/1.jpg'),
+        ('imagenet', 'train/n1/1.JPEG'),
+    ],
+)
+@pytest.mark.parametrize(
+    'spoil', ['postscript', 'pipe', 'endless', 'link_to_nothing', 'bomb']
+)
+@pytest.mark.usefixtures('no_waiting')
+def test_files_of_strangers(
+    ade20k, coco, imagenet, check, name, spoil, monkeypatch, tmp_path_factory
+):
+    marker = bad_data.fake_ghostscript(monkeypatch, tmp_path_factory.mktemp('bin'))
+    root, run = {
+        'ade20k': (ade20k, lambda fast: check_ade20k(ade20k, fast, COUNTS)),
+        'coco': (coco, lambda fast: check_coco(coco, fast, COUNTS)),
+        'imagenet': (imagenet, lambda fast: check_small_imagenet(imagenet, fast)),
+    }[check]
+    getattr(bad_data, spoil)(root / name)
+    (found,) = problems(run(fast=False))
+    is_map = name.startswith('annotations')
+    limit = 'more pixels than OPENCV_IO_MAX_IMAGE_PIXELS'
+    assert (limit if spoil == 'bomb' and not is_map else 'unreadable') in found
+    assert run(fast=True) == []
+    assert not marker.exists()
+
+
+@pytest.mark.usefixtures('no_waiting')
+def test_annotations_in_a_pipe(coco):
+    bad_data.pipe(coco / 'annotations/instances_val2017.json')
+    (found,) = problems(check_coco(coco, counts=COUNTS))
+    assert 'instances_val2017.json' in found
+
+
+def test_names_are_printable(imagenet):
+    (imagenet / 'train/n0/\x1b[31m\n.JPEG').write_bytes(b'')
+    found = problems(check_small_imagenet(imagenet))
+    assert any(r'\x1b[31m\n.JPEG' in problem for problem in found)
+    assert all(problem.isprintable() for problem in found)
+
+
+def orientation(value):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = value
+    return exif.tobytes()
+
+
+@pytest.mark.parametrize(
+    'exif',
+    [
+        *(orientation(0), orientation(9), orientation(6)[:-9], b'Exif\0\0'),
+        *(b'Exif\0\0II*\0\xff\xff\xff\xff', b'Exif\0\0nonsense', orientation(6)[:9]),
+    ],
+)
+def test_orientation_that_makes_no_sense(tmp_path, exif):
+    """The image is taken as it is, which mmcv does too."""
+    path = tmp_path / 'photo.jpg'
+    Image.new('RGB', SIZE).save(path, exif=exif)
+    with Image.open(path) as image:
+        assert image_size(image) == SIZE
+    assert mmcv.imread(path).shape[1::-1] == SIZE
 
 
 def test_unpaired_image_and_mask(ade20k):

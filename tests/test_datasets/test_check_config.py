@@ -225,10 +225,14 @@ MASK_FINDINGS = {
     'empty': (labels(HEIGHT, WIDTH, value=0), 'without a labelled pixel'),
     'truncated': (map_file(truncate), 'unreadable label map'),
     'zero bytes': (map_file(empty), 'unreadable label map'),
+    'pipe': (map_file(bad_data.pipe), 'unreadable label map'),
+    'link to nothing': (map_file(bad_data.link_to_nothing), 'unreadable label map'),
+    'PostScript': (map_file(bad_data.postscript), 'unreadable label map'),
 }
 
 
 @pytest.mark.parametrize('case', MASK_FINDINGS)
+@pytest.mark.usefixtures('no_waiting')
 def test_label_maps(masks, case):
     spoil, problem = MASK_FINDINGS[case]
     spoil(masks)
@@ -291,6 +295,30 @@ def test_images_of_class_folders(folders):
     without, of_no_bytes = check_split(config(CLS, folders), 'train')
     assert_says(without.problem, 'without an image', f'{folders}/train: 3')
     assert_says(of_no_bytes.problem, 'zero bytes', f'{folders}/train: 4/image.png')
+
+
+@pytest.mark.parametrize('scope', [DET, SEG, CLS])
+@pytest.mark.parametrize(
+    'spoil', ['postscript', 'pipe', 'endless', 'link_to_nothing', 'bomb']
+)
+@pytest.mark.usefixtures('no_waiting')
+def test_files_of_strangers(tmp_path, monkeypatch, scope, spoil, tmp_path_factory):
+    marker = bad_data.fake_ghostscript(monkeypatch, tmp_path_factory.mktemp('bin'))
+    make, name = {
+        DET: (bad_data.make_coco, 'images/1.jpg'),
+        SEG: (bad_data.make_masks, 'images/1.jpg'),
+        CLS: (bad_data.make_folders, 'train/4/image.png'),
+    }[scope]
+    make(tmp_path)
+    getattr(bad_data, spoil)(tmp_path / name)
+    found = check_split(config(scope, tmp_path), 'train')
+    assert not marker.exists()
+    if scope == SEG and spoil in ('pipe', 'endless', 'link_to_nothing'):
+        assert found == []  # mmseg takes no image that is no file
+        return
+    (finding,) = found
+    problem = 'more pixels than OPENCV_IO' if spoil == 'bomb' else 'unreadable'
+    assert_says(finding.problem, problem, name.partition('/')[2])
 
 
 def test_good_data(coco, masks, folders):

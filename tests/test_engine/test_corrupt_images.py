@@ -71,13 +71,20 @@ READ_ERRORS = {
     'JPEG without its end': ('images/1.jpg', cut_end, 'is truncated'),
     'zero bytes': ('images/1.jpg', empty, 'is empty'),
     'web page': ('images/1.jpg', web_page, 'is not an image'),
+    'PostScript': ('images/1.jpg', bad_data.postscript, 'is not an image'),
+    'bomb': ('images/1.jpg', bad_data.bomb, 'is of 1080000000 pixels'),
+    'pipe': ('images/1.jpg', bad_data.pipe, 'is a pipe'),
+    'device': ('images/1.jpg', bad_data.endless, 'is a pipe'),
+    'piped label map': ('maps/1.png', bad_data.pipe, 'is a pipe'),
     'truncated label map': ('maps/1.png', truncate, 'is truncated'),
     'empty label map': ('maps/1.png', empty, 'is empty'),
 }
 
 
 @pytest.mark.parametrize('case', READ_ERRORS)
-def test_images_in_training(masks, case):
+@pytest.mark.usefixtures('no_waiting')
+def test_images_in_training(masks, case, monkeypatch, tmp_path_factory):
+    marker = bad_data.fake_ghostscript(monkeypatch, tmp_path_factory.mktemp('bin'))
     name, spoil, problem = READ_ERRORS[case]
     dataset = seeded(SEG, masks)
     spoil(masks / name)
@@ -85,6 +92,19 @@ def test_images_in_training(masks, case):
         dataset[Draw(1, (SAMPLE, 0, 0, 1))]
     assert_says(caught.value, f'{masks / name} {problem}', SKIP)
     assert dataset[Draw(0, (SAMPLE, 0, 0, 0))] is not None
+    assert not marker.exists()
+
+
+def test_names_in_errors_are_printable(masks):
+    image, label_map = 'images/1\x1b[31m\n.jpg', 'maps/1\x1b[31m\n.png'
+    (masks / 'images/1.jpg').rename(masks / image)
+    (masks / 'maps/1.png').rename(masks / label_map)
+    dataset = seeded(SEG, masks)
+    truncate(masks / image)
+    with pytest.raises(CorruptImageError) as caught:
+        dataset[1]
+    assert_says(caught.value, r'1\x1b[31m\n.jpg is truncated')
+    assert str(caught.value).isprintable()
 
 
 def test_a_decoder_that_fills_up(masks, monkeypatch):
@@ -170,6 +190,8 @@ EVALUATION_ERRORS = [
     (CLS, 'val/1/image.png', truncate, 'is truncated'),
     (CLS, 'val/1/image.png', empty, 'is empty'),
     (CLS, 'val/1/image.png', web_page, 'is not an image'),
+    (CLS, 'val/1/image.png', bad_data.endless, 'is a pipe'),
+    (DET, 'images/1.jpg', bad_data.pipe, 'is a pipe'),
 ]  # fmt: skip
 
 
@@ -186,6 +208,7 @@ def evaluated(scope, root, split='val'):
 
 
 @pytest.mark.parametrize('case', range(len(EVALUATION_ERRORS)))
+@pytest.mark.usefixtures('no_waiting')
 def test_images_in_evaluations(tmp_path, case):
     """They are never skipped, so the error does not offer it."""
     scope, name, spoil, problem = EVALUATION_ERRORS[case]

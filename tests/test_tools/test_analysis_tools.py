@@ -176,6 +176,7 @@ def test_benchmark_with_a_time_limit(images, call_tool, tmp_path):
     [
         ('analysis_tools/get_flops.py', ['no.py'], ['Config', 'no.py']),
         ('analysis_tools/compare_with_paper.py', ['no/run'], ['no/run']),
+        ('analysis_tools/demo_report.py', [SEGMENTOR, 'no/run'], ['no/run/test']),
         (
             'analysis_tools/plot_accuracy_latency.py',
             ['--models', 'swin-huge'],
