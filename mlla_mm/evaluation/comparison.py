@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Tuple, Union
 
 from ..engine.recipe import format_value
+from ..utils.files import write_whole
 from ..visualization.curves import draw_curves
+from ..visualization.sheet import save_figure
 from .markdown import markdown_table
 from .published import METRICS, PublishedModel, published_models
 from .runs import AVERAGED, Run, read_run
@@ -74,7 +76,7 @@ def compare_with_paper(
 
     Raises:
         FileNotFoundError: If a work_dir has no run.
-        ValueError: If the tolerance is negative, or a run's config cannot be told.
+        ValueError: If the tolerance is negative, or a file of a run is damaged.
     """
     if not tolerance >= 0:
         raise ValueError(f'The tolerance must be at least 0 points, got {tolerance}.')
@@ -91,7 +93,8 @@ def compare_with_paper(
         sections.append(f'![Learning curves]({CURVES_NAME})')
     sections += [_run_section(run, model) for run, model in zip(runs, models)]
     report = '\n\n'.join(sections) + '\n'
-    (out / REPORT_NAME).write_text(report)
+    # The folder may be somebody else's, and what is there a link.
+    write_whole(out / REPORT_NAME, report.encode())
     return report, not any(result.is_beyond(tolerance) for result in results)
 
 
@@ -125,8 +128,10 @@ def plot_learning_curves(
             right.set_axis_off()
             right.text(0.5, 0.5, 'not validated yet', ha='center', va='center')
         right.set(ylabel='validation (%)')
-        left.set_title(f'{run.config}: {run.progress}', fontsize=10, loc='left')
-    figure.savefig(out, dpi=120)
+        title = f'{run.config}: {run.progress}'
+        # A dollar sign in the name of a config begins no formula.
+        left.set_title(title, fontsize=10, loc='left', parse_math=False)
+    save_figure(figure, out, dpi=120)
 
 
 def _metric_curves(run: Run) -> Dict[str, List[Tuple[float, float]]]:
@@ -200,6 +205,11 @@ def _run_section(run: Run, model: Optional[PublishedModel]) -> str:
         parts.append(
             f'recipe.json is missing in {", ".join(run.unrecorded)}: whether the run '
             'deviates from the recipe is unknown. tools/train.py writes it.'
+        )
+    if run.unknown:
+        parts.append(
+            f'run.json is missing in {", ".join(run.unknown)}: left out, whatever ran '
+            'there. tools/train.py and tools/test.py write it.'
         )
     if run.deviations:
         rows = [

@@ -1,15 +1,16 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 """What a work_dir tells about its run: curves, evaluations, recipe."""
 
-import json
+import math
 import re
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
-
-from mmengine.config import Config
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Union
 
 from ..engine.hooks.record_recipe import RECORD_NAME
+from ..engine.hooks.record_run import RUN_NAME
 from ..engine.recipe import deviations
+from ..utils.records import is_number, read_record
+from ..utils.text import printable
 from ..visualization.curves import Curve, read_logs
 from .published import METRICS, MULTI_SCALE
 
@@ -53,6 +54,7 @@ class Run(NamedTuple):
         deviations (list[Deviation]): From the recipe, over all resumptions.
         recorded (dict[str, Any]): What the recipe does not say: versions, seed, ….
         unrecorded (list[str]): Trainings that left no record of their recipe.
+        unknown (list[str]): Log folders that are left out, as they have no run.json.
     """
 
     work_dir: Path
@@ -63,13 +65,27 @@ class Run(NamedTuple):
     deviations: List[Deviation]
     recorded: Dict[str, Any]
     unrecorded: List[str]
+    unknown: List[str]
 
 
 class _Session(NamedTuple):
-    """A time-stamped folder: one start of the training or the test tool."""
+    """A time-stamped folder: one start of the training or the test tool.
+
+    What follows ``folder`` is described at :class:`RecordRunHook`.
+    """
 
     folder: Path
-    cfg: Config
+    config: str
+    unit: str
+    length: Optional[int]
+    resumed: bool
+    checkpoint: Optional[str]
+    test_time_augmentation: bool
+    averaged_weights: bool
+
+    def reaches(self, step: int) -> bool:
+        """Whether a training is at its end after so many of its units."""
+        return self.length is None or step >= self.length
 
     @property
     def scalars(self) -> Path:
@@ -90,94 +106,110 @@ def read_run(work_dir: Union[str, Path]) -> Run:
 
     Raises:
         FileNotFoundError: If there is no run.
-        ValueError: If several configs lie there and none is that of the run.
+        ValueError: If what the run left there is damaged or something else.
     """
     work_dir = Path(work_dir)
-    sessions = _newest_run(_sessions(work_dir))
-    trainings = [session for session in sessions if session.scalars.is_file()]
+    found = _sessions(work_dir)
+    sessions = _newest_run(found)
+    trainings = [session for session in sessions if session.scalars.exists()]
     curves = read_logs(session.scalars for session in trainings)
-    # The configs of tests do not know how the training was shortened, say.
-    unit, length = _schedule((trainings or sessions)[-1].cfg)
+    # Tests do not know how the training was shortened, say.
+    trained = (trainings or sessions)[-1]
     evaluations = {}
     progress = 'no training here'
     if trainings:
-        validation = _validation(curves, unit, length)
+        validation = _validation(curves, trained)
         if validation is not None and validation.complete:
-            progress = f'finished, {length} {unit}s'
+            progress = f'finished, {trained.length} {trained.unit}s'
         else:
-            step = _last_step(curves, unit)
-            progress = f'running or interrupted, {unit} {step} of {length}'
+            step = _last_step(curves, trained.unit)
+            progress = (
+                f'running or interrupted, {trained.unit} {step} of {trained.length}'
+            )
         if validation is not None:
             evaluations[validation.name] = validation
     for session in sessions:
-        test = _test(session, length)
+        test = _test(session, trained)
         if test is not None:
             # Another test of the same checkpoint takes the place of an older one.
             evaluations[(test.name, *test.metrics)] = test
+    known = {session.folder for session in found}
     return Run(
         work_dir=work_dir,
-        config=_config_name(work_dir, sessions[-1]),
+        config=sessions[-1].config,
         progress=progress,
         evaluations=list(evaluations.values()),
         curves=curves,
+        unknown=[
+            printable(path.parent.name)
+            for path in sorted(work_dir.glob('*/vis_data'))
+            if path.parent not in known
+        ],
         **_records(trainings),
     )
 
 
 def _sessions(work_dir: Path) -> List[_Session]:
-    """Every session, oldest first."""
-    configs = sorted(work_dir.glob('*/vis_data/config.py'))
-    if not configs:
+    """Every session that says what it is, oldest first."""
+    records = sorted(work_dir.glob(f'*/vis_data/{RUN_NAME}'))
+    if not records:
         raise FileNotFoundError(
-            f'No run in {work_dir}: it has no TIME/vis_data/config.py, which '
-            "MMEngine's LocalVisBackend writes."
+            f'No run in {work_dir}: it has no TIME/vis_data/{RUN_NAME}, which '
+            'tools/train.py and tools/test.py write. Of a run without it, evaluate a '
+            f'checkpoint again: tools/test.py CONFIG CHECKPOINT --work-dir {work_dir}'
         )
-    return [
-        # What the config imports is not needed to read it.
-        _Session(path.parents[1], Config.fromfile(path, import_custom_modules=False))
-        for path in configs
-    ]
+    return [_session(path) for path in records]
+
+
+# The types that a value of run.json may have.
+_TYPES = {
+    'config': (str,),
+    'unit': (str,),
+    'length': (int, type(None)),
+    'resumed': (bool,),
+    'checkpoint': (str, type(None)),
+    'test_time_augmentation': (bool,),
+    'averaged_weights': (bool,),
+}
+# What logs call them.
+_UNITS = {'epoch': 'epoch', 'iteration': 'iter'}
+
+
+def _session(path: Path) -> _Session:
+    record = read_record(path) or {}
+    for field, types in _TYPES.items():
+        value = record.get(field)
+        if type(value) not in types or (field == 'unit' and value not in _UNITS):
+            raise ValueError(
+                f'{printable(path)} does not tell what was run: {field} is '
+                f'{printable(value)}. Move its folder out of the work_dir.'
+            )
+    values = {field: _shown(record[field]) for field in _TYPES}
+    return _Session(path.parents[1], **values)
+
+
+def _shown(value: Any) -> Any:
+    """A value of a record, whose texts a terminal shows as they are."""
+    if isinstance(value, list):
+        return [_shown(part) for part in value]
+    return printable(value, limit=1000) if isinstance(value, str) else value
 
 
 def _newest_run(sessions: Sequence[_Session]) -> Sequence[_Session]:
     """The sessions from the last training on that did not resume another."""
     first = 0
     for i, session in enumerate(sessions):
-        if session.scalars.is_file() and not session.cfg.get('resume'):
+        if session.scalars.exists() and not session.resumed:
             first = i
     return sessions[first:]
 
 
-def _config_name(work_dir: Path, session: _Session) -> str:
-    """MMEngine copies the config, under its own name, into the work_dir."""
-    copies = sorted(work_dir.glob('*.py'))
-    if len(copies) > 1:
-        text = (session.folder / 'vis_data' / 'config.py').read_text()
-        copies = [path for path in copies if path.read_text() == text]
-    if len(copies) != 1:
-        raise ValueError(
-            f'{work_dir} should hold one config, the copy that MMEngine makes, or '
-            'several of which one is that of the newest run; it does not. Leave the '
-            "run's own one there."
-        )
-    return copies[0].stem
-
-
-def _schedule(cfg: Config) -> Tuple[str, int]:
-    """Unit and length of the training."""
-    if 'max_epochs' in cfg.train_cfg:
-        return 'epoch', cfg.train_cfg.max_epochs
-    return 'iteration', cfg.train_cfg.max_iters
-
-
 def _last_step(curves: Dict[str, Curve], unit: str) -> int:
-    name = {'epoch': 'epoch', 'iteration': 'iter'}[unit]
-    return int(curves[name][-1][1]) if name in curves else 0
+    step = curves.get(_UNITS[unit], [(0, 0)])[-1][1]
+    return int(step) if math.isfinite(step) else 0
 
 
-def _validation(
-    curves: Dict[str, Curve], unit: str, length: int
-) -> Optional[Evaluation]:
+def _validation(curves: Dict[str, Curve], training: _Session) -> Optional[Evaluation]:
     """The last validation of a training."""
     steps = [curves[name][-1][0] for name in METRICS if name in curves]
     if not steps:
@@ -185,35 +217,28 @@ def _validation(
     step = int(max(steps))
     last = {name: curve[-1][1] for name, curve in curves.items()}
     return Evaluation(
-        f'validation, {unit} {step} of {length}',
+        f'validation, {training.unit} {step} of {training.length}',
         {**published_metrics(last), **published_metrics(last, 'ema_', AVERAGED)},
-        complete=step >= length,
+        complete=training.reaches(step),
     )
 
 
-def _test(session: _Session, length: int) -> Optional[Evaluation]:
+def _test(session: _Session, training: _Session) -> Optional[Evaluation]:
     """What `tools/test.py` logged in a session, None if it did not."""
     log = session.folder / f'{session.folder.name}.json'
-    if not log.is_file():
+    values = read_record(log) if log.exists() else None
+    if values is None or session.checkpoint is None:
         return None
-    try:
-        values = json.loads(log.read_text())
-    except ValueError:
-        return None  # being written
-    cfg = session.cfg
     suffix = ''
-    if cfg.model.type.endswith('TTAModel'):
+    if session.test_time_augmentation:
         suffix += MULTI_SCALE
-    if any(
-        hook['type'] == 'UseEMAWeightsHook' for hook in cfg.get('custom_hooks') or []
-    ):
+    if session.averaged_weights:
         suffix += AVERAGED
-    checkpoint = Path(cfg.load_from).name
-    step = re.fullmatch(r'(?:epoch|iter)_(\d+)\.pth', checkpoint)
+    step = re.fullmatch(r'(?:epoch|iter)_([0-9]{1,18})\.pth', session.checkpoint)
     return Evaluation(
-        f'test of {checkpoint}',
+        f'test of {session.checkpoint}',
         published_metrics(values, suffix=suffix),
-        complete=step is None or int(step[1]) >= length,
+        complete=step is None or training.reaches(int(step[1])),
     )
 
 
@@ -223,15 +248,15 @@ def published_metrics(
     """Logged values in the published unit under their published names.
 
     Args:
-        values (dict[str, float]): Values by logged name; others than metrics are left
-            out.
+        values (dict[str, float]): Values by logged name; others than metrics, and what
+            is no number, are left out.
         prefix (str): What the logged names have before them. Defaults to ''.
         suffix (str): What the published names get after them. Defaults to ''.
     """
     return {
         metric.name + suffix: values[prefix + name] * metric.scale
         for name, metric in METRICS.items()
-        if prefix + name in values
+        if is_number(values.get(prefix + name))
     }
 
 
@@ -242,10 +267,10 @@ def _records(trainings: Sequence[_Session]) -> Dict[str, Any]:
     unrecorded: List[str] = []
     for session in trainings:
         path = session.folder / RECORD_NAME
-        if not path.is_file():
-            unrecorded.append(session.folder.name)
+        record = _recipe(path) if path.exists() else None
+        if record is None:
+            unrecorded.append(printable(session.folder.name))
             continue
-        record = json.loads(path.read_text())
         for item in deviations(record):
             deviation = Deviation(item, record[item]['recipe'], record[item]['actual'])
             if deviation not in found:
@@ -256,3 +281,31 @@ def _records(trainings: Sequence[_Session]) -> Dict[str, Any]:
             if values['recipe'] is None and values['actual'] is not None
         }
     return dict(deviations=found, recorded=recorded, unrecorded=unrecorded)
+
+
+def _recipe(path: Path) -> Optional[Dict[str, Dict[str, Any]]]:
+    """A record of :func:`mlla_mm.engine.recipe.compare`, None if it is cut short."""
+    record = read_record(path)
+    if record is None:
+        return None
+    for item, values in record.items():
+        if not isinstance(values, dict) or not all(
+            key in values and _is_recipe_value(values[key]) for key in _SIDES
+        ):
+            raise ValueError(
+                f'{printable(path)} is no record of a recipe: {printable(item)} is '
+                f'{printable(values)}. Move its folder out of the work_dir.'
+            )
+    return {
+        printable(item): {key: _shown(values[key]) for key in _SIDES}
+        for item, values in record.items()
+    }
+
+
+_SIDES = ('recipe', 'actual')
+
+
+def _is_recipe_value(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(isinstance(part, str) for part in value)
+    return value is None or isinstance(value, (bool, str)) or is_number(value)

@@ -6,12 +6,11 @@ import textwrap
 from pathlib import Path
 from typing import Union
 
-import mmcv
 from mmengine.config import Config
-from mmengine.fileio import load
 from mmengine.registry import DATASETS, init_default_scope
 
-from .sheet import spread
+from ..utils.images import read_image
+from .sheet import load_predictions, save_figure, spread
 
 
 def classification_sheet(
@@ -35,8 +34,9 @@ def classification_sheet(
     from matplotlib.figure import Figure
 
     init_default_scope('mmpretrain')
-    classes = DATASETS.build(cfg.test_dataloader.dataset).CLASSES
-    results = load(predictions)
+    dataset = DATASETS.build(cfg.test_dataloader.dataset)
+    classes = dataset.CLASSES
+    results = load_predictions(predictions, dataset)
     chosen = [results[i] for i in spread(len(results), num_images)]
     rows = math.ceil(len(chosen) / columns)
     figure = Figure(
@@ -61,5 +61,5 @@ def classification_sheet(
             fontsize=9,
             color='black' if predicted == true else 'red',
         )
-        ax.imshow(mmcv.imread(result['img_path'], channel_order='rgb'))
-    figure.savefig(out)
+        ax.imshow(read_image(result['img_path'], channel_order='rgb'))
+    save_figure(figure, out)

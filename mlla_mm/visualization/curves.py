@@ -1,10 +1,14 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 """Learning curves of a run."""
 
-import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Dict, List, Sequence, Tuple, Union
+
+from ..utils.records import is_number, read_record_lines
+from ..utils.text import printable
+from .sheet import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,6 +28,7 @@ def read_scalars(work_dir: Union[str, Path]) -> Dict[str, Curve]:
 
     Raises:
         FileNotFoundError: If nothing was logged there.
+        ValueError: If a log is damaged, or something else.
     """
     logs = sorted(Path(work_dir).glob('*/vis_data/scalars.json'))
     if not logs:
@@ -41,18 +46,23 @@ def read_logs(logs: Iterable[Path]) -> Dict[str, Curve]:
 
     Returns:
         dict[str, list[tuple]]: As :func:`read_scalars`.
+
+    Raises:
+        ValueError: As :func:`read_scalars`.
     """
     points: Dict[str, Dict[float, float]] = {}
     for log in logs:
-        for line in log.read_text().splitlines():
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                continue  # still being written, or cut off when the run was killed
-            for name, value in entry.items():
-                if isinstance(value, (int, float)):
-                    # A resumed run goes over the steps since its checkpoint again.
-                    points.setdefault(name, {})[entry['step']] = value
+        for entry in read_record_lines(log):
+            numbers = {name: x for name, x in entry.items() if is_number(x)}
+            if not math.isfinite(numbers.get('step', math.nan)):
+                raise ValueError(
+                    f'{printable(log)} is no log of a training: an entry has the step '
+                    f'{printable(entry.get("step"))}. Move its folder out of the '
+                    'work_dir.'
+                )
+            for name, value in numbers.items():
+                # A resumed run goes over the steps since its checkpoint again.
+                points.setdefault(name, {})[numbers['step']] = value
     return {name: sorted(curve.items()) for name, curve in points.items()}
 
 
@@ -73,12 +83,13 @@ def plot_curves(
     curves = read_scalars(work_dir)
     missing = [name for name in ('loss', *metrics) if name not in curves]
     if missing:
-        raise ValueError(f'Not logged in {work_dir}: {missing}; there: {list(curves)}')
+        there = [printable(name) for name in curves]
+        raise ValueError(f'Not logged in {work_dir}: {missing}; there: {there}')
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3.6), layout='constrained')
     draw_curves(*figure.subplots(1, 2), curves, metrics)
-    figure.savefig(out, dpi=120)
+    save_figure(figure, out, dpi=120)
 
 
 def draw_curves(

@@ -2,15 +2,23 @@
 """Detections beside ground truth."""
 
 from pathlib import Path
-from typing import List, Union
+from typing import List, Tuple, Union
 
-import mmcv
 import numpy as np
 from mmengine.config import Config
-from mmengine.fileio import load
 from mmengine.registry import DATASETS, init_default_scope
 
-from .sheet import class_colors, draw_instances, new_sheet, save_sheet, show, spread
+from ..utils.images import read_image
+from ..utils.text import printable
+from .sheet import (
+    class_colors,
+    draw_instances,
+    load_predictions,
+    new_sheet,
+    save_sheet,
+    show,
+    spread,
+)
 
 
 def detection_sheet(
@@ -36,7 +44,7 @@ def detection_sheet(
     classes, colors = dataset.metainfo['classes'], class_colors(dataset.metainfo)
     infos = (dataset.get_data_info(i) for i in range(len(dataset)))
     instances = {info['img_id']: info['instances'] for info in infos}
-    results = load(predictions)
+    results = load_predictions(predictions, dataset)
     chosen = [results[i] for i in spread(len(results), num_images)]
     figure, axes = new_sheet(
         len(chosen),
@@ -44,7 +52,7 @@ def detection_sheet(
         f'{metrics} on {len(results)} validation images',
     )
     for panels, result in zip(axes, chosen):
-        image = mmcv.imread(result['img_path'], channel_order='rgb')
+        image = read_image(result['img_path'], channel_order='rgb')
         for ax in panels:
             show(ax, image)
         truth = instances[result['img_id']]
@@ -54,7 +62,7 @@ def detection_sheet(
             [instance['bbox'] for instance in truth],
             [classes[label] for label in labels],
             [colors[label] for label in labels],
-            _decode([instance['mask'] for instance in truth]),
+            _decode([instance['mask'] for instance in truth], image.shape[:2]),
         )
         found = result['pred_instances']
         kept = np.flatnonzero(found['scores'] > score_thr)
@@ -65,13 +73,20 @@ def detection_sheet(
             found['bboxes'][kept].tolist(),
             [f'{classes[label]} {p:.2f}' for label, p in zip(labels, scores)],
             [colors[label] for label in labels],
-            _decode([found['masks'][i] for i in kept]),
+            _decode([found['masks'][i] for i in kept], image.shape[:2]),
         )
     save_sheet(figure, out)
 
 
-def _decode(masks: List[dict]) -> List[np.ndarray]:
+def _decode(masks: List[dict], shape: Tuple[int, int]) -> List[np.ndarray]:
     """Run-length encoded masks to (H, W), bool."""
     from pycocotools import mask as mask_utils
 
+    for mask in masks:
+        # Huge ones crash pycocotools.
+        if tuple(mask['size']) != shape:
+            raise ValueError(
+                'A mask is of another size than its image, (height, width) = '
+                f'{tuple(map(printable, mask["size"]))} instead of {shape}. Test again.'
+            )
     return [mask_utils.decode(mask).astype(bool) for mask in masks]

@@ -1,12 +1,13 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 """Pictures and summary of a finished demo run."""
 
-import json
 from pathlib import Path
 from typing import List, NamedTuple, Union
 
 from mmengine.config import Config
 
+from ..utils.records import is_number, read_record
+from ..utils.text import printable
 from .classification import classification_sheet
 from .curves import plot_curves
 from .detection import detection_sheet
@@ -62,11 +63,12 @@ def write_report(cfg: Config, work_dir: Union[str, Path]) -> List[str]:
 
     Raises:
         FileNotFoundError: If a test has not been run.
+        ValueError: If a file of the run is damaged or something else.
     """
     work_dir = Path(work_dir)
     summary, titles = [], []
     for line in LINES[cfg.default_scope]:
-        metric = _newest_metrics(work_dir / line.test)[line.metric]
+        metric = _newest_value(work_dir / line.test, line.metric)
         value = f'{metric:.{line.digits}f}'
         summary.append(f'{line.label}: {value}')
         if line.title:
@@ -86,8 +88,15 @@ def write_report(cfg: Config, work_dir: Union[str, Path]) -> List[str]:
     ]
 
 
-def _newest_metrics(test_dir: Path) -> dict:
-    logs = sorted(test_dir.glob('*/*.json'))
+def _newest_value(test_dir: Path, metric: str) -> float:
+    logs = [x for x in test_dir.glob('*/*.json') if x.stem == x.parent.name]
     if not logs:
         raise FileNotFoundError(f'No metrics in {test_dir}: no finished test there.')
-    return json.loads(logs[-1].read_text())
+    newest = max(logs)
+    value = (read_record(newest) or {}).get(metric)
+    if not is_number(value):
+        raise ValueError(
+            f'{printable(newest)} has no number for {metric}. Test again with '
+            f'--work-dir {test_dir}'
+        )
+    return value

@@ -1,12 +1,17 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 """Sheets of pictures with their labels, a row of panels for each picture."""
 
+import io
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, List, Optional, Set, Tuple, Union
+from typing import TYPE_CHECKING, Any, List, Optional, Set, Tuple, Union
 
 import numpy as np
+
+from ..utils.checkpoint_file import load_pickle_file
+from ..utils.files import write_whole
+from ..utils.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,6 +32,37 @@ _CLASS_ALPHA = 0.8
 def spread(total: int, num: int) -> np.ndarray:
     """Positions of at most ``num`` samples, spread over ``total``."""
     return np.linspace(0, total - 1, min(total, num)).astype(int)
+
+
+def load_predictions(path: Union[str, Path], dataset: Any) -> List[dict]:
+    """Read what `tools/test.py --out` wrote, running none of the code it may carry.
+
+    Args:
+        path (str | Path): The pickle file.
+        dataset (BaseDataset): What was tested on.
+
+    Returns:
+        list[dict]: The prediction for each image.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        CheckpointError: If the file is damaged, or holds more than data.
+        ValueError: If it holds no predictions for images of the data set.
+    """
+    results = load_pickle_file(path)
+    infos = (dataset.get_data_info(i) for i in range(len(dataset)))
+    # No others are opened, whatever the file names.
+    images = {info['img_path'] for info in infos}
+    found = results if isinstance(results, list) else [results]
+    for result in found or [None]:
+        image = result.get('img_path') if isinstance(result, dict) else result
+        if not isinstance(image, str) or image not in images:
+            raise ValueError(
+                f'{printable(path)} holds no predictions for the test data of the '
+                f'config: instead of an image of these it has {printable(image)}. Test '
+                f'again with --out {printable(path)}'
+            )
+    return found
 
 
 def new_sheet(
@@ -172,7 +208,22 @@ def save_sheet(figure: 'Figure', out: Union[str, Path]) -> None:
         placed: List[Bbox] = []
         for box, text in zip(ax.patches, ax.texts):
             placed.append(_place(ax, box, text, placed))
-    figure.savefig(out)
+    save_figure(figure, out)
+
+
+def save_figure(
+    figure: 'Figure', out: Union[str, Path], dpi: Union[float, str] = 'figure'
+) -> None:
+    """Write a figure, in the place of what is there: a link is not followed.
+
+    Args:
+        figure (Figure): The figure.
+        out (str | Path): Picture file to write, of the format that its suffix names.
+        dpi (float | str): Pixels of an inch. Defaults to 'figure': those of the figure.
+    """
+    picture = io.BytesIO()
+    figure.savefig(picture, format=Path(out).suffix[1:] or None, dpi=dpi)
+    write_whole(out, picture.getbuffer())
 
 
 def class_colors(metainfo: dict) -> List[Color]:

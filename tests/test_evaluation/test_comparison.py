@@ -1,4 +1,6 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+import os
+
 import cv2
 import pytest
 
@@ -7,8 +9,10 @@ from mlla_mm.evaluation.runs import Deviation, read_run
 
 from .work_dirs import add_session, coco_log, coco_metrics
 
-CLASSIFIER = 'classification/mlla-t_8xb128_in1k'
-SEGMENTOR = 'segmentation/upernet_mlla-b_8xb2-160k_ade20k-512x512'
+CLASSIFIER = dict(config='mlla-t_8xb128_in1k', length=300)
+SEGMENTOR = dict(
+    config='upernet_mlla-b_8xb2-160k_ade20k-512x512', unit='iteration', length=160000
+)
 AS_RECIPE = {
     'total batch': dict(recipe=16, actual=16),
     'TF32': dict(recipe=None, actual=True),
@@ -88,7 +92,7 @@ def test_resumed_training_is_one_run(tmp_path):
     add_session(tmp_path, '1', entries=coco_log(range(1, 6)), record=AS_RECIPE)
     record = {**AS_RECIPE, 'total batch': dict(recipe=16, actual=8)}
     add_session(
-        tmp_path, '2', entries=coco_log(range(5, 13)), record=record, resume=True
+        tmp_path, '2', entries=coco_log(range(5, 13)), record=record, resumed=True
     )
     run = read_run(tmp_path)
     assert run.progress == 'finished, 12 epochs'
@@ -98,7 +102,7 @@ def test_resumed_training_is_one_run(tmp_path):
 
 def test_a_new_training_replaces_the_one_before(tmp_path):
     add_session(tmp_path, '1', entries=coco_log(range(1, 13)))
-    add_session(tmp_path, '2', tested=coco_metrics(0.4, 0.4), load_from='epoch_12.pth')
+    add_session(tmp_path, '2', tested=coco_metrics(0.4, 0.4), checkpoint='epoch_12.pth')
     add_session(tmp_path, '3', entries=coco_log(range(1, 3)))
     run = read_run(tmp_path)
     assert run.progress == 'running or interrupted, epoch 2 of 12'
@@ -130,18 +134,11 @@ def test_missing_record_is_said(tmp_path):
 
 def test_tests_of_checkpoints(tmp_path):
     """Nothing was trained here: the authors' weights, say."""
-    add_session(
-        tmp_path, '1', SEGMENTOR, tested=dict(mIoU=51.2, aAcc=84.0), load_from='a/b.pth'
-    )
-    add_session(tmp_path, '2', SEGMENTOR, tested=dict(mIoU=51.95), load_from='a/b.pth')
-    add_session(
-        tmp_path,
-        '3',
-        SEGMENTOR,
-        tested=dict(mIoU=52.0),
-        load_from='a/b.pth',
-        model__type='SegTTAModel',
-    )
+    tested = dict(SEGMENTOR, checkpoint='b.pth')
+    add_session(tmp_path, '1', tested=dict(mIoU=51.2, aAcc=84.0), **tested)
+    add_session(tmp_path, '2', tested=dict(mIoU=51.95), **tested)
+    tested['test_time_augmentation'] = True
+    add_session(tmp_path, '3', tested=dict(mIoU=52.0), **tested)
     report, within = compare_with_paper([tmp_path], tmp_path, tolerance=0.4)
     assert not within
     assert 'no training here' in report
@@ -155,7 +152,7 @@ def test_tests_of_checkpoints(tmp_path):
 
 def test_test_of_an_early_checkpoint_is_not_judged(tmp_path):
     add_session(tmp_path, '1', entries=coco_log(range(1, 13)))
-    add_session(tmp_path, '2', tested=coco_metrics(0.4, 0.4), load_from='w/epoch_3.pth')
+    add_session(tmp_path, '2', tested=coco_metrics(0.4, 0.4), checkpoint='epoch_3.pth')
     report, within = compare_with_paper([tmp_path], tmp_path)
     assert within
     assert 'test of epoch_3.pth' in report
@@ -166,15 +163,14 @@ def test_averaged_weights_have_no_published_figure(tmp_path):
         dict(loss=3.0, epoch=300, iter=9, step=9),
         {'accuracy/top1': 83.4, 'ema_accuracy/top1': 70.0, 'step': 300},
     ]
-    add_session(tmp_path, '1', CLASSIFIER, entries=log)
-    hooks = [dict(type='UseEMAWeightsHook')]
+    add_session(tmp_path, '1', entries=log, **CLASSIFIER)
     add_session(
         tmp_path,
         '2',
-        CLASSIFIER,
         tested={'accuracy/top1': 71.0},
-        load_from='epoch_300.pth',
-        custom_hooks=hooks,
+        checkpoint='epoch_300.pth',
+        averaged_weights=True,
+        **CLASSIFIER,
     )
     report, within = compare_with_paper([tmp_path], tmp_path)
     assert within
@@ -188,8 +184,8 @@ def test_averaged_weights_have_no_published_figure(tmp_path):
 def test_several_runs_in_one_table(tmp_path):
     add_session(tmp_path / 'a', '1', entries=coco_log(range(1, 13)))
     add_session(
-        tmp_path / 'b', '1', 'detection/mask-rcnn_mlla-nano_fpn_digits',
-        entries=coco_log(range(1, 4)), train_cfg__max_epochs=3,
+        tmp_path / 'b', '1', 'mask-rcnn_mlla-nano_fpn_digits',
+        entries=coco_log(range(1, 4)), length=3,
     )  # fmt: skip
     report, within = compare_with_paper([tmp_path / 'a', tmp_path / 'b'], tmp_path)
     assert within
@@ -209,13 +205,11 @@ def compare_picture_height(work_dir, out) -> int:
 
 def test_config_name(tmp_path):
     """Two configs in one work_dir: that of the newest run counts."""
-    add_session(tmp_path, '1', SEGMENTOR, entries=[])
-    add_session(tmp_path, '2', entries=coco_log([1]))
-    assert read_run(tmp_path).config == 'mask-rcnn_mlla-t_fpn_1x_coco'
-    for path in tmp_path.glob('*.py'):
-        path.write_text('changed')
-    with pytest.raises(ValueError, match='should hold one config'):
-        read_run(tmp_path)
+    add_session(tmp_path, '1', entries=[], **SEGMENTOR)
+    add_session(tmp_path, '2', 'a $config$', entries=coco_log([1]))
+    report, _ = compare_with_paper([tmp_path], tmp_path)
+    assert read_run(tmp_path).config == 'a $config$'
+    assert 'about a config named a $config$' in report
 
 
 def test_errors(tmp_path):
@@ -223,3 +217,151 @@ def test_errors(tmp_path):
         compare_with_paper([tmp_path], tmp_path)
     with pytest.raises(ValueError, match='at least 0 points, got -1'):
         compare_with_paper([tmp_path], tmp_path, tolerance=-1)
+
+
+# What a work_dir of somebody else may have.
+
+
+def test_a_config_in_a_work_dir_is_not_run(tmp_path):
+    marker = tmp_path / 'ran'
+    program = f'open({str(marker)!r}, "w").close()\ntrain_cfg = dict(max_epochs=12)\n'
+    session = add_session(tmp_path / 'w', '1', entries=coco_log(range(1, 13)))
+    old = tmp_path / 'w' / '0'
+    (old / 'vis_data').mkdir(parents=True)
+    for folder in (session / 'vis_data', old / 'vis_data', tmp_path / 'w'):
+        (folder / 'config.py').write_text(program)
+    report, within = compare_with_paper([tmp_path / 'w'], tmp_path / 'out')
+    assert within
+    assert 'run.json is missing in 0: left out' in report
+    (session / 'vis_data' / 'run.json').unlink()
+    with pytest.raises(FileNotFoundError, match='no TIME/vis_data/run.json') as error:
+        compare_with_paper([tmp_path / 'w'], tmp_path / 'out')
+    assert 'tools/test.py CONFIG CHECKPOINT --work-dir' in str(error.value)
+    assert not marker.exists()
+
+
+def test_links_are_not_written_through(tmp_path):
+    work_dir, other = tmp_path / 'w', tmp_path / 'thesis.txt'
+    add_session(work_dir, '1', entries=coco_log([1]))
+    other.write_text('words')
+    for name in ('comparison.md', 'comparison.png'):
+        (work_dir / name).symlink_to(other)
+    report, _ = compare_with_paper([work_dir], work_dir)
+    assert other.read_text() == 'words'
+    assert (work_dir / 'comparison.md').read_text() == report
+    assert cv2.imread(str(work_dir / 'comparison.png')) is not None
+
+
+def pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def written(content):
+    return lambda path: path.write_bytes(content)
+
+
+FILES = {
+    'log': 'vis_data/scalars.json',
+    'run': 'vis_data/run.json',
+    'recipe': 'recipe.json',
+    'test': '1.json',
+}
+DEEP = b'{"a":' * 10**5 + b'1' + b'}' * 10**5
+
+
+@pytest.mark.parametrize('name', FILES)
+@pytest.mark.parametrize(
+    'damage, reason',
+    [
+        (pipe, 'is no file'),
+        (written(bytes(range(256))), 'holds no JSON object'),
+        (written(b'[1, 2]'), 'holds no JSON object'),
+        (written(b'{"a": %s}' % (b'1' * 2**20)), 'longer than 1048576 bytes'),
+        (written(DEEP), 'recursion'),
+        (written(b'{"\x1b[2J": tru}'), 'holds no JSON object'),
+    ],
+)
+def test_damaged_files(tmp_path, name, damage, reason):
+    session = add_session(
+        tmp_path, '1', entries=coco_log([1]), tested=coco_metrics(0.4, 0.4),
+        record=AS_RECIPE, checkpoint='epoch_1.pth',
+    )  # fmt: skip
+    damage(session / FILES[name])
+    with pytest.raises(ValueError) as error:
+        compare_with_paper([tmp_path], tmp_path)
+    said = str(error.value)
+    assert str(session / FILES[name]) in said and reason in said
+    assert 'Move its folder out' in said
+    assert said.isprintable()
+
+
+@pytest.mark.parametrize(
+    'field, value',
+    [
+        ('config', None),
+        ('unit', 'fortnight'),
+        ('unit', []),
+        ('length', '12'),
+        ('length', True),
+        ('resumed', 1),
+        ('checkpoint', ['epoch_1.pth']),
+        ('averaged_weights', 'no\x1b[2J'),
+    ],
+)
+def test_a_run_that_does_not_say_what_it_is(tmp_path, field, value):
+    add_session(tmp_path, '1', **{field: value})
+    with pytest.raises(ValueError) as error:
+        read_run(tmp_path)
+    said = str(error.value)
+    assert 'run.json' in said and f'{field} is' in said and 'Move its folder' in said
+    assert said.isprintable()
+
+
+@pytest.mark.parametrize(
+    'record', [{'lr': 1}, {'lr': {}}, {'lr': dict(recipe=[1], actual=2)}]
+)
+def test_a_record_that_is_no_recipe(tmp_path, record):
+    add_session(tmp_path, '1', entries=[], record=record)
+    with pytest.raises(ValueError, match='recipe.json is no record .*: lr is'):
+        read_run(tmp_path)
+
+
+@pytest.mark.parametrize('step', ['null', '"1"', 'NaN', 'Infinity', '1' + '0' * 400])
+def test_a_log_without_steps(tmp_path, step):
+    session = add_session(tmp_path, '1', entries=[])
+    (session / 'vis_data' / 'scalars.json').write_text(f'{{"step": {step}}}\n')
+    with pytest.raises(ValueError, match='scalars.json is no log of a training'):
+        read_run(tmp_path)
+
+
+def test_no_number_of_a_log_stops_the_report(tmp_path):
+    huge = 10**400
+    session = add_session(
+        tmp_path, '1', entries=[
+            dict(loss=1.0, epoch=float('inf'), iter=1, step=1),
+            {'coco/bbox_mAP': huge, 'coco/segm_mAP': True, 'step': 1},
+        ],
+        tested={'coco/bbox_mAP': huge, 'coco/segm_mAP': '46'}, checkpoint='e.pth',
+    )  # fmt: skip
+    # Where a loss of power cut the log.
+    with open(session / 'vis_data' / 'scalars.json', 'ab') as log:
+        log.write(b'\0' * 99)
+    report, _ = compare_with_paper([tmp_path], tmp_path)
+    assert 'epoch 0 of 12' in report
+    assert 'Nothing has been evaluated yet.' in report
+
+
+def test_what_is_shown_moves_no_cursor(tmp_path):
+    evil = 'a\x1b[2J\nb\u202e'
+    record = {
+        evil: dict(recipe=[evil], actual=evil),
+        'x': dict(recipe=None, actual=evil),
+    }
+    add_session(
+        tmp_path / 'w', '1', evil, entries=coco_log([1]), record=record,
+        tested=coco_metrics(0.4, 0.4), checkpoint=evil,
+    )  # fmt: skip
+    report, _ = compare_with_paper([tmp_path / 'w'], tmp_path / 'out')
+    assert all(line.isprintable() for line in report.split('\n'))
+    assert report.count('a\\x1b[2J\\nb\\u202e') >= 6

@@ -1,15 +1,11 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""Work_dirs as MMEngine leaves them behind, without the training."""
+"""Work_dirs as MMEngine and our hooks leave them behind, without the training."""
 
 import json
-from functools import lru_cache
 from pathlib import Path
 from typing import Optional
 
-from mmengine.config import Config
-
-CONFIGS = Path(__file__).parents[2] / 'configs'
-DETECTOR = 'detection/mask-rcnn_mlla-t_fpn_1x_coco'
+DETECTOR = 'mask-rcnn_mlla-t_fpn_1x_coco'
 
 
 def add_session(
@@ -19,24 +15,31 @@ def add_session(
     entries: Optional[list] = None,
     tested: Optional[dict] = None,
     record: Optional[dict] = None,
-    **options,
+    **run,
 ) -> Path:
     """Write what one start of a tool leaves.
 
     Args:
         work_dir (Path): Made if it does not exist.
         time (str): Name of the session, later ones sort behind earlier ones.
-        config (str): Config below configs/, without suffix.
+        config (str): Name of a config, without suffix.
         entries (list, optional): Log of a training.
         tested (dict, optional): Metrics of a test.
         record (dict, optional): Content of recipe.json.
-        **options: Changes to the config, dots in keys written as two underscores.
+        **run: Of run.json, what is not as for a training of 12 epochs.
     """
-    text = _dumped(config, json.dumps(options))
     session = work_dir / time
     (session / 'vis_data').mkdir(parents=True)
-    (session / 'vis_data' / 'config.py').write_text(text)
-    (work_dir / f'{Path(config).name}.py').write_text(text)
+    usual = dict(
+        config=config,
+        unit='epoch',
+        length=12,
+        resumed=False,
+        checkpoint=None,
+        test_time_augmentation=False,
+        averaged_weights=False,
+    )
+    (session / 'vis_data' / 'run.json').write_text(json.dumps({**usual, **run}))
     if entries is not None:
         lines = ''.join(f'{json.dumps(entry)}\n' for entry in entries)
         (session / 'vis_data' / 'scalars.json').write_text(lines)
@@ -45,14 +48,6 @@ def add_session(
     if record is not None:
         (session / 'recipe.json').write_text(json.dumps(record))
     return session
-
-
-@lru_cache
-def _dumped(config: str, options: str) -> str:
-    cfg = Config.fromfile(CONFIGS / f'{config}.py')
-    changes = json.loads(options)
-    cfg.merge_from_dict({key.replace('__', '.'): v for key, v in changes.items()})
-    return cfg.pretty_text
 
 
 def coco_metrics(box: float, mask: float) -> dict:

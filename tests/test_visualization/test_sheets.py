@@ -1,5 +1,6 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 import json
+import os
 import pickle
 import warnings
 from pathlib import Path
@@ -11,7 +12,10 @@ import torch
 from mmengine.config import Config
 
 from mlla_mm.datasets import digits
+from mlla_mm.utils.checkpoint_file import CheckpointError
 from mlla_mm.visualization.report import write_report
+
+from ..checkpoints import attacks
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
 
@@ -39,7 +43,8 @@ def titles(figure):
     return [ax.get_title() for ax in figure.axes]
 
 
-def test_detection(tmp_path, work_dir, figures):
+def detector(tmp_path):
+    """A config, its annotations, an image of these, and the image's own."""
     pytest.importorskip('mmdet')
     data = digits.make_coco(tmp_path / 'data', train=1, val=2, size=64)
     cfg = Config.fromfile(CONFIGS / 'detection' / 'mask-rcnn_mlla-nano_fpn_digits.py')
@@ -47,9 +52,15 @@ def test_detection(tmp_path, work_dir, figures):
     cfg.test_dataloader.dataset.data_root = str(data)
     cfg.test_dataloader.dataset.ann_file = str(annotations)
     stored = json.loads(annotations.read_text())
-    names = {category['id']: category['name'] for category in stored['categories']}
     image = stored['images'][0]
+    image['img_path'] = os.path.join(data, 'val', image['file_name'])
     truth = [a for a in stored['annotations'] if a['image_id'] == image['id']]
+    return cfg, stored, image, truth
+
+
+def test_detection(tmp_path, work_dir, figures):
+    cfg, stored, image, truth = detector(tmp_path)
+    names = {category['id']: category['name'] for category in stored['categories']}
     mask = truth[0]['segmentation']
     # A box to the very edge, one that hides the first, and one below the threshold.
     found = dict(
@@ -60,7 +71,7 @@ def test_detection(tmp_path, work_dir, figures):
     )
     folder = work_dir({'coco/bbox_mAP': 0.7061, 'coco/segm_mAP': 0.69})
     result = dict(
-        img_path=str(next(data.rglob(image['file_name']))),
+        img_path=image['img_path'],
         img_id=image['id'],
         pred_instances=found,
     )
@@ -121,13 +132,17 @@ def test_segmentation(tmp_path, work_dir, figures):
     assert len(equal) == 2  # two of three pairs
 
 
-def test_classification(tmp_path, work_dir, figures):
+def classifier(tmp_path):
+    """A config, and an image of its test data, of class 3."""
     pytest.importorskip('mmpretrain')
     data = digits.make_imagenet(tmp_path / 'data', train=10, val=10, size=64)
     cfg = Config.fromfile(CONFIGS / 'classification' / 'mlla-nano_digits.py')
     cfg.test_dataloader.dataset.data_root = str(data)
-    picture = tmp_path / 'grey.png'
-    cv2.imwrite(str(picture), np.full((8, 8, 3), 128, np.uint8))
+    return cfg, next((data / 'val' / '3').iterdir())
+
+
+def test_classification(tmp_path, work_dir, figures):
+    cfg, picture = classifier(tmp_path)
     results = [
         dict(
             img_path=str(picture),
@@ -149,3 +164,61 @@ def test_classification(tmp_path, work_dir, figures):
     assert right.get_text() == 'ground truth: 3\nprediction: 3 (0.10)'
     assert wrong.get_text() == 'ground truth: 3\nprediction: 5 (0.10)'
     assert (right.get_color(), wrong.get_color()) == ('black', 'red')
+
+
+# What a work_dir of somebody else may have.
+
+
+@pytest.mark.parametrize('attack', ['exec', 'deep in weights', 'array', 'inst'])
+def test_predictions_run_no_code(tmp_path, work_dir, attack):
+    cfg, _ = classifier(tmp_path)
+    metrics = {'accuracy/top1': 97.04}
+    folder = work_dir(metrics, test_ema=metrics)
+    marker = tmp_path / 'ran'
+    path = folder / 'test' / 'predictions.pkl'
+    path.write_bytes(attacks(marker)[attack])
+    with pytest.raises(CheckpointError, match='predictions.pkl is not loaded'):
+        write_report(cfg, folder)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    'content', [[], 'x', [1], [{}], [dict(img_path=3)], [dict(img_path='/etc\x1b[2J')]]
+)
+def test_predictions_of_other_images(tmp_path, work_dir, content):
+    """No file is opened that is not of the test data."""
+    cfg, _ = classifier(tmp_path)
+    metrics = {'accuracy/top1': 97.04}
+    folder = work_dir(metrics, test_ema=metrics)
+    (folder / 'test' / 'predictions.pkl').write_bytes(pickle.dumps(content))
+    with pytest.raises(ValueError) as error:
+        write_report(cfg, folder)
+    said = str(error.value)
+    assert 'predictions.pkl holds no predictions for the test data' in said
+    assert '--out' in said and said.isprintable()
+
+
+@pytest.mark.parametrize('size', [[2**31, 2**31], [64, 65], [-1, 64]])
+def test_masks_of_another_size(tmp_path, work_dir, size):
+    """Those of 2 ** 62 pixels would crash the process."""
+    cfg, _, image, truth = detector(tmp_path)
+    folder = work_dir({'coco/bbox_mAP': 0.7, 'coco/segm_mAP': 0.69})
+    mask = dict(truth[0]['segmentation'], size=size)
+    found = dict(
+        bboxes=torch.ones(1, 4), labels=torch.ones(1, dtype=int),
+        scores=torch.ones(1), masks=[mask],
+    )  # fmt: skip
+    result = dict(img_path=image['img_path'], img_id=image['id'], pred_instances=found)
+    (folder / 'test' / 'predictions.pkl').write_bytes(pickle.dumps([result]))
+    with pytest.raises(ValueError, match='mask is of another size .* instead of .64'):
+        write_report(cfg, folder)
+
+
+@pytest.mark.parametrize('content', ['[]', '{}', '{"mIoU": "85"}', '{"mIoU": true}'])
+def test_metrics_that_are_none(work_dir, content):
+    folder = work_dir({'mIoU': 85.26}, test_tta={'mIoU': 86})
+    path = folder / 'test' / '20260101_000000' / '20260101_000000.json'
+    path.write_text(content)
+    cfg = Config.fromfile(CONFIGS / 'segmentation' / 'upernet_mlla-nano_digits.py')
+    with pytest.raises(ValueError, match='20260101_000000.json (has|holds) no'):
+        write_report(cfg, folder)

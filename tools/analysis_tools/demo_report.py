@@ -16,11 +16,13 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
     from mlla_mm.engine.config import read_config
     from mlla_mm.engine.console import quiet
+    from mlla_mm.engine.launch import exit_on_user_error
     from mlla_mm.visualization.report import write_report
 
-    cfg = read_config(args.config)
-    quiet(cfg.default_scope)
-    print('\n'.join(write_report(cfg, args.work_dir)))
+    with exit_on_user_error():
+        cfg = read_config(args.config)
+        quiet(cfg.default_scope)
+        print('\n'.join(write_report(cfg, args.work_dir)))
 
 
 if __name__ == '__main__':
