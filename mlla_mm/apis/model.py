@@ -132,8 +132,9 @@ def _pretrained_classifier(
 ) -> Classifier:
     fc = ('head.fc.weight', 'head.fc.bias')
     matrix = weights.get(fc[0])
-    # A file without a classifier is refused below.
-    is_classifier = matrix is not None and matrix.dim() == 2
+    features = backbone.num_features[-1:]
+    # Otherwise it is refused below.
+    is_classifier = matrix is not None and tuple(matrix.shape[1:]) == tuple(features)
     in_file = len(matrix) if is_classifier else 1000
     model = Classifier(backbone, num_classes or in_file)
     own = model.state_dict()
@@ -197,8 +198,8 @@ def _dataset_meta(checkpoint: Any) -> dict:
     meta = checkpoint.get('meta') if isinstance(checkpoint, Mapping) else None
     meta = meta if isinstance(meta, Mapping) else {}
     # MMEngine's, and what mmdet 2.x, mmseg 0.x and mmcls wrote.
-    found = meta.get('dataset_meta') or meta
-    found = found if isinstance(found, Mapping) else {}
+    found = meta.get('dataset_meta')
+    found = found if isinstance(found, Mapping) and found else meta
     found = {str(key).lower(): value for key, value in found.items()}
     result = {}
     classes, palette = found.get('classes'), found.get('palette')

@@ -39,7 +39,7 @@ def load_from_local(filename: Union[str, Path], map_location: Any = None) -> Any
     if not checkpoints_are_trusted():
         _remove_programs(checkpoint)
     _require_names(checkpoint, filename)
-    return to_own_layout(checkpoint)
+    return to_own_layout(checkpoint, str(filename))
 
 
 @CheckpointLoader.register_scheme(prefixes=['http://', 'https://'], force=True)

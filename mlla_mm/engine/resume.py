@@ -207,7 +207,7 @@ def _elsewhere(work_dir: Path) -> Optional[Path]:
     with pointer.open('rb') as file:
         name = os.fsdecode(file.read(4096)).strip()  # paths are not longer
     is_there = os.path.isfile(name) or os.path.isdir(name)
-    return Path(name) if is_there else None
+    return Path(name) if is_there and name.isprintable() else None
 
 
 def _updates(checkpoint: Path) -> int:
@@ -226,7 +226,7 @@ def _require_seed(seed: Any, source: Union[str, Path]) -> None:
 
 def _is_count(value: Any) -> bool:
     is_number = isinstance(value, Integral) and not isinstance(value, bool)
-    return is_number and value >= 0
+    return is_number and 0 <= value < 2**63
 
 
 def _is_shown(text: Any) -> bool:

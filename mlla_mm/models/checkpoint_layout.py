@@ -161,18 +161,22 @@ def to_own_names(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     return weights
 
 
-def to_own_layout(checkpoint: Any) -> Any:
+def to_own_layout(checkpoint: Any, source: str) -> Any:
     """Turn any checkpoint of an MLLA into one with ``state_dict`` and our names.
 
     Args:
         checkpoint: What a file holds.
+        source (str): The file, for errors.
 
     Returns:
         A dict with ``state_dict``, maybe ``state_dict_ema``, and whatever else there
         was. A checkpoint of another network is returned as it is.
+
+    Raises:
+        CheckpointError: If the averaged weights are none.
     """
     try:
-        weights = find_weights(checkpoint, source='', ema=False)
+        weights = find_weights(checkpoint, source, ema=False)
     except CheckpointError:
         return checkpoint
     if describe(weights) is None:
@@ -181,8 +185,9 @@ def to_own_layout(checkpoint: Any) -> Any:
         return dict(state_dict=to_own_names(weights))
     result = {key: value for key, value in checkpoint.items() if key != 'model'}
     result['state_dict'] = to_own_names(weights)
-    if isinstance(result.get(EMA_KEY), Mapping):
-        result[EMA_KEY] = to_own_names(result[EMA_KEY])
+    averaged = result.pop(EMA_KEY, None)
+    if isinstance(averaged, Mapping):
+        result[EMA_KEY] = to_own_names(find_weights(checkpoint, source, ema=True))
     return result
 
 

@@ -13,6 +13,7 @@ import re
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, BinaryIO, Dict, Optional, Tuple, Union
 from urllib.parse import urlparse
@@ -152,24 +153,32 @@ def fetch_checkpoint(url: str) -> Path:
             says.
     """
     name = re.sub(r'[^\w.-]', '_', Path(urlparse(url).path).name)[-100:]
+    name = name if name.strip('.') else 'checkpoint'
     address = hashlib.sha256(url.encode()).hexdigest()[:16]
     path = Path(torch.hub.get_dir()) / 'checkpoints' / address / name
     if get_dist_info()[0] > 0:
         barrier()
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        digest = _DIGEST.search(name)
-        try:
-            torch.hub.download_url_to_file(url, str(path), digest and digest[1])
-        # RuntimeError: of another digest.
-        except (OSError, RuntimeError) as error:
-            raise CheckpointError(
-                f'{url} cannot be fetched ({error}). Download it by other means and '
-                'give its path.'
-            ) from error
-    if get_dist_info()[0] == 0:
-        barrier()
+    try:
+        if not path.is_file():
+            _download(url, path)
+    finally:  # the others are not to wait for one that failed
+        if get_dist_info()[0] == 0:
+            barrier()
     return path
+
+
+def _download(url: str, path: Path) -> None:
+    digest = _DIGEST.search(path.name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), digest and digest[1])
+    # ValueError, HTTPException: of an answer that is none; RuntimeError: of another
+    # digest.
+    except (OSError, ValueError, HTTPException, RuntimeError) as error:
+        raise CheckpointError(
+            f'{printable(url)} cannot be fetched ({printable(str(error))}). Download '
+            'it by other means and give its path.'
+        ) from error
 
 
 # Not the 8 digits of a date in this century.
@@ -217,7 +226,7 @@ def _errors_of(path: Path, way_out: str) -> Iterator[None]:
         ) from None
     except (MemoryError, torch.cuda.OutOfMemoryError) as error:
         raise CheckpointError(
-            f'{path} needs more memory than there is ({error}).'
+            f'{path} needs more memory than there is ({printable(str(error))}).'
         ) from error
     except Exception as error:  # reading damaged data may raise anything
         raise CheckpointError(

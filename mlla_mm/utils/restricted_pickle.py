@@ -13,7 +13,8 @@ import re
 import struct
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from dataclasses import dataclass
+from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
 import torch
@@ -22,14 +23,16 @@ from torch import Tensor, nn
 
 from .text import printable
 
-#: Steps of one pickle, which bounds its objects, and objects of what it holds written
-#: out. Checkpoints of long trainings have some hundred thousand.
+#: Steps of one pickle, of which those that make containers count tenfold; and objects
+#: of what it holds, written out. Checkpoints of long trainings take some hundred
+#: thousand.
 MAX_STEPS = 10_000_000
 #: Containers in containers. Python's own code fails, or crashes, at some hundreds.
 MAX_DEPTH = 100
 # A seed has 8. Python takes quadratic time to print an integer.
 _MAX_INT_BYTES = 128
 _MAX_LENGTH = 1 << 48
+_MAX_AXES = 32
 # Elements that calls may copy, as a multiple of the pickle's bytes. Arrays are copied
 # twice, and the shortest reference to a short word is two bytes long.
 _MAX_COPIES = 10
@@ -39,7 +42,8 @@ class Refused(Exception):
     """A pickle asks for more than data; says for what."""
 
 
-class Storage(NamedTuple):
+@dataclass
+class Storage:
     """Memory that tensors share.
 
     Attributes:
@@ -52,10 +56,26 @@ class Storage(NamedTuple):
     dtype: torch.dtype
 
 
-class StorageType(NamedTuple):
+@dataclass(frozen=True)
+class StorageType:
     """What a class such as ``torch.FloatStorage`` is in a pickle."""
 
     dtype: torch.dtype
+
+
+@dataclass
+class _Dtype:
+    """A NumPy dtype in the making.
+
+    NumPy's own would change under the arrays that use it when its state is set, and
+    believes a size that is wrong.
+    """
+
+    name: str
+    order: str = '='
+
+    def made(self) -> np.dtype:
+        return np.dtype(self.name).newbyteorder(self.order)
 
 
 LoadStorage = Callable[[StorageType, str, int], Storage]
@@ -72,6 +92,8 @@ class Unpickler:
         names (Mapping, optional): What to find under names, (module, name), beside
             the table of this module. Their values are called if they are functions.
             Defaults to None.
+        max_steps (int, optional): Most steps of a pickle. None means MAX_STEPS.
+            Defaults to None.
     """
 
     def __init__(
@@ -79,8 +101,10 @@ class Unpickler:
         data: bytes,
         load_storage: Optional[LoadStorage] = None,
         names: Optional[Mapping[Tuple[str, str], Callable]] = None,
+        max_steps: Optional[int] = None,
     ) -> None:
         self._data = data
+        self._max_steps = max_steps or MAX_STEPS
         self._position = 0
         self._copied = 0
         self._load_storage = load_storage
@@ -103,14 +127,16 @@ class Unpickler:
         self._stack: List[Any] = []
         self._marks: List[int] = []
         self._memo: Dict[int, Any] = {}
-        for _ in range(MAX_STEPS):
+        steps = 0
+        while steps < self._max_steps:
             opcode = self.read(1)
             if opcode == pickle.STOP:
                 content = self._stack.pop()
                 _require_bounded(content)
                 return content
             self._step(opcode)
-        raise Refused(f'more than {MAX_STEPS:,} objects')
+            steps += 10 if opcode in _MAKES_CONTAINERS else 1
+        raise Refused(f'more than {self._max_steps:,} steps')
 
     def read(self, count: int) -> bytes:
         """Take the next bytes.
@@ -189,7 +215,7 @@ class Unpickler:
         self._extend(self._pop_mark())
 
     def _extend(self, values: Iterable[Any]) -> None:
-        self._target(list, deque).extend(values)
+        self._target(list).extend(values)
 
     def _set_item(self) -> None:
         self._set(self._pop(2))
@@ -247,26 +273,32 @@ class Unpickler:
         (state,) = self._pop(1)
         target = self._stack[-1]
         for kind, restore in _RESTORE.items():
-            if isinstance(target, kind):
-                self._count_copies(state if isinstance(state, tuple) else (state,))
+            if isinstance(target, kind) and type(state) in (tuple, dict):
+                # The state first, which pays for looking at its items.
+                self._count_copies((state,))
+                self._count_copies(state.values() if type(state) is dict else state)
                 restore(target, state)
                 return
         raise Refused(f'setting the state of a {type(target).__name__}')
 
-    def _count_copies(self, args: Tuple) -> None:
+    def _count_copies(self, values: Iterable[Any]) -> None:
         """Bound what calls copy: the same text, again and again, fills any memory."""
-        self._copied += sum(len(arg) for arg in args if isinstance(arg, _COPIED))
+        self._copied += sum(
+            x.nbytes if isinstance(x, np.ndarray) else len(x)
+            for x in values
+            if isinstance(x, _COPIED)
+        )
         if self._copied > _MAX_COPIES * len(self._data):
             raise Refused('the same content again and again')
 
     def _persistent(self) -> None:
         # Where it was saved does not matter. PyTorch's older format adds a view.
-        ((word, kind, key, _, numel, *view),) = self._pop(1)
-        is_storage = word == 'storage' and isinstance(kind, StorageType)
-        if not is_storage or not isinstance(key, str) or not _is_length(numel):
+        ((_, kind, key, _, numel, *view),) = self._pop(1)
+        if not isinstance(kind, StorageType) or type(key) is not str:
             raise ValueError('a reference to something else than a storage')
-        if self._load_storage is None or view not in ([], [None]):
+        if self._load_storage is None or any(part is not None for part in view):
             raise Refused('a storage' + ' of a view' * bool(view))
+        _require_lengths(numel)
         self._stack.append(self._load_storage(kind, key, numel))
 
     _STEPS: Dict[bytes, Callable] = {
@@ -302,13 +334,14 @@ def storage_from_bytes(data: bytes) -> Storage:
         Refused: If it asks for more.
         Exception: Of any kind, if it is damaged.
     """
-    stream = Unpickler(bytes(data), _claimed)
+    # A few dozen steps make a reference to a storage.
+    stream = Unpickler(_of(bytes, data)[0], _claimed, max_steps=1000)
     magic, version, _, storage, keys = (stream.load() for _ in range(5))
-    if (magic, version) != (0x1950A86A20F9469CFC6C, 1001):
+    if _of(int, magic, version) != (0x1950A86A20F9469CFC6C, 1001):
         raise ValueError('a storage in another format')
-    if not isinstance(storage, _Claim) or len(keys) != 1:
+    if not isinstance(storage, _Claim) or len(_of(list, keys)[0]) != 1:
         raise Refused('something else than a storage')
-    length, dtype = storage
+    length, dtype = storage.length, storage.dtype
     if int.from_bytes(stream.read(8), 'little') != length:
         raise ValueError('a storage of another length than it says')
     content = stream.read(length * dtype.itemsize)
@@ -318,7 +351,8 @@ def storage_from_bytes(data: bytes) -> Storage:
     return Storage(memory, dtype)
 
 
-class _Claim(NamedTuple):
+@dataclass
+class _Claim:
     """What a reference says of a storage."""
 
     length: int
@@ -362,7 +396,9 @@ def _require_bounded(content: Any) -> None:
             continue
         # The keys of a dict hold nothing.
         items = node.values() if isinstance(node, dict) else node
-        inner = [item for item in items if isinstance(item, _CONTAINERS)]
+        if any(isinstance(item, _PARTS) for item in items):
+            raise Refused('a storage or a dtype of NumPy by itself')
+        inner = [item for item in items if isinstance(item, _CONTAINERS) and item]
         if id(node) in ancestors:  # for the second time, with all below it done
             ancestors.remove(id(node))
             below = [bounds[id(item)] for item in inner]
@@ -380,8 +416,10 @@ def _require_bounded(content: Any) -> None:
         todo.extend(item for item in inner if id(item) not in bounds)
 
 
-_CONTAINERS = (list, tuple, dict, set, frozenset, deque)
-_COPIED = (*_CONTAINERS, str, bytes, bytearray)
+# Without deque and defaultdict: nested deeply, they crash Python when they go.
+_CONTAINERS = (list, tuple, dict, set, frozenset)
+_COPIED = (*_CONTAINERS, str, bytes, bytearray, np.ndarray)
+_PARTS = (Storage, StorageType, _Dtype)
 
 
 def _opcode_name(opcode: bytes) -> str:
@@ -389,20 +427,40 @@ def _opcode_name(opcode: bytes) -> str:
     return f'pickle.{next(names, opcode.hex())}'
 
 
-def _is_length(value: Any) -> bool:
-    """Whether a value can be a size, a stride or an offset of a tensor."""
-    return type(value) is int and 0 <= value < _MAX_LENGTH
+def _require_lengths(*values: Any) -> None:
+    """Refuse what cannot be a size, a stride or an offset."""
+    for value in values:
+        if type(value) is not int or not 0 <= value < _MAX_LENGTH:
+            raise ValueError('a size, stride or offset that is none')
 
 
-_SCALARS = (str, bytes, int, float, type(None))
+def _require_shape(*shapes: Any) -> None:
+    """Refuse what cannot be sizes or strides."""
+    for shape in shapes:
+        if type(shape) not in (tuple, torch.Size) or len(shape) > _MAX_AXES:
+            raise ValueError('a shape that is none')
+        _require_lengths(*shape)
 
 
 def _key(value: Any) -> Any:
-    """A key of a dict or an item of a set: one whose hash takes no time."""
-    items = value if isinstance(value, tuple) else (value,)
-    if not all(isinstance(item, _SCALARS) for item in items):
-        raise Refused(f'a key of type {type(value).__name__}')
-    return value
+    """A key of a dict or an item of a set, whose hash nobody can foresee or prolong.
+
+    Python's hash of text is another one in every process; that of numbers is the number
+    itself, and with many of the same hash a dict takes quadratic time.
+    """
+    if type(value) is tuple and len(value) <= _MAX_KEYS:
+        if all(type(item) is str for item in value):
+            return value
+    elif isinstance(value, (int, float)):
+        if abs(value) < _MAX_KEY or not math.isfinite(value):
+            return value
+    elif isinstance(value, (str, bytes, type(None))):
+        return value
+    raise Refused(f'a key of type {type(value).__name__}, or too large a key')
+
+
+_MAX_KEY = 1 << 60
+_MAX_KEYS = 8
 
 
 def _int(data: bytes) -> int:
@@ -442,34 +500,34 @@ def _slice(*limits: Optional[int]) -> slice:
     return slice(*_of((int, type(None)), *limits))
 
 
-def _set(values: List[Any] = ()) -> set:
-    return set(map(_key, values))
+def _set(values: Any = ()) -> set:
+    return set(map(_key, *_of((list, tuple), values)))
 
 
-def _frozen_set(values: List[Any] = ()) -> frozenset:
-    return frozenset(map(_key, values))
+def _frozen_set(values: Any = ()) -> frozenset:
+    return frozenset(map(_key, *_of((list, tuple), values)))
 
 
-def _deque(values: Iterable[Any] = (), max_length: Optional[int] = None) -> deque:
-    return deque(*_of((list, tuple), values), max_length)
+def _deque(values: Any = (), max_length: Any = None) -> list:
+    return list(*_of((list, tuple), values))
 
 
-def _dict(content: Mapping = {}) -> dict:
-    return dict(*_of(dict, content))
+def _dict(*content: Any) -> dict:
+    return dict(*_of(dict, *content))
 
 
-def _counter(content: Mapping = {}) -> Counter:
-    return Counter(*_of(dict, content))
+def _counter(*content: Any) -> Counter:
+    counter = Counter()
+    dict.update(counter, *_of(dict, *content))  # its own update adds
+    return counter
 
 
 def _ordered_dict() -> OrderedDict:
     return OrderedDict()
 
 
-def _default_dict(factory: Optional[type] = None) -> defaultdict:
-    if factory not in (None, *_BUILTINS.values()):
-        raise Refused(f'a defaultdict of {printable(factory)}')
-    return defaultdict(factory)
+def _default_dict(factory: Any = None) -> dict:
+    return {}
 
 
 def _of(kinds: Any, *values: Any) -> Tuple:
@@ -490,45 +548,44 @@ def _history() -> HistoryBuffer:
     return HistoryBuffer.__new__(HistoryBuffer)
 
 
-def _numpy_dtype(name: str, align: bool = False, copy: bool = True) -> np.dtype:
-    """A dtype of its own, so that its state is not that of NumPy's."""
+def _numpy_dtype(name: Any, align: Any = False, copy: Any = True) -> _Dtype:
     # Numbers, booleans and text; no objects, records or dates.
-    if not isinstance(name, str) or not re.fullmatch('[biufcSU][1-9][0-9]{0,8}', name):
+    if type(name) is not str or not re.fullmatch('[biufcSU][1-9][0-9]{0,8}', name):
         raise Refused('a NumPy array of something else than numbers or text')
-    return np.dtype(name, copy=True)
+    np.dtype(name)  # raises an error for numbers of a size that there is not
+    return _Dtype(name)
 
 
-def _numpy_array(kind: type, shape: Tuple, dtype: bytes) -> np.ndarray:
+def _numpy_array(kind: Any, shape: Any, dtype: Any) -> np.ndarray:
     """An array that its state will fill."""
     return np.empty(0)
 
 
-def _numpy_from_buffer(
-    data: bytes, dtype: np.dtype, shape: Tuple, order: str
-) -> np.ndarray:
-    _require_elements(data, dtype, shape)
-    return np.frombuffer(bytearray(data), dtype).reshape(shape, order=order)
+def _numpy_from_buffer(data: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
+    return _elements(data, dtype, shape).reshape(shape, order=order)
 
 
-def _numpy_scalar(dtype: np.dtype, data: bytes) -> np.generic:
-    _require_elements(data, dtype, ())
-    return np.frombuffer(data, dtype)[0]
+def _numpy_scalar(dtype: Any, data: Any) -> np.generic:
+    return _elements(data, dtype, ())[0]
 
 
-def _require_elements(data: bytes, dtype: np.dtype, shape: Tuple) -> None:
-    """Refuse data that are not the elements of an array."""
-    if not isinstance(dtype, np.dtype) or not isinstance(data, (bytes, bytearray)):
+def _elements(data: Any, dtype: Any, shape: Any) -> np.ndarray:
+    """The elements of an array, in a row, in memory of their own."""
+    if not isinstance(dtype, _Dtype) or not isinstance(data, (bytes, bytearray)):
         raise Refused('a NumPy array of objects')
-    if not isinstance(shape, tuple) or not all(map(_is_length, shape)):
-        raise ValueError('a NumPy array whose shape is none')
-    if math.prod(shape) * dtype.itemsize != len(data):
+    _require_shape(shape)
+    made = dtype.made()
+    if math.prod(shape) * made.itemsize != len(data):
         raise ValueError(f'a NumPy array that {len(data)} bytes do not fill')
-    if dtype.kind == 'b' and data.strip(b'\0\1'):
+    if made.kind == 'b' and data.strip(b'\0\1'):
         raise ValueError('booleans that are neither true nor false')
+    return np.frombuffer(bytearray(data), made)
 
 
-def _size(values: Iterable[int]) -> torch.Size:
-    return torch.Size(_of(int, *values))
+def _size(values: Any) -> torch.Size:
+    shape = tuple(*_of((list, tuple), values))
+    _require_shape(shape)
+    return torch.Size(shape)
 
 
 def _device(*description: Any) -> torch.device:
@@ -553,6 +610,9 @@ def _tensor_v2(
     return _view(storage, offset, size, stride, requires_grad)
 
 
+_NUMBERS_OF_TENSORS = r'torch\.(u?int(8|16|32|64)|float(16|32|64)|bfloat16|float8_\w+)'
+
+
 def _tensor_v3(
     storage: Storage,
     offset: int,
@@ -564,8 +624,9 @@ def _tensor_v3(
     metadata: Any = None,
 ) -> Any:
     """A tensor of a dtype that has no class of storages."""
-    if metadata or not re.fullmatch(r'torch\.(u?int|b?float)\d+\w*', str(dtype)):
-        raise Refused(f'a tensor of {printable(str(dtype))}')
+    name = str(*_of(torch.dtype, dtype))
+    if metadata or not re.fullmatch(_NUMBERS_OF_TENSORS, name):
+        raise Refused(f'a tensor of {name}')
     return _view(storage, offset, size, stride, requires_grad, dtype)
 
 
@@ -581,8 +642,10 @@ def _view(
     if not isinstance(storage, Storage):
         raise ValueError('a tensor without a storage')
     dtype = dtype or storage.dtype
-    if not all(map(_is_length, (offset, *size, *stride))) or len(size) != len(stride):
-        raise ValueError('a tensor whose size, stride or offset is none')
+    _require_shape(size, stride)
+    _require_lengths(offset)
+    if len(size) != len(stride):
+        raise ValueError('a tensor of other sizes than strides')
     if storage.memory is None:
         return None
     available = storage.memory.numel() // dtype.itemsize
@@ -602,49 +665,68 @@ def _view(
 def _parameter(
     data: Optional[Tensor], requires_grad: bool, backward_hooks: Any
 ) -> Optional[nn.Parameter]:
-    return None if data is None else nn.Parameter(data, requires_grad)
+    return None if data is None else nn.Parameter(*_of(Tensor, data), requires_grad)
 
 
-def _set_dict(target: dict, state: dict) -> None:
+def _set_dict(target: dict, state: Any) -> None:
     """An argparse.Namespace has its values here, a yacs config its internals."""
-    values = {key: value for key, value in state.items() if key[:2] != '__'}
-    target.update(values)
+    values = {key: x for key, x in _of(dict, state)[0].items() if key[:2] != '__'}
+    dict.update(target, values)
 
 
-def _set_ordered_dict(target: OrderedDict, state: dict) -> None:
+def _set_ordered_dict(target: OrderedDict, state: Any) -> None:
     """PyTorch keeps the versions of modules beside their weights."""
-    if '_metadata' in state:
-        versions = state['_metadata']
-        _of(dict, *_of(dict, versions)[0].values())
-        _of((int, type(None)), *(v for of in versions.values() for v in of.values()))
-        target._metadata = versions
+    if '_metadata' in _of(dict, state)[0]:
+        (of_modules,) = _of(dict, state['_metadata'])
+        # Anew, so that nothing that is looked at changes later.
+        target._metadata = OrderedDict()
+        for name, versions in of_modules.items():
+            # Modules that share many of them would multiply.
+            if len(*_of(dict, versions)) > _MAX_KEYS:
+                raise Refused('a module of many versions')
+            target._metadata[name] = dict(versions)
+            _of((int, type(None)), *versions.values())
 
 
-def _set_history(target: HistoryBuffer, state: dict) -> None:
-    values = {'max_length': state['max_length']}
-    for name in ('_log_history', '_count_history'):
-        values[name] = state[name]
-        if not isinstance(values[name], np.ndarray) or values[name].ndim != 1:
-            raise ValueError('a HistoryBuffer without a history')
-    target.__setstate__(values)
+def _set_history(target: HistoryBuffer, state: Any) -> None:
+    (max_length,) = _of(int, state['max_length'])
+    logs, counts = _of(np.ndarray, state['_log_history'], state['_count_history'])
+    # Otherwise it is none that a training has written.
+    if max_length < 1 or not logs.shape == counts.shape == (logs.size,):
+        raise ValueError('a HistoryBuffer without a history')
+    if logs.dtype.kind not in 'biuf' or counts.dtype.kind not in 'biuf':
+        raise ValueError('a HistoryBuffer of text')
+    target.__setstate__(
+        dict(
+            max_length=max_length,
+            _log_history=logs.copy(),
+            _count_history=counts.copy(),
+        )
+    )
 
 
-def _set_numpy_dtype(target: np.dtype, state: Tuple) -> None:
-    # (version, byte order, base and shape, names, fields, size, alignment, flags):
-    # NumPy believes sizes and flags that are wrong, and then reads where it should not.
-    if len(state) != 8 or state[2:5] != (None, None, None):
+def _set_numpy_dtype(target: _Dtype, state: Any) -> None:
+    # The byte order alone; sizes and flags say what the name does.
+    version, order, base, names, fields, size, alignment, flags = state
+    if base is not None or names is not None or fields is not None:
         raise Refused('a NumPy array of objects or records')
-    if state[5:7] not in ((-1, -1), (target.itemsize, target.alignment)):
+    _of(int, version, size, alignment, flags)
+    made = np.dtype(target.name)
+    by_name = (made.itemsize, made.alignment, made.flags)
+    numbers = made.kind not in 'SU' and (-1, -1, made.flags)
+    if (size, alignment, flags) not in (by_name, numbers):
         raise ValueError('a NumPy dtype of another size')
-    if state[7] != target.flags:
-        raise ValueError('a NumPy dtype with other flags')
-    target.__setstate__(state)
+    if _of(str, order)[0] not in ('<', '>', '|', '='):
+        raise ValueError('a byte order that is none')
+    target.order = order
 
 
-def _set_numpy_array(target: np.ndarray, state: Tuple) -> None:
-    _, shape, dtype, _, data = state
-    _require_elements(data, dtype, shape)
-    target.__setstate__(state)
+def _set_numpy_array(target: np.ndarray, state: Any) -> None:
+    _, shape, dtype, is_fortran, data = state
+    elements = _elements(data, dtype, shape)
+    target.__setstate__(
+        (1, shape, elements.dtype, is_fortran is True, elements.tobytes())
+    )
 
 
 _CONSTANTS = {pickle.NONE: None, pickle.NEWTRUE: True, pickle.NEWFALSE: False}
@@ -676,12 +758,15 @@ _TUPLES = {pickle.TUPLE1: 1, pickle.TUPLE2: 2, pickle.TUPLE3: 3}
 _PUT = {pickle.BINPUT: '<B', pickle.LONG_BINPUT: '<I'}
 _GET = {pickle.BINGET: '<B', pickle.LONG_BINGET: '<I'}
 
+_MAKES_CONTAINERS = {*_EMPTY, *_TUPLES, pickle.TUPLE, pickle.FROZENSET, pickle.REDUCE}
+_MAKES_CONTAINERS |= {pickle.NEWOBJ, pickle.BUILD, pickle.BINPERSID}
+
 # OrderedDict before dict, of which it is one.
 _RESTORE: Dict[type, Callable] = {
     OrderedDict: _set_ordered_dict,
     dict: _set_dict,
     HistoryBuffer: _set_history,
-    np.dtype: _set_numpy_dtype,
+    _Dtype: _set_numpy_dtype,
     np.ndarray: _set_numpy_array,
 }
 

@@ -120,7 +120,7 @@ def test_wrong_arguments(official, tmp_path):
 
 
 @pytest.mark.parametrize('part', ['weight', 'bias'])
-@pytest.mark.parametrize('shape', [(), (3,), (10**8,), (3, 4, 5)])
+@pytest.mark.parametrize('shape', [(), (3,), (10**8,), (10**9, 0), (3, 4, 5)])
 def test_linear_layers_that_are_none(tmp_path, part, shape):
     """Nor is memory reserved for as many classes as a file claims."""
     weights = checkpoints.official_classifier('t')
@@ -147,6 +147,7 @@ def test_linear_layers_that_are_none(tmp_path, part, shape):
         (dict(classes={'a': 1}, palette=[(0, 1)]), {}),
         (dict(palette=[0.5]), {}),
         (dict(dataset_meta=[1]), {}),
+        (dict(dataset_meta=torch.ones(2)), {}),
         ({1: 2}, {}),
         ([1], {}),
     ],

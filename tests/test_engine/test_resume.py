@@ -1,6 +1,7 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from mmengine.config import Config
 
 from mlla_mm.datasets.digits import make_imagenet
 from mlla_mm.engine import config as options
+from mlla_mm.engine.hooks import ResumedStateHook
 from mlla_mm.engine.resume import keep_sound_state, newest_checkpoint, seed_of
 from mlla_mm.utils.checkpoint_file import CheckpointError
 
@@ -194,3 +196,14 @@ def test_an_interrupted_run_of_epochs(run_tool, tmp_path):
     expected = train('uninterrupted', 4, 1, '--seed', seed)
     assert resumed.name == expected.name != interrupted.name
     assert_same_end(resumed, expected)
+
+
+def test_counts_of_numpy_do_not_overflow():
+    """Of 8 bits, one more than 255 updates would be none."""
+    meta = dict(epoch=np.uint8(255), iter=np.int16(32767))
+    messages = dict(log_scalars={}, runtime_info={}, resumed_keys={})
+    runner = SimpleNamespace(_resume=True, _load_from='x.pth', hooks=[])
+    ResumedStateHook().after_load_checkpoint(
+        runner, dict(meta=meta, message_hub=messages)
+    )
+    assert (meta['epoch'] + 1, meta['iter'] + 1) == (256, 32768)

@@ -283,13 +283,22 @@ def test_other_checkpoints_are_left_alone():
         [1, 2],
         {'epoch': 3},
     ):
-        assert to_own_layout(content) is content
+        assert to_own_layout(content, 'x.pth') is content
+
+
+@pytest.mark.parametrize('averaged', [{1: torch.ones(1)}, {'a': 1}])
+def test_averages_that_are_none(averaged):
+    content = {'state_dict': MLLA(NANO).state_dict(), 'state_dict_ema': averaged}
+    with pytest.raises(CheckpointError, match='x.pth holds no weights'):
+        to_own_layout(content, 'x.pth')
+    content['state_dict_ema'] = 1
+    assert list(to_own_layout(content, 'x.pth')) == ['state_dict']
 
 
 def test_layout_of_a_detector_stays():
     model = nn.ModuleDict(dict(backbone=MLLA(NANO), rpn_head=nn.Conv2d(1, 1, 1)))
     content = {'state_dict': model.state_dict(), 'meta': {'epoch': 1}, 'optimizer': {}}
-    result = to_own_layout(content)
+    result = to_own_layout(content, 'x.pth')
     assert list(result) == ['state_dict', 'meta', 'optimizer']
     assert list(result['state_dict']) == list(content['state_dict'])
     assert result['state_dict']._metadata == content['state_dict']._metadata

@@ -4,9 +4,12 @@ import io
 import os
 import pickle
 import random
+import socket
 import tarfile
+import threading
 import zipfile
 from collections import OrderedDict
+from contextlib import ExitStack
 from pathlib import Path
 
 import mmengine
@@ -485,6 +488,61 @@ def test_names_that_tell_the_digest(tmp_path, path, cache):
     for name in ('mlla-20240131.pth', 'mlla-ed.pth', 'mlla-default.pth'):
         other = other.rename(path.with_name(name))
         assert fetch_checkpoint(other.as_uri()).name == name
+
+
+@pytest.fixture
+def answer():
+    """Serves one answer, whatever is asked; yields how."""
+    with ExitStack() as stack:
+
+        def serve(content: bytes) -> str:
+            server = stack.enter_context(socket.create_server(('127.0.0.1', 0)))
+
+            def reply():
+                with server.accept()[0] as client:
+                    client.recv(4096)
+                    client.sendall(content)
+
+            threading.Thread(target=reply, daemon=True).start()
+            return f'http://127.0.0.1:{server.getsockname()[1]}'
+
+        yield serve
+
+
+@pytest.mark.parametrize(
+    'content',
+    [
+        b'HTTP/1.1 404 \x1b[31mred\r\n\r\n',
+        b'\x1b[31mgarbage\r\n\r\n',
+        b'HTTP/1.1 200 OK\r\nContent-Length: abc\r\n\r\n',
+        b'HTTP/1.1 302 Found\r\nLocation: http://[bad\r\n\r\n',
+        b'HTTP/1.1 302 Found\r\nLocation: file:///etc/passwd\r\n\r\n',
+        b'',
+    ],
+)
+def test_answers_that_are_none(cache, answer, content):
+    with pytest.raises(CheckpointError, match='x.pth cannot be fetched') as error:
+        fetch_checkpoint(f'{answer(content)}/x.pth')
+    assert str(error.value).isprintable()
+    assert not [path for path in cache.rglob('*') if path.is_file()]
+
+
+@pytest.mark.parametrize(
+    'name', ['', '/', '/..', '/.', '/a/../../..', '/%2e%2e', '/a%2f']
+)
+def test_addresses_without_a_name(cache, answer, name):
+    address = answer(b'HTTP/1.1 200 OK\r\n\r\nhello')
+    path = fetch_checkpoint(f'{address}{name}')
+    assert path.parents[1] == cache and path.read_bytes() == b'hello'
+
+
+def test_one_process_that_fails_does_not_keep_the_others(path, cache, monkeypatch):
+    meetings = []
+    monkeypatch.setattr(checkpoint_file, 'get_dist_info', lambda: (0, 2))
+    monkeypatch.setattr(checkpoint_file, 'barrier', lambda: meetings.append(1))
+    with pytest.raises(CheckpointError, match='cannot be fetched'):
+        fetch_checkpoint(path.as_uri())
+    assert meetings == [1]
 
 
 @pytest.mark.parametrize('rank', [0, 1])

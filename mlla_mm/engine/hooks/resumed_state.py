@@ -25,8 +25,10 @@ class ResumedStateHook(Hook):
             return
         source = runner._load_from or f'the newest checkpoint of {runner.work_dir}'
         require_resumable(checkpoint, source)
-        messages = checkpoint['message_hub']
-        keep_sound_state(messages, updates=checkpoint['meta']['iter'])
+        messages, meta = checkpoint['message_hub'], checkpoint['meta']
+        # NumPy's integers may be of 8 bits, and 256 updates none.
+        meta.update(epoch=int(meta['epoch']), iter=int(meta['iter']))
+        keep_sound_state(messages, updates=meta['iter'])
         for hook in runner.hooks:
             if isinstance(hook, CheckpointHook):
                 keep_own_names(
