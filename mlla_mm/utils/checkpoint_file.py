@@ -63,7 +63,7 @@ def load_checkpoint_file(
 
     It may hold tensors, NumPy arrays and scalars, plain containers and MMEngine's
     ``HistoryBuffer``. Configs of yacs, mmcv and argparse become plain dicts, without
-    these packages.
+    these packages; so do defaultdicts, and deques become lists.
 
     Args:
         path (str | Path): Local path.
