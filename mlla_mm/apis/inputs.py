@@ -4,7 +4,7 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import List, NamedTuple, Optional, Sequence, Set, Union
 
 import mmcv
@@ -169,7 +169,9 @@ def _read_video(source: Source) -> Iterator[Picture]:
 
 
 def _open_video(source: Source) -> mmcv.VideoReader:
-    return mmcv.VideoReader(str(source.content))
+    # FFmpeg takes names such as 'http:/a/b.mp4' and 'pipe:.mp4' for addresses, and an
+    # absolute path for a path.
+    return mmcv.VideoReader(os.path.abspath(source.content))
 
 
 def _video_problem(path: Union[str, Path]) -> Optional[str]:
@@ -179,12 +181,23 @@ def _video_problem(path: Union[str, Path]) -> Optional[str]:
     names of other files, open them, and wait for those that are not there.
     """
     problem = file_problem(path)
+    if problem is None and not is_utf8(path):
+        problem = 'has a name that is not UTF-8, by which OpenCV reads no video'
     if problem is None:
         with open(path, 'rb') as file:
             start = file.read(8)
         if not start.startswith(_BEGINNINGS) and start[4:] not in _ATOMS:
             problem = 'is not a video (AVI, Matroska, MOV, MPEG, MPEG-4, WebM)'
     return problem
+
+
+def is_utf8(path: Union[str, Path]) -> bool:
+    """Whether a path can be given to OpenCV's videos, which crash if it is not."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _count(source: Source) -> int:
@@ -219,12 +232,12 @@ def _without_suffix(path: Path) -> str:
 
 
 def _unique(name: str, taken: Set[str]) -> str:
-    """``name``, with a number behind it if it is taken."""
+    """``name``, with a number behind it if it is taken, also as that of a folder."""
     candidate, count = name, 1
     while candidate in taken:
         count += 1
         candidate = f'{name}_{count}'
-    taken.add(candidate)
+    taken.update([candidate, *map(str, PurePath(candidate).parents)])
     return candidate
 
 

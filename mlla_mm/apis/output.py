@@ -1,6 +1,7 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 """Files that inference writes: drawn pictures and videos, label maps, results."""
 
+import os
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Union
 
@@ -8,8 +9,9 @@ import cv2
 import numpy as np
 from mmengine.fileio import dump
 
+from ..utils.files import write_whole
 from ..utils.text import PATH_LIMIT, printable
-from .inputs import Picture, Source, fps
+from .inputs import Picture, Source, fps, is_utf8
 
 RESULTS = 'results.json'
 # Skipped files that a summary names.
@@ -31,6 +33,12 @@ class Output:
 
     def __enter__(self) -> 'Output':
         self.folder.mkdir(parents=True, exist_ok=True)
+        results = self.folder / RESULTS
+        if results.is_dir():
+            raise ValueError(
+                f'{results} is a folder, and the results are to be written there. '
+                'Remove it, or choose another output folder.'
+            )
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -49,20 +57,21 @@ class Output:
         image = np.ascontiguousarray(drawn[..., ::-1])
         if picture.frame is None:
             return self._write(image, 'drawn', picture, '.jpg')
-        path = self.folder / 'drawn' / f'{picture.source.name}.mp4'
         if picture.source is not self._source:
             self._close_video()
-            self._video = _open_writer(path, fps(picture.source), image)
+            self._video_path = self._place('drawn', f'{picture.source.name}.mp4')
+            self._video = _open_writer(self._video_path, fps(picture.source), image)
             self._source = picture.source
         self._video.write(image)
-        return str(path)
+        return str(self._video_path)
 
     def write_label_map(self, picture: Picture, labels: np.ndarray) -> str:
         """Write the labels of all pixels (H, W) as a PNG file; returns its path."""
         return self._write(labels, 'label_maps', picture, '.png')
 
     def write_results(self, results: List[Dict[str, Any]]) -> None:
-        dump(results, str(self.folder / RESULTS))
+        text = dump(results, file_format='json')
+        write_whole(self.folder / RESULTS, text.encode())
 
     def _write(
         self, image: np.ndarray, kind: str, picture: Picture, suffix: str
@@ -70,16 +79,25 @@ class Output:
         name = picture.source.name
         if picture.frame is not None:
             name = f'{name}/{picture.frame:06d}'
-        # Not with_suffix(): a dot of the name is no suffix. Nor imwrite(), which looks
-        # for the suffix in the name.
-        path = self.folder / kind / f'{name}{suffix}'
+        # Not imwrite(), which looks for the suffix in the name.
         encoded, content = cv2.imencode(suffix, image)
         if not encoded:
             height, width = image.shape[:2]
             raise ValueError(f'{width} x {height} pixels do not fit into a {suffix}')
-        path.parent.mkdir(parents=True, exist_ok=True)
+        # Not with_suffix(): a dot of the name is no suffix.
+        path = self._place(kind, f'{name}{suffix}')
         path.write_bytes(content.tobytes())
         return str(path)
+
+    def _place(self, kind: str, name: str) -> Path:
+        """Where to write a file: through no link that was in the folder before."""
+        path = self.folder / kind / name
+        root = os.path.realpath(self.folder)
+        if os.path.commonpath([root, os.path.realpath(path.parent)]) != root:
+            raise OSError(f'{printable(path.parent, PATH_LIMIT)} leads out of {root}')
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        return path
 
     def _close_video(self) -> None:
         if self._video is not None:
@@ -88,10 +106,13 @@ class Output:
 
 
 def _open_writer(path: Path, rate: float, image: np.ndarray) -> cv2.VideoWriter:
-    path.parent.mkdir(parents=True, exist_ok=True)
     height, width = image.shape[:2]
     codec = cv2.VideoWriter_fourcc(*'mp4v')
-    writer = cv2.VideoWriter(str(path), codec, rate, (width, height))
+    # Absolute, or FFmpeg would take 'pipe:.mp4' for an address.
+    name = os.path.abspath(path)
+    if not is_utf8(name):
+        raise ValueError('OpenCV writes no video whose path is not UTF-8')
+    writer = cv2.VideoWriter(name, codec, rate, (width, height))
     if not writer.isOpened():
         raise OSError(f'OpenCV cannot write the video {path}.')
     return writer

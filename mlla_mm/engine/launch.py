@@ -19,6 +19,7 @@ from mmengine.dist import master_only
 from torch import distributed
 
 from ..utils.files import write_whole
+from ..utils.text import printable
 from .resume import newest_checkpoint
 
 # In the work_dir; says why torchrun need not start the run again.
@@ -189,7 +190,8 @@ def require_restart_allowed(work_dir: str) -> None:
     if 'LAUNCH_TIME' not in os.environ or not path.is_file():
         return
     if path.stat().st_mtime >= float(os.environ['LAUNCH_TIME']):
-        raise ValueError(f'Not started again: {path.read_text()}')
+        with path.open('rb') as file:
+            raise ValueError(f'Not started again: {printable(file.read(2000), 2000)}')
 
 
 def tear_down() -> None:

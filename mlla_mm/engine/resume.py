@@ -206,8 +206,13 @@ def _elsewhere(work_dir: Path) -> Optional[Path]:
         return None
     with pointer.open('rb') as file:
         name = os.fsdecode(file.read(4096)).strip()  # paths are not longer
-    is_there = os.path.isfile(name) or os.path.isdir(name)
-    return Path(name) if is_there and name.isprintable() else None
+    if not name.isprintable():
+        return None
+    # In the work_dir first, which may have been moved or copied.
+    for path in (work_dir / os.path.basename(name), Path(name)):
+        if path.name and (path.is_file() or path.is_dir()):
+            return path
+    return None
 
 
 def _updates(checkpoint: Path) -> int:

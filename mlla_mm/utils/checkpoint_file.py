@@ -10,6 +10,7 @@ that are trusted. SECURITY.md says why.
 import hashlib
 import os
 import re
+import traceback
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ from .restricted_pickle import (
     require_booleans,
     storage_from_bytes,
 )
-from .text import printable
+from .text import PATH_LIMIT, printable
 
 _trusted = False
 
@@ -152,9 +153,13 @@ def fetch_checkpoint(url: str) -> Path:
         CheckpointError: If the download fails, or if it is not the file that its name
             says.
     """
-    name = re.sub(r'[^\w.-]', '_', Path(urlparse(url).path).name)[-100:]
+    try:
+        name = Path(urlparse(url).path).name
+    except ValueError:  # no address: downloading it says so
+        name = ''
+    name = re.sub(r'[^\w.-]', '_', name)[-100:]
     name = name if name.strip('.') else 'checkpoint'
-    address = hashlib.sha256(url.encode()).hexdigest()[:16]
+    address = hashlib.sha256(url.encode('utf-8', 'replace')).hexdigest()[:16]
     path = Path(torch.hub.get_dir()) / 'checkpoints' / address / name
     if get_dist_info()[0] > 0:
         barrier()
@@ -189,21 +194,32 @@ _CHUNK = 1 << 24
 
 def _regular_file(path: Union[str, Path]) -> Path:
     """The path of a file that can be read to its end, which a pipe may not have."""
-    path = Path(path).expanduser()
-    if not path.exists():
-        raise FileNotFoundError(f'Checkpoint not found: {path}')
-    if not path.is_file():
-        kind = 'a folder' if path.is_dir() else 'a pipe or a device'
-        raise CheckpointError(f'{path} is {kind}: give the path of a checkpoint file.')
-    with path.open('rb') as file:
-        beginning = file.read(256)
+    shown = printable(str(path), PATH_LIMIT)
+    try:
+        path = Path(path).expanduser()
+        if not path.exists():
+            raise FileNotFoundError(f'Checkpoint not found: {shown}')
+        if not path.is_file():
+            kind = 'a folder' if path.is_dir() else 'a pipe or a device'
+            raise CheckpointError(
+                f'{shown} is {kind}: give the path of a checkpoint file.'
+            )
+        with path.open('rb') as file:
+            beginning = file.read(256)
+    except (FileNotFoundError, CheckpointError):
+        raise
+    # RuntimeError: of a user without a home.
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f'{shown} cannot be read ({printable(str(error))}).'
+        ) from error
     if not beginning:
         raise CheckpointError(
-            f'{path} is empty: a download failed. Delete it and fetch it again.'
+            f'{shown} is empty: a download failed. Delete it and fetch it again.'
         )
     if beginning.lstrip().startswith(b'<'):
         raise CheckpointError(
-            f'{path} is a web page, not a checkpoint: the download went wrong. Delete '
+            f'{shown} is a web page, not a checkpoint: the download went wrong. Delete '
             'it, open its address in a browser, and fetch the file again.'
         )
     return path
@@ -217,20 +233,21 @@ def _errors_of(path: Path, way_out: str) -> Iterator[None]:
         path (Path): The file.
         way_out (str): What to do if the file asks for more than data.
     """
+    shown = printable(str(path), PATH_LIMIT)
     try:
         yield
     except Refused as refused:
         raise CheckpointError(
-            f'{path} is not loaded: it asks for {refused}. More than tensors, arrays '
+            f'{shown} is not loaded: it asks for {refused}. More than tensors, arrays '
             f'and plain containers can run any code, or use up the memory. {way_out}'
         ) from None
     except (MemoryError, torch.cuda.OutOfMemoryError) as error:
-        raise CheckpointError(
-            f'{path} needs more memory than there is ({printable(str(error))}).'
-        ) from error
+        # Or what was read so far would stay, and there be no memory for a message.
+        traceback.clear_frames(error.__traceback__)
+        raise CheckpointError(f'{shown} needs more memory than there is.') from None
     except Exception as error:  # reading damaged data may raise anything
         raise CheckpointError(
-            f'{path} is damaged, or not a checkpoint. Delete it and fetch it again. '
+            f'{shown} is damaged, or not a checkpoint. Delete it and fetch it again. '
             f'({type(error).__name__}: {printable(str(error))})'
         ) from error
 
@@ -245,8 +262,9 @@ def _load_trusted(path: Path, map_location: Any) -> Any:
     value = os.environ.get('TORCH_FORCE_WEIGHTS_ONLY_LOAD', '')
     if value.lower() in ('1', 'y', 'yes', 'true'):
         raise CheckpointError(
-            f'{path} is not loaded as a trusted file: TORCH_FORCE_WEIGHTS_ONLY_LOAD='
-            f'{value} is set. Unset it, or leave --trust-checkpoint out.'
+            f'{printable(str(path), PATH_LIMIT)} is not loaded as a trusted file: '
+            f'TORCH_FORCE_WEIGHTS_ONLY_LOAD={value} is set. Unset it, or leave '
+            '--trust-checkpoint out.'
         )
     with _errors_of(path, _TRUST):
         return torch.load(path, map_location=map_location, weights_only=False)
@@ -286,16 +304,16 @@ def _placed(memory: Tensor, map_location: Any) -> Tensor:
 
 def _require_zip(path: Path, file: BinaryIO) -> None:
     """Refuse PyTorch's older formats, in which nothing tells where tensors end."""
-    beginning = file.read(512)
+    beginning, shown = file.read(512), printable(str(path), PATH_LIMIT)
     if beginning.startswith(_OLD_BEGINNING) or beginning[257:262] == b'ustar':
         raise CheckpointError(
-            f"{path} is in PyTorch's format of before version 1.6, which is not read. "
+            f"{shown} is in PyTorch's format of before version 1.6, which is not read. "
             'Save it again with torch.load and torch.save of a newer PyTorch. '
             f'{_TRUST}'
         )
     if not beginning.startswith(b'PK'):
         raise CheckpointError(
-            f'{path} is damaged, or not a checkpoint. Delete it and fetch it again.'
+            f'{shown} is damaged, or not a checkpoint. Delete it and fetch it again.'
         )
 
 

@@ -1,11 +1,14 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 """Files that are there whole or not at all."""
 
+import hashlib
 import os
 from pathlib import Path
 from typing import Union
 
 Content = Union[bytes, memoryview]
+# File systems allow 255 bytes.
+_LONGEST_NAME = 240
 
 
 def write_whole(path: Union[str, Path], content: Content) -> None:
@@ -36,4 +39,7 @@ def write_whole(path: Union[str, Path], content: Content) -> None:
 
 def part_of(path: Path) -> Path:
     """Where :func:`write_whole` collects a file; killed in between, it leaves this."""
-    return path.with_name(f'.{path.name}.part')
+    name = path.name
+    if len(os.fsencode(name)) > _LONGEST_NAME:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()
+    return path.with_name(f'.{name}.part')

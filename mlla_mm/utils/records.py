@@ -2,6 +2,7 @@
 """JSON that a run left in its work_dir, which may be anybody's: read as data alone."""
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Dict, Optional
@@ -52,8 +53,9 @@ def read_record_lines(path: Path) -> Iterator[Dict[str, Any]]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value of a record is a number that a float can hold, NaN included."""
-    return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
+    """Whether a value of a record is a number that a figure can show, NaN included."""
+    # Finite ones that are larger are of no run, and break the axes.
+    return type(value) in (int, float) and not 1e100 < abs(value) < math.inf
 
 
 def _open(path: Path):

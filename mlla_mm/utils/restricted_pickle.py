@@ -14,6 +14,7 @@ import struct
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
@@ -23,9 +24,9 @@ from torch import Tensor, nn
 
 from .text import printable
 
-#: Steps of one pickle, of which those that make containers count tenfold; and objects
-#: of what it holds, written out. Checkpoints of long trainings take some hundred
-#: thousand.
+#: What one pickle may cost: its steps, of which dear ones count several times, and what
+#: they copy. As much as it has bytes, if that is more. So are the objects of what it
+#: holds, written out. Checkpoints of large models take a million.
 MAX_STEPS = 10_000_000
 #: Containers in containers. Python's own code fails, or crashes, at some hundreds.
 MAX_DEPTH = 100
@@ -104,14 +105,14 @@ class Unpickler:
         max_steps: Optional[int] = None,
     ) -> None:
         self._data = data
-        self._max_steps = max_steps or MAX_STEPS
+        self._max_steps = max_steps or max(MAX_STEPS, len(data))
         self._position = 0
         self._copied = 0
         self._load_storage = load_storage
-        self._names = {**_NAMES, **(names or {})}
-        # By identity: a pickle may choose an argument's hash and equality.
-        self._calls = {id(kind): call for kind, call in _CALLS.items()}
-        self._calls.update((id(call), call) for call in (names or {}).values())
+        self._names = {**_NAMES, **names} if names else _NAMES
+        self._calls = _CALLS
+        if names:
+            self._calls = {**_CALLS, **{id(call): call for call in names.values()}}
 
     def load(self) -> Any:
         """Read the next pickle.
@@ -126,17 +127,21 @@ class Unpickler:
         """
         self._stack: List[Any] = []
         self._marks: List[int] = []
-        self._memo: Dict[int, Any] = {}
-        steps = 0
-        while steps < self._max_steps:
+        self._memo: List[Any] = []
+        self._steps = 0
+        while True:
             opcode = self.read(1)
             if opcode == pickle.STOP:
                 content = self._stack.pop()
                 _require_bounded(content)
                 return content
+            self._spend(_COSTS.get(opcode, 1))
             self._step(opcode)
-            steps += 10 if opcode in _MAKES_CONTAINERS else 1
-        raise Refused(f'more than {self._max_steps:,} steps')
+
+    def _spend(self, steps: int) -> None:
+        self._steps += steps
+        if self._steps > self._max_steps:
+            raise Refused(f'more than {self._max_steps:,} steps')
 
     def read(self, count: int) -> bytes:
         """Take the next bytes.
@@ -165,7 +170,7 @@ class Unpickler:
         elif opcode in _TUPLES:
             push(self._pop(_TUPLES[opcode]))
         elif opcode in _PUT:
-            self._memo[self._number(_PUT[opcode])] = self._stack[-1]
+            self._put(self._number(_PUT[opcode]))
         elif opcode in _GET:
             push(self._memo[self._number(_GET[opcode])])
         elif opcode in self._STEPS:
@@ -203,7 +208,13 @@ class Unpickler:
         self._marks.append(len(self._stack))
 
     def _memoize(self) -> None:
-        self._memo[len(self._memo)] = self._stack[-1]
+        self._memo.append(self._stack[-1])
+
+    def _put(self, number: int) -> None:
+        # Python counts them.
+        if number > len(self._memo):
+            raise ValueError('a memo that skips numbers')
+        self._memo[number : number + 1] = [self._stack[-1]]
 
     def _tuple(self) -> None:
         self._stack.append(tuple(self._pop_mark()))
@@ -226,14 +237,29 @@ class Unpickler:
     def _set(self, pairs: Iterable[Any]) -> None:
         target = self._target(dict)
         for key, value in zip(pairs[::2], pairs[1::2]):
+            self._pay_for_key(key, len(target))
             target[_key(key)] = value
 
     def _add_items(self) -> None:
         items = self._pop_mark()
-        self._target(set).update(map(_key, items))
+        target = self._target(set)
+        for item in items:
+            self._pay_for_key(item, len(target))
+            target.add(_key(item))
 
     def _frozen_set(self) -> None:
-        self._stack.append(frozenset(map(_key, self._pop_mark())))
+        items = self._pop_mark()
+        self._pay_for_copy(items)
+        self._stack.append(frozenset(map(_key, items)))
+
+    def _pay_for_key(self, key: Any, size: int) -> None:
+        # Numbers can be chosen such that each meets many others in the table.
+        if not isinstance(key, str):
+            self._spend(size // 100)
+
+    def _pay_for_copy(self, container: Any) -> None:
+        """As if all its items were keys, and numbers."""
+        self._spend(10 * len(container) + len(container) ** 2 // 200)
 
     def _target(self, *kinds: type) -> Any:
         """What is changed. A tensor, say, does other things with items."""
@@ -266,6 +292,8 @@ class Unpickler:
         if call is None or not isinstance(args, tuple):
             raise Refused(f'a call of {printable(getattr(called, "__name__", called))}')
         self._count_copies(args)
+        if call is storage_from_bytes:  # pickles of their own
+            self._spend(500)
         self._stack.append(call(*args))
 
     def _build(self) -> None:
@@ -283,11 +311,13 @@ class Unpickler:
 
     def _count_copies(self, values: Iterable[Any]) -> None:
         """Bound what calls copy: the same text, again and again, fills any memory."""
-        self._copied += sum(
-            x.nbytes if isinstance(x, np.ndarray) else len(x)
-            for x in values
-            if isinstance(x, _COPIED)
-        )
+        for value in values:
+            if isinstance(value, _CONTAINERS):
+                self._pay_for_copy(value)
+            elif isinstance(value, (str, bytes, bytearray)):
+                self._copied += len(value)
+            elif isinstance(value, np.ndarray):
+                self._copied += value.nbytes
         if self._copied > _MAX_COPIES * len(self._data):
             raise Refused('the same content again and again')
 
@@ -388,7 +418,10 @@ def _require_bounded(content: Any) -> None:
     """
     bounds: Dict[int, Tuple[int, int]] = {}  # depth and size of what is done
     ancestors = set()
+    if isinstance(content, _PARTS):
+        raise Refused('a part of a tensor or an array by itself')
     todo = [content] if isinstance(content, _CONTAINERS) else []
+    total = 0
     while todo:
         node = todo[-1]
         if id(node) in bounds:
@@ -397,7 +430,7 @@ def _require_bounded(content: Any) -> None:
         # The keys of a dict hold nothing.
         items = node.values() if isinstance(node, dict) else node
         if any(isinstance(item, _PARTS) for item in items):
-            raise Refused('a storage or a dtype of NumPy by itself')
+            raise Refused('a part of a tensor or an array by itself')
         inner = [item for item in items if isinstance(item, _CONTAINERS) and item]
         if id(node) in ancestors:  # for the second time, with all below it done
             ancestors.remove(id(node))
@@ -411,6 +444,9 @@ def _require_bounded(content: Any) -> None:
             bounds[id(node)] = depth, size
             continue
         ancestors.add(id(node))
+        total += len(node)
+        if total > MAX_STEPS:
+            raise Refused(f'more than {MAX_STEPS:,} objects')
         if any(id(item) in ancestors for item in inner):
             raise Refused('a container that contains itself')
         todo.extend(item for item in inner if id(item) not in bounds)
@@ -418,8 +454,8 @@ def _require_bounded(content: Any) -> None:
 
 # Without deque and defaultdict: nested deeply, they crash Python when they go.
 _CONTAINERS = (list, tuple, dict, set, frozenset)
-_COPIED = (*_CONTAINERS, str, bytes, bytearray, np.ndarray)
-_PARTS = (Storage, StorageType, _Dtype)
+# What tensors and arrays are made of is no content.
+_PARTS = (Storage, StorageType, _Dtype, FunctionType)
 
 
 def _opcode_name(opcode: bytes) -> str:
@@ -449,17 +485,22 @@ def _key(value: Any) -> Any:
     itself, and with many of the same hash a dict takes quadratic time.
     """
     if type(value) is tuple and len(value) <= _MAX_KEYS:
-        if all(type(item) is str for item in value):
+        if all(type(x) is str and len(x) <= _MAX_KEY_LENGTH for x in value):
             return value
     elif isinstance(value, (int, float)):
-        if abs(value) < _MAX_KEY or not math.isfinite(value):
+        # NaN is no key twice.
+        if abs(value) < _MAX_KEY or abs(value) == math.inf:
             return value
-    elif isinstance(value, (str, bytes, type(None))):
+    elif isinstance(value, (str, bytes)):
+        if len(value) <= _MAX_KEY_LENGTH:
+            return value
+    elif value is None:
         return value
     raise Refused(f'a key of type {type(value).__name__}, or too large a key')
 
 
 _MAX_KEY = 1 << 60
+_MAX_KEY_LENGTH = 4096
 _MAX_KEYS = 8
 
 
@@ -651,9 +692,11 @@ def _view(
     available = storage.memory.numel() // dtype.itemsize
     elements = math.prod(size)
     last = offset + sum((n - 1) * step for n, step in zip(size, stride))
-    # More elements than there are would be the same ones again: a number in a file
-    # could fill any memory when it is copied.
-    if elements > available or offset > available or (elements and last >= available):
+    # These would be the same ones again: a number in a file could fill any memory when
+    # the tensor is copied.
+    if elements > available:
+        raise Refused('a tensor of more elements than its storage has')
+    if offset > available or (elements and last >= available):
         raise ValueError(f'a tensor beyond its storage of {available} elements')
     if math.prod(n or 1 for n in size) >= _MAX_LENGTH:
         raise ValueError('an empty tensor of too many elements')
@@ -758,8 +801,12 @@ _TUPLES = {pickle.TUPLE1: 1, pickle.TUPLE2: 2, pickle.TUPLE3: 3}
 _PUT = {pickle.BINPUT: '<B', pickle.LONG_BINPUT: '<I'}
 _GET = {pickle.BINGET: '<B', pickle.LONG_BINGET: '<I'}
 
-_MAKES_CONTAINERS = {*_EMPTY, *_TUPLES, pickle.TUPLE, pickle.FROZENSET, pickle.REDUCE}
-_MAKES_CONTAINERS |= {pickle.NEWOBJ, pickle.BUILD, pickle.BINPERSID}
+# Steps that take more time or memory than others.
+_COSTS = {
+    **dict.fromkeys([*_EMPTY, *_TUPLES, pickle.TUPLE, pickle.BINPERSID], 3),
+    **dict.fromkeys([pickle.EMPTY_SET, pickle.FROZENSET, pickle.BUILD], 10),
+    **dict.fromkeys([pickle.REDUCE, pickle.NEWOBJ], 20),
+}
 
 # OrderedDict before dict, of which it is one.
 _RESTORE: Dict[type, Callable] = {
@@ -820,6 +867,9 @@ _NAMES: Dict[Tuple[str, str], Any] = {
     **_FUNCTIONS,
     **{('builtins', name): kind for name, kind in _BUILTINS.items()},
     **{('__builtin__', name): kind for name, kind in _BUILTINS.items()},
+    # Python 2's names, which protocol 2 writes.
+    ('__builtin__', 'long'): int,
+    ('__builtin__', 'unicode'): str,
     **{
         ('collections', kind.__name__): kind
         for kind in (Counter, OrderedDict, defaultdict, deque)
@@ -862,7 +912,8 @@ _NAMES: Dict[Tuple[str, str], Any] = {
     ('mmcv.utils.config', 'ConfigDict'): dict,
     ('mmengine.config.config', 'ConfigDict'): dict,
 }
-_CALLS: Dict[Any, Callable] = {
-    **_CLASSES,
-    **{function: function for function in _FUNCTIONS.values()},
+# By identity: a pickle may choose the hash and the equality of what it calls.
+_CALLS: Dict[int, Callable] = {
+    **{id(kind): call for kind, call in _CLASSES.items()},
+    **{id(function): function for function in _FUNCTIONS.values()},
 }

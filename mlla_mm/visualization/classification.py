@@ -10,7 +10,7 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
 
 from ..utils.images import read_image
-from .sheet import load_predictions, save_figure, spread
+from .sheet import errors_of_predictions, load_predictions, save_figure, spread
 
 
 def classification_sheet(
@@ -49,12 +49,13 @@ def classification_sheet(
     for ax in axes:
         ax.axis('off')
     for ax, result in zip(axes, chosen):
-        predicted, true = int(result['pred_label']), int(result['gt_label'])
-        score = float(result['pred_score'].max())
-        lines = (
-            f'ground truth: {classes[true]}',
-            f'prediction: {classes[predicted]} ({score:.2f})',
-        )
+        with errors_of_predictions(predictions):
+            predicted, true = int(result['pred_label']), int(result['gt_label'])
+            score = float(result['pred_score'].max())
+            lines = (
+                f'ground truth: {classes[true]}',
+                f'prediction: {classes[predicted]} ({score:.2f})',
+            )
         ax.set_title(
             # Names may be longer than a picture is wide.
             '\n'.join(textwrap.fill(line, 24) for line in lines),

@@ -13,6 +13,7 @@ from ..utils.text import printable
 from .sheet import (
     class_colors,
     draw_instances,
+    errors_of_predictions,
     load_predictions,
     new_sheet,
     save_sheet,
@@ -55,7 +56,8 @@ def detection_sheet(
         image = read_image(result['img_path'], channel_order='rgb')
         for ax in panels:
             show(ax, image)
-        truth = instances[result['img_id']]
+        with errors_of_predictions(predictions):
+            truth = instances[result['img_id']]
         labels = [instance['bbox_label'] for instance in truth]
         draw_instances(
             panels[1],
@@ -64,17 +66,19 @@ def detection_sheet(
             [colors[label] for label in labels],
             _decode([instance['mask'] for instance in truth], image.shape[:2]),
         )
-        found = result['pred_instances']
-        kept = np.flatnonzero(found['scores'] > score_thr)
-        labels = found['labels'][kept].tolist()
-        scores = found['scores'][kept].tolist()
-        draw_instances(
-            panels[2],
-            found['bboxes'][kept].tolist(),
-            [f'{classes[label]} {p:.2f}' for label, p in zip(labels, scores)],
-            [colors[label] for label in labels],
-            _decode([found['masks'][i] for i in kept], image.shape[:2]),
-        )
+        with errors_of_predictions(predictions):
+            found = result['pred_instances']
+            # As many as mmdet finds in an image at most.
+            kept = np.flatnonzero(found['scores'] > score_thr)[:100]
+            labels = found['labels'][kept].tolist()
+            scores = found['scores'][kept].tolist()
+            draw_instances(
+                panels[2],
+                found['bboxes'][kept].tolist(),
+                [f'{classes[label]} {p:.2f}' for label, p in zip(labels, scores)],
+                [colors[label] for label in labels],
+                _decode([found['masks'][i] for i in kept], image.shape[:2]),
+            )
     save_sheet(figure, out)
 
 
@@ -89,4 +93,8 @@ def _decode(masks: List[dict], shape: Tuple[int, int]) -> List[np.ndarray]:
                 'A mask is of another size than its image, (height, width) = '
                 f'{tuple(map(printable, mask["size"]))} instead of {shape}. Test again.'
             )
-    return [mask_utils.decode(mask).astype(bool) for mask in masks]
+    decoded = [mask_utils.decode(mask) for mask in masks]
+    # What the runs do not reach is not set.
+    if any(mask.max(initial=0) > 1 for mask in decoded):
+        raise ValueError('A mask does not fill its image. Test again.')
+    return [mask.astype(bool) for mask in decoded]

@@ -48,6 +48,11 @@ def segmentation_sheet(
             panels[1:], (info['seg_map_path'], Path(predictions) / name)
         ):
             labels = read_image(str(path), 'unchanged').astype(int) - offset
+            if labels.shape != image.shape[:2]:
+                raise ValueError(
+                    f'{path} is of {labels.shape}, and its image of {image.shape[:2]} '
+                    'pixels: it is no label map of it.'
+                )
             seen |= draw_classes(ax, labels, dataset.metainfo)
     add_legend(figure, dataset.metainfo, seen)
     save_sheet(figure, out)

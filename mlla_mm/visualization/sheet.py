@@ -3,7 +3,8 @@
 
 import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, List, Optional, Set, Tuple, Union
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from ..utils.checkpoint_file import load_pickle_file
 from ..utils.files import write_whole
+from ..utils.images import describe
 from ..utils.text import printable
 
 if TYPE_CHECKING:
@@ -63,6 +65,22 @@ def load_predictions(path: Union[str, Path], dataset: Any) -> List[dict]:
                 f'again with --out {printable(path)}'
             )
     return found
+
+
+@contextmanager
+def errors_of_predictions(path: Union[str, Path]) -> Iterator[None]:
+    """Turn what damaged predictions raise into one error that names their file.
+
+    Raises:
+        ValueError: If something is missing, or of another type.
+    """
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise ValueError(
+            f'{printable(path)} holds no predictions of the config '
+            f'({describe(error)}). Test again with --out {printable(path)}'
+        ) from error
 
 
 def new_sheet(

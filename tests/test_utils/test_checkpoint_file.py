@@ -283,8 +283,6 @@ def test_big_endian_numbers(path):
         lambda name, old: old + bytes(4) if name == 'data/0' else old,
         lambda name, old: old.replace(b'K\x04', b'M\xff\x7f'),
         lambda name, old: old.replace(b'FloatStorage', b'DoubleStorage'),
-        # A tensor of another size than its storage.
-        lambda name, old: old.replace(b'K\x04\x85', b'K\x05\x85'),
         # Booleans that are neither.
         lambda name, old: old.replace(b'FloatStorage', b'BoolStorage').replace(
             b'K\x04', b'K\x10'
@@ -301,6 +299,13 @@ def test_records_that_lie(path, change):
     checkpoints.rewrite(path, change)
     assert path.read_bytes() != before
     with pytest.raises(CheckpointError, match='x.pth is damaged'):
+        load_checkpoint_file(path)
+
+
+def test_tensors_that_repeat_their_storage(path):
+    """One number could be a million times in memory when it is copied."""
+    save({'a': torch.ones(1).expand(10**6)}, path)
+    with pytest.raises(CheckpointError, match='more elements than its .*--trust'):
         load_checkpoint_file(path)
 
 
@@ -394,6 +399,27 @@ def test_what_is_no_file(tmp_path, read):
     for path, kind in ((pipe, 'pipe'), (device, 'device'), (tmp_path, 'folder')):
         with pytest.raises(CheckpointError, match=f'{path.name} is .*{kind}'):
             read(path)
+
+
+@pytest.mark.parametrize(
+    'name', ['x' * 300, 'a\0b', '\x1b[31mx', '~nobody-of-this-name/x', '\ud800']
+)
+def test_names_of_no_file(tmp_path, name):
+    path = name if name[0] == '~' else tmp_path / name
+    for read in (load_checkpoint_file, read_checkpoint_meta, load_pickle_file):
+        with pytest.raises((CheckpointError, FileNotFoundError)) as error:
+            read(path)
+        assert str(error.value).isprintable()
+
+
+def test_messages_can_be_printed(tmp_path):
+    for content in (b'', b'<', b'PK', b'PK\x03\x04', b'x', b'\x80\x02\x8a\nl'):
+        path = tmp_path / '\x1b[31m\n.pth'
+        path.write_bytes(content)
+        for read in (load_checkpoint_file, read_checkpoint_meta, load_pickle_file):
+            with pytest.raises(CheckpointError) as error:
+                read(path)
+            assert str(error.value).isprintable()
 
 
 def test_pytorchs_restrictions(path, monkeypatch):
@@ -525,6 +551,15 @@ def test_answers_that_are_none(cache, answer, content):
         fetch_checkpoint(f'{answer(content)}/x.pth')
     assert str(error.value).isprintable()
     assert not [path for path in cache.rglob('*') if path.is_file()]
+
+
+@pytest.mark.parametrize(
+    'url', ['http://[x/a.pth', 'http://\u2100/x', 'http://a\ud800/x.pth', 'http://']
+)
+def test_addresses_that_are_none(cache, url):
+    with pytest.raises(CheckpointError, match='cannot be fetched') as error:
+        fetch_checkpoint(url)
+    assert str(error.value).isprintable()
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,12 @@ def test_links_are_replaced(tmp_path):
     assert outside.read_text() == 'mine'
 
 
+def test_long_names(tmp_path):
+    path = tmp_path / ('ü' * 127)
+    write_whole(path, b'new')
+    assert [x.name for x in tmp_path.iterdir()] == [path.name]
+
+
 def test_what_was_there_stays(tmp_path):
     path = tmp_path / 'report.md'
     write_whole(path, b'old')

@@ -52,4 +52,6 @@ def test_what_is_no_file(tmp_path, make):
 def test_numbers():
     sound = [0, 1.5, -3, float('nan'), float('inf'), 2**62]
     assert all(map(is_number, sound))
-    assert not any(map(is_number, [True, None, '1', [1], 2**63, -(10**400)]))
+    assert not any(
+        map(is_number, [True, None, '1', [1], 10**101, -(10**400), 1e101, -1e308])
+    )

@@ -39,7 +39,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     )
 
     out = Path(args.out or args.work_dirs[0])
-    with exit_on_user_error():
+    with exit_on_user_error((OSError, ValueError)):
         report, within = compare_with_paper(args.work_dirs, out, args.tolerance)
     print(report)
     print(f'Saved in {out}: {REPORT_NAME} and, of a training, {CURVES_NAME}')

@@ -19,7 +19,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     from mlla_mm.engine.launch import exit_on_user_error
     from mlla_mm.visualization.report import write_report
 
-    with exit_on_user_error():
+    with exit_on_user_error((OSError, ValueError)):
         cfg = read_config(args.config)
         quiet(cfg.default_scope)
         print('\n'.join(write_report(cfg, args.work_dir)))

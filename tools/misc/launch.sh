@@ -14,9 +14,15 @@ MASTER_ADDR=${MASTER_ADDR:-127.0.0.1}
 PORT=${PORT:-29500}
 MAX_RESTARTS=${MAX_RESTARTS:-0}
 
-for name in GPUS NNODES; do
+for name in GPUS NNODES PORT; do
     if ! [[ ${!name} =~ ^[1-9][0-9]*$ ]]; then
         echo "Error: $name must be a positive number, got '${!name}'." >&2
+        exit 2
+    fi
+done
+for name in NODE_RANK MAX_RESTARTS; do
+    if ! [[ ${!name} =~ ^[0-9]+$ ]]; then
+        echo "Error: $name must be a number from 0 on, got '${!name}'." >&2
         exit 2
     fi
 done
