@@ -206,12 +206,11 @@ def _elsewhere(work_dir: Path) -> Optional[Path]:
         return None
     with pointer.open('rb') as file:
         name = os.fsdecode(file.read(4096)).strip()  # paths are not longer
-    if not name.isprintable():
-        return None
+    base = os.path.basename(name)
     # In the work_dir first, which may have been moved or copied.
-    for path in (work_dir / os.path.basename(name), Path(name)):
-        if path.name and (path.is_file() or path.is_dir()):
-            return path
+    for path in (os.path.join(work_dir, base) if base.strip('.') else '', name):
+        if path.isprintable() and (os.path.isfile(path) or os.path.isdir(path)):
+            return Path(path)
     return None
 
 

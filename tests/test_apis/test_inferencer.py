@@ -428,6 +428,75 @@ def test_video(inferencer, video, scope, tmp_path):
         )
 
 
+HEADER = b'\0\0\0\x08ftyp' + bytes(99)
+
+
+@pytest.mark.parametrize('name', ['\udcff.mp4', 'pipe:.mp4', 'tcp:/127.0.0.1:1/a.mp4'])
+@pytest.mark.parametrize('inside', [True, False])
+def test_names_of_videos_are_paths(
+    inferencer, pictures, tmp_path, name, inside, monkeypatch
+):
+    """FFmpeg takes some for addresses, and OpenCV crashes where one is not UTF-8."""
+    monkeypatch.chdir(tmp_path)
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Path(name).write_bytes(HEADER)
+    shutil.copy(pictures[0], 'good.png')
+    given = '.' if inside else [name, 'good.png']
+    results = inferencer('mmpretrain')(given, 'out')
+    errors = {Path(result['input']).name: result.get('error') for result in results}
+    assert errors.pop('good.png') is None
+    (error,) = errors.values()
+    assert error.startswith(('has a name that is not UTF-8', 'cannot be decoded'))
+
+
+def test_a_drawn_video_of_an_odd_name(inferencer, video, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(video, 'pipe:.avi')
+    results = inferencer('mmpretrain')('pipe:.avi', 'out')
+    assert [result['drawn'] for result in results] == ['out/drawn/pipe:.mp4'] * 3
+    assert len(list(mmcv.VideoReader(str(tmp_path / 'out/drawn/pipe:.mp4')))) == 3
+    results = inferencer('mmpretrain')('pipe:.avi', '\udcff')
+    assert all('UTF-8' in result['error'] for result in results)
+
+
+def test_nothing_is_written_through_links(inferencer, video, pictures, tmp_path):
+    """The folder of the results may be somebody else's."""
+    victim, out = tmp_path / 'victim', tmp_path / 'out'
+    victim.mkdir()
+    (victim / 'thesis.txt').write_text('mine')
+    (out / 'drawn').mkdir(parents=True)
+    name = Path(pictures[0]).stem
+    (out / 'results.json').symlink_to(victim / 'thesis.txt')
+    (out / 'drawn' / f'{name}.jpg').symlink_to(victim / 'thesis.txt')
+    os.mkfifo(out / 'drawn' / 'digits.mp4')
+    (out / 'label_maps').symlink_to(victim)
+    results = inferencer('mmpretrain')([pictures[0], video], out)
+    assert not [result for result in results if 'error' in result]
+    assert json.loads((out / 'results.json').read_text()) == results
+    (result,) = inferencer('mmseg')(pictures[0], out)
+    assert 'leads out of' in result['error']
+    assert [path.name for path in victim.iterdir()] == ['thesis.txt']
+    assert (victim / 'thesis.txt').read_text() == 'mine'
+
+
+def test_results_that_cannot_be_written(inferencer, pictures, tmp_path):
+    """It is said before the work."""
+    (tmp_path / 'results.json').mkdir()
+    with pytest.raises(ValueError, match='results.json is a folder'):
+        inferencer('mmpretrain')(pictures[0], tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ['results.json']
+
+
+def test_a_video_and_a_folder_of_one_name(inferencer, video, pictures, tmp_path):
+    """Frames of one, and pictures of the other, would have the same names."""
+    (tmp_path / 'in/digits').mkdir(parents=True)
+    shutil.copy(video, tmp_path / 'in')
+    shutil.copy(pictures[0], tmp_path / 'in/digits/000000.png')
+    results = inferencer('mmseg')(tmp_path / 'in', tmp_path / 'out')
+    maps = {result['label_map'] for result in results}
+    assert len(results) == len(maps) == 4
+
+
 PLAYLISTS = {
     'concat': 'ffconcat version 1.0\nfile digits.avi\n',
     'HLS': '#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\ndigits.avi\n#EXT-X-ENDLIST\n',

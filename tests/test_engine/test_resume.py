@@ -78,6 +78,19 @@ def test_pipes_are_no_checkpoints(tmp_path):
     assert newest_checkpoint(tmp_path) == saved
 
 
+@pytest.mark.parametrize('there', [False, True])
+def test_a_moved_run_of_other_names(tmp_path, there):
+    """MMEngine's pointer holds the whole path of before."""
+    old, new = tmp_path / 'old', tmp_path / 'new'
+    new.mkdir()
+    saved = save(new / 'ck_4.pth')
+    if there:  # it was copied
+        old.mkdir()
+        save(old / 'ck_4.pth')
+    (new / 'last_checkpoint').write_text(str(old / 'ck_4.pth'))
+    assert newest_checkpoint(new) == saved
+
+
 @pytest.mark.parametrize(
     'content', [b'', b'\n', b'a\0b', bytes(range(256)), b'a' * 300, b'a/' * 10**6]
 )

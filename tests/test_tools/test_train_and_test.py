@@ -349,17 +349,24 @@ def test_torchrun_command(run_tool, tmp_path):
     assert call('tools/dist_train.sh', CONFIG, 1, PATH=path)[0] == ''
 
 
-@pytest.mark.parametrize('count', ['0', 'two', '-1', '1.5'])
+@pytest.mark.parametrize(
+    'count', ['two', '-1', '1.5', '', "1)); open('ran', 'w') #", '$(touch ran)']
+)
 def test_counts_must_be_numbers(run_tool, count):
     for name, gpus, variables in (
         ('GPUS', count, {}),
-        ('NNODES', 1, dict(NNODES=count)),
+        ('NNODES', 1, dict(NNODES=count or '0')),
+        ('PORT', 1, dict(NNODES='2', PORT=count or '0')),
+        ('NODE_RANK', 1, dict(NODE_RANK=count or 'x')),
+        ('MAX_RESTARTS', 1, dict(MAX_RESTARTS=count or 'x')),
     ):
         result = run_tool(
             'bash', 'tools/dist_train.sh', CONFIG, gpus, check=False, env=variables
         )
         assert result.returncode == 2
-        assert f'Error: {name}' in result.stdout and f"'{count}'" in result.stdout
+        assert f'Error: {name} must be a' in result.stdout
+        assert f"'{variables.get(name, count)}'" in result.stdout
+        assert not Path('ran').exists()
 
 
 def test_restarts_on_several_machines_need_an_id(run_tool):

@@ -132,6 +132,22 @@ def test_segmentation(tmp_path, work_dir, figures):
     assert len(equal) == 2  # two of three pairs
 
 
+@pytest.mark.parametrize('shape', [(64, 65), (64, 64, 3), (1, 4096)])
+def test_label_maps_of_another_size(tmp_path, work_dir, shape):
+    """They would be stretched, however large they are."""
+    pytest.importorskip('mmseg')
+    data = digits.make_ade20k(tmp_path / 'data', train=1, val=1, size=64)
+    cfg = Config.fromfile(CONFIGS / 'segmentation' / 'upernet_mlla-nano_digits.py')
+    cfg.test_dataloader.dataset.data_root = str(data)
+    folder = work_dir({'mIoU': 85.26}, test_tta={'mIoU': 86})
+    (path,) = (data / 'annotations' / 'validation').iterdir()
+    predicted = folder / 'test' / 'predictions' / path.name
+    predicted.parent.mkdir()
+    cv2.imwrite(str(predicted), np.ones(shape, np.uint8))
+    with pytest.raises(ValueError, match=f'{path.name} is of .*no label map'):
+        write_report(cfg, folder)
+
+
 def classifier(tmp_path):
     """A config, and an image of its test data, of class 3."""
     pytest.importorskip('mmpretrain')
@@ -196,6 +212,53 @@ def test_predictions_of_other_images(tmp_path, work_dir, content):
     said = str(error.value)
     assert 'predictions.pkl holds no predictions for the test data' in said
     assert '--out' in said and said.isprintable()
+
+
+BOXES = dict(bboxes=torch.ones(1, 4), labels=torch.zeros(1, dtype=int))
+DAMAGED = {
+    'no number of the image': dict(img_id=None),
+    'no name for the number': dict(img_id=[1]),
+    'nothing': dict(pred_instances=None),
+    'scores of text': dict(pred_instances=dict(BOXES, scores='abc', masks=[{}])),
+    'another class': dict(
+        pred_instances=dict(
+            BOXES, labels=torch.tensor([99]), scores=torch.ones(1), masks=[{}]
+        )
+    ),
+    'no masks': dict(pred_instances=dict(BOXES, scores=torch.ones(1), masks=[])),
+    'a mask of no size': dict(
+        pred_instances=dict(BOXES, scores=torch.ones(1), masks=[dict(counts=b'')])
+    ),
+}
+
+
+@pytest.mark.parametrize('kind', DAMAGED)
+def test_damaged_detections(tmp_path, work_dir, kind):
+    cfg, _, image, _ = detector(tmp_path)
+    folder = work_dir({'coco/bbox_mAP': 0.7, 'coco/segm_mAP': 0.69})
+    result = dict(img_path=image['img_path'], img_id=image['id'])
+    result.update(DAMAGED[kind])
+    (folder / 'test' / 'predictions.pkl').write_bytes(pickle.dumps([result]))
+    with pytest.raises(ValueError, match='predictions.pkl holds no .*--out'):
+        write_report(cfg, folder)
+
+
+@pytest.mark.parametrize(
+    'change',
+    [dict(pred_label=torch.tensor([99])), dict(pred_score='x'), dict(pred_label=None)],
+)
+def test_damaged_classes(tmp_path, work_dir, change):
+    cfg, picture = classifier(tmp_path)
+    metrics = {'accuracy/top1': 97.04}
+    folder = work_dir(metrics, test_ema=metrics)
+    result = dict(
+        img_path=str(picture), pred_label=torch.tensor([3]), gt_label=torch.tensor([3]),
+        pred_score=torch.ones(10),
+    )  # fmt: skip
+    result.update(change)
+    (folder / 'test' / 'predictions.pkl').write_bytes(pickle.dumps([result]))
+    with pytest.raises(ValueError, match='predictions.pkl holds no .*--out'):
+        write_report(cfg, folder)
 
 
 @pytest.mark.parametrize('size', [[2**31, 2**31], [64, 65], [-1, 64]])
