@@ -479,10 +479,10 @@ def _require_shape(*shapes: Any) -> None:
 
 
 def _key(value: Any) -> Any:
-    """A key of a dict or an item of a set, whose hash nobody can foresee or prolong.
+    """A key of a dict or an item of a set that is looked up quickly.
 
-    Python's hash of text is another one in every process; that of numbers is the number
-    itself, and with many of the same hash a dict takes quadratic time.
+    Python's hash of text is another one in every process. That of a number is the
+    number itself: with many of the same hash a dict takes quadratic time.
     """
     if type(value) is tuple and len(value) <= _MAX_KEYS:
         if all(type(x) is str and len(x) <= _MAX_KEY_LENGTH for x in value):
