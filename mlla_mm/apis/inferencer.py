@@ -19,7 +19,7 @@ from rich.progress import track
 from torch import nn
 
 from ..engine.config import read_config
-from ..utils.images import describe
+from ..utils.text import describe_error
 from .inputs import InputType, Picture, count_pictures, find_sources, read_pictures
 from .model import load_model
 from .output import Output
@@ -206,7 +206,9 @@ class Inferencer(BaseInferencer):
                 try:
                     self._write(result, picture, sample, task, out)
                 except Exception as error:
-                    result['error'] = f'cannot be drawn or written ({describe(error)})'
+                    result['error'] = (
+                        f'cannot be drawn or written ({describe_error(error)})'
+                    )
         return results
 
     def _prepare(self, picture: Picture) -> _Item:

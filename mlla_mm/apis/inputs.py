@@ -10,7 +10,9 @@ from typing import List, NamedTuple, Optional, Sequence, Set, Union
 import mmcv
 import numpy as np
 
-from ..utils.images import describe, file_problem, reading_problem, size_problem
+from ..utils.files import file_problem
+from ..utils.images import reading_problem, size_problem
+from ..utils.text import describe_error
 
 InputType = Union[str, Path, np.ndarray]
 
@@ -58,7 +60,7 @@ class Picture(NamedTuple):
         height, width = self.image.shape[:2]
         size = f'{width} x {height} pixels'
         return self._replace(
-            error=f'cannot be processed, at {size} ({describe(error)})'
+            error=f'cannot be processed, at {size} ({describe_error(error)})'
         )
 
 
@@ -161,7 +163,7 @@ def _read_video(source: Source) -> Iterator[Picture]:
             for frame, image in enumerate(_open_video(source)):
                 yield Picture(source, image, frame)
         except Exception as error:
-            problem = f'cannot be decoded ({describe(error)})'
+            problem = f'cannot be decoded ({describe_error(error)})'
         if frame < 0 and problem is None:
             problem = 'cannot be decoded as a video'
     if problem is not None:

@@ -14,6 +14,7 @@ from mmengine.utils import track_iter_progress
 from PIL import ExifTags, Image
 
 from ..utils import images as image_files
+from ..utils.files import check_regular_file
 from ..utils.text import printable
 
 COCO_COUNTS = (118287, 5000)
@@ -275,7 +276,7 @@ def _check_files(
 def _read_coco_json(path: Path) -> dict:
     """The three lists of COCO's annotations; empty ones if the file has none."""
     try:
-        image_files.check_regular_file(path)
+        check_regular_file(path)
         content = json.loads(path.read_text(encoding='utf-8'))
         return {key: content[key] for key in ('images', 'annotations', 'categories')}
     except (OSError, ValueError, KeyError, TypeError):

@@ -23,6 +23,7 @@ import torch
 from mmengine.dist import barrier, get_dist_info
 from torch import Tensor
 
+from .files import NotRegularFileError, check_regular_file
 from .restricted_pickle import (
     Refused,
     Storage,
@@ -31,7 +32,7 @@ from .restricted_pickle import (
     require_booleans,
     storage_from_bytes,
 )
-from .text import PATH_LIMIT, printable
+from .text import PATH_LIMIT, describe_error, printable
 
 _trusted = False
 
@@ -194,20 +195,20 @@ _CHUNK = 1 << 24
 
 def _regular_file(path: Union[str, Path]) -> Path:
     """The path of a file that can be read to its end, which a pipe may not have."""
-    shown = printable(str(path), PATH_LIMIT)
+    shown = printable(path, PATH_LIMIT)
     try:
         path = Path(path).expanduser()
         if not path.exists():
             raise FileNotFoundError(f'Checkpoint not found: {shown}')
-        if not path.is_file():
-            kind = 'a folder' if path.is_dir() else 'a pipe or a device'
-            raise CheckpointError(
-                f'{shown} is {kind}: give the path of a checkpoint file.'
-            )
+        check_regular_file(path)
         with path.open('rb') as file:
             beginning = file.read(256)
-    except (FileNotFoundError, CheckpointError):
+    except FileNotFoundError:
         raise
+    except NotRegularFileError as error:
+        raise CheckpointError(
+            f'{shown} {error.problem}: give the path of a checkpoint file.'
+        ) from None
     # RuntimeError: of a user without a home.
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(
@@ -233,7 +234,7 @@ def _errors_of(path: Path, way_out: str) -> Iterator[None]:
         path (Path): The file.
         way_out (str): What to do if the file asks for more than data.
     """
-    shown = printable(str(path), PATH_LIMIT)
+    shown = printable(path, PATH_LIMIT)
     try:
         yield
     except Refused as refused:
@@ -248,7 +249,7 @@ def _errors_of(path: Path, way_out: str) -> Iterator[None]:
     except Exception as error:  # reading damaged data may raise anything
         raise CheckpointError(
             f'{shown} is damaged, or not a checkpoint. Delete it and fetch it again. '
-            f'({type(error).__name__}: {printable(str(error))})'
+            f'({describe_error(error)})'
         ) from error
 
 
@@ -262,7 +263,7 @@ def _load_trusted(path: Path, map_location: Any) -> Any:
     value = os.environ.get('TORCH_FORCE_WEIGHTS_ONLY_LOAD', '')
     if value.lower() in ('1', 'y', 'yes', 'true'):
         raise CheckpointError(
-            f'{printable(str(path), PATH_LIMIT)} is not loaded as a trusted file: '
+            f'{printable(path, PATH_LIMIT)} is not loaded as a trusted file: '
             f'TORCH_FORCE_WEIGHTS_ONLY_LOAD={value} is set. Unset it, or leave '
             '--trust-checkpoint out.'
         )
@@ -304,7 +305,7 @@ def _placed(memory: Tensor, map_location: Any) -> Tensor:
 
 def _require_zip(path: Path, file: BinaryIO) -> None:
     """Refuse PyTorch's older formats, in which nothing tells where tensors end."""
-    beginning, shown = file.read(512), printable(str(path), PATH_LIMIT)
+    beginning, shown = file.read(512), printable(path, PATH_LIMIT)
     if beginning.startswith(_OLD_BEGINNING) or beginning[257:262] == b'ustar':
         raise CheckpointError(
             f"{shown} is in PyTorch's format of before version 1.6, which is not read. "

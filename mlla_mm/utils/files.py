@@ -1,10 +1,13 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""Files that are there whole or not at all."""
+"""Files: whether they can be read, and how they are written whole or not at all."""
 
 import hashlib
 import os
+import stat
 from pathlib import Path
-from typing import Union
+from typing import Optional, Union
+
+from .text import PATH_LIMIT, describe_error, printable
 
 Content = Union[bytes, memoryview]
 # File systems allow 255 bytes.
@@ -43,3 +46,44 @@ def part_of(path: Path) -> Path:
     if len(os.fsencode(name)) > _LONGEST_NAME:
         name = hashlib.sha256(os.fsencode(name)).hexdigest()
     return path.with_name(f'.{name}.part')
+
+
+def file_problem(path: Union[str, Path]) -> Optional[str]:
+    """What keeps a file of any kind from being read, or None."""
+    try:
+        check_regular_file(path)
+        with open(path, 'rb') as file:
+            return None if file.read(1) else 'is empty'
+    except NotRegularFileError as error:
+        return error.problem
+    except OSError as error:
+        return f'cannot be opened ({error.strerror})'
+    except ValueError as error:  # a name that no file has
+        return f'cannot be opened ({describe_error(error)})'
+
+
+class NotRegularFileError(OSError):
+    """A path of a pipe, device, socket or folder, where a file is to be read.
+
+    Args:
+        path (str | Path): The path.
+        problem (str): What it is, to stand behind the path.
+    """
+
+    def __init__(self, path: Union[str, Path], problem: str) -> None:
+        super().__init__(f'{printable(path, PATH_LIMIT)} {problem}.')
+        self.problem = problem
+
+
+def check_regular_file(path: Union[str, Path]) -> None:
+    """Refuse what may have no end, or may never begin.
+
+    Raises:
+        NotRegularFileError: If the path is of no regular file.
+        OSError: If there is nothing, or if it may not be looked at.
+    """
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        raise NotRegularFileError(path, 'is a folder')
+    if not stat.S_ISREG(mode):
+        raise NotRegularFileError(path, 'is a pipe, socket or device, not a file')

@@ -6,7 +6,6 @@ OpenCV reads most images; Pillow those of configs that ask for it, and those of 
 
 import os
 import re
-import stat
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, BinaryIO, Optional, Union
@@ -14,7 +13,8 @@ from typing import TYPE_CHECKING, BinaryIO, Optional, Union
 from mmengine.fileio import LocalBackend, register_backend
 from PIL import Image, UnidentifiedImageError
 
-from .text import PATH_LIMIT, printable
+from .files import check_regular_file, file_problem
+from .text import PATH_LIMIT, describe_error, printable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -134,7 +134,7 @@ def reading_problem(path: Union[str, Path], error: Optional[Exception]) -> str:
     """
     problem = None if '://' in str(path) else image_problem(path)
     if problem is None:
-        problem = 'cannot be decoded' + (f' ({describe(error)})' if error else '')
+        problem = 'cannot be decoded' + (f' ({describe_error(error)})' if error else '')
     return problem
 
 
@@ -153,22 +153,8 @@ def image_problem(path: Union[str, Path]) -> Optional[str]:
     # Pillow's plugins raise errors of many types for broken files.
     except Exception as error:
         cut = 'runcated' in str(error)
-        return 'is truncated' if cut else f'is damaged ({describe(error)})'
+        return 'is truncated' if cut else f'is damaged ({describe_error(error)})'
     return None
-
-
-def file_problem(path: Union[str, Path]) -> Optional[str]:
-    """What keeps a file of any kind from being read, or None."""
-    try:
-        check_regular_file(path)
-        with open(path, 'rb') as file:
-            return None if file.read(1) else 'is empty'
-    except NotRegularFileError as error:
-        return error.problem
-    except OSError as error:
-        return f'cannot be opened ({error.strerror})'
-    except ValueError as error:  # a name that no file has
-        return f'cannot be opened ({describe(error)})'
 
 
 def size_problem(path: Union[str, Path]) -> Optional[str]:
@@ -192,41 +178,6 @@ def size_problem(path: Union[str, Path]) -> Optional[str]:
     except Exception:
         return None
     return None
-
-
-class NotRegularFileError(OSError):
-    """A path of a pipe, device, socket or folder, where a file is to be read.
-
-    Args:
-        path (str | Path): The path.
-        problem (str): What it is, to stand behind the path.
-    """
-
-    def __init__(self, path: Union[str, Path], problem: str) -> None:
-        super().__init__(f'{printable(path, PATH_LIMIT)} {problem}.')
-        self.problem = problem
-
-
-def check_regular_file(path: Union[str, Path]) -> None:
-    """Refuse what may have no end, or may never begin.
-
-    Raises:
-        NotRegularFileError: If the path is of no regular file.
-        OSError: If there is nothing, or if it may not be looked at.
-    """
-    mode = os.stat(path).st_mode
-    if stat.S_ISDIR(mode):
-        raise NotRegularFileError(path, 'is a folder')
-    if not stat.S_ISREG(mode):
-        raise NotRegularFileError(path, 'is a pipe, socket or device, not a file')
-
-
-def describe(error: BaseException) -> str:
-    """Type and text of an error, on one line."""
-    text = ' '.join(str(error).split())
-    return printable(
-        f'{type(error).__name__}: {text}' if text else type(error).__name__
-    )
 
 
 class RegularFilesBackend(LocalBackend):

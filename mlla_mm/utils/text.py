@@ -48,5 +48,13 @@ def printable(value: Any, limit: int = 200) -> str:
     return ''.join(c if c.isprintable() else _escaped(c) for c in text)
 
 
+def describe_error(error: BaseException) -> str:
+    """Type and text of an error, on one line."""
+    text = ' '.join(str(error).split())
+    return printable(
+        f'{type(error).__name__}: {text}' if text else type(error).__name__
+    )
+
+
 def _escaped(character: str) -> str:
     return character.encode('unicode_escape').decode('ascii')

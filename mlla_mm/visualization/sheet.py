@@ -12,8 +12,7 @@ import numpy as np
 
 from ..utils.checkpoint_file import load_pickle_file
 from ..utils.files import write_whole
-from ..utils.images import describe
-from ..utils.text import printable
+from ..utils.text import describe_error, printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -79,7 +78,7 @@ def errors_of_predictions(path: Union[str, Path]) -> Iterator[None]:
     except (AttributeError, IndexError, KeyError, TypeError) as error:
         raise ValueError(
             f'{printable(path)} holds no predictions of the config '
-            f'({describe(error)}). Test again with --out {printable(path)}'
+            f'({describe_error(error)}). Test again with --out {printable(path)}'
         ) from error
 
 

@@ -1,7 +1,9 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 import pytest
 
-from mlla_mm.utils.files import part_of, write_whole
+from mlla_mm.utils.files import file_problem, part_of, write_whole
+
+from ..bad_data import assert_says
 
 
 def test_links_are_replaced(tmp_path):
@@ -30,3 +32,14 @@ def test_what_was_there_stays(tmp_path):
     with pytest.raises(OSError):
         write_whole(path, b'new')
     assert path.read_bytes() == b'old'
+
+
+@pytest.mark.parametrize(
+    'name', ['none.jpg', 'a\x00b.jpg', 'n' * 300, 'loop', '\ud800.jpg', 'none\x1b[31m']
+)
+def test_names_of_no_file(tmp_path, name):
+    if name == 'loop':
+        (tmp_path / name).symlink_to(name)
+    problem = file_problem(tmp_path / name)
+    assert_says(problem, 'cannot be opened (')
+    assert problem.isprintable()

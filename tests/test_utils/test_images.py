@@ -10,9 +10,8 @@ import pytest
 from PIL import Image
 
 from mlla_mm.utils import images
+from mlla_mm.utils.files import check_regular_file, file_problem
 from mlla_mm.utils.images import (
-    check_regular_file,
-    file_problem,
     image_problem,
     max_pixels,
     open_image,
@@ -193,17 +192,6 @@ def test_problems_of_no_files(no_file):
     with pytest.raises(ValueError) as caught:
         read_image(no_file)
     assert_says(caught.value, no_file, problem, 'Replace it')
-
-
-@pytest.mark.parametrize(
-    'name', ['none.jpg', 'a\x00b.jpg', 'n' * 300, 'loop', '\ud800.jpg', 'none\x1b[31m']
-)
-def test_names_of_no_file(tmp_path, name):
-    if name == 'loop':
-        (tmp_path / name).symlink_to(name)
-    problem = file_problem(tmp_path / name)
-    assert_says(problem, 'cannot be opened (')
-    assert problem.isprintable()
 
 
 # Files that are damaged.

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from mlla_mm.utils.text import printable
+from mlla_mm.utils.text import describe_error, printable
 
 
 class Talkative:
@@ -52,3 +52,9 @@ def test_shortens():
     assert printable(10**5000) == '<int of 16610 bits>'
     assert printable('\n' * 10**6, limit=2) == r'\n...\n'
     assert printable(b'a' * 10**6 + b'b' * 10**6, limit=4) == 'aa...bb'
+
+
+def test_errors_are_one_line():
+    error = ValueError('two\n  lines\x1b[31m')
+    assert describe_error(error) == r'ValueError: two lines\x1b[31m'
+    assert describe_error(MemoryError()) == 'MemoryError'
