@@ -121,15 +121,14 @@ def set_up(cfg: Config) -> Processes:
             more processes than there are GPUs; if the processes' port is in use.
     """
     layout = processes(cfg.launcher)
+    _stay_on_one_machine(cfg.launcher, layout)
     if torch.cuda.is_available():
         _check_gpu_count(layout)
         _name_threads(cfg.launcher, 1)
-        _stay_on_one_machine(cfg.launcher, layout)
         return layout
     _share_threads(layout)
     _name_threads(cfg.launcher, torch.get_num_threads())
     if cfg.launcher != 'none':
-        _stay_on_one_machine(cfg.launcher, layout)
         _init_gloo(layout, cfg.get('env_cfg', {}).get('dist_cfg', {}))
         cfg.model_wrapper_cfg = dict(
             type='MMDistributedDataParallel',

@@ -229,12 +229,12 @@ class Unpickler:
         self._target(list).extend(values)
 
     def _set_item(self) -> None:
-        self._set(self._pop(2))
+        self._set_pairs(self._pop(2))
 
     def _set_items(self) -> None:
-        self._set(self._pop_mark())
+        self._set_pairs(self._pop_mark())
 
-    def _set(self, pairs: Iterable[Any]) -> None:
+    def _set_pairs(self, pairs: Iterable[Any]) -> None:
         target = self._target(dict)
         for key, value in zip(pairs[::2], pairs[1::2]):
             self._pay_for_key(key, len(target))
