@@ -138,56 +138,48 @@ def test_zero_bytes(ade20k, name, fast):
     assert 'zero bytes' in found and found.endswith(name.rpartition('/')[2])
 
 
-@pytest.mark.parametrize(
-    'check, name',
-    [
+@pytest.fixture(
+    params=[
         ('ade20k', 'images/training/1.jpg'),
         ('ade20k', 'annotations/training/1.png'),
         ('coco', 'val2017/1.jpg'),
         ('imagenet', 'train/n1/1.JPEG'),
     ],
+    ids='-'.join,
 )
-def test_truncated_files(ade20k, coco, imagenet, check, name):
-    root, run = {
+def file_and_check(request, ade20k, coco, imagenet):
+    """A file of a data set, and what checks it, with or without decoding."""
+    kind, name = request.param
+    root, check = {
         'ade20k': (ade20k, lambda fast: check_ade20k(ade20k, fast, COUNTS)),
         'coco': (coco, lambda fast: check_coco(coco, fast, COUNTS)),
         'imagenet': (imagenet, lambda fast: check_small_imagenet(imagenet, fast)),
-    }[check]
-    truncate(root / name)
-    (found,) = problems(run(fast=False))
+    }[kind]
+    return root / name, check
+
+
+def test_truncated_files(file_and_check):
+    path, check = file_and_check
+    truncate(path)
+    (found,) = problems(check(fast=False))
     assert 'unreadable' in found and '1 images' in found
     # Without decoding it is not seen.
-    assert run(fast=True) == []
+    assert check(fast=True) == []
 
 
-@pytest.mark.parametrize(
-    'check, name',
-    [
-        ('ade20k', 'images/training/1.jpg'),
-        ('ade20k', 'annotations/training/1.png'),
-        ('coco', 'val2017/1.jpg'),
-        ('imagenet', 'train/n1/1.JPEG'),
-    ],
-)
 @pytest.mark.parametrize(
     'spoil', ['postscript', 'pipe', 'endless', 'link_to_nothing', 'bomb']
 )
 @pytest.mark.usefixtures('no_waiting')
-def test_files_of_strangers(
-    ade20k, coco, imagenet, check, name, spoil, monkeypatch, tmp_path_factory
-):
+def test_files_of_strangers(file_and_check, spoil, monkeypatch, tmp_path_factory):
+    path, check = file_and_check
     marker = bad_data.fake_ghostscript(monkeypatch, tmp_path_factory.mktemp('bin'))
-    root, run = {
-        'ade20k': (ade20k, lambda fast: check_ade20k(ade20k, fast, COUNTS)),
-        'coco': (coco, lambda fast: check_coco(coco, fast, COUNTS)),
-        'imagenet': (imagenet, lambda fast: check_small_imagenet(imagenet, fast)),
-    }[check]
-    getattr(bad_data, spoil)(root / name)
-    (found,) = problems(run(fast=False))
-    is_map = name.startswith('annotations')
+    getattr(bad_data, spoil)(path)
+    (found,) = problems(check(fast=False))
+    is_map = 'annotations' in path.parts
     limit = 'more pixels than OPENCV_IO_MAX_IMAGE_PIXELS'
     assert (limit if spoil == 'bomb' and not is_map else 'unreadable') in found
-    assert run(fast=True) == []
+    assert check(fast=True) == []
     assert not marker.exists()
 
 

@@ -94,16 +94,21 @@ def test_detection(tmp_path, work_dir, figures):
     np.testing.assert_allclose(boxes, [a['bbox'] for a in truth], atol=1e-3)
 
 
-def test_segmentation(tmp_path, work_dir, figures):
-    """A perfect prediction looks like the ground truth, another one does not."""
+def segmentor(tmp_path, val):
+    """A config, and the label maps of its test data."""
     pytest.importorskip('mmseg')
-    data = digits.make_ade20k(tmp_path / 'data', train=1, val=3, size=64)
+    data = digits.make_ade20k(tmp_path / 'data', train=1, val=val, size=64)
     cfg = Config.fromfile(CONFIGS / 'segmentation' / 'upernet_mlla-nano_digits.py')
     cfg.test_dataloader.dataset.data_root = str(data)
+    return cfg, sorted((data / 'annotations' / 'validation').iterdir())
+
+
+def test_segmentation(tmp_path, work_dir, figures):
+    """A perfect prediction looks like the ground truth, another one does not."""
+    cfg, maps = segmentor(tmp_path, val=3)
     folder = work_dir({'mIoU': 85.26}, test_tta={'mIoU': 86})
     predictions = folder / 'test' / 'predictions'
     predictions.mkdir()
-    maps = sorted((data / 'annotations' / 'validation').iterdir())
     seen = set()
     for i, path in enumerate(maps):
         labels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
@@ -135,12 +140,8 @@ def test_segmentation(tmp_path, work_dir, figures):
 @pytest.mark.parametrize('shape', [(64, 65), (64, 64, 3), (1, 4096)])
 def test_label_maps_of_another_size(tmp_path, work_dir, shape):
     """They would be stretched, however large they are."""
-    pytest.importorskip('mmseg')
-    data = digits.make_ade20k(tmp_path / 'data', train=1, val=1, size=64)
-    cfg = Config.fromfile(CONFIGS / 'segmentation' / 'upernet_mlla-nano_digits.py')
-    cfg.test_dataloader.dataset.data_root = str(data)
+    cfg, (path,) = segmentor(tmp_path, val=1)
     folder = work_dir({'mIoU': 85.26}, test_tta={'mIoU': 86})
-    (path,) = (data / 'annotations' / 'validation').iterdir()
     predicted = folder / 'test' / 'predictions' / path.name
     predicted.parent.mkdir()
     cv2.imwrite(str(predicted), np.ones(shape, np.uint8))
