@@ -1,0 +1,50 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+"""``torch.compile`` for the backbone alone: in programs, and as a config's option.
+
+MMEngine compiles the whole training step, in over a hundred graphs for Mask R-CNN.
+"""
+
+from typing import Any
+
+from torch import nn
+
+from ..models import MLLA
+from ..utils.compat import require_compiler
+
+
+def compile_backbone(model: nn.Module, **options: Any) -> None:
+    """Run the forward pass of a model's backbone through ``torch.compile``.
+
+    The first call compiles for its image size, the first call with another one for all
+    sizes; training and evaluation each for itself. A copy of the model may not be
+    compiled, and a compiled model cannot be traced, exported or counted.
+
+    Unless a ``mode`` or another ``backend`` is asked for, layouts are left alone: the
+    compiler would choose one for the convolutions, whose maps have it, and cannot for
+    the gradients where image sizes vary (PyTorch 2.11).
+
+    Args:
+        model (nn.Module): An MLLA, or a model that has one or several; changed in
+            place.
+        **options: Arguments for ``torch.compile``.
+
+    Raises:
+        ValueError: If there is no MLLA, or PyTorch is older than 2.2.
+
+    Examples:
+        >>> from mlla_mm import get_model
+        >>> from mlla_mm.engine.compile import compile_backbone
+        >>> model = get_model('mlla-t').eval()
+        >>> compile_backbone(model)
+    """
+    require_compiler('compile')
+    backbones = [module for module in model.modules() if isinstance(module, MLLA)]
+    if not backbones:
+        raise ValueError(
+            f'{type(model).__name__} has no MLLA whose forward pass could be compiled.'
+        )
+    if options.get('mode') is None and options.get('backend', 'inductor') == 'inductor':
+        layouts = dict(layout_optimization=False)
+        options['options'] = {**layouts, **(options.get('options') or {})}
+    for backbone in backbones:
+        backbone.compile(**options)
