@@ -10,8 +10,8 @@ default_hooks = dict(
     # averaged weights (ema_) are kept besides.
     checkpoint=dict(max_keep_ckpts=2, save_best=['accuracy/top1', 'ema_accuracy/top1']),
     visualization=dict(type='VisualizationHook', enable=False),
+    mesa=dict(type='MESAHook'),
 )
-custom_hooks = [dict(type='SyncBuffersBeforeSaveHook'), dict(type='MESAHook')]
 visualizer = dict(
     type='UniversalVisualizer',
     vis_backends=[dict(type='LocalVisBackend')],

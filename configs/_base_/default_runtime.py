@@ -1,15 +1,24 @@
 custom_imports = dict(imports=['mlla_mm'], allow_failed_imports=False)
 
+# A dict, so a config that inherits changes one by its name and keeps the others;
+# dict(type='NoHook') switches it off. docs/reliability.md tells what they are for.
 default_hooks = dict(
     timer=dict(type='IterTimerHook'),
     logger=dict(type='MainProcessLoggerHook', interval=50),
     param_scheduler=dict(type='ParamSchedulerHook'),
     checkpoint=dict(type='WholeCheckpointHook', interval=1),
     sampler_seed=dict(type='DistSamplerSeedHook'),
+    check_weights=dict(type='CheckWeightsHook'),
+    resumed_state=dict(type='ResumedStateHook'),
+    # BatchNorm collects its own statistics on every process; they are averaged before a
+    # checkpoint and an evaluation, so that both mean the same model.
+    sync_buffers=dict(type='SyncBuffersBeforeSaveHook'),
+    invalid_loss=dict(type='StopOnInvalidLossHook'),
+    preemption=dict(type='PreemptionHook'),
+    # `compile` means the backbone alone.
+    compile=dict(type='CompileBackboneHook'),
+    record_run=dict(type='RecordRunHook'),
 )
-# BatchNorm collects its own statistics on every process; they are averaged before a
-# checkpoint and an evaluation, so that both mean the same model.
-custom_hooks = [dict(type='SyncBuffersBeforeSaveHook')]
 
 env_cfg = dict(
     cudnn_benchmark=False,

@@ -30,11 +30,10 @@ optim_wrapper = dict(
 )
 param_scheduler = dict(warmup=2, end=max_epochs)
 
-# The recipe's decay suits its 375,300 steps; here it would leave the average at the
-# initial weights.
-custom_hooks = [
-    dict(type='SyncBuffersBeforeSaveHook'),
-    dict(type='MESAHook', decay=0.98),
-]
-default_hooks = dict(logger=dict(interval=10))
+default_hooks = dict(
+    logger=dict(interval=10),
+    # The recipe's decay suits its 375,300 steps; here it would leave the average at the
+    # initial weights.
+    mesa=dict(decay=0.98),
+)
 auto_scale_lr = dict(base_batch_size=32)

@@ -11,10 +11,7 @@ model = dict(
     backbone=dict(init_cfg=dict(type='Pretrained', checkpoint='data/MLLA_T.pth')),
     head=dict(num_classes=num_classes),
 )
-custom_hooks = [
-    dict(type='SyncBuffersBeforeSaveHook'),
-    dict(type='MESAHook', decay=0.99),
-]
+default_hooks = dict(mesa=dict(decay=0.99))
 
 train_dataloader = dict(
     batch_size=64,

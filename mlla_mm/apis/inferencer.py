@@ -18,7 +18,7 @@ from mmengine.visualization import Visualizer
 from rich.progress import track
 from torch import nn
 
-from ..engine.config import read_config
+from ..engine.options import read_config
 from ..utils.text import describe_error
 from .inputs import InputType, Picture, count_pictures, find_sources, read_pictures
 from .model import load_model

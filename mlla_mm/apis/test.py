@@ -2,16 +2,17 @@
 """What ``tools/test.py`` does."""
 
 import argparse
+import copy
 from pathlib import Path
 
 from mmengine.config import Config
 
+from ..compat.openmmlab import lay_out_configs_once
 from ..datasets.check_config import require_data
-from ..engine import config as options
-from ..engine import launch
+from ..engine import launch, options
 from ..engine.config_check import check_config, require_work_dir
 from ..engine.console import build_runner, quiet
-from ..engine.corrupt_images import CorruptImageError, check_images
+from ..engine.corrupt_images import CorruptImageError
 from ..engine.ema import use_ema_weights
 from ..engine.toolboxes import load_own_toolbox_alone
 from ..utils.checkpoint_file import CheckpointError
@@ -28,12 +29,15 @@ def test(args: argparse.Namespace) -> None:
     """
     with launch.exit_on_user_error():
         load_own_toolbox_alone(args.config)
-        cfg = _read_config(args)
+        lay_out_configs_once()
+        written = options.read_config(args.config)
+        cfg = copy.deepcopy(written)
+        apply_command_line(cfg, args)
         if not args.verbose:
             quiet(cfg.get('default_scope'))
         check_config(cfg)
-        check_images(cfg, 'test')
         if launch.set_up(cfg).rank == 0:
+            options.print_changes(written, cfg)
             require_data(cfg, 'test')
             require_work_dir(cfg)
     # An image is one process's; a checkpoint is all of theirs.
@@ -44,8 +48,17 @@ def test(args: argparse.Namespace) -> None:
     launch.tear_down()
 
 
-def _read_config(args: argparse.Namespace) -> Config:
-    cfg = options.read_run_config(args)
+def apply_command_line(cfg: Config, args: argparse.Namespace) -> None:
+    """All that ``tools/test.py`` changes in a config: what it is asked for.
+
+    Args:
+        cfg (Config): The config as it was read; changed in place.
+        args (argparse.Namespace): The arguments of ``tools/test.py``.
+
+    Raises:
+        FileNotFoundError, ValueError: If something cannot be done.
+    """
+    options.apply_run_arguments(cfg, args)
     if not Path(args.checkpoint).is_file():
         raise FileNotFoundError(f'Checkpoint not found: {args.checkpoint}')
     cfg.load_from = args.checkpoint
@@ -60,4 +73,3 @@ def _read_config(args: argparse.Namespace) -> Config:
         options.draw_results(cfg, args.show_dir)
     if args.out:
         options.dump_predictions(cfg, args.out)
-    return cfg

@@ -2,18 +2,18 @@
 """What ``tools/train.py`` does."""
 
 import argparse
-import signal
+import copy
+from typing import Optional
 
 from mmengine.config import Config
 
+from ..compat.openmmlab import lay_out_configs_once
 from ..datasets.check_config import require_data
-from ..engine import batch_size, launch, preflight
-from ..engine import config as options
+from ..engine import batch_size, launch, options, preflight
 from ..engine.config_check import check_config, require_work_dir
 from ..engine.console import build_runner, quiet
-from ..engine.corrupt_images import CorruptImageError, check_images
+from ..engine.corrupt_images import CorruptImageError
 from ..engine.hooks import DivergedError, Preempted, RecordRecipeHook
-from ..engine.loops import use_seeded_loop
 from ..engine.recipe import describe_recipe, describe_run
 from ..engine.toolboxes import load_own_toolbox_alone
 from ..utils.checkpoint_file import CheckpointError
@@ -34,15 +34,18 @@ def train(args: argparse.Namespace) -> int:
     """
     with launch.exit_on_user_error():
         load_own_toolbox_alone(args.config)
-        cfg = _read_config(args)
+        lay_out_configs_once()
+        written = options.read_config(args.config)
+        cfg = copy.deepcopy(written)
+        notice = apply_command_line(cfg, args)
         if not args.verbose:
             quiet(cfg.get('default_scope'))
         check_config(cfg)
-        record = _fit_to_processes(cfg, args)
-        check_images(cfg, 'val')
-        options.check_pretrained(cfg)
+        record = _record(written, cfg, notice)
+        options.require_pretrained(cfg)
         layout = launch.set_up(cfg)
         if layout.rank == 0:
+            options.print_changes(written, cfg)
             require_data(cfg, 'train', 'val')
             if not args.check:
                 require_work_dir(cfg)
@@ -51,44 +54,63 @@ def train(args: argparse.Namespace) -> int:
     # An image is one process's; the other errors are all of theirs.
     with launch.exit_on_user_error((CorruptImageError,), shared=False):
         with launch.exit_on_user_error((CheckpointError, DivergedError)):
-            is_complete = _run(cfg, record, args.verbose)
+            status = _run(cfg, record, args.verbose)
     launch.tear_down()
-    return 0 if is_complete else 128 + signal.SIGTERM
+    return status
 
 
-def _read_config(args: argparse.Namespace) -> Config:
-    cfg = options.read_run_config(args)
+def apply_command_line(cfg: Config, args: argparse.Namespace) -> Optional[str]:
+    """All that ``tools/train.py`` changes in a config: what it is asked for.
+
+    (On CPUs :func:`mlla_mm.engine.launch.set_up` fits a run of several processes to
+    them.)
+
+    Args:
+        cfg (Config): The config as it was read; changed in place.
+        args (argparse.Namespace): The arguments of ``tools/train.py``.
+
+    Returns:
+        str | None: What to warn of, if the total batch size is not the recipe's.
+
+    Raises:
+        FileNotFoundError, ValueError: If something cannot be done.
+    """
+    options.apply_run_arguments(cfg, args)
     launch.require_restart_allowed(cfg.work_dir)
     options.set_resume(cfg, launch.restart_checkpoint(cfg.work_dir) or args.resume)
-    is_first = launch.processes(cfg.launcher).rank == 0
-    if args.resume and not cfg.resume and is_first:
+    layout = launch.processes(cfg.launcher)
+    if args.resume and not cfg.resume and layout.rank == 0:
         print(f'Nothing to resume in {cfg.work_dir}: a new run begins.', flush=True)
     if args.amp:
         options.enable_amp(cfg)
-    return cfg
-
-
-def _fit_to_processes(cfg: Config, args: argparse.Namespace) -> RecordRecipeHook:
-    """Settle the total batch size, and note what the run makes of its recipe."""
-    world_size = launch.processes(cfg.launcher).world_size
-    notice = batch_size.settle(
-        cfg, world_size, keep=args.keep_batch_size, scale=args.auto_scale_lr
+    return batch_size.settle(
+        cfg,
+        layout.world_size,
+        keep=args.keep_batch_size,
+        scale=args.auto_scale_lr,
     )
-    use_seeded_loop(cfg)
-    recipe = describe_recipe(options.read_config(args.config))
+
+
+def _record(written: Config, cfg: Config, notice: Optional[str]) -> RecordRecipeHook:
+    """Note what the run makes of its recipe."""
+    recipe = describe_recipe(written)
+    if cfg.get('resume'):
+        # It starts from its checkpoint.
+        recipe['pretrained weights'] = None
+    world_size = launch.processes(cfg.launcher).world_size
     return RecordRecipeHook(recipe, describe_run(cfg, world_size), notice)
 
 
-def _run(cfg: Config, record: RecordRecipeHook, verbose: bool) -> bool:
-    """Train to the end, or until SIGTERM: then the result is False."""
+def _run(cfg: Config, record: RecordRecipeHook, verbose: bool) -> int:
+    """Train to the end, or until SIGTERM; returns the exit status."""
     runner = build_runner(cfg, verbose)
     runner.register_hook(record)
     try:
         runner.train()
-    except Preempted:
+    except Preempted as stop:
         launch.forbid_restart(cfg.work_dir, 'it was stopped by SIGTERM.')
-        return False
+        return stop.code
     except DivergedError as error:
         launch.forbid_restart(cfg.work_dir, str(error).splitlines()[0])
         raise
-    return True
+    return 0

@@ -4,9 +4,10 @@
 from typing import List, Optional
 
 from mmengine.config import Config
+from mmengine.registry import LOOPS
 
-from .config import as_list
-from .loops import use_seeded_loop
+from .loops import SeededTrainLoop
+from .options import as_list, hooks_of
 
 
 def total_batch_size(cfg: Config, world_size: int) -> int:
@@ -35,8 +36,9 @@ def settle(
         cfg (Config): The config of a training run; changed in place.
         world_size (int): Number of processes.
         keep (bool): Accumulate up to the recipe's, see :func:`keep_batch_size`.
-        scale (bool): Scale the recipe, see :func:`scale_to_batch_size`; also done where
-            the config says ``auto_scale_lr.enable``.
+        scale (bool): Scale the recipe, see :func:`scale_to_batch_size`. (Where the
+            config says ``auto_scale_lr.enable``, MMEngine scales the learning rate,
+            and nothing else.)
 
     Returns:
         str | None: What was done, or what had better be; None if all is as it should
@@ -56,7 +58,7 @@ def settle(
             f'Every optimiser update accumulates {micro_batches} batches: {world_size} '
             f"processes x {batch} x {micro_batches} is the recipe's {recipe}."
         )
-    if scale or cfg.get('auto_scale_lr', {}).get('enable'):
+    if scale:
         ratio = scale_to_batch_size(cfg, world_size)
         if ratio == 1:
             return None
@@ -66,6 +68,12 @@ def settle(
         )
     if recipe is None or total == recipe:
         return None
+    if cfg.auto_scale_lr.get('enable'):
+        return (
+            f"The total batch size is {total}; the recipe's is {recipe}. MMEngine "
+            'scales the learning rate, as auto_scale_lr.enable says; --auto-scale-lr '
+            'scales what goes with it too (lowest rates, averages of weights).'
+        )
     options = ['--auto-scale-lr scales the learning rate']
     if recipe % total == 0:
         options.insert(0, '--keep-batch-size accumulates gradients up to it')
@@ -81,6 +89,7 @@ def keep_batch_size(cfg: Config, world_size: int) -> int:
 
     An iteration becomes an update of several micro-batches, made of the images that
     the recipe's processes would have drawn; all that counts iterations counts updates.
+    See :class:`mlla_mm.engine.loops.SeededTrainLoop`.
 
     Args:
         cfg (Config): The config of a training run; changed in place.
@@ -91,8 +100,8 @@ def keep_batch_size(cfg: Config, world_size: int) -> int:
 
     Raises:
         ValueError: If processes x batch does not divide the recipe's total batch size,
-            or the config does not state that, accumulates gradients itself, or has a
-            training loop of its own.
+            or the config does not state that, accumulates gradients itself, or names
+            another training loop than ours.
     """
     total = recipe_batch_size(cfg)
     if total is None:
@@ -111,14 +120,26 @@ def keep_batch_size(cfg: Config, world_size: int) -> int:
     if total % (world_size * batch):
         raise ValueError(_misfit(total, world_size, batch))
     micro_batches = total // (world_size * batch)
-    if not use_seeded_loop(cfg, micro_batches) and micro_batches > 1:
-        raise ValueError(
-            "--keep-batch-size works with MMEngine's training loops, got train_cfg.type"
-            f' {cfg.train_cfg.type!r}. Train on as many processes as the recipe has.'
-        )
+    if micro_batches > 1:
+        _require_our_loop(cfg.train_cfg)
+        cfg.train_cfg.micro_batches = micro_batches
     # MMEngine would count one micro-batch.
     cfg.auto_scale_lr.enable = False
     return micro_batches
+
+
+def _require_our_loop(loop: dict) -> None:
+    kind = loop.get('type')
+    known = LOOPS.get(kind) if isinstance(kind, str) else kind
+    if known is not None and issubclass(known, SeededTrainLoop):
+        return
+    ours = 'SeededIterBasedTrainLoop'
+    if 'max_epochs' in loop:
+        ours = 'SeededEpochBasedTrainLoop'
+    raise ValueError(
+        f'--keep-batch-size needs a training loop of ours, but train_cfg.type is '
+        f"{kind!r}. Put this into the config: train_cfg = dict(type='{ours}')"
+    )
 
 
 def _misfit(total: int, world_size: int, batch: int) -> str:
@@ -180,7 +201,7 @@ def scale_to_batch_size(cfg: Config, world_size: int) -> float:
         for key in ('eta_min', 'eta_max'):
             if scheduler.get(key):
                 scheduler[key] *= ratio
-    for hook in as_list(cfg.get('custom_hooks')):
+    for hook in hooks_of(cfg):
         _scale_average(hook, ratio)
     # The rates are meant for this batch size now; MMEngine is not to scale them again.
     cfg.auto_scale_lr.update(base_batch_size=actual, enable=False)

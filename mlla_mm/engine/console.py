@@ -8,7 +8,6 @@ else is.
 import builtins
 import logging
 import warnings
-from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Optional
 
@@ -16,6 +15,8 @@ from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
+
+from ..compat.openmmlab import has_logger, replace_print
 
 #: How records begin that are for the log file.
 LOG_FILE_ONLY = (
@@ -69,10 +70,10 @@ def quiet(scope: Optional[str] = None) -> None:
     """
     for message in MEANINGLESS_WARNINGS:
         warnings.filterwarnings('ignore', message)
-    import_module('mmengine.logging.logger').print = _print_meaningful
+    replace_print('mmengine.logging.logger', _print_meaningful)
     if scope == 'mmdet' and find_spec('pycocotools'):
         for name in _TALKATIVE:
-            import_module(name).print = _print_to_log_file
+            replace_print(name, _print_to_log_file)
 
 
 def build_runner(cfg: Config, verbose: bool) -> Runner:
@@ -120,7 +121,7 @@ def _print_meaningful(*values: Any, **kwargs) -> None:
 
 def _print_to_log_file(*values: Any, **kwargs) -> None:
     """Take the place of ``print``."""
-    if not MMLogger._instance_dict:  # there is no log file yet
+    if not has_logger():  # there is no log file yet
         return
     logger = MMLogger.get_current_instance()
     text = ' '.join(map(str, values)).strip('\n')

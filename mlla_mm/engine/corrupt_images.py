@@ -3,10 +3,9 @@
 
 import os
 from pathlib import Path
-from typing import Any, List, Optional
+from typing import Any, List, Optional, Union
 
 import mmcv
-from mmengine.config import Config
 from mmengine.dist import all_reduce
 from mmengine.hooks import Hook
 from mmengine.registry import DATASETS, HOOKS
@@ -45,7 +44,7 @@ class CheckedDataset(Dataset):
     pipeline, do that of the data set.
 
     Args:
-        dataset (dict): Config of the data set.
+        dataset (dict | Dataset): The data set, or its config.
 
     Raises:
         CorruptImageError: See :func:`read_sample`.
@@ -54,8 +53,9 @@ class CheckedDataset(Dataset):
     _way_out = 'Replace it, or take it out of the data set.'
     _own = ('dataset',)
 
-    def __init__(self, dataset: dict) -> None:
-        self.dataset = DATASETS.build(dataset)
+    def __init__(self, dataset: Union[dict, Dataset]) -> None:
+        is_config = isinstance(dataset, dict)
+        self.dataset = DATASETS.build(dataset) if is_config else dataset
 
     def __getitem__(self, index: int) -> Any:
         return read_sample(self.dataset, index, self._way_out)
@@ -74,20 +74,6 @@ class CheckedDataset(Dataset):
             super().__setattr__(name, value)
         else:
             setattr(self.dataset, name, value)
-
-
-def check_images(cfg: Config, split: str) -> None:
-    """Let an evaluation name the images that it cannot read.
-
-    It never skips one: its metrics would be those of another data set.
-
-    Args:
-        cfg (Config): The config of a run; changed in place.
-        split (str): 'val' or 'test'.
-    """
-    loader = cfg.get(f'{split}_dataloader')
-    if loader and loader.dataset.get('type') != 'CheckedDataset':
-        loader.dataset = dict(type='CheckedDataset', dataset=loader.dataset)
 
 
 def read_sample(dataset: Any, index: int, way_out: str) -> Any:

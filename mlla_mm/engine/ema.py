@@ -45,7 +45,6 @@ class ModelEMA:
         self.decay = decay
         self._average = get_ema_multi_avg_fn(decay)
         self.module = copy.deepcopy(model).requires_grad_(False).eval()
-        _compile_like(model, self.module)
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
@@ -76,11 +75,3 @@ def use_ema_weights(cfg: Config) -> None:
         cfg (Config): The config of a test run; changed in place.
     """
     cfg.custom_hooks = [*cfg.get('custom_hooks', []), dict(type='UseEMAWeightsHook')]
-
-
-def _compile_like(model: nn.Module, copied: nn.Module) -> None:
-    """Compile the submodules that are compiled in ``model``, as most copies are not."""
-    for name, module in model.named_modules():
-        twin = copied.get_submodule(name)
-        if module._compiled_call_impl is not None and twin._compiled_call_impl is None:
-            twin.compile()

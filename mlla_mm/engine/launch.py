@@ -136,8 +136,8 @@ def set_up(cfg: Config) -> Processes:
             broadcast_buffers=False,
             find_unused_parameters=cfg.get('find_unused_parameters', False),
         )
-    cfg.pop('sync_bn', None)
-    replace_sync_bn(cfg.model)
+        cfg.pop('sync_bn', None)
+        replace_sync_bn(cfg.model)
     return layout
 
 

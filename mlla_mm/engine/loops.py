@@ -1,37 +1,76 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""Training loops in which an iteration is an optimiser update of seeded batches."""
+"""The loops that our configs name in ``train_cfg``, ``val_cfg`` and ``test_cfg``.
 
+In training an iteration is an optimiser update of seeded batches; what is evaluated
+names the images that it cannot read. Each loop takes the config of a data loader as
+MMEngine's does, so configs merge as ever, and wraps what it needs around it.
+"""
+
+import copy
 import logging
 from itertools import count
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Sequence, Tuple
 
 import torch
-from mmengine.config import Config
 from mmengine.dist import get_rank
 from mmengine.logging import print_log
 from mmengine.optim import OptimWrapper
 from mmengine.registry import LOOPS
-from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
+from mmengine.runner import (
+    EpochBasedTrainLoop,
+    IterBasedTrainLoop,
+    TestLoop,
+    ValLoop,
+)
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..compat.openmmlab import TrainLoopCounters, count_in_micro_batches
+from .corrupt_images import SkippedImagesHook
 from .hooks.preemption import shield_workers
 from .seeding import UPDATE, seed_generators
 
-_SEEDED = {
-    'EpochBasedTrainLoop': 'SeededEpochBasedTrainLoop',
-    'IterBasedTrainLoop': 'SeededIterBasedTrainLoop',
-}
 
+class SeededTrainLoop(TrainLoopCounters):
+    """What the two loops share: an iteration is an update of seeded micro-batches.
 
-class _Updating:
-    """What the two loops share: an iteration is an update of seeded micro-batches."""
+    Args:
+        runner (Runner): The runner.
+        dataloader (dict): Config of the data loader, as MMEngine's loops take it.
+        micro_batches (int): Number of micro-batches of an update. Defaults to 1.
+        skip_corrupt_images (bool): Put another image in the place of one that cannot be
+            read, and log how many there were. False ends the run with an error that
+            names the file. Defaults to False.
+        **kwargs: Further arguments of MMEngine's loop.
 
-    def __init__(self, *args, micro_batches: int = 1, **kwargs) -> None:
+    Raises:
+        ValueError: If ``dataloader`` is no config: its samples could not be seeded. If
+            ``micro_batches`` is not positive.
+    """
+
+    def __init__(
+        self,
+        runner,
+        dataloader: dict,
+        micro_batches: int = 1,
+        skip_corrupt_images: bool = False,
+        **kwargs,
+    ) -> None:
+        if not isinstance(dataloader, dict):
+            raise ValueError(
+                f'{type(self).__name__} builds its data loader itself, but '
+                f'train_dataloader is a {type(dataloader).__name__}. Give its config, '
+                "or take one of MMEngine's loops."
+            )
+        if micro_batches < 1:
+            raise ValueError(f'micro_batches must be positive, got {micro_batches}.')
         # Before the data loader: MMEngine 0.10.7 may start its workers with it.
         shield_workers()
-        super().__init__(*args, **kwargs)
+        loader = _share_samples(dataloader, micro_batches, skip_corrupt_images)
+        super().__init__(runner, loader, **kwargs)
         self.micro_batches = micro_batches
+        if skip_corrupt_images:
+            runner.register_hook(SkippedImagesHook())
 
     def _begin(self) -> None:
         """What comes before the first update, a validation that was cut off as well."""
@@ -55,14 +94,7 @@ class _Updating:
                 'Accumulating micro-batches needs one optimiser, but optim_wrapper is '
                 f'a {type(wrapper).__name__}. Train on as many processes as the recipe.'
             )
-        wrapper._accumulative_counts = self.micro_batches
-        # The module is looked through for BatchNorm, to warn of what is done
-        # right here; hence one without.
-        wrapper.initialize_count_status(
-            nn.Identity(),
-            self._iter * self.micro_batches,
-            self._max_iters * self.micro_batches,
-        )
+        count_in_micro_batches(wrapper, self.micro_batches, self.iter, self.max_iters)
 
     def _update(self, batch_idx: int, micro_batches: List[Any]) -> None:
         """One iteration: forward and backward of every micro-batch, then one step."""
@@ -72,17 +104,17 @@ class _Updating:
         runner.call_hook('before_train_iter', batch_idx=batch_idx, data_batch=data)
         seed = self.dataloader.batch_sampler.sampler.seed
         outputs = train_step(
-            runner.model, micro_batches, runner.optim_wrapper, (seed, self._iter)
+            runner.model, micro_batches, runner.optim_wrapper, (seed, self.iter)
         )
         runner.call_hook(
             'after_train_iter', batch_idx=batch_idx, data_batch=data, outputs=outputs
         )
-        self._iter += 1
+        self.count_update()
 
 
 @LOOPS.register_module()
-class SeededEpochBasedTrainLoop(_Updating, EpochBasedTrainLoop):
-    """MMEngine's loop over epochs, for the data loaders of :func:`use_seeded_loop`.
+class SeededEpochBasedTrainLoop(SeededTrainLoop, EpochBasedTrainLoop):
+    """MMEngine's loop over epochs, but a run can be repeated, split and resumed.
 
     An iteration is an optimiser update of one or several micro-batches, so everything
     that counts iterations (schedulers, hooks, logs, checkpoints) counts updates. Its
@@ -90,17 +122,16 @@ class SeededEpochBasedTrainLoop(_Updating, EpochBasedTrainLoop):
     the middle of an epoch goes on behind the images that were seen, without loading
     those.
 
-    Args:
-        micro_batches (int): Number of micro-batches of an update. Defaults to 1.
-        *args, **kwargs: As :class:`mmengine.runner.EpochBasedTrainLoop` takes them.
+    Args: Those of :class:`SeededTrainLoop` and
+        :class:`mmengine.runner.EpochBasedTrainLoop`.
     """
 
     def run(self) -> nn.Module:
         self._begin()
         runner = self.runner
-        while self._epoch < self._max_epochs and not self.stop_training:
+        while self.epoch < self.max_epochs and not self.stop_training:
             self.run_epoch()
-            self._decide_current_val_interval()
+            self.update_val_interval()
             if self._validates_now():
                 runner.val_loop.run()
         runner.call_hook('after_train')
@@ -115,57 +146,56 @@ class SeededEpochBasedTrainLoop(_Updating, EpochBasedTrainLoop):
         for idx, data_batch in enumerate(self.dataloader, start=seen):
             self.run_iter(idx, data_batch)
         runner.call_hook('after_train_epoch')
-        self._epoch += 1
+        self.count_epoch()
 
     def _find_beginning(self) -> int:
         """How many updates of this epoch a resumed run has made; written down too."""
         hub = self.runner.message_hub
         length = len(self.dataloader)
         begun = hub.get_info('epoch_begun')
-        if begun is not None and begun['epoch'] == self._epoch:
+        if begun is not None and begun['epoch'] == self.epoch:
             if begun['updates'] == length:
-                return self._iter - begun['iter']
+                return self.iter - begun['iter']
             print_log(
-                f'Epoch {self._epoch + 1} begins anew: it has {length} updates; it had '
+                f'Epoch {self.epoch + 1} begins anew: it has {length} updates; it had '
                 f'{begun["updates"]} in the run that is resumed.',
                 logger='current',
                 level=logging.WARNING,
             )
-        begun = dict(epoch=self._epoch, iter=self._iter, updates=length)
+        begun = dict(epoch=self.epoch, iter=self.iter, updates=length)
         hub.update_info('epoch_begun', begun)
         return 0
 
     def _validates_now(self) -> bool:
-        if self.runner.val_loop is None or self._epoch < self.val_begin:
+        if self.runner.val_loop is None or self.epoch < self.val_begin:
             return False
-        return self._epoch % self.val_interval == 0 or self._epoch == self._max_epochs
+        return self.epoch % self.val_interval == 0 or self.epoch == self.max_epochs
 
     def run_iter(self, idx: int, data_batch: List[Any]) -> None:
         self._update(idx, data_batch)
 
 
 @LOOPS.register_module()
-class SeededIterBasedTrainLoop(_Updating, IterBasedTrainLoop):
-    """MMEngine's loop over iterations, for the data loaders of :func:`use_seeded_loop`.
+class SeededIterBasedTrainLoop(SeededTrainLoop, IterBasedTrainLoop):
+    """MMEngine's loop over iterations, but a run can be repeated, split and resumed.
 
     An iteration is as in :class:`SeededEpochBasedTrainLoop`. A resumed run goes on
     behind the images that were seen, without loading those.
 
-    Args:
-        micro_batches (int): Number of micro-batches of an update. Defaults to 1.
-        *args, **kwargs: As :class:`mmengine.runner.IterBasedTrainLoop` takes them.
+    Args: Those of :class:`SeededTrainLoop` and
+        :class:`mmengine.runner.IterBasedTrainLoop`.
     """
 
     def run(self) -> nn.Module:
         self._begin()
         runner = self.runner
         runner.call_hook('before_train_epoch')
-        if self._iter > 0:
+        if self.iter > 0:
             self._go_on_behind_seen_images()
-        while self._iter < self._max_iters and not self.stop_training:
+        while self.iter < self.max_iters and not self.stop_training:
             runner.model.train()
             self.run_iter(next(self.dataloader_iterator))
-            self._decide_current_val_interval()
+            self.update_val_interval()
             if self._validates_now():
                 runner.val_loop.run()
         runner.call_hook('after_train_epoch')
@@ -173,70 +203,49 @@ class SeededIterBasedTrainLoop(_Updating, IterBasedTrainLoop):
         return runner.model
 
     def run_iter(self, data_batch: List[Any]) -> None:
-        self._update(self._iter, data_batch)
+        self._update(self.iter, data_batch)
 
     def _go_on_behind_seen_images(self) -> None:
-        passes = self.dataloader.batch_sampler.skip(self._iter)
-        # MMEngine 0.10.7 has already begun to load from the start.
-        self.dataloader_iterator = type(self.dataloader_iterator)(self.dataloader)
-        self.dataloader_iterator._epoch = passes
+        passes = self.dataloader.batch_sampler.skip(self.iter)
+        self.load_from_pass(passes)
 
     def _validates_now(self) -> bool:
-        if self.runner.val_loop is None or self._iter < self.val_begin:
+        if self.runner.val_loop is None or self.iter < self.val_begin:
             return False
-        return self._iter % self.val_interval == 0 or self._iter == self._max_iters
+        return self.iter % self.val_interval == 0 or self.iter == self.max_iters
 
 
-def use_seeded_loop(cfg: Config, micro_batches: Optional[int] = None) -> bool:
-    """Train with one of the loops of this module, and the data loader that it needs.
+class _NamingCorruptImages:
+    """What the loops of evaluation share: see :class:`CheckedDataset`."""
 
-    Such a run also saves a checkpoint when it is told to stop: :class:`PreemptionHook`.
+    def __init__(self, runner, dataloader, *args, **kwargs) -> None:
+        if isinstance(dataloader, dict):
+            dataset = dict(type='CheckedDataset', dataset=dataloader['dataset'])
+            dataloader = {**dataloader, 'dataset': dataset}
+        super().__init__(runner, dataloader, *args, **kwargs)
 
-    Args:
-        cfg (Config): The config of a training run; changed in place.
-        micro_batches (int, optional): Number of micro-batches of an update. None leaves
-            the config's, which is 1 if there is none. Defaults to None.
 
-    The config's ``skip_corrupt_images`` says what becomes of images that cannot be
-    read: see :class:`SeededDataset`.
+@LOOPS.register_module()
+class CheckedValLoop(_NamingCorruptImages, ValLoop):
+    """MMEngine's loop, but an image that cannot be read is an error that names it.
 
-    Returns:
-        bool: Whether that was possible. It is not with a training loop other than
-        MMEngine's two; such a config is left as it is.
+    It never skips one: the metrics would be those of another data set.
 
-    Raises:
-        ValueError: If it is not possible, but ``skip_corrupt_images`` needs it.
+    Args: Those of :class:`mmengine.runner.ValLoop`.
     """
-    loop, loader = cfg.train_cfg, cfg.train_dataloader
-    by_epoch = loop.pop('by_epoch', True)
-    kind = loop.get('type', 'EpochBasedTrainLoop' if by_epoch else 'IterBasedTrainLoop')
-    loop['type'] = _SEEDED.get(kind, kind)
-    if loop['type'] not in _SEEDED.values():
-        if cfg.get('skip_corrupt_images'):
-            raise ValueError(
-                f"skip_corrupt_images needs one of {list(_SEEDED)}, got '{kind}'."
-            )
-        return False
-    if kind in _SEEDED:
-        loop['micro_batches'] = 1
-        _share_samples(loader, cfg.get('skip_corrupt_images', False))
-        hooks = [*(cfg.get('custom_hooks') or []), dict(type='PreemptionHook')]
-        if cfg.get('skip_corrupt_images'):
-            hooks.append(dict(type='SkippedImagesHook'))
-        cfg.custom_hooks = hooks
-    if micro_batches is not None:
-        if 'num_batch_per_epoch' in loader:
-            # MMEngine multiplies it by the processes that there are.
-            updates = loader['num_batch_per_epoch'] // loop['micro_batches']
-            loader['num_batch_per_epoch'] = updates * micro_batches
-        loop['micro_batches'] = micro_batches
-        loader['sampler']['micro_batches'] = micro_batches
-        loader['collate_fn']['micro_batches'] = micro_batches
-    return True
 
 
-def _share_samples(loader: dict, skip_corrupt_images: bool) -> None:
-    """Let a data loader yield micro-batches, and seed the augmentations."""
+@LOOPS.register_module()
+class CheckedTestLoop(_NamingCorruptImages, TestLoop):
+    """As :class:`CheckedValLoop`, for tests.
+
+    Args: Those of :class:`mmengine.runner.TestLoop`.
+    """
+
+
+def _share_samples(loader: dict, micro_batches: int, skip_corrupt_images: bool) -> dict:
+    """The config of a data loader that yields micro-batches of seeded samples."""
+    loader = copy.copy(loader)
     batch_sampler = dict(type='SharedBatchSampler')
     if loader.get('batch_sampler'):
         batch_sampler['batch_sampler'] = loader['batch_sampler']
@@ -244,11 +253,11 @@ def _share_samples(loader: dict, skip_corrupt_images: bool) -> None:
         batch_sampler['drop_last'] = loader.pop('drop_last', False)
     loader['batch_sampler'] = batch_sampler
     loader['sampler'] = dict(
-        type='SharedSampler', sampler=loader['sampler'], micro_batches=1
+        type='SharedSampler', sampler=loader['sampler'], micro_batches=micro_batches
     )
     loader['collate_fn'] = dict(
         type='collate_micro_batches',
-        micro_batches=1,
+        micro_batches=micro_batches,
         collate_fn=loader.get('collate_fn', dict(type='pseudo_collate')),
     )
     loader['dataset'] = dict(
@@ -256,6 +265,10 @@ def _share_samples(loader: dict, skip_corrupt_images: bool) -> None:
         dataset=loader['dataset'],
         skip_corrupt_images=skip_corrupt_images,
     )
+    if loader.get('num_batch_per_epoch'):
+        # MMEngine multiplies it by the processes that there are.
+        loader['num_batch_per_epoch'] *= micro_batches
+    return loader
 
 
 def train_step(

@@ -36,14 +36,17 @@ from mmengine.dist import (
     is_distributed,
 )
 from mmengine.hooks import Hook
-from mmengine.registry import DATASETS, RUNNERS, init_default_scope
+from mmengine.registry import RUNNERS, init_default_scope
 from mmengine.runner import Runner, find_latest_checkpoint
 from mmengine.runner.checkpoint import CheckpointLoader
 
+from ..compat.openmmlab import is_resumed
 from . import launch
 from .batch_size import accumulated_batches
-from .config import as_list
+from .corrupt_images import CheckedDataset
+from .options import as_list
 from .resume import newest_checkpoint, require_resumable
+from .seeding import SeededDataset
 
 UPDATES = 2
 """Optimiser updates at the largest size."""
@@ -141,13 +144,15 @@ def _rehearse(cfg: Config, layout: launch.Processes, folder: str, stage: _Stage)
     stage.name = 'reading the training data'
     pinned = copy.deepcopy(cfg.train_dataloader.dataset)
     pin_scales(pinned)
-    dataset = _build_dataset(pinned)
+    skips = cfg.train_cfg.get('skip_corrupt_images', False)
+    dataset = _filled(SeededDataset(copy.deepcopy(pinned), skips))
     lengths = {'train': len(dataset)}
     size = largest_size(dataset, cfg.train_dataloader.batch_size, pinned)
     del dataset
     if cfg.get('val_cfg') is not None:
         stage.name = 'reading the validation data'
-        lengths['val'] = len(_build_dataset(cfg.val_dataloader.dataset))
+        evaluated = CheckedDataset(copy.deepcopy(cfg.val_dataloader.dataset))
+        lengths['val'] = len(_filled(evaluated))
 
     watch = _WatchHook(stage)
     short = _short_run(cfg, folder, start, lengths, layout.world_size)
@@ -364,9 +369,13 @@ def _derived(cfg: Config, folder: str) -> Config:
     if cfg.get('visualizer'):
         cfg.visualizer.pop('name', None)
         cfg.visualizer.vis_backends = [dict(type='LocalVisBackend')]
-    for hook in cfg.get('default_hooks', {}).values():
+    hooks = cfg.get('default_hooks', {})
+    for name, hook in hooks.items():
         if hook and 'out_dir' in hook:
             hook.pop('out_dir')
+        if hook and hook.get('type') == 'StopOnInvalidLossHook':
+            # It would leave the batch in the folder, which goes.
+            hooks[name] = dict(type='NoHook')
     for evaluator in as_list(cfg.get('val_evaluator')):
         for key in {'outfile_prefix', 'output_dir', 'out_file_path'} & set(evaluator):
             evaluator[key] = str(Path(folder) / Path(evaluator[key] or key).name)
@@ -380,8 +389,9 @@ def _short_run(
     cfg = _derived(cfg, folder)
     if start.checkpoint:
         cfg.load_from = start.checkpoint
-    _shorten(cfg.train_dataloader, UPDATES * accumulated_batches(cfg), lengths['train'],
-             world_size)  # fmt: skip
+    accumulated = cfg.optim_wrapper.get('accumulative_counts', 1)
+    players = world_size * cfg.train_cfg.get('micro_batches', 1)
+    _shorten(cfg.train_dataloader, UPDATES * accumulated, lengths['train'], players)
     if 'val' in lengths:
         _shorten(cfg.val_dataloader, EVALUATED_BATCHES, lengths['val'], world_size)
     loop = cfg.train_cfg
@@ -391,7 +401,6 @@ def _short_run(
         loop.max_epochs = start.epoch + 1
         loop.val_interval = 1
     else:
-        accumulated = cfg.optim_wrapper.get('accumulative_counts', 1)
         loop.max_iters = start.iteration + UPDATES * accumulated
         loop.val_interval = loop.max_iters
     checkpoint = cfg.get('default_hooks', {}).get('checkpoint')
@@ -418,9 +427,9 @@ def _resumed_run(
     return cfg
 
 
-def _shorten(loader: dict, batches: int, length: int, world_size: int) -> None:
+def _shorten(loader: dict, batches: int, length: int, processes: int) -> None:
     """Let a data loader take a number of batches, where there are that many."""
-    batches = min(batches, length // (loader['batch_size'] * world_size))
+    batches = min(batches, length // (loader['batch_size'] * processes))
     if batches:
         loader['num_batch_per_epoch'] = batches
 
@@ -451,14 +460,13 @@ def _release(runner: Any) -> None:
     for handler in runner.logger.handlers:
         if isinstance(handler, logging.FileHandler):
             handler.close()
-    runner._hooks.clear()
+    runner.hooks.clear()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-def _build_dataset(config: dict) -> Any:
-    dataset = DATASETS.build(copy.deepcopy(config))
+def _filled(dataset: Any) -> Any:
     if hasattr(dataset, 'full_init'):
         dataset.full_init()
     if not len(dataset):
@@ -539,7 +547,7 @@ class _StopwatchHook(Hook):
         self._stage.name = 'resuming from the checkpoint that was saved'
 
     def before_train(self, runner) -> None:
-        if runner._resume and runner.iter == 0:
+        if is_resumed(runner) and runner.iter == 0:
             raise CheckError(
                 'this process found no checkpoint to resume. Processes on several '
                 'machines need a work_dir that all of them share'

@@ -8,8 +8,8 @@ import torch
 from mmengine.config import Config
 
 from .batch_size import accumulated_batches, recipe_batch_size, total_batch_size
-from .config import modules_with_pretrained
 from .ema import recipe_decay
+from .options import hooks_of, modules_with_pretrained
 
 Items = Dict[str, Any]
 
@@ -130,7 +130,7 @@ def format_value(value: Any) -> str:
 
 
 def _ema_decay(cfg: Config, total: int) -> Optional[float]:
-    for hook in cfg.get('custom_hooks') or []:
+    for hook in hooks_of(cfg):
         if hook['type'] == 'MESAHook':
             decay = hook.get('decay')
             return recipe_decay(total) if decay is None else decay

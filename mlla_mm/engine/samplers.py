@@ -2,15 +2,14 @@
 """The recipe's batches, on as many processes as it has or on fewer."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import chain, islice
 from typing import Any, Callable, List, Optional, Sequence
-from unittest import mock
 
 from mmengine.dist import get_dist_info, sync_random_seed
 from mmengine.registry import DATA_SAMPLERS, FUNCTIONS
 from torch.utils.data import BatchSampler, Sampler
 
+from ..compat.openmmlab import acting_as
 from .seeding import SAMPLE, Draw
 
 
@@ -86,7 +85,7 @@ class SharedSampler(Sampler):
     def _build(self, process: int) -> _ProcessSampler:
         processes = get_dist_info()[1] * self._micro_batches
         options = dict(dataset=self.dataset, seed=self.seed)
-        with _acting_as(process, processes):
+        with acting_as(process, processes):
             sampler = DATA_SAMPLERS.build(self._sampler, default_args=options)
         return _ProcessSampler(sampler, self.dataset, self.seed, process, processes)
 
@@ -201,17 +200,3 @@ def collate_micro_batches(
 
 def _collate_function(type, **options) -> 'tuple[Callable, dict]':
     return FUNCTIONS.get(type) if isinstance(type, str) else type, options
-
-
-@contextmanager
-def _acting_as(rank: int, world_size: int) -> Iterator[None]:
-    """Let MMEngine's samplers be built for another process than this one.
-
-    They all ask ``get_dist_info`` when they are built, and take no rank as argument.
-    """
-    with mock.patch.multiple(
-        'mmengine.dist.utils',
-        get_rank=lambda group=None: rank,
-        get_world_size=lambda group=None: world_size,
-    ):
-        yield

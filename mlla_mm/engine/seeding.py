@@ -10,11 +10,12 @@ processes nor an interruption changes them, and there are no random states to re
 import multiprocessing
 import random
 import warnings
-from typing import Any, Tuple
+from typing import Any, Tuple, Union
 
 import numpy as np
 import torch
 from mmengine.registry import DATASETS
+from torch.utils.data import Dataset
 
 from .corrupt_images import CheckedDataset, CorruptImageError
 
@@ -63,7 +64,7 @@ class SeededDataset(CheckedDataset):
     Another index is passed on as it is.
 
     Args:
-        dataset (dict): Config of the data set.
+        dataset (dict | Dataset): The data set, or its config.
         skip_corrupt_images (bool): Put another image, drawn from the same seed, in the
             place of one that cannot be read, and count it in ``skipped``, which the
             workers share. False raises an error. Defaults to False.
@@ -73,11 +74,14 @@ class SeededDataset(CheckedDataset):
     """
 
     _way_out = (
-        'Replace it, take it out of the data set, or set skip_corrupt_images=True.'
+        'Replace it, take it out of the data set, or set '
+        'train_cfg.skip_corrupt_images=True.'
     )
     _own = ('dataset', 'skipped')
 
-    def __init__(self, dataset: dict, skip_corrupt_images: bool = False) -> None:
+    def __init__(
+        self, dataset: Union[dict, Dataset], skip_corrupt_images: bool = False
+    ) -> None:
         super().__init__(dataset)
         self.skipped = multiprocessing.Value('q', 0) if skip_corrupt_images else None
 

@@ -63,7 +63,7 @@ def test_recipe(name, drop_path_rate, mesa_weight, batch, lr):
     assert cfg.optim_wrapper.type == 'AmpOptimWrapper'
     assert cfg.optim_wrapper.loss_scale == 'dynamic'
     assert not cfg.val_cfg.get('fp16')
-    hook = HOOKS.build(cfg.custom_hooks[1])
+    hook = HOOKS.build(cfg.default_hooks.mesa)
     assert (hook.decay, hook.start) == (None, 0.25)
 
 

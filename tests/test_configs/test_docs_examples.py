@@ -311,7 +311,7 @@ def test_mesa_with_another_backbone(read):
     )
     losses = model(**model.data_preprocessor(data, training=True), mode='loss')
     assert set(losses) == {'loss_ce', 'loss_mesa'}
-    assert any(hook.type == 'MESAHook' for hook in cfg.custom_hooks)
+    assert cfg.default_hooks.mesa.type == 'MESAHook'
 
 
 def test_every_example_is_tested():

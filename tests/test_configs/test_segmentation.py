@@ -19,7 +19,7 @@ from mmengine.registry import (
 from torch import nn
 
 from mlla_mm.datasets import digits
-from mlla_mm.engine import config as options
+from mlla_mm.engine import options
 from mlla_mm.engine.launch import replace_sync_bn
 
 from .. import reference

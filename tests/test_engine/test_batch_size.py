@@ -10,7 +10,7 @@ def make(**more) -> Config:
         train_dataloader=dict(
             batch_size=2, sampler=dict(type='DefaultSampler'), dataset=dict()
         ),
-        train_cfg=dict(by_epoch=True, max_epochs=12),
+        train_cfg=dict(type='SeededEpochBasedTrainLoop', max_epochs=12),
         optim_wrapper=dict(optimizer=dict(type='AdamW', lr=1e-4)),
         auto_scale_lr=dict(enable=False, base_batch_size=16),
     )
@@ -51,18 +51,14 @@ def test_accumulated_gradients_count():
 def test_keeping_it_accumulates_what_is_missing():
     cfg = make(auto_scale_lr=dict(enable=True, base_batch_size=16))
     assert '2 processes x 2 x 4' in settle(cfg, 2, keep=True)
-    assert (
-        cfg.train_cfg.micro_batches == cfg.train_dataloader.sampler.micro_batches == 4
-    )
+    assert cfg.train_cfg.micro_batches == 4
     # The rate is the recipe's.
     assert cfg.optim_wrapper.optimizer.lr == 1e-4
     assert not cfg.auto_scale_lr.enable
     # What a run writes down can be run again, also on another number of processes.
     assert settle(cfg, 2) is None
     assert '4 processes x 2 x 2' in settle(cfg, 4, keep=True)
-    assert (
-        cfg.train_cfg.micro_batches == cfg.train_dataloader.sampler.micro_batches == 2
-    )
+    assert cfg.train_cfg.micro_batches == 2
     assert settle(cfg, 8, keep=True) is None
 
 
@@ -88,7 +84,12 @@ def test_keeping_it_accumulates_what_is_missing():
         (
             dict(train_cfg=dict(type='MyLoop', max_epochs=1)),
             2,
-            "got train_cfg.type 'MyLoop'",
+            "train_cfg = dict.type='SeededEpochBasedTrainLoop'.",
+        ),
+        (
+            dict(train_cfg=dict(type='IterBasedTrainLoop', max_iters=1)),
+            2,
+            "train_cfg = dict.type='SeededIterBasedTrainLoop'.",
         ),
         (dict(auto_scale_lr=dict()), 2, 'needs auto_scale_lr.base_batch_size'),
     ],
@@ -124,10 +125,11 @@ def test_scaling():
     assert settle(cfg, 4) is None
 
 
-def test_the_config_may_ask_for_scaling():
+def test_the_config_may_ask_mmengine_for_scaling():
     cfg = make(auto_scale_lr=dict(enable=True, base_batch_size=16))
-    assert 'scaled by 2' in settle(cfg, 16)
-    assert cfg.optim_wrapper.optimizer.lr == 2e-4
+    assert 'MMEngine scales the learning rate' in settle(cfg, 16)
+    assert cfg.optim_wrapper.optimizer.lr == 1e-4
+    assert cfg.auto_scale_lr.enable
 
 
 def test_scaling_needs_the_recipes_batch_size():

@@ -6,17 +6,20 @@ import re
 import shutil
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.registry import DATASETS, DefaultScope
+from mmengine.evaluator import Evaluator
+from mmengine.registry import DefaultScope
+from mmengine.runner import Runner
 
 from mlla_mm.datasets.check_config import check_split
-from mlla_mm.engine import config as options
-from mlla_mm.engine.corrupt_images import CorruptImageError, check_images
-from mlla_mm.engine.loops import use_seeded_loop
+from mlla_mm.engine import options
+from mlla_mm.engine.corrupt_images import CorruptImageError
+from mlla_mm.engine.loops import CheckedTestLoop, CheckedValLoop
 from mlla_mm.engine.seeding import SAMPLE, Draw, SeededDataset
 
 from .. import bad_data
@@ -65,7 +68,7 @@ def seeded(scope, root, **options):
         return SeededDataset(dataset, **options)
 
 
-SKIP = 'skip_corrupt_images=True'
+SKIP = 'train_cfg.skip_corrupt_images=True'
 READ_ERRORS = {
     'truncated JPEG': ('images/1.jpg', truncate, 'is truncated'),
     'JPEG without its end': ('images/1.jpg', cut_end, 'is truncated'),
@@ -161,14 +164,6 @@ def test_corrupt_images_are_skipped_and_counted(masks):
     assert names_drawn(masks, workers=2) == (names, count)
 
 
-def test_other_training_loops_do_not_skip():
-    cfg = config(CLS)
-    cfg.merge_from_dict({'train_cfg.type': 'MyLoop', 'skip_corrupt_images': True})
-    with pytest.raises(ValueError) as caught:
-        use_seeded_loop(cfg)
-    assert_says(caught.value, 'skip_corrupt_images', "'MyLoop'", 'EpochBasedTrainLoop')
-
-
 def test_nothing_but_corrupt_images(masks):
     for path in masks.glob('images/*'):
         truncate(path)
@@ -196,15 +191,22 @@ EVALUATION_ERRORS = [
 
 
 def evaluated(scope, root, split='val'):
-    """The data set of an evaluation, as tools/train.py and tools/test.py build it."""
+    """The data set of an evaluation, as the loops that our configs name build it."""
     cfg = config(scope, root)
     if split == 'test':
         cfg.test_dataloader = cfg.val_dataloader
         options.enable_tta(cfg)
-    check_images(cfg, split)
-    check_images(cfg, split)  # as with the config of a work_dir
+    loader = dict(cfg[f'{split}_dataloader'], num_workers=0, persistent_workers=False)
+    runner = SimpleNamespace(
+        build_dataloader=Runner.build_dataloader,
+        visualizer=SimpleNamespace(),
+        _randomness_cfg={},
+        seed=0,
+    )
+    kind = CheckedTestLoop if split == 'test' else CheckedValLoop
     with DefaultScope.overwrite_default_scope(scope):
-        return DATASETS.build(cfg[f'{split}_dataloader'].dataset)
+        evaluator = Evaluator(dict(type='DumpResults', out_file_path='unused.pkl'))
+        return kind(runner, loader, evaluator).dataloader.dataset
 
 
 @pytest.mark.parametrize('case', range(len(EVALUATION_ERRORS)))

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from mmengine.config import Config
 from mmengine.model import BaseModel
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
@@ -14,7 +13,6 @@ from torch import nn
 
 from mlla_mm.datasets.digits import make_ade20k, make_coco, make_imagenet
 from mlla_mm.engine.hooks import DivergedError, StopOnInvalidLossHook
-from mlla_mm.engine.loops import use_seeded_loop
 
 from ..nano import NANO
 
@@ -50,24 +48,19 @@ def images(values):
 
 
 def make_runner(work_dir, values, micro_batches=1, batch_size=2, **options):
-    cfg = Config(
-        dict(
-            train_dataloader=dict(
-                batch_size=batch_size,
-                sampler=dict(type='DefaultSampler', shuffle=False),
-                dataset=None,
-            ),
-            train_cfg=dict(type='EpochBasedTrainLoop', max_epochs=1),
-        )
-    )
-    use_seeded_loop(cfg, micro_batches)
-    # A list is no config of a data set.
-    cfg.train_dataloader.dataset = images(values)
     return Runner(
         model=Model(),
         work_dir=str(work_dir),
-        train_dataloader=cfg.train_dataloader.to_dict(),
-        train_cfg=cfg.train_cfg.to_dict(),
+        train_dataloader=dict(
+            batch_size=batch_size,
+            sampler=dict(type='DefaultSampler', shuffle=False),
+            dataset=images(values),
+        ),
+        train_cfg=dict(
+            type='SeededEpochBasedTrainLoop',
+            max_epochs=1,
+            micro_batches=micro_batches,
+        ),
         optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.25)),
         param_scheduler=dict(type='ExponentialLR', gamma=0.5, by_epoch=False),
         custom_hooks=[dict(type='StopOnInvalidLossHook')],

@@ -43,8 +43,7 @@ CLASSIFICATION = {
 
 
 def mesa(start: float) -> dict:
-    hook = dict(type='MESAHook', decay=0.9, start=start)
-    return {'custom_hooks': [dict(type='SyncBuffersBeforeSaveHook'), hook]}
+    return {'default_hooks.mesa': dict(type='MESAHook', decay=0.9, start=start)}
 
 
 # Config, what differs from it, how its data are made, processes of the recipe and of
@@ -131,7 +130,7 @@ def runs(request, run_tool, once):
             {
                 'randomness.seed': 1,
                 'default_hooks.logger.interval': 1,
-                'custom_hooks': [*cfg.custom_hooks, dict(type='Recorder')],
+                'custom_hooks': [dict(type='Recorder')],
                 'custom_imports.imports': [
                     *cfg.custom_imports.imports,
                     __name__,

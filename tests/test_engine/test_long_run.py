@@ -80,11 +80,7 @@ val_dataloader = dict(batch_size=5, dataset=dict(data_root={data!r}))
 train_cfg = dict(max_epochs=50)
 param_scheduler = dict(end=50)
 custom_imports = dict(imports=['mlla_mm', 'mlla_mm.models.classifiers', 'probe'])
-custom_hooks = [
-    dict(type='SyncBuffersBeforeSaveHook'),
-    dict(type='MESAHook', decay=0.98),
-    dict(type='ProbeHook'),
-]
+custom_hooks = [dict(type='ProbeHook')]
 """
 
 WARM_UP = 1000

@@ -113,7 +113,10 @@ def test_random_numbers_are_those_of_as_many_processes(monkeypatch):
 @pytest.mark.parametrize(
     ('setting', 'updates', 'evaluations'),
     [
-        ({**EPOCHS, 'train_cfg': {'max_epochs': 3, 'val_interval': 2}}, 15, [10, 15]),
+        (
+            {**EPOCHS, 'train_cfg': dict(EPOCHS['train_cfg'], val_interval=2)},
+            *(15, [10, 15]),
+        ),
         (ITERATIONS, 13, [4, 8, 12, 13]),
     ],
 )

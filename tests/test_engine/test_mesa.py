@@ -93,9 +93,10 @@ def config(work_dir) -> Config:
     cfg.model.train_cfg = dict(
         augments=[dict(type='Mixup', alpha=0.8), dict(type='CutMix', alpha=1.0)]
     )
-    cfg.custom_hooks = [dict(type='MESAHook', decay=DECAY)]
+    cfg.default_hooks.mesa.decay = DECAY
     cfg.default_hooks.checkpoint = dict(type='CheckpointHook', interval=1)
-    cfg.train_cfg.max_epochs = EPOCHS
+    # Ours build their data loader from a config.
+    cfg.train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=EPOCHS)
     cfg.param_scheduler.end = EPOCHS
     cfg.optim_wrapper.optimizer.lr = RATE
     cfg.randomness = dict(seed=0)
@@ -256,7 +257,7 @@ def test_one_update_per_optimiser_step(tmp_path, accumulated, wrapper):
 @pytest.mark.parametrize('accumulated', [1, 4])
 def test_decay_follows_the_total_batch_size(tmp_path, accumulated):
     cfg = config(tmp_path)
-    cfg.custom_hooks = [dict(type='MESAHook')]
+    cfg.default_hooks.mesa = dict(type='MESAHook')
     cfg.optim_wrapper.accumulative_counts = accumulated
     cfg.train_cfg.max_epochs = cfg.param_scheduler.end = 2
     runner, _ = run(cfg)
@@ -278,7 +279,7 @@ def test_teacher_starts_at_a_quarter_and_leaves_at_the_end(tmp_path):
 
     cfg = config(tmp_path)
     cfg.train_cfg.max_epochs = cfg.param_scheduler.end = 7
-    cfg.custom_hooks.append(Seen())
+    cfg.custom_hooks = [Seen()]
     runner, _ = run(cfg)
     assert Seen.teaches == [False] * BATCHES + [True] * 6 * BATCHES
     runner.model.train()
@@ -295,7 +296,7 @@ def test_average_starts_at_loaded_weights(tmp_path):
     cfg = config(tmp_path / 'second')
     cfg.load_from = str(path)
     # So slow that the average stays where it starts.
-    cfg.custom_hooks = [dict(type='MESAHook', decay=1 - 1e-12)]
+    cfg.default_hooks.mesa.decay = 1 - 1e-12
     _, observer = run(cfg, stop_after=1)
     first = checkpoint(tmp_path / 'first', 2)
     assert_equal(observer.initial, first['state_dict'])
@@ -331,17 +332,6 @@ def test_bad_decay(kwargs):
         ModelEMA(nn.Linear(1, 1), **kwargs)
 
 
-def test_average_of_a_compiled_model_is_compiled():
-    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    ema = ModelEMA(model, 0.5)
-    assert ema.module[0]._compiled_call_impl is None
-    model[0].compile(backend='eager')
-    ema = ModelEMA(model, 0.5)
-    assert ema.module[0]._compiled_call_impl is not None
-    assert ema.module[1]._compiled_call_impl is None
-    assert list(ema.state_dict()) == list(model.state_dict())
-
-
 @pytest.fixture(scope='module')
 def digits_imagenet(tmp_path_factory):
     from mlla_mm.datasets.digits import make_imagenet
@@ -367,8 +357,8 @@ def test_two_processes(tmp_path, digits_imagenet, run_tool):
         'train_cfg.max_epochs=2',
         'param_scheduler.end=2',
         'param_scheduler.warmup=1',
-        'custom_hooks.1.decay=None',
-        'custom_hooks.1.start=0.5',
+        'default_hooks.mesa.decay=None',
+        'default_hooks.mesa.start=0.5',
         'optim_wrapper.accumulative_counts=2',
     ]
     result = run_tool(

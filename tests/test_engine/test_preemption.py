@@ -9,7 +9,6 @@ import time
 
 import pytest
 import torch
-from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
@@ -20,7 +19,6 @@ from torch.utils.data import DataLoader
 
 from mlla_mm.engine.hooks import Preempted
 from mlla_mm.engine.hooks.preemption import shield_workers
-from mlla_mm.engine.loops import use_seeded_loop
 from mlla_mm.engine.resume import newest_checkpoint
 
 UPDATES = 5
@@ -94,12 +92,12 @@ class Stopper(Hook):
 
 
 EPOCHS = dict(
-    train_cfg=dict(by_epoch=True, max_epochs=3),
+    train_cfg=dict(type='SeededEpochBasedTrainLoop', max_epochs=3),
     sampler=dict(type='DefaultSampler', shuffle=True),
     checkpoint=dict(interval=1, by_epoch=True),
 )
 ITERATIONS = dict(
-    train_cfg=dict(by_epoch=False, max_iters=13, val_interval=4),
+    train_cfg=dict(type='SeededIterBasedTrainLoop', max_iters=13, val_interval=4),
     sampler=dict(type='InfiniteSampler', shuffle=True),
     checkpoint=dict(interval=4, by_epoch=False, max_keep_ckpts=1),
 )
@@ -109,32 +107,19 @@ def train(folder, record, stopper=None, **setting):
     """Train for as long as nothing comes in between; what happened is written down."""
     number = setting.get('images', 2 * UPDATES)
     images = torch.rand(number, 2, generator=torch.Generator().manual_seed(0))
-    cfg = Config(
-        dict(
-            train_dataloader=dict(
-                batch_size=2,
-                sampler=setting['sampler'],
-                collate_fn=dict(type='default_collate'),
-                dataset=None,
-            ),
-            train_cfg=setting['train_cfg'],
-        )
-    )
-    use_seeded_loop(cfg)
-    # A list is no config of a data set.
     dataset = [dict(inputs=image) for image in images]
-    loader = dict(batch_size=2, dataset=dataset)
+    loader = dict(
+        batch_size=2, dataset=dataset, collate_fn=dict(type='default_collate')
+    )
     torch.manual_seed(0)
     newest = newest_checkpoint(folder)
     runner = Runner(
         Tiny(),
         str(folder),
-        train_dataloader={**cfg.train_dataloader.to_dict(), **loader},
-        train_cfg=cfg.train_cfg.to_dict(),
+        train_dataloader=dict(sampler=setting['sampler'], **loader),
+        train_cfg=setting['train_cfg'],
         val_dataloader=dict(
-            sampler=dict(type='DefaultSampler', shuffle=False),
-            collate_fn=dict(type='default_collate'),
-            **loader,
+            sampler=dict(type='DefaultSampler', shuffle=False), **loader
         ),
         val_cfg=dict(),
         val_evaluator=dict(type='MeanOutput'),
@@ -152,7 +137,7 @@ def train(folder, record, stopper=None, **setting):
             )
         ),  # fmt: skip
         custom_hooks=[
-            *cfg.custom_hooks,
+            dict(type='PreemptionHook'),
             *setting.get('hooks', []),
             Recorder(record),
             *([stopper] if stopper else []),
@@ -323,7 +308,7 @@ def test_the_message_names_the_checkpoint(tmp_path):
 
 
 def test_a_signal_in_the_last_update_lets_the_training_finish(tmp_path):
-    setting = {**EPOCHS, 'train_cfg': dict(by_epoch=True, max_epochs=3, val_begin=4)}
+    setting = {**EPOCHS, 'train_cfg': dict(EPOCHS['train_cfg'], val_begin=4)}
     train(tmp_path / 'work', [], Stopper(14), **setting)
     assert newest_checkpoint(tmp_path / 'work').name == 'epoch_3.pth'
 

@@ -80,7 +80,7 @@ def record(folder: Path, cfg: Config, total_batch: int, processes: int) -> List[
     """Train; returns for each update the records of the processes."""
     cfg.train_dataloader.batch_size = total_batch // processes
     cfg.custom_imports.imports.append('tests.recorder')
-    cfg.custom_hooks.append(dict(type='UpdateRecorder'))
+    cfg.custom_hooks = [dict(type='UpdateRecorder')]
     cfg.train_cfg.val_begin = 1000
     work_dir = run(folder, 'train.py', cfg, processes)
     count = len(list(work_dir.glob('update_*_0.pth')))
@@ -126,7 +126,7 @@ TASKS = {
         CLS,
         {
             'train_cfg.max_epochs': 5,
-            'custom_hooks.1': dict(type='MESAHook', decay=0.9, start=0.5),
+            'default_hooks.mesa': dict(decay=0.9, start=0.5),
         },
     ),
     # The losses of a detector are means over each process's own positives.
@@ -347,7 +347,7 @@ def test_validation_on_any_number_of_processes(evaluated, tmp_path, scope):
     )
     # It keeps the statistics of BatchNorm.
     cfg.custom_imports.imports.append('tests.recorder')
-    cfg.custom_hooks.append(dict(type='UpdateRecorder'))
+    cfg.custom_hooks = [dict(type='UpdateRecorder')]
     expected, *others = (
         validations(run(tmp_path / str(count), 'train.py', cfg, count))
         for count in COUNTS

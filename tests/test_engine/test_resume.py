@@ -9,7 +9,7 @@ import torch
 from mmengine.config import Config
 
 from mlla_mm.datasets.digits import make_imagenet
-from mlla_mm.engine import config as options
+from mlla_mm.engine import options
 from mlla_mm.engine.hooks import ResumedStateHook
 from mlla_mm.engine.resume import keep_sound_state, newest_checkpoint, seed_of
 from mlla_mm.utils.checkpoint_file import CheckpointError
@@ -137,7 +137,11 @@ def test_the_seed_is_the_interrupted_runs(tmp_path):
     save(tmp_path / 'iter_2.pth', seed=5)
     assert seed_of(tmp_path / 'iter_2.pth') == 5
     cfg = Config(
-        dict(work_dir=str(tmp_path), randomness=dict(seed=1, diff_rank_seed=True))
+        dict(
+            work_dir=str(tmp_path),
+            randomness=dict(seed=1, diff_rank_seed=True),
+            model=dict(),
+        )
     )
     options.set_resume(cfg, 'auto')
     assert cfg.resume and cfg.load_from == str(tmp_path / 'iter_2.pth')
@@ -145,7 +149,8 @@ def test_the_seed_is_the_interrupted_runs(tmp_path):
 
 
 def test_the_config_may_ask_to_resume(tmp_path, capsys):
-    asking = Config(dict(work_dir=str(tmp_path), resume=True, load_from=None))
+    asking = dict(work_dir=str(tmp_path), resume=True, load_from=None, model=dict())
+    asking = Config(asking)
     cfg = asking.copy()
     options.set_resume(cfg, None)
     assert not cfg.resume  # nothing there: a new run
@@ -197,7 +202,7 @@ def test_an_interrupted_run_of_epochs(run_tool, tmp_path):
             '--work-dir', tmp_path / folder, *arguments, '--cfg-options',
             *without_workers(data, 'train', 'val'), 'train_dataloader.batch_size=8',
             'model.backbone.drop_path_rate=0.2', 'param_scheduler.warmup=1',
-            f'train_cfg.max_epochs={epochs}', f'custom_hooks.1.start={1 / epochs}',
+            f'train_cfg.max_epochs={epochs}', f'default_hooks.mesa.start={1 / epochs}',
             f'train_dataloader.num_workers={workers}',
             f'train_dataloader.persistent_workers={workers > 0}',
         )  # fmt: skip

@@ -32,8 +32,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     from mmengine.logging import MMLogger
 
     from mlla_mm.engine import launch
-    from mlla_mm.engine.config import read_config
     from mlla_mm.engine.console import quiet
+    from mlla_mm.engine.options import read_config
     from mlla_mm.utils.peak_memory import measure_config
 
     quiet()

@@ -42,8 +42,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     from mlla_mm.datasets.check import CHECKS
     from mlla_mm.datasets.check_config import check_splits
     from mlla_mm.engine import launch
-    from mlla_mm.engine.config import read_config
     from mlla_mm.engine.console import quiet
+    from mlla_mm.engine.options import read_config
 
     quiet()
     with launch.exit_on_user_error():

@@ -1,7 +1,9 @@
 max_iters = 160000
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=16000)
-val_cfg = dict(type='ValLoop')
-test_cfg = dict(type='TestLoop')
+train_cfg = dict(
+    type='SeededIterBasedTrainLoop', max_iters=max_iters, val_interval=16000
+)
+val_cfg = dict(type='CheckedValLoop')
+test_cfg = dict(type='CheckedTestLoop')
 
 # The heads' norm layers are named bn, so they do decay, as in the recipe.
 optim_wrapper = dict(

@@ -1,7 +1,9 @@
 max_epochs = 300
-train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=1)
-val_cfg = dict(type='ValLoop')
-test_cfg = dict(type='TestLoop')
+train_cfg = dict(
+    type='SeededEpochBasedTrainLoop', max_epochs=max_epochs, val_interval=1
+)
+val_cfg = dict(type='CheckedValLoop')
+test_cfg = dict(type='CheckedTestLoop')
 
 optim_wrapper = dict(
     type='AmpOptimWrapper',

@@ -1,9 +1,11 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 from .check_weights import CheckWeightsHook
 from .checkpoint import WholeCheckpointHook
+from .compile_backbone import CompileBackboneHook
 from .invalid_loss import DivergedError, StopOnInvalidLossHook
 from .logger import MainProcessLoggerHook
 from .mesa import MESAHook, UseEMAWeightsHook
+from .no_hook import NoHook
 from .preemption import Preempted, PreemptionHook
 from .record_recipe import RecordRecipeHook
 from .record_run import RecordRunHook
@@ -13,9 +15,11 @@ from .zero import SaveZeroOptimizerHook
 
 __all__ = [
     'CheckWeightsHook',
+    'CompileBackboneHook',
     'DivergedError',
     'MESAHook',
     'MainProcessLoggerHook',
+    'NoHook',
     'Preempted',
     'PreemptionHook',
     'RecordRecipeHook',

@@ -2,6 +2,7 @@
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
+from ...compat.openmmlab import checkpoint_of
 from ...models.checkpoint_layout import check_fit, describe, find_weights
 from ..wrappers import unwrap
 
@@ -21,5 +22,5 @@ class CheckWeightsHook(Hook):
         own = unwrap(runner.model).state_dict()
         if describe(own) is None:
             return
-        source = runner._load_from or f'the newest checkpoint of {runner.work_dir}'
+        source = checkpoint_of(runner) or f'the newest checkpoint of {runner.work_dir}'
         check_fit(own, find_weights(checkpoint, source, ema=False), source)

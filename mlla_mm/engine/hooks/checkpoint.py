@@ -13,6 +13,7 @@ from mmengine.hooks import CheckpointHook
 from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 
+from ...compat.openmmlab import CheckpointHookSteps
 from ...utils.checkpoint_file import read_checkpoint_meta
 from ...utils.files import write_whole
 from ...utils.text import printable
@@ -76,7 +77,7 @@ def _leave(path: str) -> None:
 
 
 @HOOKS.register_module()
-class WholeCheckpointHook(CheckpointHook):
+class WholeCheckpointHook(CheckpointHookSteps):
     """MMEngine's hook, but a kill or a full disk costs no checkpoint.
 
     A checkpoint gets its name when it is complete, and an old one is removed after
@@ -131,14 +132,8 @@ class WholeCheckpointHook(CheckpointHook):
             and not os.path.islink(path)
         )
 
-    def _save_checkpoint_with_step(self, runner, step, meta) -> None:
-        with self._removals_last():
-            super()._save_checkpoint_with_step(runner, step, meta)
+    def saved_usual(self, runner) -> None:
         self._remove_preempted(runner)
-
-    def _save_best_checkpoint(self, runner, metrics) -> None:
-        with self._removals_last():
-            super()._save_best_checkpoint(runner, metrics)
 
     def after_train(self, runner) -> None:
         super().after_train(runner)
@@ -148,11 +143,9 @@ class WholeCheckpointHook(CheckpointHook):
             if read_checkpoint_meta(last).get('iter') == runner.iter:
                 self._remove_preempted(runner)
 
-    @master_only
-    def _publish_model(self, runner, ckpt_path: Optional[str]) -> None:
+    def publishes(self, path: Optional[str]) -> bool:
         # None if no model was better than none. A run that was moved may have left it.
-        if ckpt_path and self.is_own(ckpt_path) and self.file_backend.isfile(ckpt_path):
-            super()._publish_model(runner, ckpt_path)
+        return bool(path) and self.is_own(path) and self.file_backend.isfile(path)
 
     @master_only
     def _remove_preempted(self, runner) -> None:
@@ -160,7 +153,7 @@ class WholeCheckpointHook(CheckpointHook):
             _unlink(path)
 
     @contextmanager
-    def _removals_last(self) -> Iterator[None]:
+    def saving(self, runner) -> Iterator[None]:
         """Remove what is asked to be removed at the end, if all went well."""
         backend, removed = self.file_backend, []
         # A best checkpoint is followed by another of the usual ones.

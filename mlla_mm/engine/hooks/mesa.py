@@ -8,6 +8,7 @@ from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 from mmengine.runner.amp import autocast
 
+from ...compat.openmmlab import accumulated_batches
 from ...models.checkpoint_layout import EMA_KEY
 from ...utils.checkpoint_file import CheckpointError
 from ..ema import ModelEMA, recipe_decay
@@ -107,7 +108,7 @@ class MESAHook(Hook):
         total_batch_size = (
             runner.world_size
             * runner.train_dataloader.batch_sampler.batch_size
-            * runner.optim_wrapper._accumulative_counts
+            * accumulated_batches(runner.optim_wrapper)
         )
         decay = recipe_decay(total_batch_size)
         print_log(

@@ -25,8 +25,15 @@ from .mesa import MESAHook
 _BUFFERS_KEY = 'process_buffers'
 
 
-class Preempted(Exception):
-    """Training was stopped by SIGTERM; what was done so far is saved."""
+class Preempted(SystemExit):
+    """Training was stopped by SIGTERM; what was done so far is saved.
+
+    Where nobody catches it, the program ends with the status that a shell reports for
+    the signal, 143.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(128 + signal.SIGTERM)
 
 
 @HOOKS.register_module()
@@ -131,7 +138,7 @@ class PreemptionHook(Hook):
             f'Stopped by SIGTERM after update {runner.iter}: {saved}. Go on with '
             '--resume.'
         )
-        raise Preempted
+        raise Preempted()
 
     def _save(self, runner) -> Path:
         path = Path(runner.work_dir) / PREEMPTED_NAME.format(runner.iter)

@@ -8,6 +8,7 @@ from mmengine.hooks import Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS
 
+from ...compat.openmmlab import checkpoint_of, is_resumed
 from ...utils.files import write_whole
 from .mesa import UseEMAWeightsHook
 
@@ -41,13 +42,13 @@ class RecordRunHook(Hook):
             model = model.module
         loop = cfg.get('train_cfg') or {}
         by_epoch = 'max_iters' not in loop
-        checkpoint = runner._load_from
+        checkpoint = checkpoint_of(runner)
         return dict(
             # As MMEngine names the copy of a config that has no file.
             config=Path(cfg.filename or runner.timestamp).stem,
             unit='epoch' if by_epoch else 'iteration',
             length=loop.get('max_epochs' if by_epoch else 'max_iters'),
-            resumed=bool(runner._resume),
+            resumed=is_resumed(runner),
             checkpoint=Path(checkpoint).name if checkpoint else None,
             test_time_augmentation=isinstance(model, BaseTTAModel),
             averaged_weights=any(

@@ -2,6 +2,7 @@
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.registry import HOOKS
 
+from ...compat.openmmlab import checkpoint_of, is_resumed
 from ..resume import keep_own_names, keep_sound_state, require_resumable
 from .checkpoint import folder_of
 
@@ -21,9 +22,9 @@ class ResumedStateHook(Hook):
     priority = 'HIGHEST'
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
-        if not runner._resume:
+        if not is_resumed(runner):
             return
-        source = runner._load_from or f'the newest checkpoint of {runner.work_dir}'
+        source = checkpoint_of(runner) or f'the newest checkpoint of {runner.work_dir}'
         require_resumable(checkpoint, source)
         messages, meta = checkpoint['message_hub'], checkpoint['meta']
         # NumPy's integers may be of 8 bits, and 256 updates none.

@@ -2,11 +2,8 @@
 import math
 from typing import List, Optional
 
-from mmengine.optim.scheduler.param_scheduler import (
-    INF,
-    OptimizerType,
-    _ParamScheduler,
-)
+from mmengine.optim import _ParamScheduler
+from mmengine.optim.scheduler.param_scheduler import INF, OptimizerType
 from mmengine.registry import PARAM_SCHEDULERS
 
 

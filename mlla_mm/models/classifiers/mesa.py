@@ -8,6 +8,8 @@ from mmpretrain.models import ImageClassifier
 from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 
+from ...compat.openmmlab import classification_losses
+
 
 @MODELS.register_module()
 class MESAClassifier(ImageClassifier):
@@ -63,7 +65,7 @@ class MESAClassifier(ImageClassifier):
             dict[str, Tensor]: ``loss_ce`` and, with a teacher, ``loss_mesa``.
         """
         logits = self.head(self.extract_feat(inputs))
-        losses = self.head._get_loss(logits, data_samples)
+        losses = classification_losses(self.head, logits, data_samples)
         # MMEngine logs the sum of all losses as ``loss``.
         losses['loss_ce'] = losses.pop('loss')
         if self._teacher and self.mesa_weight:

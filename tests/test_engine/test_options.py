@@ -1,16 +1,15 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 import argparse
-import sys
+import copy
 
 import pytest
 import torch
 from mmengine.config import Config
-from yapf.yapflib import yapf_api
 
-from mlla_mm.engine import config as options
+from mlla_mm.engine import options
 from mlla_mm.utils.checkpoint_file import checkpoints_are_trusted, trust_checkpoints
 
-from ..processes import load_tool
+from ..processes import load_tool, run_tool
 
 
 def make(**more) -> Config:
@@ -32,20 +31,34 @@ def with_weights(path, **more) -> Config:
 
 def test_missing_weights_name_their_address(tmp_path):
     with pytest.raises(FileNotFoundError, match='cloud.tsinghua.edu.cn/f/0e5d0b14'):
-        options.check_pretrained(with_weights(tmp_path / 'MLLA_S.pth'))
+        options.require_pretrained(with_weights(tmp_path / 'MLLA_S.pth'))
     with pytest.raises(FileNotFoundError, match='init_cfg'):
-        options.check_pretrained(with_weights(tmp_path / 'mine.pth'))
+        options.require_pretrained(with_weights(tmp_path / 'mine.pth'))
     (tmp_path / 'mine.pth').touch()
-    options.check_pretrained(with_weights(tmp_path / 'mine.pth'))
+    options.require_pretrained(with_weights(tmp_path / 'mine.pth'))
 
 
 def test_a_resumed_run_does_without_the_pretrained_weights(tmp_path):
-    cfg = with_weights(tmp_path / 'MLLA_T.pth', resume=True, work_dir=str(tmp_path))
+    cfg = with_weights(tmp_path / 'MLLA_T.pth', work_dir=str(tmp_path))
+    options.set_resume(cfg, 'auto')  # there is no checkpoint
     with pytest.raises(FileNotFoundError):
-        options.check_pretrained(cfg)  # no checkpoint to resume from
-    torch.save({}, tmp_path / 'epoch_1.pth')
-    options.check_pretrained(cfg)
+        options.require_pretrained(cfg)
+    torch.save(dict(meta=dict(seed=3)), tmp_path / 'epoch_1.pth')
+    options.set_resume(cfg, 'auto')
     assert cfg.model.backbone.init_cfg is None
+    options.require_pretrained(cfg)
+
+
+def test_what_a_checkpoint_says_is_checked_whatever_the_config_names(tmp_path):
+    """A config of somebody else's may have MMEngine's hooks alone."""
+    torch.save(dict(meta=dict(seed=3)), tmp_path / 'epoch_1.pth')
+    hook = dict(type='ResumedStateHook')
+    cfg = make(work_dir=str(tmp_path))
+    options.set_resume(cfg, 'auto')
+    assert cfg.default_hooks == dict(resumed_state=hook)
+    cfg = make(work_dir=str(tmp_path), custom_hooks=[hook])
+    options.set_resume(cfg, 'auto')
+    assert options.hooks_of(cfg) == [hook]
 
 
 def test_tta_wraps_the_model_and_its_pipeline():
@@ -63,7 +76,10 @@ def test_tta_wraps_the_model_and_its_pipeline():
 def run_config(*words):
     parser = argparse.ArgumentParser()
     load_tool('tools/arguments.py').add_run_arguments(parser)
-    return options.read_run_config(parser.parse_args([str(word) for word in words]))
+    args = parser.parse_args([str(word) for word in words])
+    cfg = options.read_config(args.config)
+    options.apply_run_arguments(cfg, args)
+    return cfg
 
 
 def test_run_arguments(tmp_path):
@@ -81,28 +97,10 @@ def test_run_arguments(tmp_path):
         run_config(tmp_path / 'c.py')
 
 
-def test_a_hook_of_the_config_has_its_own_options(tmp_path):
+def test_checkpoints_are_not_trusted_by_default(tmp_path):
     path = tmp_path / 'a.py'
-    own = "dict(type='StopOnInvalidLossHook', max_skipped=9)"
-    path.write_text(f'custom_hooks = [{own}]')
-    hooks = run_config(path).custom_hooks
-    assert [hook.type for hook in hooks] == [
-        'StopOnInvalidLossHook',
-        'CheckWeightsHook',
-        'RecordRunHook',
-        'ResumedStateHook',
-    ]
-    assert hooks[0].max_skipped == 9
-
-
-def test_checkpoints_are_checked_and_not_trusted(tmp_path):
-    path = tmp_path / 'a.py'
-    path.write_text("custom_hooks = [dict(type='MyHook')]")
-    cfg = run_config(path)
-    assert [hook.type for hook in cfg.custom_hooks] == [
-        *('MyHook', 'CheckWeightsHook', 'RecordRunHook', 'ResumedStateHook'),
-        'StopOnInvalidLossHook',
-    ]
+    path.write_text('')
+    run_config(path)
     assert not checkpoints_are_trusted()
     try:
         run_config(path, '--trust-checkpoint')
@@ -114,6 +112,44 @@ def test_checkpoints_are_checked_and_not_trusted(tmp_path):
         assert checkpoints_are_trusted()
     finally:
         trust_checkpoints(False)
+
+
+def test_changes_of_a_config():
+    written = Config(dict(a=1, b=dict(c=[1, dict(d=2)], e='x'), f=[1, 2], g=None))
+    run = copy.deepcopy(written)
+    assert options.describe_changes(written, run) == []
+    run.merge_from_dict({'a': 2, 'b.e': 'y' * 200, 'h': dict(i=1)})
+    run.b.c[1].d = 3
+    run.b.c.append(4)
+    run.f = [1]
+    run.pop('g')
+    changes = options.describe_changes(written, run)
+    assert changes.pop(3).startswith("b.e: 'x' -> ")
+    assert changes == [
+        'a: 1 -> 2',
+        'b.c.1.d: 2 -> 3',
+        'b.c.2: - -> 4',
+        'f: [1, 2] -> [1]',
+        'g: None -> -',
+        "h: - -> {'i': 1}",
+    ]
+    assert written.a == 1
+
+
+def test_everything_of_ours_is_registered(tmp_path):
+    """Whatever a config imports."""
+    path = tmp_path / 'a.py'
+    path.write_text(
+        "default_scope = 'mmpretrain'\ncustom_imports = dict(imports=['re'])"
+    )
+    script = (
+        'from mlla_mm.engine.options import read_config\n'
+        'from mmengine.registry import MODELS\n'
+        f'read_config({str(path)!r})\n'
+        "assert 'MESAClassifier' in MODELS.module_dict"
+    )
+    pytest.importorskip('mmpretrain')
+    run_tool('python', '-c', script)
 
 
 @pytest.mark.parametrize(
@@ -151,34 +187,3 @@ def test_predictions_go_where_they_were_asked_to(tmp_path):
 def test_draw_results_needs_a_hook():
     with pytest.raises(ValueError, match='default_hooks.visualization'):
         options.draw_results(make(default_hooks=dict()), 'out')
-
-
-@pytest.mark.parametrize('compile', [True, dict(backend='eager')])
-def test_compile_means_the_backbone(compile):
-    cfg = Config(dict(model=dict(backbone=dict(type='MLLA')), compile=compile))
-    options.compile_backbone(cfg)
-    assert cfg.model.backbone.compile == compile
-    assert cfg.compile is False
-    cfg = Config(dict(model=dict(backbone=dict(type='ResNet')), compile=compile))
-    options.compile_backbone(cfg)
-    assert cfg.compile == compile
-    assert 'compile' not in cfg.model.backbone
-
-
-def test_a_config_is_laid_out_once(monkeypatch):
-    texts = []
-
-    def lay_out(text, **kwargs):
-        texts.append(text)
-        return f'{text}\n', True
-
-    for owner in (yapf_api, sys.modules['mmengine.config.config']):
-        if hasattr(owner, 'FormatCode'):
-            monkeypatch.setattr(owner, 'FormatCode', lay_out)
-    options.lay_out_configs_once()
-    options.lay_out_configs_once()
-    cfg = Config(dict(a=1))
-    assert cfg.pretty_text == cfg.pretty_text == f'{texts[0]}\n'
-    cfg.a = 2
-    assert cfg.pretty_text == f'{texts[1]}\n'
-    assert len(texts) == 2 and '2' in texts[1]

@@ -1,38 +1,52 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""Command-line choices applied to a config."""
+"""What the command line asks for, put into a config; and how configs are read."""
 
 import argparse
-import functools
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, List, Optional
 
 import torch
 from mmengine.config import Config, ConfigDict
-from yapf.yapflib import yapf_api
 
 from ..models.weights import require_weights
 from ..utils.checkpoint_file import trust_checkpoints
 from .resume import newest_checkpoint, seed_of
 
-# Hooks of every run.
-_ALWAYS = (
-    *('CheckWeightsHook', 'RecordRunHook', 'ResumedStateHook'),
-    'StopOnInvalidLossHook',
-)
+
+def read_config(path: str, options: Optional[dict] = None) -> Config:
+    """Read a config file and merge ``--cfg-options`` into it.
+
+    Everything of ours is registered then, whatever the config's ``custom_imports`` are:
+    the classifiers as well, if its default scope is mmpretrain.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'Config not found: {path}. See configs/ for ours.')
+    cfg = Config.fromfile(path)
+    if options:
+        cfg.merge_from_dict(options)
+    if cfg.get('default_scope') == 'mmpretrain':
+        import_module('mlla_mm.models.classifiers')
+    return cfg
 
 
-def read_run_config(args: argparse.Namespace) -> Config:
-    """Read the config of a run and apply the arguments that tools share.
+def apply_run_arguments(cfg: Config, args: argparse.Namespace) -> None:
+    """Apply the arguments that training and testing share.
 
     The work_dir is the command line's, else the config's, else work_dirs/CONFIG_NAME.
     The config's trust_checkpoint does what --trust-checkpoint does, for this process.
 
-    Raises:
-        FileNotFoundError: If there is no such config.
+    Args:
+        cfg (Config): The config as it was read; changed in place.
+        args (argparse.Namespace): The arguments.
     """
-    cfg = read_config(args.config, args.cfg_options)
+    if args.cfg_options:
+        cfg.merge_from_dict(args.cfg_options)
     cfg.launcher = args.launcher
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
@@ -43,67 +57,54 @@ def read_run_config(args: argparse.Namespace) -> Config:
     if args.trust_checkpoint:
         cfg.trust_checkpoint = True
     trust_checkpoints(cfg.get('trust_checkpoint', False))
-    hooks = list(cfg.get('custom_hooks') or [])
-    for kind in _ALWAYS:
-        # A config may have one with options of its own.
-        if all(hook.get('type') != kind for hook in hooks if isinstance(hook, dict)):
-            hooks.append(dict(type=kind))
-    cfg.custom_hooks = hooks
-    compile_backbone(cfg)
-    lay_out_configs_once()
-    return cfg
 
 
-def lay_out_configs_once() -> None:
-    """Let YAPF lay out a config's text once in this process.
-
-    It takes a second or more. MMEngine writes the text in four places when a run
-    starts, and in every checkpoint.
-    """
-    # mmengine 0.10.7 imports the function once, the fork whenever it calls it.
-    config = import_module('mmengine.config.config')
-    owner = config if hasattr(config, 'FormatCode') else yapf_api
-    lay_out = owner.FormatCode
-    if hasattr(lay_out, '__wrapped__'):
-        return
-    known = {}
-
-    @functools.wraps(lay_out)
-    def format_code(text: str, **options) -> tuple:
-        if text not in known:
-            known[text] = lay_out(text, **options)
-        return known[text]
-
-    owner.FormatCode = format_code
+def print_changes(written: Config, run: Config) -> None:
+    """Print :func:`describe_changes`, if there are any."""
+    changes = describe_changes(written, run)
+    if changes:
+        lines = [f'{run.filename}, changed by the command line:', *changes]
+        print('\n  '.join(lines), flush=True)
 
 
-def compile_backbone(cfg: Config) -> None:
-    """Let a config's ``compile`` mean our backbone alone.
-
-    MMEngine compiles the whole training step, in over a hundred graphs for Mask R-CNN.
-    With another backbone it keeps that meaning.
+def describe_changes(written: Config, run: Config) -> List[str]:
+    """What a run's config has otherwise than the file says.
 
     Args:
-        cfg (Config): The config of a run; changed in place.
+        written (Config): The config as it was read.
+        run (Config): The config that is run.
+
+    Returns:
+        list[str]: ``KEY: OLD -> NEW`` for each value that was changed, added or
+        removed, ``-`` being none; long ones are cut.
     """
-    backbone = cfg.get('model', {}).get('backbone') or {}
-    if cfg.get('compile') and backbone.get('type') == 'MLLA':
-        backbone['compile'] = cfg.compile
-        cfg.compile = False
+    return list(_changes(written.to_dict(), run.to_dict(), ''))
 
 
-def read_config(path: str, options: Optional[dict] = None) -> Config:
-    """Read a config file and merge ``--cfg-options`` into it.
+def _changes(written: Any, run: Any, key: str) -> Iterator[str]:
+    if isinstance(written, Mapping) and isinstance(run, Mapping):
+        keys = [*written, *(name for name in run if name not in written)]
+        pairs = [(n, written.get(n, _NOTHING), run.get(n, _NOTHING)) for n in keys]
+    elif _is_list(written) and _is_list(run) and len(written) <= len(run):
+        longer = [*written, *[_NOTHING] * (len(run) - len(written))]
+        pairs = [(i, *values) for i, values in enumerate(zip(longer, run))]
+    else:
+        if written != run:
+            yield f'{key}: {_shown(written)} -> {_shown(run)}'
+        return
+    for name, old, new in pairs:
+        yield from _changes(old, new, f'{key}.{name}' if key else str(name))
 
-    Raises:
-        FileNotFoundError: If there is no such file.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f'Config not found: {path}. See configs/ for ours.')
-    cfg = Config.fromfile(path)
-    if options:
-        cfg.merge_from_dict(options)
-    return cfg
+
+_NOTHING = object()
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _shown(value: Any) -> str:
+    return '-' if value is _NOTHING else textwrap.shorten(repr(value), 100)
 
 
 def as_list(value: Any) -> List[Any]:
@@ -111,6 +112,15 @@ def as_list(value: Any) -> List[Any]:
     if not value:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def hooks_of(cfg: Config) -> List[dict]:
+    """The configs of a run's hooks, those of ``default_hooks`` first."""
+    hooks = [
+        *(cfg.get('default_hooks') or {}).values(),
+        *as_list(cfg.get('custom_hooks')),
+    ]
+    return [hook for hook in hooks if hook]
 
 
 def enable_amp(cfg: Config) -> None:
@@ -147,8 +157,10 @@ def enable_tta(cfg: Config) -> None:
 def set_resume(cfg: Config, resume: Optional[str]) -> None:
     """Resume from a checkpoint, or from the newest whole one of the work_dir ('auto').
 
-    The run gets the seed of the run that it goes on with. A work_dir without a
-    checkpoint is that of a new run.
+    The run gets the seed of the run that it goes on with, and does without pretrained
+    weights: the checkpoint replaces them. What it may take over from the checkpoint,
+    ``ResumedStateHook`` decides in any case. A work_dir without a checkpoint is that of
+    a new run.
 
     Args:
         cfg (Config): The config of a training run; changed in place.
@@ -177,26 +189,22 @@ def set_resume(cfg: Config, resume: Optional[str]) -> None:
     cfg.load_from = str(resume)
     if Path(resume).is_file():
         cfg.randomness = dict(cfg.get('randomness', {}), seed=seed_of(resume))
+    for module in modules_with_pretrained(cfg.model):
+        module['init_cfg'] = None
+    if all(hook.get('type') != 'ResumedStateHook' for hook in hooks_of(cfg)):
+        cfg.setdefault('default_hooks', {})
+        cfg.default_hooks.resumed_state = dict(type='ResumedStateHook')
 
 
-def check_pretrained(cfg: Config) -> None:
+def require_pretrained(cfg: Config) -> None:
     """Ask for the pretrained weights before any data is loaded.
-
-    A run that resumes does without them: the checkpoint replaces every weight.
 
     Raises:
         FileNotFoundError: If a local file named by an ``init_cfg`` is missing; the
             message tells where to get it.
     """
-    resuming = cfg.get('resume') and (
-        cfg.get('load_from') or newest_checkpoint(cfg.work_dir)
-    )
     for module in modules_with_pretrained(cfg.model):
-        if '://' in module['init_cfg']['checkpoint']:
-            continue
-        if resuming:
-            module['init_cfg'] = None
-        else:
+        if '://' not in module['init_cfg']['checkpoint']:
             require_weights(module['init_cfg']['checkpoint'])
 
 

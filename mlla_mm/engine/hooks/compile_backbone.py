@@ -1,0 +1,67 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+from typing import Any, Dict, Optional
+
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from torch import nn
+
+from ...models import MLLA
+from ...utils.compat import require_compiler
+from ..compile import compile_backbone
+from .mesa import MESAHook
+
+
+@HOOKS.register_module()
+class CompileBackboneHook(Hook):
+    """Let a config's ``compile`` mean an MLLA backbone alone.
+
+    MMEngine compiles the whole training step, in over a hundred graphs for Mask R-CNN.
+    It still does with another backbone, where ``compile`` names a ``target``, and in
+    its FlexibleRunner, which compiles before any hook is called.
+    See :func:`mlla_mm.engine.compile.compile_backbone`.
+
+    The backbone of MESA's teacher is compiled too, in the same way. What MMEngine's
+    EMAHook keeps is no model that is called.
+
+    Raises:
+        ValueError: Before a run, if PyTorch is older than 2.2.
+    """
+
+    # After MESAHook has made its copy, which would be compiled or not by version.
+    priority = 'LOW'
+
+    def __init__(self) -> None:
+        self._written: Any = None
+
+    def before_run(self, runner) -> None:
+        written = runner.cfg.get('compile')
+        is_ours = any(isinstance(module, MLLA) for module in runner.model.modules())
+        is_flexible = not isinstance(runner, Runner)
+        if not written or not is_ours or is_flexible or 'target' in _options(written):
+            return
+        require_compiler('compile')
+        self._written = written
+        runner.cfg.compile = False  # MMEngine reads it before the loop starts
+
+    def before_train(self, runner) -> None:
+        averages = [x.ema.module for x in runner.hooks if isinstance(x, MESAHook)]
+        self._compile(runner, *averages)
+
+    def before_val(self, runner) -> None:
+        self._compile(runner)
+
+    def before_test(self, runner) -> None:
+        self._compile(runner)
+
+    def _compile(self, runner, *averages: nn.Module) -> None:
+        if self._written is None:
+            return
+        for model in (runner.model, *averages):
+            compile_backbone(model, **_options(self._written))
+        # A checkpoint tells of the config as it was written.
+        runner.cfg.compile, self._written = self._written, None
+
+
+def _options(written: Optional[Any]) -> Dict[str, Any]:
+    return dict(written) if isinstance(written, dict) else {}
