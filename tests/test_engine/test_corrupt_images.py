@@ -6,20 +6,17 @@ import re
 import shutil
 from functools import lru_cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.evaluator import Evaluator
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 
 from mlla_mm.datasets.check_config import check_split
 from mlla_mm.engine import options
 from mlla_mm.engine.corrupt_images import CorruptImageError
-from mlla_mm.engine.loops import CheckedTestLoop, CheckedValLoop
 from mlla_mm.engine.seeding import SAMPLE, Draw, SeededDataset
 
 from .. import bad_data
@@ -197,16 +194,18 @@ def evaluated(scope, root, split='val'):
         cfg.test_dataloader = cfg.val_dataloader
         options.enable_tta(cfg)
     loader = dict(cfg[f'{split}_dataloader'], num_workers=0, persistent_workers=False)
-    runner = SimpleNamespace(
-        build_dataloader=Runner.build_dataloader,
-        visualizer=SimpleNamespace(),
-        _randomness_cfg={},
-        seed=0,
+    runner = Runner(
+        torch.nn.Identity(),
+        str(root / 'work'),
+        **{
+            f'{split}_dataloader': loader,
+            f'{split}_cfg': dict(type=f'Checked{split.capitalize()}Loop'),
+            f'{split}_evaluator': dict(type='DumpResults', out_file_path='no.pkl'),
+        },
+        default_scope=scope,
+        experiment_name=str(root),
     )
-    kind = CheckedTestLoop if split == 'test' else CheckedValLoop
-    with DefaultScope.overwrite_default_scope(scope):
-        evaluator = Evaluator(dict(type='DumpResults', out_file_path='unused.pkl'))
-        return kind(runner, loader, evaluator).dataloader.dataset
+    return getattr(runner, f'{split}_dataloader').dataset
 
 
 @pytest.mark.parametrize('case', range(len(EVALUATION_ERRORS)))
