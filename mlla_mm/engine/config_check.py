@@ -73,6 +73,11 @@ _ALWAYS_BUILT = (
     'optim_wrapper.type',
     'optim_wrapper.optimizer.type',
 )
+# The default hooks that None switches off.
+_OF_MMENGINE = (
+    *('runtime_info', 'timer', 'sampler_seed', 'logger', 'param_scheduler'),
+    'checkpoint',
+)
 # How alike two names are, from 0 to 1, if one is meant for the other; less if it is
 # sure that the one is wrong.
 _ALIKE, _SIMILAR = 0.85, 0.6
@@ -85,8 +90,10 @@ _NECKS = ('FPN', 'PAFPN', 'BFP', 'ChannelMapper', 'NASFPN', 'FPN_CARAFE')
 def check_config(cfg: Config) -> None:
     """Look for mistakes in the config of a run.
 
-    Types that no registry has, although one has a similar name; arguments of MLLA;
-    channels between the backbone and what follows; numbers of classes.
+    Keys that have another place, and hooks that are switched off in a way that MMEngine
+    does not know; types that no registry has, although one has a similar name;
+    arguments of MLLA; channels between the backbone and what follows; numbers of
+    classes.
 
     Args:
         cfg (Config): The config, whose ``custom_imports`` have been imported.
@@ -94,6 +101,7 @@ def check_config(cfg: Config) -> None:
     Raises:
         ValueError: Names the first mistake by its key in the config, and what is right.
     """
+    _check_places(cfg)
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmengine')):
         for key, registries in _REGISTRIES.items():
             _check_types(cfg.get(key), key, registries)
@@ -104,6 +112,20 @@ def check_config(cfg: Config) -> None:
             _check_channels(model)
             for split in ('train', 'val', 'test'):
                 _check_classes(model, cfg.get(f'{split}_dataloader'), split)
+
+
+def _check_places(cfg: Config) -> None:
+    if 'skip_corrupt_images' in cfg:
+        raise ValueError(
+            'skip_corrupt_images is an argument of the training loop: write '
+            'train_cfg = dict(skip_corrupt_images=True).'
+        )
+    for name, hook in (cfg.get('default_hooks') or {}).items():
+        if hook is None and name not in _OF_MMENGINE:
+            raise ValueError(
+                f'default_hooks.{name} is None, which switches off hooks of MMEngine '
+                f"alone: write default_hooks = dict({name}=dict(type='NoHook'))."
+            )
 
 
 def require_work_dir(cfg: Config) -> None:

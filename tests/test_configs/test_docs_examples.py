@@ -29,6 +29,7 @@ EXAMPLES = {
 }
 # In a clone of mmdetection.
 CLONE = 'configs/mlla/retinanet_mlla-t_fpn_1x_coco.py'
+RELIABLE = 'configs/mlla/retinanet_mlla-t_fpn_1x_coco_reliable.py'
 SCOPES = dict(detection='mmdet', segmentation='mmseg', classification='mmpretrain')
 
 
@@ -38,7 +39,7 @@ def clone(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp('clone')
     shutil.copytree(ROOT / 'configs', root / 'configs')
     for path, code in EXAMPLES.items():
-        if path != CLONE:
+        if path not in (CLONE, RELIABLE):
             assert not (root / path).exists(), path
             (root / path).write_text(code)
     return root
@@ -62,7 +63,7 @@ def read(clone, request):
     return read_config
 
 
-seen = {CLONE}
+seen = {CLONE, RELIABLE}
 
 
 def small(steps: Any) -> None:
@@ -214,7 +215,8 @@ def test_in_a_clone_of_mmdetection(tmp_path, request):
         (tmp_path / 'configs').mkdir(exist_ok=True)
         (tmp_path / 'configs' / folder).symlink_to(theirs / folder)
     (tmp_path / CLONE).parent.mkdir()
-    (tmp_path / CLONE).write_text(EXAMPLES[CLONE])
+    for path in (CLONE, RELIABLE):
+        (tmp_path / path).write_text(EXAMPLES[path])
     DefaultScope.get_instance(request.node.name, scope_name='mmdet')
     cfg = Config.fromfile(tmp_path / CLONE)
     # Their tools know MLLA by it.
@@ -223,6 +225,10 @@ def test_in_a_clone_of_mmdetection(tmp_path, request):
     for key in ('optim_wrapper', 'param_scheduler', 'train_dataloader'):
         assert cfg[key] == base[key]
     assert cfg.model.bbox_head == base.model.bbox_head
+    reliable = Config.fromfile(tmp_path / RELIABLE)
+    ours = Config.fromfile(ROOT / 'configs/detection/mask-rcnn_mlla-t_fpn_1x_coco.py')
+    for key in ('train_cfg', 'val_cfg', 'test_cfg', 'default_hooks'):
+        assert reliable[key] == ours[key]
     model = MODELS.build(cfg.model).eval()
     assert model.backbone.state_dict().keys() == MLLA('tiny').state_dict().keys()
     with torch.no_grad():

@@ -3,7 +3,9 @@ import os
 import re
 
 import pytest
+import torch
 from mmengine.config import Config
+from mmengine.runner import Runner
 
 from mlla_mm.engine.config_check import check_config, require_work_dir
 
@@ -82,6 +84,11 @@ CONFIG_ERRORS = [
      ['model.backbone', 'at least 0 and below 1', 'got -0.1']),
     (DET, {'model.backbone.arch.num_heads': (3, 2, 4, 8)},
      ['model.backbone', 'num_heads[0] = 3', '32 channels']),
+    # Keys that have another place, and hooks.
+    (SEG, {'skip_corrupt_images': True},
+     ['skip_corrupt_images', 'train_cfg = dict(skip_corrupt_images=True)']),
+    (SEG, {'default_hooks.invalid_loss': None},
+     ['default_hooks.invalid_loss is None', "dict(type='NoHook')"]),
 ]  # fmt: skip
 
 
@@ -92,6 +99,28 @@ def test_configs(scope, changes, words):
     with pytest.raises(ValueError) as caught:
         check_config(cfg)
     assert_says(caught.value, *words)
+
+
+def test_hooks_are_switched_off(tmp_path):
+    """MMEngine's by None, all of them by NoHook; what is left is registered."""
+    cfg = config(SEG)
+    left = set(cfg.default_hooks) - {'timer', 'preemption', 'checkpoint'}
+    # As a config does that inherits: other arguments stay.
+    off = dict(type='NoHook')
+    hooks = dict(timer=None, preemption=off, checkpoint=off)
+    cfg = Config(Config._merge_a_into_b(dict(default_hooks=hooks), cfg.to_dict()))
+    assert cfg.default_hooks.checkpoint.interval
+    check_config(cfg)
+    runner = Runner(
+        torch.nn.Identity(),
+        str(tmp_path),
+        default_hooks=cfg.default_hooks,
+        default_scope='mmseg',
+        experiment_name=tmp_path.name,
+    )
+    kinds = {type(hook).__name__ for hook in runner.hooks}
+    assert {cfg.default_hooks[name].type for name in left} <= kinds
+    assert not kinds & {'IterTimerHook', 'PreemptionHook', 'WholeCheckpointHook'}
 
 
 @pytest.mark.parametrize(

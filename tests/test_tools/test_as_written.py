@@ -123,8 +123,8 @@ custom_hooks = [dict(type='StopHook')]
 
 
 @pytest.mark.slow
-def test_their_tool_saves_at_sigterm_too(tmp_path):
-    """And its exit status tells it."""
+def test_their_tool_saves_at_sigterm_and_resumes(tmp_path):
+    """Its exit status tells it, and the end is that of a run in one go."""
     pytest.importorskip('mmseg')
     config = write(tmp_path, 'mmseg', STOP)
     tool = tmp_path / 'train.py'
@@ -133,6 +133,17 @@ def test_their_tool_saves_at_sigterm_too(tmp_path):
         f'import runpy, sys; sys.path.insert(0, {str(ROOT)!r})\n'
         f"runpy.run_path({str(theirs('mmseg')[0])!r}, run_name='__main__')"
     )
-    done = train([tool], config, tmp_path / 'work')
+    parts, whole = tmp_path / 'parts', tmp_path / 'whole'
+    done = train([tool], config, parts)
     assert done.returncode == 128 + signal.SIGTERM, done.stdout
-    assert (tmp_path / 'work' / 'preempted_iter_2.pth').is_file()
+    # The signal came at the begin of the second update.
+    assert (parts / 'preempted_iter_2.pth').is_file()
+    done = train([tool, '--resume'], config, parts)
+    assert done.returncode == 0, done.stdout
+    train(['tools/train.py'], write(tmp_path, 'mmseg'), whole)
+    ends = [
+        torch.load(x / f'iter_{UPDATES}.pth', weights_only=False)['state_dict']
+        for x in (parts, whole)
+    ]
+    for key, value in ends[1].items():
+        assert torch.equal(ends[0][key], value), key

@@ -83,11 +83,10 @@ class WholeCheckpointHook(CheckpointHookSteps):
     A checkpoint gets its name when it is complete, and an old one is removed after
     that, as are those of :class:`PreemptionHook`; MMEngine removes it before it begins
     to write. Whatever a resumed checkpoint says, what is removed and published are
-    checkpoints of this run: files in its folder, no links and no folders, with names as
-    :func:`mlla_mm.engine.resume.checkpoint_names` has them.
+    checkpoints of this run: files in its folder, no links and no folders, named as this
+    hook names them.
 
-    Args:
-        *args, **kwargs: As :class:`mmengine.hooks.CheckpointHook` takes them.
+    Args: Those of :class:`mmengine.hooks.CheckpointHook`.
     """
 
     def __init__(self, *args, **kwargs) -> None:

@@ -48,7 +48,8 @@ class PreemptionHook(Hook):
     nothing, and one that finds no update or validation left to do lets the training
     finish.
 
-    For the loops of :mod:`mlla_mm.engine.loops`.
+    Runs of :class:`mlla_mm.engine.loops.SeededEpochBasedTrainLoop` and its like go on
+    as if nothing had been; MMEngine's loops go on from the checkpoint.
 
     Raises:
         Preempted: In training, on all processes, once the checkpoint is there.

@@ -12,7 +12,7 @@ class ResumedStateHook(Hook):
     """Take over from a resumed checkpoint what is this run's business.
 
     MMEngine believes what a checkpoint says of its run: how far it has come, and which
-    files it has saved, some to be removed later. See :mod:`mlla_mm.engine.resume`.
+    files it has saved, some to be removed later.
 
     Raises:
         CheckpointError: If a run cannot go on from the checkpoint.
