@@ -8,6 +8,7 @@ MMEngine's does, so configs merge as ever, and wraps what it needs around it.
 
 import copy
 import logging
+import signal
 from itertools import count
 from typing import Any, Dict, List, Sequence, Tuple
 
@@ -27,7 +28,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..compat.openmmlab import TrainLoopCounters, count_in_micro_batches
 from .corrupt_images import SkippedImagesHook
-from .hooks.preemption import shield_workers
+from .hooks.preemption import Preempted, handle_sigterm, shield_workers
 from .seeding import UPDATE, seed_generators
 
 
@@ -72,14 +73,25 @@ class SeededTrainLoop(TrainLoopCounters):
         if skip_corrupt_images:
             runner.register_hook(SkippedImagesHook())
 
-    def _begin(self) -> None:
-        """What comes before the first update, a validation that was cut off as well."""
+    def run(self) -> nn.Module:
+        """Train, after a validation that was cut off; returns the model."""
         runner = self.runner
         self._count_micro_batches()
-        runner.call_hook('before_train')
-        due = runner.message_hub.pop_info('validation_due', False)
-        if due and runner.val_loop is not None:
-            runner.val_loop.run()
+        handler = signal.getsignal(signal.SIGTERM)
+        try:
+            runner.call_hook('before_train')
+            due = runner.message_hub.pop_info('validation_due', False)
+            if due and runner.val_loop is not None:
+                runner.val_loop.run()
+            self._train()
+            runner.call_hook('after_train')
+        except Preempted:
+            raise  # to the end of the program, where further signals change nothing
+        except BaseException:
+            # A program that goes on is to end at SIGTERM as it did before.
+            handle_sigterm(handler)
+            raise
+        return runner.model
 
     def _count_micro_batches(self) -> None:
         """Count in micro-batches inside the optimiser wrapper alone.
@@ -126,16 +138,13 @@ class SeededEpochBasedTrainLoop(SeededTrainLoop, EpochBasedTrainLoop):
         :class:`mmengine.runner.EpochBasedTrainLoop`.
     """
 
-    def run(self) -> nn.Module:
-        self._begin()
+    def _train(self) -> None:
         runner = self.runner
         while self.epoch < self.max_epochs and not self.stop_training:
             self.run_epoch()
             self.update_val_interval()
             if self._validates_now():
                 runner.val_loop.run()
-        runner.call_hook('after_train')
-        return runner.model
 
     def run_epoch(self) -> None:
         runner = self.runner
@@ -186,8 +195,7 @@ class SeededIterBasedTrainLoop(SeededTrainLoop, IterBasedTrainLoop):
         :class:`mmengine.runner.IterBasedTrainLoop`.
     """
 
-    def run(self) -> nn.Module:
-        self._begin()
+    def _train(self) -> None:
         runner = self.runner
         runner.call_hook('before_train_epoch')
         if self.iter > 0:
@@ -199,8 +207,6 @@ class SeededIterBasedTrainLoop(SeededTrainLoop, IterBasedTrainLoop):
             if self._validates_now():
                 runner.val_loop.run()
         runner.call_hook('after_train_epoch')
-        runner.call_hook('after_train')
-        return runner.model
 
     def run_iter(self, data_batch: List[Any]) -> None:
         self._update(self.iter, data_batch)

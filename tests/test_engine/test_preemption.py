@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import time
+from threading import Thread
 
 import pytest
 import torch
@@ -311,6 +312,28 @@ def test_a_signal_in_the_last_update_lets_the_training_finish(tmp_path):
     setting = {**EPOCHS, 'train_cfg': dict(EPOCHS['train_cfg'], val_begin=4)}
     train(tmp_path / 'work', [], Stopper(14), **setting)
     assert newest_checkpoint(tmp_path / 'work').name == 'epoch_3.pth'
+
+
+@pytest.mark.parametrize('setting', [EPOCHS, ITERATIONS], ids=['epochs', 'iterations'])
+def test_a_training_that_fails_leaves_the_signal_as_it_was(tmp_path, setting):
+    class Failure(Hook):
+        def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+            assert signal.getsignal(signal.SIGTERM) is not before
+            raise KeyError('mine')
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyError, match='mine'):
+        train(tmp_path, [], Failure(), **setting)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_training_in_another_thread(tmp_path):
+    """Python lets the main thread alone handle signals."""
+    record = []
+    thread = Thread(target=train, args=(tmp_path, record), kwargs=EPOCHS)
+    thread.start()
+    thread.join()
+    assert ('end of epoch', 2, 15) in record
 
 
 def test_an_epoch_of_another_length_begins_anew(tmp_path):

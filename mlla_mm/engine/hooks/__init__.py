@@ -2,6 +2,7 @@
 from .check_weights import CheckWeightsHook
 from .checkpoint import WholeCheckpointHook
 from .compile_backbone import CompileBackboneHook
+from .fuse_conv_bn import FuseConvBNHook
 from .invalid_loss import DivergedError, StopOnInvalidLossHook
 from .logger import MainProcessLoggerHook
 from .mesa import MESAHook, UseEMAWeightsHook
@@ -17,6 +18,7 @@ __all__ = [
     'CheckWeightsHook',
     'CompileBackboneHook',
     'DivergedError',
+    'FuseConvBNHook',
     'MESAHook',
     'MainProcessLoggerHook',
     'NoHook',

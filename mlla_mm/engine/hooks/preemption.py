@@ -4,7 +4,7 @@
 import os
 import signal
 from pathlib import Path
-from threading import Thread
+from threading import Thread, current_thread, main_thread
 from typing import Any, List, NoReturn, Optional
 
 import torch
@@ -46,7 +46,7 @@ class PreemptionHook(Hook):
     resumed run ends as if it had not been stopped. The file goes when the next ordinary
     checkpoint is there (see :class:`WholeCheckpointHook`). Further signals change
     nothing, and one that finds no update or validation left to do lets the training
-    finish.
+    finish. In a thread that is not the main one a program ends at SIGTERM as ever.
 
     Runs of :class:`mlla_mm.engine.loops.SeededEpochBasedTrainLoop` and its like go on
     as if nothing had been; MMEngine's loops go on from the checkpoint.
@@ -73,7 +73,7 @@ class PreemptionHook(Hook):
         self._told = False
         self._first_iter = runner.iter
         self._training = True
-        self._previous_handler = signal.signal(signal.SIGTERM, self._take_note)
+        self._previous_handler = handle_sigterm(self._take_note)
 
     # Not before_train: averages of weights are made there.
     def before_train_epoch(self, runner) -> None:
@@ -120,7 +120,7 @@ class PreemptionHook(Hook):
 
     def after_train(self, runner) -> None:
         self._training = False
-        signal.signal(signal.SIGTERM, self._previous_handler)
+        handle_sigterm(self._previous_handler)
 
     def _take_note(self, number: int, frame: Any) -> None:
         self._told = True
@@ -161,6 +161,17 @@ class PreemptionHook(Hook):
             # For MMEngine's own way to resume.
             write_whole(path.with_name('last_checkpoint'), str(path).encode())
         return path
+
+
+def handle_sigterm(handler: Any) -> Any:
+    """Let a function or ``signal.SIG_DFL`` handle SIGTERM; returns what did before.
+
+    Only the main thread may, so in another one nothing changes; nor does it for None,
+    which stands for a handler that is not Python's.
+    """
+    if current_thread() is not main_thread() or handler is None:
+        return signal.getsignal(signal.SIGTERM)
+    return signal.signal(signal.SIGTERM, handler)
 
 
 def shield_workers() -> None:
