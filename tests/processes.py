@@ -200,9 +200,16 @@ def _log():
 
 
 def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(('', 0))
-        return free.getsockname()[1]
+    """A port that nobody has, below those that the system gives to connections.
+
+    A process that tries to connect to one of those before the other listens there may
+    get it itself, and then is connected to itself.
+    """
+    while True:
+        port = random.SystemRandom().randrange(20000, 32768)
+        with socket.socket() as free, suppress(OSError):
+            free.bind(('', port))
+            return port
 
 
 def listening(pid: int) -> set:
