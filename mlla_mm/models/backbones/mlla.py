@@ -1,7 +1,6 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 from collections.abc import Sequence
-from math import inf
-from typing import Dict, List, Optional, Tuple, Union
+from typing import List, Optional, Tuple, Union
 
 import torch
 from mmengine.model import BaseModule
@@ -10,6 +9,16 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from ...arch import (
+    ARCH_ZOO,
+    NUM_STAGES,
+    check_flags,
+    check_int,
+    check_mlp_ratio,
+    check_rate,
+    parse_arch,
+    parse_out_indices,
+)
 from ...ops.tracing import is_tracing
 from ...utils.allocator import keep_freed_memory
 from ...utils.compat import require_compiler
@@ -117,21 +126,8 @@ class MLLA(BaseModule):
         [(1, 64, 56, 56), (1, 128, 28, 28), (1, 256, 14, 14), (1, 512, 7, 7)]
     """
 
-    arch_zoo: Dict[str, dict] = {
-        **dict.fromkeys(
-            ['t', 'tiny'],
-            dict(embed_dims=64, depths=(2, 4, 8, 4), num_heads=(2, 4, 8, 16)),
-        ),
-        **dict.fromkeys(
-            ['s', 'small'],
-            dict(embed_dims=64, depths=(3, 6, 21, 6), num_heads=(2, 4, 8, 16)),
-        ),
-        **dict.fromkeys(
-            ['b', 'base'],
-            dict(embed_dims=96, depths=(3, 6, 21, 6), num_heads=(3, 6, 12, 24)),
-        ),
-    }
-    num_stages = 4
+    arch_zoo = ARCH_ZOO
+    num_stages = NUM_STAGES
 
     def __init__(
         self,
@@ -149,22 +145,18 @@ class MLLA(BaseModule):
         init_cfg: Optional[Union[dict, List[dict]]] = None,
     ) -> None:
         super().__init__(init_cfg=init_cfg)
-        embed_dims, depths, num_heads = self._parse_arch(arch)
-        _check_int('in_channels', in_channels, 1)
-        _check_int('frozen_stages', frozen_stages, -1, self.num_stages)
-        _check_rate('drop_rate', drop_rate)
-        _check_rate('drop_path_rate', drop_path_rate)
-        if not _is_number(mlp_ratio) or not 1 <= embed_dims * mlp_ratio < inf:
-            raise ValueError(
-                'mlp_ratio must be a number that gives the MLPs at least one hidden '
-                f'channel, got {mlp_ratio!r}.'
-            )
-        _check_flags(qkv_bias=qkv_bias, norm_eval=norm_eval, with_cp=with_cp)
+        embed_dims, depths, num_heads = parse_arch(arch, self.arch_zoo)
+        check_int('in_channels', in_channels, 1)
+        check_int('frozen_stages', frozen_stages, -1, NUM_STAGES)
+        check_rate('drop_rate', drop_rate)
+        check_rate('drop_path_rate', drop_path_rate)
+        check_mlp_ratio(mlp_ratio, embed_dims)
+        check_flags(qkv_bias=qkv_bias, norm_eval=norm_eval, with_cp=with_cp)
         self.in_channels = in_channels
-        self.out_indices = self._parse_out_indices(out_indices)
+        self.out_indices = parse_out_indices(out_indices)
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
-        self.num_features = [embed_dims * 2**i for i in range(self.num_stages)]
+        self.num_features = [embed_dims * 2**i for i in range(NUM_STAGES)]
 
         self.patch_embed = Stem(in_channels, embed_dims, drop_rate)
         rates = torch.linspace(0, drop_path_rate, sum(depths), dtype=torch.float64)
@@ -174,13 +166,13 @@ class MLLA(BaseModule):
                 self.num_features[i],
                 num_heads[i],
                 drop_path_rates=rates[i].tolist(),
-                downsample=i < self.num_stages - 1,
+                downsample=i < NUM_STAGES - 1,
                 with_cp=with_cp,
                 mlp_ratio=mlp_ratio,
                 qkv_bias=qkv_bias,
                 drop_rate=drop_rate,
             )
-            for i in range(self.num_stages)
+            for i in range(NUM_STAGES)
         )
         for i in self.out_indices:
             self.add_module(f'norm{i}', LayerNorm(self.num_features[i]))
@@ -323,63 +315,9 @@ class MLLA(BaseModule):
     def _freeze_unused(self) -> None:
         """Spare DistributedDataParallel parameters that never get a gradient."""
         last = self.out_indices[-1]
-        if last < self.num_stages - 1:
+        if last < NUM_STAGES - 1:
             self.layers[last].downsample.requires_grad_(False)
             self.layers[last + 1 :].requires_grad_(False)
-
-    @classmethod
-    def _parse_arch(
-        cls, arch: Union[str, dict]
-    ) -> Tuple[int, Tuple[int, ...], Tuple[int, ...]]:
-        if isinstance(arch, str):
-            if arch.lower() not in cls.arch_zoo:
-                raise ValueError(
-                    f"Unknown arch '{arch}': choose from {sorted(cls.arch_zoo)}, or "
-                    'give a dict with embed_dims, depths and num_heads.'
-                )
-            arch = cls.arch_zoo[arch.lower()]
-        keys = {'embed_dims', 'depths', 'num_heads'}
-        if not isinstance(arch, dict) or set(arch) != keys:
-            raise ValueError(
-                'arch must be a name or a dict with exactly the keys embed_dims, '
-                f'depths and num_heads, got {arch!r}.'
-            )
-        embed_dims = arch['embed_dims']
-        if not _is_int(embed_dims) or embed_dims < 4 or embed_dims % 4:
-            raise ValueError(
-                'embed_dims must be a positive multiple of 4 (the rotary embedding '
-                f'pairs channels on two axes), got {embed_dims!r}.'
-            )
-        for key in ('depths', 'num_heads'):
-            values = arch[key]
-            if not _is_int_sequence(values) or len(values) != cls.num_stages:
-                raise ValueError(f'{key} must be four ints, got {values!r}.')
-            if min(values) < 1:
-                raise ValueError(f'{key} must be positive, got {values!r}.')
-        for i, heads in enumerate(arch['num_heads']):
-            if embed_dims * 2**i % heads:
-                raise ValueError(
-                    f'num_heads[{i}] = {heads} does not divide the '
-                    f'{embed_dims * 2**i} channels of stage {i}.'
-                )
-        return embed_dims, tuple(arch['depths']), tuple(arch['num_heads'])
-
-    @classmethod
-    def _parse_out_indices(
-        cls, out_indices: Union[int, Sequence[int]]
-    ) -> Tuple[int, ...]:
-        indices = [out_indices] if _is_int(out_indices) else out_indices
-        if not _is_int_sequence(indices) or not indices:
-            raise ValueError(f'out_indices must be one or more ints, got {indices!r}.')
-        if not all(-cls.num_stages <= i < cls.num_stages for i in indices):
-            raise ValueError(
-                f'out_indices must lie between 0 and {cls.num_stages - 1}, or '
-                f'-{cls.num_stages} and -1, got {indices!r}.'
-            )
-        stages = sorted({i % cls.num_stages for i in indices})
-        if len(stages) != len(indices):
-            raise ValueError(f'out_indices names a stage twice: {indices!r}.')
-        return tuple(stages)
 
     def _check_input(self, x: Tensor) -> None:
         if x.dim() != 4 or x.shape[1] != self.in_channels or x.numel() == 0:
@@ -399,35 +337,3 @@ def _init_linear(module: nn.Module) -> None:
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-
-
-def _is_int(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_int_sequence(values) -> bool:
-    return isinstance(values, (list, tuple)) and all(map(_is_int, values))
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _check_int(name: str, value: int, low: int, high: float = inf) -> None:
-    if not _is_int(value) or not low <= value <= high:
-        bounds = f'of at least {low}' if high == inf else f'from {low} to {high}'
-        raise ValueError(f'{name} must be an int {bounds}, got {value!r}.')
-
-
-def _check_rate(name: str, value: float) -> None:
-    # What is kept is divided by 1 - rate.
-    if not _is_number(value) or not 0 <= value < 1:
-        raise ValueError(
-            f'{name} must be a number of at least 0 and below 1, got {value!r}.'
-        )
-
-
-def _check_flags(**flags: bool) -> None:
-    for name, value in flags.items():
-        if not isinstance(value, bool):
-            raise ValueError(f'{name} must be True or False, got {value!r}.')
