@@ -23,7 +23,6 @@ from ...ops.tracing import is_tracing
 from ...utils.allocator import keep_freed_memory
 from ...utils.compat import require_compiler
 from ..layers import LayerNorm, MLLABlock, PatchMerging, Stem
-from ..weights import load_pretrained
 
 
 class Stage(nn.Module):
@@ -110,7 +109,7 @@ class MLLA(BaseModule):
         init_cfg (dict | list[dict], optional): MMEngine's initialisation config.
             ``dict(type='Pretrained', checkpoint=PATH)`` reads the official weights and
             ours; with ``ema=True`` the averaged ones, with ``ema=False`` the plain ones
-            (see :func:`mlla_mm.models.load_pretrained`). None starts from scratch:
+            (see :class:`mlla_mm.models.weights.Pretrained`). None starts from scratch:
             linear layers truncated normal with std 0.02 and bias 0, the others
             PyTorch's defaults. Defaults to None.
 
@@ -284,16 +283,6 @@ class MLLA(BaseModule):
             options = kwargs.get('options') or {}
             kwargs['options'] = {'layout_optimization': False, **options}
         super().compile(*args, **kwargs)
-
-    def init_weights(self) -> None:
-        """Load the pretrained weights that ``init_cfg`` names, if it does."""
-        if isinstance(self.init_cfg, dict) and self.init_cfg['type'] == 'Pretrained':
-            load_pretrained(
-                self, **{k: v for k, v in self.init_cfg.items() if k != 'type'}
-            )
-            self._is_init = True
-        else:
-            super().init_weights()
 
     def _compile(self) -> None:
         if self._compile_options is not False:
