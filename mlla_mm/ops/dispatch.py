@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Optional
 
-import torch
 from torch import Tensor
 
 from . import eager, naive, triton
@@ -92,17 +91,6 @@ def fused_block(
 def is_fused(x: Tensor) -> bool:
     """Whether the kernels of :mod:`mlla_mm.ops.triton` run for what they support."""
     return _implementation(x) is triton
-
-
-def in_parts(x: Tensor, expansion: int) -> int:
-    """In how many parts to compute a map ``expansion`` times as large as ``x`` from it.
-
-    In one for gradients, whose pass needs the whole map, in graphs and for
-    ``MLLA_OPS=naive``; else see :func:`mlla_mm.ops.eager.num_parts`.
-    """
-    if torch.is_grad_enabled() or _implementation(x) is naive:
-        return 1
-    return eager.num_parts(x.device, x.numel() * expansion)
 
 
 def _implementation(x: Tensor) -> ModuleType:

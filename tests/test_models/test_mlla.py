@@ -3,7 +3,6 @@ import copy
 import io
 import subprocess
 import sys
-from functools import partial
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mlla_mm.models import MLLA
-from mlla_mm.models.layers.conv import ConvLayer
 from mlla_mm.utils import compat
 
 from .. import reference
@@ -125,13 +123,8 @@ def test_any_image_size(size):
         height, width = -(-height // 2), -(-width // 2)
 
 
-@pytest.mark.parametrize('parts', [1, 2])
-def test_gradients_lie_in_memory_as_the_weights_do(monkeypatch, parts):
+def test_gradients_lie_in_memory_as_the_weights_do():
     """DistributedDataParallel warns of others and copies them."""
-    monkeypatch.setattr('mlla_mm.models.layers.patch_merging._MIN_CHANNELS', 16)
-    monkeypatch.setattr(
-        'mlla_mm.models.layers.patch_merging.in_parts', lambda *args: parts
-    )
     model = MLLA(NANO)
     sum(feature.sum() for feature in model(torch.rand(2, 3, 32, 64))).backward()
     for name, weight in model.named_parameters():
@@ -288,37 +281,6 @@ def test_compilers_that_are_too_old_are_refused(monkeypatch):
     monkeypatch.setattr(compat, 'COMPILES', False)
     with pytest.raises(ValueError, match='compile needs PyTorch 2.2 or newer'):
         MLLA(NANO, compile=dict(mode='default'))
-
-
-def test_normalisation_of_the_moment():
-    """Convolutions with the BatchNorm in them follow weights and statistics."""
-    model = MLLA(NANO).double().eval()
-    image = torch.randn(2, 3, 33, 47, dtype=torch.float64)
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        for value in model.state_dict().values():
-            if value.is_floating_point():
-                # As averages of weights are swapped in, which leaves no trace.
-                value.data.copy_(torch.rand_like(value) + 0.5)
-        separate = copy.deepcopy(model)
-        for module in separate.modules():
-            if isinstance(module, ConvLayer):
-                module.forward = partial(nn.Sequential.forward, module)
-        with torch.no_grad():
-            torch.testing.assert_close(model(image), separate(image))
-
-
-def test_gradients_in_evaluation_mode():
-    """Frozen statistics (norm_eval) leave the weights of a BatchNorm trainable."""
-    layer = ConvLayer(3, 4, 3).double().eval()
-    x = torch.randn(2, 3, 5, 6, dtype=torch.float64)
-    upstream = torch.randn(2, 4, 5, 6, dtype=torch.float64)
-    torch.testing.assert_close(
-        torch.autograd.grad(layer(x), list(layer.parameters()), upstream),
-        torch.autograd.grad(
-            nn.Sequential.forward(layer, x), list(layer.parameters()), upstream
-        ),
-    )
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])

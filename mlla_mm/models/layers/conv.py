@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...ops import batch_norm, depthwise_conv, is_fused
-from ...ops.tracing import is_graph, is_tracing
+from ...ops.tracing import is_graph
 from .unmodified import is_unmodified
 
 # The second one is the first in evaluation mode.
@@ -16,9 +16,7 @@ class ConvLayer(nn.Sequential):
     """Convolution, BatchNorm, ReLU, each of the last two optional.
 
     The children are named ``conv``, ``norm`` and ``act`` as in the official
-    checkpoints. Padding is "same" for stride 1. In evaluation mode the normalisation is
-    done by the convolution, with weights computed in every call, so they are those of
-    the moment; by fused kernels it is one with ReLU.
+    checkpoints. Padding is "same" for stride 1.
 
     Args:
         in_channels (int): Number of input channels.
@@ -60,22 +58,16 @@ class ConvLayer(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         norm = getattr(self, 'norm', None)
-        # A graph keeps the BatchNorm, as which it is counted and exported.
-        if norm is None or norm.training or is_tracing() or not self.has_own_layers():
+        if (
+            norm is None
+            or norm.training
+            or not is_fused(x)
+            or not self.has_own_layers()
+        ):
             return super().forward(x)
-        if is_fused(x):
-            # Folding takes ten small kernels, and the bias that it gives a pass.
-            statistics = norm.running_mean, norm.running_var
-            x = self.conv(x)
-            act = hasattr(self, 'act')
-            return batch_norm(x, *statistics, norm.weight, norm.bias, norm.eps, act)
-        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-        bias = norm.bias - norm.running_mean * scale
-        if self.conv.bias is not None:
-            bias = bias + self.conv.bias * scale
-        weight = self.conv.weight * scale[:, None, None, None]
-        x = self.conv._conv_forward(x, weight, bias)
-        return self.act(x) if hasattr(self, 'act') else x
+        statistics = norm.running_mean, norm.running_var
+        x, act = self.conv(x), hasattr(self, 'act')
+        return batch_norm(x, *statistics, norm.weight, norm.bias, norm.eps, act)
 
     def has_own_layers(self) -> bool:
         """Whether the children are those that it was made with, without hooks."""
