@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..models import MLLA
-from ..models.layers.conv import pad_to_multiple
+from ..ops import pad_to_multiple
 
 _EPS = 1e-6
 _BASE = 10000.0

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from ... import ops
 from ...arch import (
     ARCH_ZOO,
     NUM_STAGES,
@@ -22,7 +23,7 @@ from ...arch import (
 from ...ops.tracing import is_tracing
 from ...utils.allocator import keep_freed_memory
 from ...utils.compat import require_compiler
-from ..layers import LayerNorm, MLLABlock, PatchMerging, Stem
+from ..layers import MLLABlock, PatchMerging, Stem
 
 
 class Stage(nn.Module):
@@ -174,7 +175,7 @@ class MLLA(BaseModule):
             for i in range(NUM_STAGES)
         )
         for i in self.out_indices:
-            self.add_module(f'norm{i}', LayerNorm(self.num_features[i]))
+            self.add_module(f'norm{i}', nn.LayerNorm(self.num_features[i]))
 
         keep_freed_memory()
         self.apply(_init_linear)
@@ -219,7 +220,7 @@ class MLLA(BaseModule):
         for i, stage in enumerate(self.layers):
             x = stage(x)
             if i in self.out_indices:
-                out = getattr(self, f'norm{i}')(x)
+                out = ops.layer_norm(x, getattr(self, f'norm{i}'))
                 # Contiguous, as mmcv's compiled RoIAlign reads it without a check.
                 outs.append(out.permute(0, 3, 1, 2).contiguous())
             if i == self.out_indices[-1]:
