@@ -32,8 +32,6 @@ class PlainMLLA(MLLA):
     outputs. It is not in the registry.
     """
 
-    compile = nn.Module.compile
-
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         for module in self.modules():

@@ -11,6 +11,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mlla_mm.engine.compile import compile_backbone
 from mlla_mm.models import MLLA
 from mlla_mm.utils import compat
 
@@ -34,9 +35,12 @@ def test_features_equal_the_authors(arch, size, batch):
     assert_features(arch, size, batch)
 
 
-def assert_features(arch: str, size: str, batch: int, **kwargs) -> None:
+def assert_features(arch: str, size: str, batch: int, compiled: bool = False) -> None:
+    model = build_reference(arch)
+    if compiled:
+        compile_backbone(model)
     with torch.no_grad():
-        features = build_reference(arch, **kwargs)(reference.image(size, batch))
+        features = model(reference.image(size, batch))
     for i, feature in enumerate(features):
         expected = reference.recorded(f'feat{i}_mlla-{arch}_{size}')
         assert feature.shape == expected.shape
@@ -51,7 +55,7 @@ def test_features_of_the_plain_definitions_equal_the_authors(monkeypatch):
 @pytest.mark.slow
 @needs_compiler
 def test_compiled_features_equal_the_authors():
-    assert_features('t', '96x132', 2, compile=True)
+    assert_features('t', '96x132', 2, compiled=True)
 
 
 @pytest.mark.gpu
@@ -221,7 +225,8 @@ def test_a_compiled_model_has_few_graphs(training):
     """At most four for 20 image sizes; they are counted, not turned into code."""
     torch._dynamo.reset()
     counter = CompileCounter()
-    model = MLLA(NANO, compile=dict(backend=counter)).train(training)
+    model = MLLA(NANO).train(training)
+    compile_backbone(model, backend=counter)
     sizes = torch.randint(33, 200, (20, 2)).tolist()
     for size in sizes:
         image = torch.randn(2, 3, *size)
@@ -239,7 +244,8 @@ def test_compiled_training_on_several_image_sizes():
     """With PyTorch's own compiler, forward and backward; one stage of the network."""
     torch._dynamo.reset()
     plain = MLLA(NANO, out_indices=0).double().train()
-    compiled = MLLA(NANO, out_indices=0, compile=True).double().train()
+    compiled = MLLA(NANO, out_indices=0).double().train()
+    compile_backbone(compiled)
     compiled.load_state_dict(plain.state_dict())
     for size in ((64, 64), (96, 70), (33, 150)):
         image = torch.randn(2, 3, *size, dtype=torch.float64)
@@ -252,35 +258,10 @@ def test_compiled_training_on_several_image_sizes():
         assert reference.relative_error(*gradients) < 1e-5
 
 
-@needs_compiler
-def test_a_copy_of_a_compiled_model_is_compiled_for_itself():
-    torch._dynamo.reset()
-    model = MLLA(NANO, compile=dict(backend=CompileCounter())).eval()
-    copied = copy.deepcopy(model)
-    counter = copied._compile_options['backend']
-    with torch.no_grad():
-        for parameter in copied.parameters():
-            parameter.zero_()
-        image = torch.randn(1, 3, 64, 64)
-        assert all((x == 0).all() for x in copied(image))
-        assert counter.frame_count == 1
-        assert not any((x == 0).all() for x in model(image))
-
-
-@needs_compiler
-def test_a_compiled_model_can_be_traced():
-    model = MLLA(NANO, compile=dict(backend=CompileCounter())).eval()
-    image = torch.randn(1, 3, 64, 64)
-    with torch.no_grad():
-        traced = torch.jit.trace(model, image)
-        for actual, expected in zip(traced(image), model(image)):
-            assert reference.relative_error(actual, expected) < 1e-5
-
-
 def test_compilers_that_are_too_old_are_refused(monkeypatch):
     monkeypatch.setattr(compat, 'COMPILES', False)
     with pytest.raises(ValueError, match='compile needs PyTorch 2.2 or newer'):
-        MLLA(NANO, compile=dict(mode='default'))
+        compile_backbone(MLLA(NANO))
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
@@ -417,7 +398,6 @@ def test_state_does_not_depend_on_the_image_size():
         (dict(arch=NANO, in_channels=0), 'in_channels'),
         (dict(arch=NANO, frozen_stages=5), 'frozen_stages'),
         (dict(arch=NANO, in_channels=3.0), 'in_channels must be an int'),
-        (dict(arch=NANO, compile='yes'), 'compile must be True, False or a dict'),
         (dict(arch=NANO, with_cp='false'), 'with_cp must be True or False'),
         (dict(arch=NANO, drop_path_rate=1.5), 'drop_path_rate'),
         (dict(arch=NANO, drop_path_rate=1.0), 'drop_path_rate must be .* below 1'),

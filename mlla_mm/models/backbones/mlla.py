@@ -20,9 +20,7 @@ from ...arch import (
     parse_arch,
     parse_out_indices,
 )
-from ...ops.tracing import is_tracing
 from ...utils.allocator import keep_freed_memory
-from ...utils.compat import require_compiler
 from ..layers import MLLABlock, PatchMerging, Stem
 
 
@@ -101,12 +99,6 @@ class MLLA(BaseModule):
             Defaults to False.
         with_cp (bool): Recompute the blocks in the backward pass to save memory.
             Defaults to False.
-        compile (bool | dict): Whether to run the forward pass through
-            ``torch.compile``, or the keyword arguments for it. The first call compiles
-            for its image size, the first call with another one for all sizes; so do
-            training and evaluation, and a copy of the model, each for itself. Needs
-            PyTorch 2.2 or newer.
-            Defaults to False.
         init_cfg (dict | list[dict], optional): MMEngine's initialisation config.
             ``dict(type='Pretrained', checkpoint=PATH)`` reads the official weights and
             ours; with ``ema=True`` the averaged ones, with ``ema=False`` the plain ones
@@ -141,7 +133,6 @@ class MLLA(BaseModule):
         frozen_stages: int = -1,
         norm_eval: bool = False,
         with_cp: bool = False,
-        compile: Union[bool, dict] = False,
         init_cfg: Optional[Union[dict, List[dict]]] = None,
     ) -> None:
         super().__init__(init_cfg=init_cfg)
@@ -187,15 +178,6 @@ class MLLA(BaseModule):
                 module.weight.data = weight.to(memory_format=torch.channels_last)
         self._freeze_stages()
         self._freeze_unused()
-        if not isinstance(compile, (bool, dict)):
-            raise ValueError(
-                'compile must be True, False or a dict of arguments for torch.compile, '
-                f'got {compile!r}.'
-            )
-        if compile is not False:
-            require_compiler('compile')
-        self._compile_options = {} if compile is True else compile
-        self._compile()
 
     def forward(self, x: Tensor) -> Tuple[Tensor, ...]:
         """Features of the stages in ``out_indices``.
@@ -227,16 +209,6 @@ class MLLA(BaseModule):
                 break
             x = stage.downsample(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return tuple(outs)
-
-    def __call__(self, *args, **kwargs) -> Tuple[Tensor, ...]:
-        if is_tracing():
-            # A compiled function cannot be traced, counted or exported.
-            return self._call_impl(*args, **kwargs)
-        return super().__call__(*args, **kwargs)
-
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
-        self._compile()  # which a copy has not inherited
 
     def train(self, mode: bool = True) -> 'MLLA':
         """Set training mode, but for what ``frozen_stages`` and ``norm_eval`` hold."""
@@ -271,23 +243,6 @@ class MLLA(BaseModule):
         stage, module, block = param_name[len(f'{prefix}layers.') :].split('.')[:3]
         in_stage = int(block) + 1 if module == 'blocks' else blocks[int(stage)]
         return sum(blocks[: int(stage)]) + in_stage, num_depths
-
-    def compile(self, *args, **kwargs) -> None:
-        """Run the forward pass through ``torch.compile``, with these arguments for it.
-
-        Unless a ``mode`` or another ``backend`` is asked for, layouts are left alone:
-        the compiler would choose one for the convolutions, whose maps have it, and
-        cannot for the gradients where image sizes vary (PyTorch 2.11).
-        """
-        backend = kwargs.get('backend', 'inductor')
-        if kwargs.get('mode') is None and backend == 'inductor':
-            options = kwargs.get('options') or {}
-            kwargs['options'] = {'layout_optimization': False, **options}
-        super().compile(*args, **kwargs)
-
-    def _compile(self) -> None:
-        if self._compile_options is not False:
-            self.compile(**self._compile_options)
 
     def _freeze_stages(self) -> None:
         if self.frozen_stages < 0:
