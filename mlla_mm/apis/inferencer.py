@@ -19,6 +19,7 @@ from rich.progress import track
 from torch import nn
 
 from ..engine.config import read_config
+from ..utils.allocator import keep_freed_memory
 from ..utils.text import describe_error
 from .inputs import InputType, Picture, count_pictures, find_sources, read_pictures
 from .model import load_model
@@ -83,6 +84,7 @@ class Inferencer(BaseInferencer):
             raise ValueError(
                 f"The config's default_scope must be one of {list(TASKS)}, got {scope}."
             )
+        keep_freed_memory()
         self._weights = dict(ema=ema, trust_checkpoint=trust_checkpoint)
         with DefaultScope.overwrite_default_scope(scope):
             super().__init__(config, str(checkpoint), device, scope, show_progress)

@@ -18,6 +18,7 @@ from ..engine.launch import replace_sync_bn
 from ..models import MLLA
 from ..models.checkpoint_layout import check_fit, find_weights, to_own_names
 from ..models.weights import load_pretrained, require_weights
+from ..utils.allocator import keep_freed_memory
 from ..utils.checkpoint_file import fetch_checkpoint, load_checkpoint_file
 from ..utils.text import printable
 
@@ -97,6 +98,7 @@ def get_model(
     if name.lower() not in _NAMES:
         nearest = difflib.get_close_matches(name.lower(), _NAMES, n=3, cutoff=0)
         raise ValueError(f"Unknown model '{name}'. Nearest: {', '.join(nearest)}.")
+    keep_freed_memory()
     arch = _NAMES[name.lower()]
     if features_only:
         if num_classes is not None:

@@ -29,6 +29,7 @@ import mlla_mm
 from ..apis.model import Classifier
 from ..engine.compile import compile_backbone
 from ..models import MLLA
+from ..utils.allocator import keep_freed_memory
 from ..utils.compat import require_compiler
 from ..utils.peak_memory import module_bytes, peak_bytes
 from .accuracy_latency import describe_device
@@ -810,6 +811,7 @@ def run(args: argparse.Namespace) -> None:
         _set_threads(args.threads)
     if args.seconds is not None and not args.seconds > 0:
         raise ValueError(f'--seconds must be positive, got {args.seconds:g}.')
+    keep_freed_memory()  # as training and inference do
     cases = _cases_of(args)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,6 @@ from ...arch import (
     parse_arch,
     parse_out_indices,
 )
-from ...utils.allocator import keep_freed_memory
 from ..layers import MLLABlock, PatchMerging, Stem
 
 
@@ -168,14 +167,10 @@ class MLLA(BaseModule):
         for i in self.out_indices:
             self.add_module(f'norm{i}', nn.LayerNorm(self.num_features[i]))
 
-        keep_freed_memory()
         self.apply(_init_linear)
         # The layout of the maps, in which the gradients come: DistributedDataParallel
         # lays out its buckets as the weights are.
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                weight = module.weight.data
-                module.weight.data = weight.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)
         self._freeze_stages()
         self._freeze_unused()
 
