@@ -106,6 +106,9 @@ def mlp(x: Tensor, fc1: nn.Module, fc2: nn.Module, drop: nn.Module) -> Tensor:
         fc1 (nn.Module): To the hidden channels.
         fc2 (nn.Module): Back to (..., C).
         drop (nn.Module): Dropout.
+
+    Returns:
+        Tensor: (..., C).
     """
     if (
         _implementation(x) is naive
@@ -249,16 +252,14 @@ def may_be_read(
         *modules (nn.Module, optional): The modules.
     """
     kinds = kinds if isinstance(kinds, tuple) else (kinds,)
-    return all(type(module) in kinds and not _is_changed(module) for module in modules)
-
-
-def _is_changed(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
+    return not any(
+        type(module) not in kinds
+        or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
         or 'forward' in module.__dict__
+        for module in modules
     )
 
 
@@ -303,15 +304,15 @@ def _call_on_map(layer: nn.Module, x: Tensor) -> Tensor:
     return layer(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
-def _is_depthwise(conv: nn.Module) -> bool:
-    """Whether a layer is the convolution that the depthwise ops compute."""
-    return (
-        may_be_read(nn.Conv2d, conv)
-        and conv.bias is not None
+def _is_depthwise(*convs: nn.Module) -> bool:
+    """Whether layers are the convolution that the depthwise ops compute."""
+    return may_be_read(nn.Conv2d, *convs) and all(
+        conv.bias is not None
         and conv.in_channels == conv.out_channels == conv.groups
         and conv.kernel_size == (3, 3)
         and conv.padding == conv.stride == conv.dilation == (1, 1)
         and conv.padding_mode == 'zeros'
+        for conv in convs
     )
 
 
@@ -326,13 +327,13 @@ def _is_pointwise(conv: nn.Module) -> bool:
     )
 
 
-def _is_layer_norm(norm: nn.Module) -> bool:
-    """Whether a layer is LayerNorm over the last axis with weight and bias."""
-    return (
-        may_be_read(nn.LayerNorm, norm)
-        and len(norm.normalized_shape) == 1
+def _is_layer_norm(*norms: nn.Module) -> bool:
+    """Whether layers are LayerNorm over the last axis with weight and bias."""
+    return may_be_read(nn.LayerNorm, *norms) and all(
+        len(norm.normalized_shape) == 1
         and norm.weight is not None
         and norm.bias is not None
+        for norm in norms
     )
 
 
@@ -358,15 +359,17 @@ def _is_readable_block(
     drop_path: Type[nn.Module],
 ) -> bool:
     """Whether weights are all that a block's layers are; shapes are looked at later."""
-    return (
+    if not (
         may_be_read(attn, block.attn)
         and may_be_read(mlp, block.mlp)
         and may_be_read(drop_path, block.drop_path)
-        and _drops_nothing(block.mlp.drop)
-        and all(map(_is_layer_norm, (block.norm1, block.norm2)))
-        and all(
-            map(_is_depthwise, (block.cpe1, block.dwc, block.attn.lepe, block.cpe2))
-        )
-        and may_be_read(nn.Linear, block.in_proj, block.act_proj, block.out_proj)
-        and may_be_read(nn.Linear, block.attn.qk, block.mlp.fc1, block.mlp.fc2)
+    ):
+        return False
+    attention, perceptron = block.attn, block.mlp
+    projections = (block.in_proj, block.act_proj, attention.qk, block.out_proj)
+    return (
+        _is_depthwise(block.cpe1, block.dwc, attention.lepe, block.cpe2)
+        and _is_layer_norm(block.norm1, block.norm2)
+        and may_be_read(nn.Linear, *projections, perceptron.fc1, perceptron.fc2)
+        and _drops_nothing(perceptron.drop)
     )
