@@ -4,8 +4,8 @@
 An op stands for its layers' forward passes by the equation in its docstring. Either it
 calls the layers, or it reads their weights and computes the same faster:
 
-- by :mod:`mlla_mm.ops.triton` on NVIDIA GPUs, for what its kernels support,
-- by :mod:`mlla_mm.ops.eager` for the rest.
+- by ``mlla_mm.ops.triton`` on NVIDIA GPUs, for what its kernels support,
+- by ``mlla_mm.ops.eager`` for the rest.
 
 It calls them in graphs, that is what is traced, exported, compiled or counted:
 compilers fuse PyTorch's operators themselves, and other runtimes know them. And it
