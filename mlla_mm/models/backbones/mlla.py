@@ -169,8 +169,11 @@ class MLLA(BaseModule):
 
         self.apply(_init_linear)
         # The layout of the maps, in which the gradients come: DistributedDataParallel
-        # lays out its buckets as the weights are.
-        self.to(memory_format=torch.channels_last)
+        # lays out its buckets as the weights are. Not by self.to(), which swaps tensors
+        # of other kinds, such as pretended ones, for new ones, and may not.
+        for weight in self.parameters():
+            if weight.dim() == 4:
+                weight.data = weight.data.to(memory_format=torch.channels_last)
         self._freeze_stages()
         self._freeze_unused()
 
