@@ -50,6 +50,15 @@ def add_trust_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_fuse_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the switch that takes BatchNorm out of the model."""
+    parser.add_argument(
+        '--fuse-conv-bn',
+        action='store_true',
+        help='fold every BatchNorm into the convolution before it, for inference',
+    )
+
+
 def add_ema_argument(parser: argparse.ArgumentParser) -> None:
     """Add the choice of a checkpoint's averaged weights."""
     parser.add_argument(

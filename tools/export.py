@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 from typing import Optional, Sequence
 
-from arguments import add_ema_argument, add_trust_argument
+from arguments import add_ema_argument, add_fuse_argument, add_trust_argument
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -43,6 +43,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         help='where torchscript and torch-export files will run (%(default)s)',
     )
     add_ema_argument(parser)
+    add_fuse_argument(parser)
     add_trust_argument(parser)
     return parser.parse_args(argv)
 
@@ -59,7 +60,12 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     with launch.exit_on_user_error():
         cfg = read_config(args.config)
         model = load_model(
-            cfg, args.checkpoint, args.device, args.ema, args.trust_checkpoint
+            cfg,
+            args.checkpoint,
+            args.device,
+            args.ema,
+            args.trust_checkpoint,
+            args.fuse_conv_bn,
         )
         is_classifier = cfg.default_scope == 'mmpretrain'
         part = args.part or ('classifier' if is_classifier else 'backbone')

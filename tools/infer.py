@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Optional, Sequence
 
-from arguments import add_ema_argument, add_trust_argument
+from arguments import add_ema_argument, add_fuse_argument, add_trust_argument
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -38,6 +38,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         help='pictures of one size that are predicted together (%(default)s)',
     )
     add_ema_argument(parser)
+    add_fuse_argument(parser)
     add_trust_argument(parser)
     return parser.parse_args(argv)
 
@@ -60,6 +61,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             device=args.device,
             ema=args.ema,
             trust_checkpoint=args.trust_checkpoint,
+            fuse_conv_bn=args.fuse_conv_bn,
         )
         results = inferencer(
             args.inputs, out_dir, args.batch_size, score_thr=args.score_thr

@@ -19,6 +19,7 @@ from rich.progress import track
 from torch import nn
 
 from ..engine.options import read_config
+from ..utils.allocator import keep_freed_memory
 from ..utils.text import describe_error
 from .inputs import InputType, Picture, count_pictures, find_sources, read_pictures
 from .model import load_model
@@ -47,6 +48,8 @@ class Inferencer(BaseInferencer):
         ema (bool): Take the checkpoint's averaged weights. Defaults to False.
         trust_checkpoint (bool): Let the checkpoint run the code that it may carry, as
             the config's ``trust_checkpoint`` does. Defaults to False.
+        fuse_conv_bn (bool): Fold every BatchNorm into the convolution before it.
+            Defaults to False.
         show_progress (bool): Show a progress bar, in a terminal. Defaults to True.
 
     Attributes:
@@ -74,6 +77,7 @@ class Inferencer(BaseInferencer):
         device: Optional[str] = None,
         ema: bool = False,
         trust_checkpoint: bool = False,
+        fuse_conv_bn: bool = False,
         show_progress: bool = True,
     ) -> None:
         if not isinstance(config, Config):
@@ -83,7 +87,10 @@ class Inferencer(BaseInferencer):
             raise ValueError(
                 f"The config's default_scope must be one of {list(TASKS)}, got {scope}."
             )
-        self._weights = dict(ema=ema, trust_checkpoint=trust_checkpoint)
+        keep_freed_memory()
+        self._loading = dict(
+            ema=ema, trust_checkpoint=trust_checkpoint, fuse_conv_bn=fuse_conv_bn
+        )
         with DefaultScope.overwrite_default_scope(scope):
             super().__init__(config, str(checkpoint), device, scope, show_progress)
 
@@ -262,7 +269,7 @@ class Inferencer(BaseInferencer):
         return self._loader(dict(img_path=path))['img']
 
     def _init_model(self, cfg: Config, weights: str, device: str) -> nn.Module:
-        return load_model(cfg, weights, device, **self._weights)
+        return load_model(cfg, weights, device, **self._loading)
 
     def _init_pipeline(self, cfg: Config) -> Callable:
         """The test pipeline between loading the picture and collating."""

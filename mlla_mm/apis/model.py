@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional, Sequence, Union
 
+import mmcv.cnn
 import torch
 from mmengine.config import Config
 from mmengine.device import get_device
@@ -18,6 +19,7 @@ from ..engine.launch import replace_sync_bn
 from ..models import MLLA
 from ..models.checkpoint_layout import check_fit, find_weights, to_own_names
 from ..models.weights import load_pretrained, require_weights
+from ..utils.allocator import keep_freed_memory
 from ..utils.checkpoint_file import fetch_checkpoint, load_checkpoint_file
 from ..utils.text import printable
 
@@ -97,6 +99,7 @@ def get_model(
     if name.lower() not in _NAMES:
         nearest = difflib.get_close_matches(name.lower(), _NAMES, n=3, cutoff=0)
         raise ValueError(f"Unknown model '{name}'. Nearest: {', '.join(nearest)}.")
+    keep_freed_memory()
     arch = _NAMES[name.lower()]
     if features_only:
         if num_classes is not None:
@@ -157,6 +160,7 @@ def load_model(
     device: Optional[str] = None,
     ema: bool = False,
     trust_checkpoint: bool = False,
+    fuse_conv_bn: bool = False,
 ) -> nn.Module:
     """Build the model of a config in evaluation mode with a checkpoint's weights.
 
@@ -168,6 +172,9 @@ def load_model(
         ema (bool): Take the averaged weights. Defaults to False.
         trust_checkpoint (bool): Let the checkpoint run the code that it may carry, as
             the config's ``trust_checkpoint`` does. Defaults to False.
+        fuse_conv_bn (bool): Fold every BatchNorm into the convolution before it, by
+            ``mmcv.cnn.fuse_conv_bn``. The model is then for inference alone.
+            Defaults to False.
 
     Returns:
         nn.Module: The model, with the checkpoint's ``dataset_meta`` (dict, class names
@@ -191,7 +198,8 @@ def load_model(
     check_fit(model.state_dict(), weights, str(checkpoint))
     model.load_state_dict(weights, strict=False)
     model.dataset_meta = _dataset_meta(content)
-    return model.to(device).eval()
+    model.to(device).eval()
+    return mmcv.cnn.fuse_conv_bn(model) if fuse_conv_bn else model
 
 
 def _dataset_meta(checkpoint: Any) -> dict:

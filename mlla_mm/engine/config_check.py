@@ -36,6 +36,7 @@ from mmengine.registry import (
     Registry,
 )
 
+from ..arch import parse_arch
 from ..models.backbones import MLLA
 
 _MODEL = (MODELS, TASK_UTILS, WEIGHT_INITIALIZERS, TRANSFORMS)
@@ -294,7 +295,7 @@ def _backbone_outputs(backbone: Mapping) -> Optional[_Outputs]:
     if kind is not MLLA:
         return None
     try:
-        embed_dims, _, num_heads = MLLA._parse_arch(options.get('arch', 'tiny'))
+        embed_dims, _, num_heads = parse_arch(options.get('arch', 'tiny'))
         # As wide as the network and a block deep: its own checks, in no time.
         shallow = dict(embed_dims=embed_dims, depths=(1,) * 4, num_heads=num_heads)
         indices = MLLA(**dict(options, arch=shallow)).out_indices

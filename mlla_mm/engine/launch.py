@@ -18,6 +18,7 @@ from mmengine.config import Config
 from mmengine.dist import master_only
 from torch import distributed
 
+from ..utils.allocator import keep_freed_memory
 from ..utils.files import write_whole
 from ..utils.text import printable
 from .resume import newest_checkpoint
@@ -120,6 +121,7 @@ def set_up(cfg: Config) -> Processes:
         ValueError: If the launcher is unknown, did not start this process, or started
             more processes than there are GPUs; if the processes' port is in use.
     """
+    keep_freed_memory()
     layout = processes(cfg.launcher)
     _stay_on_one_machine(cfg.launcher, layout)
     if torch.cuda.is_available():

@@ -18,6 +18,7 @@ from itertools import product
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Tuple, Union
 
+import mmcv.cnn
 import mmengine
 import numpy as np
 import torch
@@ -27,7 +28,9 @@ from torch import Tensor, nn
 import mlla_mm
 
 from ..apis.model import Classifier
+from ..engine.compile import compile_backbone
 from ..models import MLLA
+from ..utils.allocator import keep_freed_memory
 from ..utils.compat import require_compiler
 from ..utils.peak_memory import module_bytes, peak_bytes
 from .accuracy_latency import describe_device
@@ -298,6 +301,18 @@ def check_variants(variants: Sequence[str], device: str) -> None:
         )
 
 
+def check_fusing(fuse_conv_bn: bool, modes: Sequence[str]) -> None:
+    """Check that BatchNorm may be folded away.
+
+    Raises:
+        ValueError: If models that have lost it are to be trained.
+    """
+    if fuse_conv_bn and 'train' in modes:
+        raise ValueError(
+            '--fuse-conv-bn is for inference, and --mode has train: leave one out.'
+        )
+
+
 def _is_cuda(device: str) -> bool:
     return torch.device(device).type == 'cuda'
 
@@ -341,6 +356,7 @@ def measure_case(
     device: str = 'cpu',
     repeats: int = 20,
     variants: Sequence[str] = (),
+    fuse_conv_bn: bool = False,
 ) -> List[Measured]:
     """Race models against one another.
 
@@ -363,19 +379,23 @@ def measure_case(
         variants (Sequence[str]): How to time every model besides: 'compiled', its
             backbone compiled, and 'CUDA graph', the call captured once and replayed.
             Compilation and capture are not timed. Defaults to ().
+        fuse_conv_bn (bool): Fold BatchNorm into convolutions beforehand, in every model
+            that has it. Defaults to False.
 
     Returns:
         list[Measured]: In the order of ``models``: first as they are, then variant by
         variant.
 
     Raises:
-        ValueError: If names, device, repeats or variants are wrong, or a model does not
-            run on such images or cannot be captured.
+        ValueError: If names, device, repeats or variants are wrong, a model does not
+            run on such images or cannot be captured, or BatchNorm is to be folded for
+            training.
         RuntimeError: If assemblies of MLLA differ.
     """
     check_models(models)
     check_device(device)
     check_variants(variants, device)
+    check_fusing(fuse_conv_bn, [case.mode])
     if repeats < 1:
         raise ValueError(f'--repeats must be at least 1, got {repeats}.')
     images = _make_images(case, device)
@@ -383,11 +403,14 @@ def measure_case(
     # What waits for a device waits for the current one.
     with torch.cuda.device_of(images):
         built = {(name, ''): _build_twin(name, case).to(device) for name in models}
+        if fuse_conv_bn:
+            for model in built.values():
+                mmcv.cnn.fuse_conv_bn(model)
         _check_twins({name: model for (name, _), model in built.items()}, images)
         for variant, name in product(variants, models):
             model = built[name, variant] = copy.deepcopy(built[name, ''])
             if variant == COMPILED:
-                getattr(model, 'backbone', model).compile()
+                _compile(name, model)
         # Libraries allocate their workspace once: not at the expense of the first.
         torch.ones(1, 1, device=device, requires_grad=True).mm(
             images.new_ones(1, 1)
@@ -417,6 +440,14 @@ def measure_case(
         )
         for (name, variant), model in built.items()
     ]
+
+
+def _compile(name: str, model: nn.Module) -> None:
+    """Compile a model's backbone: MLLA as we do, the others as PyTorch does."""
+    if name.startswith(('mlla-', 'eager-')):
+        compile_backbone(model)
+    else:
+        getattr(model, 'backbone', model).compile()
 
 
 def _make_images(case: Case, device: str) -> Tensor:
@@ -563,7 +594,9 @@ class _CudaGraph:
         return self._outputs
 
 
-def describe_run(device: str, repeats: int) -> Dict[str, object]:
+def describe_run(
+    device: str, repeats: int, fuse_conv_bn: bool = False
+) -> Dict[str, object]:
     """Settings of a race that its numbers depend on; None for what there is not."""
     is_cuda = _is_cuda(device)
     return dict(
@@ -578,6 +611,7 @@ def describe_run(device: str, repeats: int) -> Dict[str, object]:
         triton=_triton_version(),
         float32_matmul_precision=torch.get_float32_matmul_precision(),
         mlla_ops=os.environ.get('MLLA_OPS') or 'default',
+        fuse_conv_bn=fuse_conv_bn,
         mmengine=mmengine.__version__,
         mlla_mm=mlla_mm.__version__,
         command=shlex.join(sys.argv),
@@ -602,7 +636,7 @@ def _triton_version() -> Optional[str]:
 
 
 def format_settings(settings: Mapping[str, object]) -> str:
-    """Name the device and the versions in a line.
+    """Name the device, the versions and what was done to the models in a line.
 
     Args:
         settings (Mapping): See :func:`describe_run`.
@@ -618,7 +652,8 @@ def format_settings(settings: Mapping[str, object]) -> str:
     versions = [
         f'{name} {settings[key]}' for key, name in names.items() if settings[key]
     ]
-    return ', '.join([str(settings['device']), *versions])
+    done = ['BatchNorm in the convolutions'] if settings.get('fuse_conv_bn') else []
+    return ', '.join([str(settings['device']), *versions, *done])
 
 
 def save_results(
@@ -797,14 +832,16 @@ def run(args: argparse.Namespace) -> None:
     check_models(args.models)
     check_device(device)
     check_variants(variants, device)
+    check_fusing(args.fuse_conv_bn, args.mode)
     if args.threads is not None:
         _set_threads(args.threads)
     if args.seconds is not None and not args.seconds > 0:
         raise ValueError(f'--seconds must be positive, got {args.seconds:g}.')
+    keep_freed_memory()  # as training and inference do
     cases = _cases_of(args)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    settings = describe_run(device, args.repeats)
+    settings = describe_run(device, args.repeats, args.fuse_conv_bn)
     title = format_settings(settings)
     print(title, flush=True)
     results: Dict[Case, List[Measured]] = {}
@@ -814,7 +851,9 @@ def run(args: argparse.Namespace) -> None:
         if args.seconds and results and time.monotonic() - start > args.seconds:
             print(f'\nSkipped after {args.seconds:g} s: {case}', flush=True)
             continue
-        results[case] = measure_case(case, args.models, device, args.repeats, variants)
+        results[case] = measure_case(
+            case, args.models, device, args.repeats, variants, args.fuse_conv_bn
+        )
         # What is measured is printed and saved at once.
         print(f'\n{format_case(case, results[case])}', flush=True)
         save_results(results, settings, out / SAMPLES_NAME)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..models import MLLA
-from ..models.layers.conv import pad_to_multiple
+from ..ops import pad_to_multiple
 
 _EPS = 1e-6
 _BASE = 10000.0
@@ -31,8 +31,6 @@ class PlainMLLA(MLLA):
     Arguments, parameters and their names are those of :class:`MLLA`, and so are the
     outputs. It is not in the registry.
     """
-
-    compile = nn.Module.compile
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)

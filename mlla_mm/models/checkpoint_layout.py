@@ -9,6 +9,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 from torch import Tensor
 
+from ..arch import name_size
 from ..utils.checkpoint_file import CheckpointError
 from ..utils.text import printable
 
@@ -61,13 +62,7 @@ class Network(NamedTuple):
     @property
     def size(self) -> Optional[str]:
         """'t', 's' or 'b' of a published network, else None."""
-        # The backbone's module imports this one.
-        from .backbones import MLLA
-
-        for name, arch in MLLA.arch_zoo.items():
-            if (arch['embed_dims'], arch['depths']) == (self.embed_dims, self.depths):
-                return name[0]
-        return None
+        return name_size(self.embed_dims, self.depths)
 
     def __str__(self) -> str:
         depths = '-'.join(map(str, self.depths))

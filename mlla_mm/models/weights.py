@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Dict, List, Optional, Tuple, Union
 
 from mmengine.logging import print_log
+from mmengine.model.weight_init import PretrainedInit, update_init_info
+from mmengine.registry import WEIGHT_INITIALIZERS
 from torch import Tensor, nn
 
 from ..utils.checkpoint_file import fetch_checkpoint, load_checkpoint_file
@@ -99,6 +101,52 @@ def load_pretrained(
         f'left out: {_parts(left_out)}; fresh: {_parts(fresh)}.',
         logger='current',
     )
+
+
+# MMEngine knows the name alone, which a derived registry looks up in the root one.
+@WEIGHT_INITIALIZERS.register_module(name='Pretrained', force=True)
+class Pretrained(PretrainedInit):
+    """``init_cfg=dict(type='Pretrained', checkpoint=PATH)``, also for an MLLA.
+
+    An MLLA starts by :func:`load_pretrained`, which knows the layouts of its
+    checkpoints, and every other module as MMEngine starts it.
+
+    Args:
+        checkpoint (str): Local path or address.
+        prefix (str, optional): What precedes the module's names in the file. None
+            finds out for an MLLA, and means nothing for others. Defaults to None.
+        map_location (str): Where MMEngine puts the tensors of other modules.
+            Defaults to 'cpu'.
+        ema (bool, optional): Which weights an MLLA takes, see :func:`load_pretrained`.
+            Defaults to None.
+
+    Raises:
+        ValueError: If ``ema`` is given for another module.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Union[str, Path],
+        prefix: Optional[str] = None,
+        map_location: str = 'cpu',
+        ema: Optional[bool] = None,
+    ) -> None:
+        super().__init__(checkpoint, prefix, map_location)
+        self.ema = ema
+
+    def __call__(self, module: nn.Module) -> None:
+        network = describe(module.state_dict())
+        if network is not None and not network.prefix:
+            load_pretrained(module, self.checkpoint, self.ema, self.prefix)
+            if hasattr(module, '_params_init_info'):
+                update_init_info(module, init_info=self._get_init_info())
+        elif self.ema is not None:
+            raise ValueError(
+                f'ema={self.ema} is for the weights of an MLLA, and '
+                f'{type(module).__name__} is none: leave it out.'
+            )
+        else:
+            super().__call__(module)
 
 
 def _split(

@@ -2,27 +2,25 @@
 """The numerics of MLLA. Models call the ops by the names of this module."""
 
 from .dispatch import (
-    batch_norm,
+    conv_layer,
     depthwise_conv,
     fused_block,
-    is_fused,
     layer_norm,
-    linear_relu,
     mlla_attention,
     mlp,
 )
 from .naive import linear_attention
+from .padding import pad_to_multiple
 from .rotary import rotary_embedding
 
 __all__ = [
-    'batch_norm',
+    'conv_layer',
     'depthwise_conv',
     'fused_block',
-    'is_fused',
     'layer_norm',
     'linear_attention',
-    'linear_relu',
     'mlla_attention',
     'mlp',
+    'pad_to_multiple',
     'rotary_embedding',
 ]

@@ -4,7 +4,6 @@
 Signatures and results are those of :mod:`mlla_mm.ops.naive`.
 """
 
-from collections.abc import Iterable
 from typing import Optional, Tuple
 
 import torch
@@ -15,9 +14,6 @@ from torch.autograd.function import once_differentiable
 from ..utils.compat import autocast_dtype, is_autocast
 from . import naive
 from .rotary import rotation
-
-# Numbers of a part of a map that is computed part by part: 4 MiB of float32.
-_CACHED = 1 << 20
 
 
 def depthwise_conv(
@@ -132,15 +128,11 @@ def mlp(
     x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor
 ) -> Tensor:
     """See :func:`mlla_mm.ops.naive.mlp`."""
-    tensors = _as_linear_sees(x.flatten(0, -2), weight1, bias1, weight2, bias2)
     if torch.is_grad_enabled():
-        return _MLP.apply(*tensors).view(x.shape)
-    tokens, *parameters = tensors
-    out = torch.empty_like(tokens)
-    for part, out_part in _parts(len(weight1), tokens, out):
-        hidden = torch.ops.aten.gelu_(F.linear(part, *parameters[:2]))
-        _linear(hidden, *parameters[2:], out=out_part)
-    return out.view(x.shape)
+        tensors = _as_linear_sees(x.flatten(0, -2), weight1, bias1, weight2, bias2)
+        return _MLP.apply(*tensors).view(*x.shape[:-1], -1)
+    hidden = torch.ops.aten.gelu_(F.linear(x, weight1, bias1))
+    return F.linear(hidden, weight2, bias2)
 
 
 class _MLP(torch.autograd.Function):
@@ -149,10 +141,8 @@ class _MLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight1, bias1, weight2, bias2) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            hidden, out = x.new_empty(len(x), len(weight1)), torch.empty_like(x)
-            for x_part, hidden_part, out_part in _parts(len(weight1), x, hidden, out):
-                _linear(x_part, weight1, bias1, out=hidden_part)
-                _linear(F.gelu(hidden_part), weight2, bias2, out=out_part)
+            hidden = F.linear(x, weight1, bias1)
+            out = F.linear(F.gelu(hidden), weight2, bias2)
         ctx.save_for_backward(x, hidden, weight1, weight2)
         return out
 
@@ -160,45 +150,12 @@ class _MLP(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor) -> Tuple[Tensor, ...]:
         x, hidden, weight1, weight2 = ctx.saved_tensors
-        grad_x = torch.empty_like(x)
-        grad_weight1, grad_weight2 = map(torch.zeros_like, (weight1, weight2))
-        grad_bias1 = weight1.new_zeros(len(weight1))
         with torch.autocast(x.device.type, enabled=False):
-            for x_part, hidden_part, grad_part, grad_x_part in _parts(
-                len(weight1), x, hidden, grad, grad_x
-            ):
-                grad_weight2.addmm_(grad_part.t(), F.gelu(hidden_part))
-                grad_hidden = torch.ops.aten.gelu_backward(
-                    grad_part @ weight2, hidden_part
-                )
-                grad_weight1.addmm_(grad_hidden.t(), x_part)
-                grad_bias1 += grad_hidden.sum(dim=0)
-                torch.mm(grad_hidden, weight1, out=grad_x_part)
-        return grad_x, grad_weight1, grad_bias1, grad_weight2, grad.sum(dim=0)
-
-
-def _parts(width: int, *tensors: Tensor) -> Iterable[Tuple[Tensor, ...]]:
-    """Rows of tensors, as many at a time as a CPU's cache holds with ``width`` numbers.
-
-    What is computed for them then uses the same memory again. All at once on a GPU, and
-    in half precision, whose sums over the parts would lose digits.
-    """
-    x = tensors[0]
-    parts = 1 if x.dtype in naive.HALF else num_parts(x.device, len(x) * width)
-    return zip(*(tensor.chunk(parts) for tensor in tensors))
-
-
-def num_parts(device: torch.device, size: int) -> int:
-    """In how many parts a map of ``size`` numbers is best computed.
-
-    On the CPU in so many that a part stays in the cache, and that its memory serves the
-    next part: memory that is new to the process is slow. Elsewhere in one.
-    """
-    return max(1, -(-size // _CACHED)) if device.type == 'cpu' else 1
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
-    torch.addmm(bias, x, weight.t(), out=out)
+            grad_weight2 = grad.t() @ F.gelu(hidden)
+            grad_hidden = torch.ops.aten.gelu_backward(grad @ weight2, hidden)
+            grad_weight1 = grad_hidden.t() @ x
+            grad_x = grad_hidden @ weight1
+        return grad_x, grad_weight1, grad_hidden.sum(0), grad_weight2, grad.sum(0)
 
 
 def _as_linear_sees(*tensors: Tensor) -> Tuple[Tensor, ...]:

@@ -1,8 +1,8 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 """The ops by their plain definitions: what every faster version has to equal.
 
-They run everywhere, in any floating-point type, and are what is traced, exported and
-counted. ``MLLA_OPS=naive`` in the environment makes the models use them alone.
+They run everywhere, in any floating-point type. Where models call their layers, in
+graphs and by ``MLLA_OPS=naive``, these are what the layers compute.
 """
 
 import torch

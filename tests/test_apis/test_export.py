@@ -1,6 +1,7 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 import pytest
 import torch
+from mmcv.cnn import fuse_conv_bn
 from torch import nn
 
 from mlla_mm import get_model
@@ -8,6 +9,8 @@ from mlla_mm.apis import export
 from mlla_mm.apis.export import FORMATS, ExportError, Part, export_model, select_part
 from mlla_mm.models import MLLA
 from mlla_mm.utils import compat
+
+from ..reference import relative_error
 
 ARCH = dict(embed_dims=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2))
 # The least that is allowed, one side odd and the other a multiple of 4 alone, larger.
@@ -42,6 +45,26 @@ def test_torchscript(backbone, tmp_path):
     error = export_model(backbone, 'torchscript', path, (64, 96))
     assert 0 <= error < 1e-5
     check(backbone, torch.jit.load(str(path)), [*SIZES, (1, 1), (7, 5)])
+
+
+@pytest.mark.parametrize('format', FORMATS)
+def test_batch_norm_in_the_convolutions(backbone, format, tmp_path):
+    """One block, so that it is quick: what exports is the model of the moment."""
+    if format == 'onnx':
+        pytest.importorskip('onnx')
+        pytest.importorskip('onnxruntime')
+    if format == 'torch-export' and not compat.TELLS_EXPORT:
+        pytest.skip('needs PyTorch 2.7')
+    model = MLLA(ARCH, out_indices=0).eval()
+    model.load_state_dict(backbone.module.state_dict(), strict=False)
+    image = torch.randn(2, 3, 50, 39)
+    with torch.no_grad():
+        (expected,) = model(image)
+        (actual,) = fuse_conv_bn(model)(image)
+    assert relative_error(actual, expected) < 1e-5
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    part = select_part(model, 'backbone')
+    assert export_model(part, format, tmp_path / 'model', (64, 96)) < 1e-5
 
 
 def test_onnx(backbone, tmp_path):

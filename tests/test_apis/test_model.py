@@ -6,6 +6,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
+from torch import nn
 
 from mlla_mm import get_model
 from mlla_mm.apis import load_model
@@ -160,6 +161,23 @@ def test_names_and_colours_of_a_checkpoint(tmp_path, meta, expected):
     torch.save(dict(state_dict=weights, meta=meta), tmp_path / 'a.pth')
     model = load_model(cfg, tmp_path / 'a.pth', device='cpu')
     assert model.dataset_meta == expected
+
+
+@pytest.mark.parametrize('scope', ['mmdet', 'mmseg', 'mmpretrain'])
+@torch.no_grad()
+def test_batch_norm_in_the_convolutions(scope, nano):
+    """None is left, and the features are the same."""
+    cfg, checkpoint = nano(scope)
+    model = load_model(cfg, checkpoint, device='cpu')
+    fused = load_model(cfg, checkpoint, device='cpu', fuse_conv_bn=True)
+    norms = [m for m in fused.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert not norms and not fused.training
+    images = torch.randn(2, 3, 70, 64)
+    for actual, expected in zip(fused.backbone(images), model.backbone(images)):
+        assert reference.relative_error(actual, expected) < 1e-5
+    if scope == 'mmseg':  # whose heads have BatchNorm too
+        heads = (m.decode_head(m.backbone(images)) for m in (fused, model))
+        assert reference.relative_error(*heads) < 1e-5
 
 
 def test_needs_none_of_mmdet_mmseg_and_mmpretrain():

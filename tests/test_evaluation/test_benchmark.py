@@ -8,6 +8,7 @@ from importlib import metadata
 import cv2
 import pytest
 import torch
+from torch import nn
 
 from mlla_mm.evaluation import benchmark as bm
 from mlla_mm.evaluation.eager_mlla import EagerMLLA
@@ -179,6 +180,23 @@ def test_models_that_differ_are_not_raced(name, other, nano, monkeypatch):
     message = f'{other}-t and plain-t differ by 0.0(099|1) in float32'
     with pytest.raises(RuntimeError, match=message):
         bm.measure_case(SMALL, ['mlla-t', 'plain-t', 'eager-t'], repeats=1)
+
+
+def test_batch_norm_in_the_convolutions(nano, monkeypatch):
+    """In every model that is raced, and said in what is written."""
+    raced = []
+    monkeypatch.setattr(bm, '_check_twins', lambda models, x: raced.append(models))
+    models = ['mlla-t', 'plain-t']
+    for fuse in (False, True):
+        bm.measure_case(SMALL, models, repeats=1, fuse_conv_bn=fuse)
+        for model in raced.pop().values():
+            norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+            assert bool(norms) is not fuse
+    settings = bm.describe_run('cpu', 1, fuse_conv_bn=True)
+    assert settings['fuse_conv_bn'] is True
+    assert 'BatchNorm in the convolutions' in bm.format_settings(settings)
+    with pytest.raises(ValueError, match='--fuse-conv-bn is for inference'):
+        bm.measure_case(SMALL._replace(mode='train'), models, fuse_conv_bn=True)
 
 
 @pytest.mark.slow
@@ -393,7 +411,7 @@ def test_settings(monkeypatch):
     settings = bm.describe_run('cpu', 3)
     assert settings['python'] == platform.python_version()
     assert settings['command'] == "benchmark.py --out 'a folder'"
-    assert settings['mlla_ops'] == 'default'
+    assert settings['mlla_ops'] == 'default' and settings['fuse_conv_bn'] is False
     assert settings['cuda'] is settings['cudnn'] is settings['driver'] is None
     has_triton = any(d.metadata['Name'] == 'triton' for d in metadata.distributions())
     assert (settings['triton'] is not None) == has_triton

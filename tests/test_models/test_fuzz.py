@@ -9,7 +9,7 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from mlla_mm.models import MLLA
-from mlla_mm.models.layers.conv import ConvLayer
+from mlla_mm.models.layers import ConvLayer
 
 ANYTHING = st.one_of(
     st.none(),
@@ -95,7 +95,7 @@ def norms_of_one_value(model, x):
             found.append(module.norm)
 
     layers = [m for m in model.modules() if isinstance(m, ConvLayer)]
-    hooks = [m.register_forward_hook(look) for m in layers if hasattr(m, 'norm')]
+    hooks = [m.register_forward_hook(look) for m in layers if m.norm is not None]
     with torch.no_grad():
         model.eval()(x)
     for hook in hooks:

@@ -3,7 +3,6 @@ import copy
 import io
 import subprocess
 import sys
-from functools import partial
 
 import pytest
 import torch
@@ -12,8 +11,8 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mlla_mm.engine.compile import compile_backbone
 from mlla_mm.models import MLLA
-from mlla_mm.models.layers.conv import ConvLayer
 from mlla_mm.utils import compat
 
 from .. import reference
@@ -36,9 +35,12 @@ def test_features_equal_the_authors(arch, size, batch):
     assert_features(arch, size, batch)
 
 
-def assert_features(arch: str, size: str, batch: int, **kwargs) -> None:
+def assert_features(arch: str, size: str, batch: int, compiled: bool = False) -> None:
+    model = build_reference(arch)
+    if compiled:
+        compile_backbone(model)
     with torch.no_grad():
-        features = build_reference(arch, **kwargs)(reference.image(size, batch))
+        features = model(reference.image(size, batch))
     for i, feature in enumerate(features):
         expected = reference.recorded(f'feat{i}_mlla-{arch}_{size}')
         assert feature.shape == expected.shape
@@ -53,7 +55,7 @@ def test_features_of_the_plain_definitions_equal_the_authors(monkeypatch):
 @pytest.mark.slow
 @needs_compiler
 def test_compiled_features_equal_the_authors():
-    assert_features('t', '96x132', 2, compile=True)
+    assert_features('t', '96x132', 2, compiled=True)
 
 
 @pytest.mark.gpu
@@ -125,13 +127,8 @@ def test_any_image_size(size):
         height, width = -(-height // 2), -(-width // 2)
 
 
-@pytest.mark.parametrize('parts', [1, 2])
-def test_gradients_lie_in_memory_as_the_weights_do(monkeypatch, parts):
+def test_gradients_lie_in_memory_as_the_weights_do():
     """DistributedDataParallel warns of others and copies them."""
-    monkeypatch.setattr('mlla_mm.models.layers.patch_merging._MIN_CHANNELS', 16)
-    monkeypatch.setattr(
-        'mlla_mm.models.layers.patch_merging.in_parts', lambda *args: parts
-    )
     model = MLLA(NANO)
     sum(feature.sum() for feature in model(torch.rand(2, 3, 32, 64))).backward()
     for name, weight in model.named_parameters():
@@ -228,7 +225,8 @@ def test_a_compiled_model_has_few_graphs(training):
     """At most four for 20 image sizes; they are counted, not turned into code."""
     torch._dynamo.reset()
     counter = CompileCounter()
-    model = MLLA(NANO, compile=dict(backend=counter)).train(training)
+    model = MLLA(NANO).train(training)
+    compile_backbone(model, backend=counter)
     sizes = torch.randint(33, 200, (20, 2)).tolist()
     for size in sizes:
         image = torch.randn(2, 3, *size)
@@ -246,7 +244,8 @@ def test_compiled_training_on_several_image_sizes():
     """With PyTorch's own compiler, forward and backward; one stage of the network."""
     torch._dynamo.reset()
     plain = MLLA(NANO, out_indices=0).double().train()
-    compiled = MLLA(NANO, out_indices=0, compile=True).double().train()
+    compiled = MLLA(NANO, out_indices=0).double().train()
+    compile_backbone(compiled)
     compiled.load_state_dict(plain.state_dict())
     for size in ((64, 64), (96, 70), (33, 150)):
         image = torch.randn(2, 3, *size, dtype=torch.float64)
@@ -259,66 +258,10 @@ def test_compiled_training_on_several_image_sizes():
         assert reference.relative_error(*gradients) < 1e-5
 
 
-@needs_compiler
-def test_a_copy_of_a_compiled_model_is_compiled_for_itself():
-    torch._dynamo.reset()
-    model = MLLA(NANO, compile=dict(backend=CompileCounter())).eval()
-    copied = copy.deepcopy(model)
-    counter = copied._compile_options['backend']
-    with torch.no_grad():
-        for parameter in copied.parameters():
-            parameter.zero_()
-        image = torch.randn(1, 3, 64, 64)
-        assert all((x == 0).all() for x in copied(image))
-        assert counter.frame_count == 1
-        assert not any((x == 0).all() for x in model(image))
-
-
-@needs_compiler
-def test_a_compiled_model_can_be_traced():
-    model = MLLA(NANO, compile=dict(backend=CompileCounter())).eval()
-    image = torch.randn(1, 3, 64, 64)
-    with torch.no_grad():
-        traced = torch.jit.trace(model, image)
-        for actual, expected in zip(traced(image), model(image)):
-            assert reference.relative_error(actual, expected) < 1e-5
-
-
 def test_compilers_that_are_too_old_are_refused(monkeypatch):
     monkeypatch.setattr(compat, 'COMPILES', False)
     with pytest.raises(ValueError, match='compile needs PyTorch 2.2 or newer'):
-        MLLA(NANO, compile=dict(mode='default'))
-
-
-def test_normalisation_of_the_moment():
-    """Convolutions with the BatchNorm in them follow weights and statistics."""
-    model = MLLA(NANO).double().eval()
-    image = torch.randn(2, 3, 33, 47, dtype=torch.float64)
-    for seed in (1, 2):
-        torch.manual_seed(seed)
-        for value in model.state_dict().values():
-            if value.is_floating_point():
-                # As averages of weights are swapped in, which leaves no trace.
-                value.data.copy_(torch.rand_like(value) + 0.5)
-        separate = copy.deepcopy(model)
-        for module in separate.modules():
-            if isinstance(module, ConvLayer):
-                module.forward = partial(nn.Sequential.forward, module)
-        with torch.no_grad():
-            torch.testing.assert_close(model(image), separate(image))
-
-
-def test_gradients_in_evaluation_mode():
-    """Frozen statistics (norm_eval) leave the weights of a BatchNorm trainable."""
-    layer = ConvLayer(3, 4, 3).double().eval()
-    x = torch.randn(2, 3, 5, 6, dtype=torch.float64)
-    upstream = torch.randn(2, 4, 5, 6, dtype=torch.float64)
-    torch.testing.assert_close(
-        torch.autograd.grad(layer(x), list(layer.parameters()), upstream),
-        torch.autograd.grad(
-            nn.Sequential.forward(layer, x), list(layer.parameters()), upstream
-        ),
-    )
+        compile_backbone(MLLA(NANO))
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
@@ -455,7 +398,6 @@ def test_state_does_not_depend_on_the_image_size():
         (dict(arch=NANO, in_channels=0), 'in_channels'),
         (dict(arch=NANO, frozen_stages=5), 'frozen_stages'),
         (dict(arch=NANO, in_channels=3.0), 'in_channels must be an int'),
-        (dict(arch=NANO, compile='yes'), 'compile must be True, False or a dict'),
         (dict(arch=NANO, with_cp='false'), 'with_cp must be True or False'),
         (dict(arch=NANO, drop_path_rate=1.5), 'drop_path_rate'),
         (dict(arch=NANO, drop_path_rate=1.0), 'drop_path_rate must be .* below 1'),

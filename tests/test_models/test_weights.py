@@ -4,6 +4,8 @@ import logging
 import pytest
 import torch
 from mmengine.logging import MMLogger
+from mmengine.model import BaseModule
+from mmengine.registry import DefaultScope
 from torch import nn
 
 from mlla_mm.models import MLLA, load_pretrained
@@ -164,6 +166,56 @@ def test_address_in_init_cfg(tmp_path, monkeypatch):
     assert mean(start('https://example.org/f/a1b2/?dl=1', NANO)) == 0
     # From the cache: there is nothing to download any more.
     assert mean(start('https://example.org/f/a1b2/?dl=1', NANO)) == 0
+
+
+def test_a_list_of_init_cfgs(tmp_path):
+    """The pretrained weights come last, wherever they stand."""
+    path = str(tmp_path / 'x.pth')
+    state = MLLA(NANO).state_dict()
+    torch.save({k: v * 0 for k, v in state.items() if 'norm3' not in k}, path)
+    pretrained = dict(type='Pretrained', checkpoint=path)
+    constant = dict(type='Constant', layer=['Linear', 'LayerNorm'], val=5)
+    model = MLLA(NANO, init_cfg=[pretrained, constant])
+    model.init_weights()
+    assert mean(model) == 0
+    assert (model.norm3.weight == 5).all()
+
+
+class Other(BaseModule):
+    def __init__(self, init_cfg):
+        super().__init__(init_cfg)
+        self.conv = nn.Conv2d(1, 1, 1)
+        self.fresh = nn.Conv2d(1, 1, 1)
+        nn.init.constant_(self.fresh.weight, 3)
+
+
+@pytest.mark.parametrize('scope', ['mmengine', 'mmdet', 'mmseg', 'mmpretrain'])
+def test_each_module_of_a_model_starts_in_its_own_way(tmp_path, scope, log):
+    """MLLA's from a classifier by our reader, another's from a part by MMEngine's."""
+    if scope != 'mmengine':
+        pytest.importorskip(scope)
+    paths = [str(tmp_path / name) for name in ('mlla.pth', 'other.pth')]
+    torch.save({k: v * 0 for k, v in MLLA(NANO).state_dict().items()}, paths[0])
+    torch.save({'neck.conv.weight': torch.zeros(1, 1, 1, 1)}, paths[1])
+    mlla, other = (dict(type='Pretrained', checkpoint=path) for path in paths)
+    model = BaseModule()
+    model.backbone = MLLA(NANO, init_cfg=mlla)
+    model.neck = Other(dict(other, prefix='neck.'))
+    with DefaultScope.overwrite_default_scope(scope):
+        model.init_weights()
+    assert mean(model.backbone) == 0
+    assert model.neck.conv.weight == 0 and model.neck.fresh.weight == 3
+    messages = [record.getMessage() for record in log.records]
+    assert sum(message.startswith('Loaded') for message in messages) == 1
+    assert any(f'load neck. in model from: {paths[1]}' in text for text in messages)
+    (told,) = (m for m in messages if m.startswith('\nbackbone.patch_embed.conv1.conv'))
+    assert f'Pretrained: load from {paths[0]}' in told
+
+
+def test_averaged_weights_of_another_module(tmp_path):
+    module = Other(dict(type='Pretrained', checkpoint='x.pth', ema=True))
+    with pytest.raises(ValueError, match='ema=True is for .* and Other is none'):
+        module.init_weights()
 
 
 def drop(weights):

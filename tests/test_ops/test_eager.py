@@ -59,11 +59,6 @@ def test_mlp(shape, heads):
     assert_equal('mlp', mlp_arguments(shape))
 
 
-def test_mlp_in_parts(monkeypatch):
-    monkeypatch.setattr(eager, '_CACHED', 100)
-    assert_equal('mlp', mlp_arguments((2, 5, 7, 8)))
-
-
 @pytest.mark.parametrize('act', [False, True])
 @pytest.mark.parametrize('residual', [False, True])
 @pytest.mark.parametrize('shape, heads', SHAPES)

@@ -24,6 +24,7 @@ from mlla_mm.models import MLLA
 from mlla_mm.models.layers import MLLABlock
 from mlla_mm.ops import naive
 from mlla_mm.ops import triton as fused
+from mlla_mm.ops.dispatch import block_parameters, draw_scale
 
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 DEVICES = ['cpu']
@@ -201,7 +202,7 @@ def test_refuse_the_cpu():
     with torch.no_grad():
         assert not fused.supports_batch_norm(*batch_norm_inputs((1, 8, 2, 3)))
     block = MLLABlock(8, 2)
-    parameters = block._parameters_to_fuse()
+    parameters = block_parameters(block)
     assert not fused.supports_mlla_block(torch.randn(1, 2, 3, 8), parameters, 2)
 
 
@@ -726,7 +727,7 @@ def make_block(channels, num_heads, device='cpu', **options):
 def apply_block(block, x, scales):
     """By the kernels."""
     eps = block.norm1.eps, block.norm2.eps
-    parameters = block._parameters_to_fuse()
+    parameters = block_parameters(block)
     return fused.mlla_block(x, parameters, block.attn.num_heads, eps, scales)
 
 
@@ -758,7 +759,7 @@ def block_and_grads(block, x, scales, apply=apply_block):
 def check_block(block, x, scales, computed=None):
     """Compare with the module on plain definitions; ``computed`` is autocast's."""
     num_heads = block.attn.num_heads
-    assert fused.supports_mlla_block(x, block._parameters_to_fuse(), num_heads)
+    assert fused.supports_mlla_block(x, block_parameters(block), num_heads)
     computed = computed or x.dtype
     with torch.autocast(x.device.type, computed, enabled=computed != FLOAT32):
         actual = block_and_grads(block, x, scales)
@@ -880,14 +881,14 @@ def test_block_draws_stochastic_depth(device, monkeypatch):
     torch.manual_seed(4)
     y = block(x)
     torch.manual_seed(4)
-    scales = [block._draw_scale(x) for _ in '12']
+    scales = [draw_scale(x, block.drop_path) for _ in '12']
     for scale in scales:
         assert scale.shape == (4,) and scale.dtype == FLOAT32
     assert torch.cat(scales).unique().tolist() == pytest.approx([0, 4 / 3])
     exact = copy.deepcopy(block).double()
     assert_close([y], [apply_naive_block(exact, x.double(), scales)])
     block.eval()
-    assert block._draw_scale(x) is None
+    assert draw_scale(x, block.drop_path) is None
     exact = copy.deepcopy(block).double()
     assert_close([block(x)], [apply_naive_block(exact, x.double(), (None, None))])
 
@@ -946,7 +947,7 @@ def test_model_with_stochastic_depth(device, monkeypatch):
     drawn = []
     for block in exact.modules():
         if isinstance(block, MLLABlock):
-            scales = [block._draw_scale(image) for _ in '12']
+            scales = [draw_scale(image, block.drop_path) for _ in '12']
             block.drop_path = Scaled(scales)
             drawn += [scale for scale in scales if scale is not None]
     drawn = torch.cat(drawn)
@@ -1019,7 +1020,7 @@ def test_gradients_lie_in_memory_as_the_weights_do(device):
 def test_parameters_of_other_shapes_are_refused(device):
     block = MLLABlock(16, 2).to(device)
     x = torch.randn(1, 2, 3, 16, device=device)
-    parameters = block._parameters_to_fuse()
+    parameters = block_parameters(block)
     assert fused.supports_mlla_block(x, parameters, 2)
     assert not fused.supports_mlla_block(x[..., :8], parameters, 2)
     for i, parameter in enumerate(parameters):
@@ -1110,7 +1111,7 @@ def test_what_is_not_supported(device):
 def test_blocks_that_are_not_supported(device):
     x = torch.randn(1, 2, 3, 24, device=device)
     block = make_block(24, 2, device)
-    parameters = block._parameters_to_fuse()
+    parameters = block_parameters(block)
     assert fused.supports_mlla_block(x, parameters, 2)
     assert not fused.supports_mlla_block(x, parameters, 8)  # three channels in a head
     assert not fused.supports_mlla_block(x.double(), parameters, 2)
@@ -1118,7 +1119,7 @@ def test_blocks_that_are_not_supported(device):
     many = x[:, :1, :1].expand(65536, 1, 1, 24)
     assert not fused.supports_mlla_block(many, parameters, 2)
     block.mlp.fc2.double()
-    parameters = block._parameters_to_fuse()
+    parameters = block_parameters(block)
     assert not fused.supports_mlla_block(x, parameters, 2)
     block = make_block(128, 1, device)
     x, parameters = torch.randn(1, 1, 1, 128, device=device), list(block.parameters())

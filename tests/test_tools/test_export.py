@@ -16,10 +16,11 @@ def test_classifier_and_backbone(call_tool, nano, tmp_path):
     assert f'{out}: classifier, differs from eager execution by' in text
     (logits,) = torch.jit.load(str(out))(torch.rand(1, 3, 40, 50))
     assert logits.shape == (1, 10)
-    text = call_tool(*export, '--part', 'backbone').stdout
+    text = call_tool(*export, '--part', 'backbone', '--fuse-conv-bn').stdout
     assert f'{out}: backbone, differs from eager execution by' in text
     (features,) = torch.jit.load(str(out))(torch.rand(1, 3, 40, 50))
     assert features.shape == (1, 256, 2, 2)
+    assert not [name for name in torch.jit.load(str(out)).state_dict() if 'var' in name]
 
 
 def test_detectors_have_a_backbone_only(call_tool, nano, tmp_path):

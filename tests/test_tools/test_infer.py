@@ -39,6 +39,16 @@ def test_folder(infer, digits_coco, tmp_path):
     assert len(results) == 7 and len(results[2]['classes']) == 5
 
 
+def test_batch_norm_in_the_convolutions(infer, digits_coco, tmp_path):
+    found = []
+    for arguments in ([], ['--fuse-conv-bn']):
+        infer(digits_coco / 'val', '--out', tmp_path, '--device', 'cpu', *arguments)
+        results = json.loads((tmp_path / 'results.json').read_text())
+        found.append([c['score'] for result in results for c in result['classes']])
+    plain, fused = found
+    assert fused == pytest.approx(plain, abs=1e-4) and fused != plain
+
+
 def test_other_options_of_the_decoder(infer, digits_coco, tmp_path, monkeypatch):
     """A config may let Pillow decode, which then reads no PostScript either."""
     marker = bad_data.fake_ghostscript(monkeypatch, tmp_path)

@@ -64,6 +64,12 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         help='time each model a second time as a CUDA graph that is replayed',
     )
     parser.add_argument(
+        '--fuse-conv-bn',
+        action='store_true',
+        help='fold BatchNorm into convolutions first, in every model that has it; for '
+        '--mode infer',
+    )
+    parser.add_argument(
         '--repeats', type=int, default=20, help='rounds of a case (default: 20)'
     )
     parser.add_argument(

@@ -1,24 +1,14 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-from collections import OrderedDict
-
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...ops import batch_norm, depthwise_conv, is_fused
-from ...ops.tracing import is_graph, is_tracing
-from .unmodified import is_unmodified
-
-# The second one is the first in evaluation mode.
-_BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+from ... import ops
 
 
-class ConvLayer(nn.Sequential):
+class ConvLayer(nn.Module):
     """Convolution, BatchNorm, ReLU, each of the last two optional.
 
     The children are named ``conv``, ``norm`` and ``act`` as in the official
-    checkpoints. Padding is "same" for stride 1. In evaluation mode the normalisation is
-    done by the convolution, with weights computed in every call, so they are those of
-    the moment; by fused kernels it is one with ReLU.
+    checkpoints; what is left out is None. Padding is "same" for stride 1.
 
     Args:
         in_channels (int): Number of input channels.
@@ -42,8 +32,8 @@ class ConvLayer(nn.Sequential):
         norm: bool = True,
         act: bool = True,
     ) -> None:
-        layers: OrderedDict[str, nn.Module] = OrderedDict()
-        layers['conv'] = nn.Conv2d(
+        super().__init__()
+        self.conv = nn.Conv2d(
             in_channels,
             out_channels,
             kernel_size,
@@ -52,66 +42,9 @@ class ConvLayer(nn.Sequential):
             groups=groups,
             bias=bias,
         )
-        if norm:
-            layers['norm'] = nn.BatchNorm2d(out_channels)
-        if act:
-            layers['act'] = nn.ReLU(inplace=True)
-        super().__init__(layers)
+        self.norm = nn.BatchNorm2d(out_channels) if norm else None
+        self.act = nn.ReLU(inplace=True) if act else None
 
     def forward(self, x: Tensor) -> Tensor:
-        norm = getattr(self, 'norm', None)
-        # A graph keeps the BatchNorm, as which it is counted and exported.
-        if norm is None or norm.training or is_tracing() or not self.has_own_layers():
-            return super().forward(x)
-        if is_fused(x):
-            # Folding takes ten small kernels, and the bias that it gives a pass.
-            statistics = norm.running_mean, norm.running_var
-            x = self.conv(x)
-            act = hasattr(self, 'act')
-            return batch_norm(x, *statistics, norm.weight, norm.bias, norm.eps, act)
-        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-        bias = norm.bias - norm.running_mean * scale
-        if self.conv.bias is not None:
-            bias = bias + self.conv.bias * scale
-        weight = self.conv.weight * scale[:, None, None, None]
-        x = self.conv._conv_forward(x, weight, bias)
-        return self.act(x) if hasattr(self, 'act') else x
-
-    def has_own_layers(self) -> bool:
-        """Whether the children are those that it was made with, without hooks."""
-        kinds = dict(conv=nn.Conv2d, norm=_BATCH_NORMS, act=nn.ReLU)
-        return all(
-            is_unmodified(kinds.get(name, ()), layer)
-            for name, layer in self.named_children()
-        )
-
-
-def pad_to_multiple(x: Tensor, divisor: int) -> Tensor:
-    """Zero-pad (N, C, H, W) right and bottom until ``divisor`` divides H and W."""
-    height, width = x.shape[-2:]
-    # Not -height % divisor, whose multiples torch.export does not recognise as such.
-    pad_bottom = (height + divisor - 1) // divisor * divisor - height
-    pad_right = (width + divisor - 1) // divisor * divisor - width
-    if is_graph() or pad_bottom or pad_right:
-        x = F.pad(x, (0, pad_right, 0, pad_bottom))
-    return x
-
-
-class DepthwiseConv2d(nn.Conv2d):
-    """3x3 depthwise convolution with bias on channels-last maps (N, H, W, C).
-
-    Args:
-        channels (int): Number of channels C.
-        residual (bool): Whether to add the input. Defaults to False.
-        act (bool): Whether SiLU follows. Defaults to False.
-    """
-
-    def __init__(
-        self, channels: int, residual: bool = False, act: bool = False
-    ) -> None:
-        super().__init__(channels, channels, 3, padding=1, groups=channels)
-        self.residual = residual
-        self.act = act
-
-    def forward(self, x: Tensor) -> Tensor:
-        return depthwise_conv(x, self.weight, self.bias, self.residual, self.act)
+        """(N, in_channels, H, W) -> (N, out_channels, H / stride, W / stride)."""
+        return ops.conv_layer(x, self.conv, self.norm, self.act)

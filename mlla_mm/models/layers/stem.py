@@ -2,7 +2,8 @@
 import torch
 from torch import Tensor, nn
 
-from .conv import ConvLayer, pad_to_multiple
+from ... import ops
+from .conv import ConvLayer
 
 
 class Stem(nn.Module):
@@ -33,6 +34,6 @@ class Stem(nn.Module):
         """(N, in_channels, H, W) -> (N, C, ceil(H / 4), ceil(W / 4))."""
         # The layout of all maps from here on.
         x = x.contiguous(memory_format=torch.channels_last)
-        x = self.conv1(pad_to_multiple(x, 4))
+        x = self.conv1(ops.pad_to_multiple(x, 4))
         x = x + self.conv2(x)
         return self.drop(self.conv3(x))

@@ -2,13 +2,18 @@
 """Hooks and replaced layers work, although faster ops read the weights of layers."""
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules import module as nn_module
 
+from mlla_mm import ops
 from mlla_mm.models import MLLA
-from mlla_mm.models.layers import MLLABlock, mlla_block, patch_merging
+from mlla_mm.models.layers import MLLABlock, PatchMerging
+from mlla_mm.ops import dispatch, naive, triton
+from mlla_mm.ops.triton import supports_mlla_block
 
 from ..reference import relative_error
 
@@ -28,13 +33,6 @@ class Doubled(nn.Module):
 
     def forward(self, *args, **kwargs):
         return self.layer(*args, **kwargs) * 2
-
-
-@pytest.fixture(autouse=True)
-def several_parts(monkeypatch):
-    """The hidden map of these small images is taken apart as that of large ones."""
-    monkeypatch.setattr(patch_merging, '_MIN_CHANNELS', 16)
-    monkeypatch.setattr('mlla_mm.ops.eager._CACHED', 4096)
 
 
 @pytest.fixture
@@ -78,7 +76,7 @@ def test_hooks_are_called_once(model, kind, gradients):
 
 
 def in_other_stages(name):
-    """Of the same classes as the first stage, and without parts."""
+    """Of the same classes as the first stage."""
     return name.startswith(('layers.1.', 'layers.2.', 'layers.3.'))
 
 
@@ -114,15 +112,6 @@ def test_replaced_layers_are_called(model):
             assert relative_error(one, other) < 1e-5, name
 
 
-@torch.no_grad()
-def test_parts_change_nothing(model, monkeypatch):
-    image = torch.randn(2, 3, 61, 90)
-    actual = model(image)
-    monkeypatch.setattr('mlla_mm.ops.eager._CACHED', 1 << 30)
-    for part, whole in zip(actual, model(image)):
-        assert relative_error(part, whole) < 1e-5
-
-
 @pytest.mark.parametrize(
     'name, layer',
     [
@@ -132,7 +121,7 @@ def test_parts_change_nothing(model, monkeypatch):
         ('layers.0.downsample.conv.0.act', nn.GELU()),
         ('layers.0.downsample.conv.1.conv', nn.AvgPool2d(2)),
         ('layers.0.blocks.0.attn.lepe', nn.Identity()),
-        ('layers.0.blocks.0.attn.lepe', nn.Linear(16, 16)),
+        ('layers.0.blocks.0.attn.lepe', nn.Conv2d(16, 16, 1)),
         ('layers.0.blocks.0.mlp.fc1', nn.Identity()),
         ('layers.0.blocks.0.mlp.drop', nn.Identity()),
     ],
@@ -154,16 +143,167 @@ def test_layers_of_another_type_are_called(model, name, layer):
             assert relative_error(actual, output) < 1e-5
 
 
-def test_synchronised_batch_norm_is_folded(model):
-    """In evaluation it is BatchNorm."""
+def depthwise(channels=16, kernel_size=3, padding=1, **options):
+    options = dict(dict(groups=channels), **options)
+    return nn.Conv2d(channels, channels, kernel_size, padding=padding, **options)
+
+
+OTHER_CONVS = [
+    dict(kernel_size=5, padding=2),
+    dict(kernel_size=1, padding=0),
+    dict(padding_mode='circular'),
+    dict(dilation=2, padding=2),
+    dict(groups=1),
+    dict(groups=8),
+    dict(bias=False),
+]
+OF_OTHER_SHAPES = [dict(stride=2), dict(padding=0), dict(padding=(0, 1))]
+
+
+@pytest.mark.parametrize('options', OTHER_CONVS + OF_OTHER_SHAPES)
+def test_another_convolution_is_called(options, fused):
+    """What differs from ours in more than its weights, where ours is read."""
+    conv, x = depthwise(**options), torch.randn(2, 8, 6, 16)
+    expected = conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    torch.testing.assert_close(ops.depthwise_conv(x, conv), expected)
+
+
+@pytest.mark.parametrize('name', ['cpe1', 'dwc', 'attn.lepe', 'cpe2'])
+@pytest.mark.parametrize('options', OTHER_CONVS)
+def test_a_block_with_another_convolution_is_not_fused(options, name, fused):
+    block, calls = MLLABlock(16, 2), []
+    parent, _, child = name.rpartition('.')
+    setattr(block.get_submodule(parent), child, depthwise(**options))
+    y = block(X)
+    assert not fused
+    block.get_submodule(name).register_forward_hook(lambda *args: calls.append(name))
+    torch.testing.assert_close(block(X), y)
+    assert calls == [name]
+
+
+# --- Convolutional layers ---
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """Which kernels of convolutional layers run, as the definitions, on any device."""
+    calls = []
+    run_kernels(monkeypatch)
+    for name in ('linear_relu', 'batch_norm'):
+
+        def run(*args, name=name):
+            calls.append(name)
+            return getattr(naive, name)(*args)
+
+        monkeypatch.setattr(triton, name, run)
+        monkeypatch.setattr(triton, f'supports_{name}', lambda *args: True)
+    return calls
+
+
+def run_kernels(monkeypatch):
+    """Take Triton's kernels wherever modules are not called."""
+    implementation = dispatch._implementation
+
+    def choose(x):
+        return naive if implementation(x) is naive else triton
+
+    monkeypatch.setattr(dispatch, '_implementation', choose)
+
+
+@torch.no_grad()
+def test_what_is_read_of_convolutional_layers(model, read):
+    """In evaluation; the outputs are those of the layers that are called."""
     image = torch.randn(1, 3, 64, 64)
-    with torch.no_grad():
-        expected = model(image)
-        other = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        assert type(other.patch_embed.conv1.norm) is nn.SyncBatchNorm
-        assert other.patch_embed.conv1.has_own_layers()
-        for actual, output in zip(other(image), expected):
-            assert relative_error(actual, output) < 1e-5
+    actual = model(image)
+    assert [read.count(name) for name in ('linear_relu', 'batch_norm')] == [3, 8]
+    other = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
+    assert type(other.patch_embed.conv1.norm) is nn.SyncBatchNorm
+    read.clear()
+    synchronised = other(image)
+    assert [read.count(name) for name in ('linear_relu', 'batch_norm')] == [3, 8]
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.register_forward_hook(lambda *args: None)
+        elif isinstance(layer, nn.BatchNorm2d):
+            layer.register_forward_hook(lambda *args: None)
+    read.clear()
+    for called, *others in zip(model(image), actual, synchronised):
+        assert all(relative_error(x, called) < 1e-5 for x in others)
+    assert not read
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        dict(kernel_size=3, padding=1),
+        dict(kernel_size=3, padding=1, dilation=1, padding_mode='circular'),
+        dict(kernel_size=1, stride=2),
+        dict(kernel_size=1, padding=1),
+        dict(kernel_size=1, groups=4),
+        dict(kernel_size=1, bias=False),
+    ],
+)
+def test_another_expansion_is_called(options, read):
+    """In patch merging, whose own is a linear layer on channels."""
+    merging, x = PatchMerging(16).eval(), torch.randn(1, 16, 8, 8)
+    merging(x)
+    assert 'linear_relu' in read
+    read.clear()
+    merging.conv[0].conv = nn.Conv2d(16, 128, **options)
+    actual = merging(x)
+    assert 'linear_relu' not in read
+    expected = merging.conv[1:](merging.conv[0].conv(x).relu())
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize(
+    'norm',
+    [nn.BatchNorm2d(8, track_running_stats=False), nn.BatchNorm2d(8, affine=False)],
+)
+@torch.no_grad()
+def test_batch_norm_without_statistics_or_weights_is_called(norm, model, read):
+    layer, x = model.patch_embed.conv1, torch.randn(2, 3, 8, 8)
+    layer.norm = norm.eval()
+    torch.testing.assert_close(layer(x), norm(layer.conv(x)).relu())
+    assert not read
+
+
+# --- All modules ---
+
+GLOBAL_HOOKS = [
+    nn_module.register_module_forward_hook,
+    nn_module.register_module_forward_pre_hook,
+    nn_module.register_module_full_backward_hook,
+    nn_module.register_module_full_backward_pre_hook,
+]
+
+
+@pytest.mark.parametrize('register', GLOBAL_HOOKS)
+def test_hooks_of_all_modules_are_called(model, register, fused):
+    for layer in model.modules():
+        if isinstance(layer, nn.ReLU):
+            layer.inplace = False  # in-place, no module can have a backward hook
+    names, calls = {layer: name for name, layer in model.named_modules()}, []
+    image = torch.randn(1, 3, 64, 64)
+    handle = register(lambda layer, *args: calls.append(names[layer]))
+    try:
+        sum(x.sum() for x in model(image)).backward()
+    finally:
+        handle.remove()
+    found = [name for name in calls if name in leaves(model)]
+    assert sorted(found) == sorted(leaves(model)) and not fused
+    model(image)
+    assert len(fused) == 4
+
+
+def test_a_forward_pass_of_a_single_module_is_called(fused):
+    """As libraries set it that move weights between devices."""
+    block = MLLABlock(16, 2).eval()
+    layer, calls = block.out_proj, []
+    forward = layer.forward
+    layer.forward = lambda x: calls.append(x) or forward(x)
+    block(X)
+    assert len(calls) == 1 and not fused
 
 
 # --- Whole blocks ---
@@ -177,12 +317,20 @@ def fused(monkeypatch):
     """
     calls = []
 
-    def fused_block(x, parameters, num_heads):
-        return lambda *args: calls.append(args) or x.clone()
+    def mlla_block(*args):
+        calls.append(args)
+        return args[0].clone()
 
-    monkeypatch.setattr(mlla_block, 'is_fused', lambda x: True)
-    monkeypatch.setattr(mlla_block, 'fused_block', fused_block)
+    run_kernels(monkeypatch)
+    monkeypatch.setattr(triton, 'supports_mlla_block', fits)
+    monkeypatch.setattr(triton, 'mlla_block', mlla_block)
     return calls
+
+
+def fits(x, parameters, num_heads):
+    """As it is asked on a GPU."""
+    with mock.patch.object(triton, 'is_available', lambda device: True):
+        return supports_mlla_block(x, parameters, num_heads)
 
 
 BLOCK = [
@@ -284,6 +432,16 @@ def test_an_mlp_without_bias_is_called():
     block = MLLABlock(16, 2)
     block.mlp.fc2 = nn.Linear(64, 16, bias=False)
     assert block(X).shape == X.shape
+
+
+def test_a_block_with_a_forward_pass_of_its_own_is_not_fused(fused):
+    class Block(MLLABlock):
+        def forward(self, x):
+            return x + self.norm1(x)
+
+    block = Block(16, 2)
+    torch.testing.assert_close(block(X), X + block.norm1(X))
+    assert not fused
 
 
 def test_a_parametrised_block_is_not_fused(fused):
