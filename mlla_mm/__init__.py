@@ -16,7 +16,7 @@ if sys.argv[:1] != ['-m']:
     try:
         # First of all: OpenCV reads its limits when mmcv imports it, and whatever
         # imports mmcv.ops afterwards needs ``mmcv._ext``.
-        from .ops import mmcv_ext
+        from .compat import mmcv_ext
         from .utils import images
 
         images.install()

@@ -3,6 +3,6 @@
 
 import pytest
 
-from mlla_mm.utils.compat import COMPILES
+from mlla_mm.compat.pytorch import COMPILES
 
 needs_compiler = pytest.mark.skipif(not COMPILES, reason='PyTorch 2.1 takes too long')

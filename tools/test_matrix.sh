@@ -99,7 +99,7 @@ versions() {
 import platform
 from importlib.metadata import version
 
-from mlla_mm.ops.mmcv_ext import is_stand_in
+from mlla_mm.compat.mmcv_ext import is_stand_in
 from mlla_mm.utils.stack import collect_stack
 
 stack = collect_stack()

@@ -359,7 +359,7 @@ def _train(
 def _compare_stand_ins() -> None:
     from mmcv.ops import roi_align
 
-    from mlla_mm.ops import mmcv_ext
+    from mlla_mm.compat import mmcv_ext
 
     torch.manual_seed(0)
     boxes = torch.rand(2000, 4) * 300

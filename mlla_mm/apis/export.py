@@ -11,7 +11,7 @@ from typing import Dict, List, NamedTuple, Sequence, Tuple, Union
 import torch
 from torch import Tensor, nn
 
-from ..utils import compat
+from ..compat import pytorch
 
 TOLERANCE = 1e-4
 """Largest difference to eager execution, relative to the largest output."""
@@ -132,14 +132,14 @@ def _check_arguments(format: str, shape: Tuple[int, int]) -> None:
         raise ExportError(f'Unknown format {format!r}: choose from {list(_FORMATS)}.')
     if min(shape) < MIN_SIDE:
         raise ExportError(f'shape must be at least {MIN_SIDE} x {MIN_SIDE}: {shape}.')
-    if format == 'torch-export' and not compat.TELLS_EXPORT:
+    if format == 'torch-export' and not pytorch.TELLS_EXPORT:
         raise ExportError(
             f'torch-export needs PyTorch 2.7, this is {torch.__version__}. '
             'torchscript and onnx do without.'
         )
     if format == 'onnx':
         packages = ['onnx', 'onnxruntime']
-        if compat.EXPORTS_ONNX_THROUGH_EXPORT:
+        if pytorch.EXPORTS_ONNX_THROUGH_EXPORT:
             packages.append('onnxscript')
         missing = [name for name in packages if find_spec(name) is None]
         if missing:
@@ -168,7 +168,7 @@ def _write_program(part: Part, images: Tensor, path: Path) -> None:
 
 def _write_onnx(part: Part, images: Tensor, path: Path) -> None:
     names = dict(input_names=['images'], output_names=list(part.outputs))
-    if compat.EXPORTS_ONNX_THROUGH_EXPORT:
+    if pytorch.EXPORTS_ONNX_THROUGH_EXPORT:
         torch.onnx.export(
             part.module,
             (images,),

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from ..compat.pytorch import require_compiler
 from ..models import MLLA
-from ..utils.compat import require_compiler
 
 
 def compile_backbone(model: nn.Module, **options: Any) -> None:

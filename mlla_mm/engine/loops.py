@@ -24,9 +24,9 @@ from mmengine.runner import (
     ValLoop,
 )
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..compat.openmmlab import TrainLoopCounters, count_in_micro_batches
+from ..compat.pytorch import BatchNorm
 from .corrupt_images import SkippedImagesHook
 from .hooks.preemption import Preempted, handle_sigterm, shield_workers
 from .seeding import UPDATE, seed_generators
@@ -325,7 +325,7 @@ def _running_statistics(model: nn.Module) -> Tuple[List[Tensor], List[Tensor]]:
     layers = [
         module
         for module in model.modules()
-        if isinstance(module, _BatchNorm)
+        if isinstance(module, BatchNorm)
         and module.training
         and module.running_mean is not None
     ]

@@ -28,10 +28,10 @@ from torch import Tensor, nn
 import mlla_mm
 
 from ..apis.model import Classifier
+from ..compat.pytorch import require_compiler
 from ..engine.compile import compile_backbone
 from ..models import MLLA
 from ..utils.allocator import keep_freed_memory
-from ..utils.compat import require_compiler
 from ..utils.peak_memory import module_bytes, peak_bytes
 from .accuracy_latency import describe_device
 from .eager_mlla import EagerMLLA

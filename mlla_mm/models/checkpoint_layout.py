@@ -10,6 +10,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 from torch import Tensor
 
 from ..arch import name_size
+from ..compat.pytorch import VERSIONS
 from ..utils.checkpoint_file import CheckpointError
 from ..utils.text import printable
 
@@ -233,9 +234,8 @@ def _renamed(
     weights: Mapping[str, Tensor], rename: Callable[[str], str]
 ) -> Mapping[str, Tensor]:
     result = OrderedDict((rename(key), value) for key, value in weights.items())
-    # Versions of modules, by which some of them adapt old weights.
-    if hasattr(weights, '_metadata'):
-        result._metadata = weights._metadata
+    if hasattr(weights, VERSIONS):
+        setattr(result, VERSIONS, getattr(weights, VERSIONS))
     return result
 
 

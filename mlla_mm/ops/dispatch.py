@@ -25,8 +25,8 @@ from typing import List, Optional, Tuple, Type, Union
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
 
+from ..compat.pytorch import does_more_when_called, has_global_hooks
 from . import eager, naive, triton
 from .tracing import is_graph
 
@@ -253,19 +253,13 @@ def may_be_read(
     """
     kinds = kinds if isinstance(kinds, tuple) else (kinds,)
     return not any(
-        type(module) not in kinds
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or 'forward' in module.__dict__
-        for module in modules
+        type(module) not in kinds or does_more_when_called(module) for module in modules
     )
 
 
 def _implementation(x: Tensor) -> ModuleType:
     """Who computes; naive means that modules are called."""
-    if is_graph() or _has_global_hooks():
+    if is_graph() or has_global_hooks():
         return naive
     forced = os.environ.get('MLLA_OPS', '')
     if forced not in ('', 'naive', 'eager', 'fused'):
@@ -286,16 +280,6 @@ def _implementation(x: Tensor) -> ModuleType:
             '(PyTorch 2.7). Unset it.'
         )
     return eager
-
-
-def _has_global_hooks() -> bool:
-    """Whether every call of every module is watched, as FLOP counters do."""
-    return bool(
-        nn_module._global_forward_hooks
-        or nn_module._global_forward_pre_hooks
-        or nn_module._global_backward_hooks
-        or nn_module._global_backward_pre_hooks
-    )
 
 
 def _call_on_map(layer: nn.Module, x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..utils.compat import autocast_dtype, is_autocast
+from ..compat.pytorch import autocast_dtype, is_autocast
 from . import naive
 from .rotary import rotation
 

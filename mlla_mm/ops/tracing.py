@@ -1,7 +1,7 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 import torch
 
-from ..utils.compat import TELLS_EXPORT, is_compiling, is_exporting
+from ..compat.pytorch import TELLS_EXPORT, is_compiling, is_exporting
 
 
 def is_tracing() -> bool:

@@ -113,7 +113,7 @@ def _ops_row(stack: Stack) -> str:
     if not stack.packages['mmcv']:
         return _NOT_INSTALLED
     try:
-        from ..ops import mmcv_ext
+        from ..compat import mmcv_ext
 
         if mmcv_ext.install():
             return "stand-in on torchvision's kernels (no compiled ops that load)"

@@ -22,6 +22,7 @@ import torch
 from mmengine.logging import HistoryBuffer
 from torch import Tensor, nn
 
+from ..compat.pytorch import VERSIONS
 from .text import printable
 
 #: What one pickle may cost: its steps, of which dear ones count several times, and what
@@ -719,15 +720,16 @@ def _set_dict(target: dict, state: Any) -> None:
 
 def _set_ordered_dict(target: OrderedDict, state: Any) -> None:
     """PyTorch keeps the versions of modules beside their weights."""
-    if '_metadata' in _of(dict, state)[0]:
-        (of_modules,) = _of(dict, state['_metadata'])
+    if VERSIONS in _of(dict, state)[0]:
+        (of_modules,) = _of(dict, state[VERSIONS])
         # Anew, so that nothing that is looked at changes later.
-        target._metadata = OrderedDict()
+        by_module = OrderedDict()
+        setattr(target, VERSIONS, by_module)
         for name, versions in of_modules.items():
             # Modules that share many of them would multiply.
             if len(*_of(dict, versions)) > _MAX_KEYS:
                 raise Refused('a module of many versions')
-            target._metadata[name] = dict(versions)
+            by_module[name] = dict(versions)
             _of((int, type(None)), *versions.values())
 
 

@@ -7,8 +7,8 @@ from torch import nn
 from mlla_mm import get_model
 from mlla_mm.apis import export
 from mlla_mm.apis.export import FORMATS, ExportError, Part, export_model, select_part
+from mlla_mm.compat import pytorch
 from mlla_mm.models import MLLA
-from mlla_mm.utils import compat
 
 from ..reference import relative_error
 
@@ -53,7 +53,7 @@ def test_batch_norm_in_the_convolutions(backbone, format, tmp_path):
     if format == 'onnx':
         pytest.importorskip('onnx')
         pytest.importorskip('onnxruntime')
-    if format == 'torch-export' and not compat.TELLS_EXPORT:
+    if format == 'torch-export' and not pytorch.TELLS_EXPORT:
         pytest.skip('needs PyTorch 2.7')
     model = MLLA(ARCH, out_indices=0).eval()
     model.load_state_dict(backbone.module.state_dict(), strict=False)
@@ -89,7 +89,7 @@ def test_onnx(backbone, tmp_path):
 
 
 @pytest.mark.skipif(
-    not compat.TELLS_EXPORT, reason='torch.export has what it takes from 2.7 on'
+    not pytorch.TELLS_EXPORT, reason='torch.export has what it takes from 2.7 on'
 )
 def test_torch_export(backbone, tmp_path):
     path = tmp_path / 'model.pt2'
@@ -166,7 +166,7 @@ def test_wrong_arguments(backbone, tmp_path, monkeypatch):
 def test_published_network(format, tmp_path):
     if format == 'onnx':
         pytest.importorskip('onnxruntime')
-    elif format == 'torch-export' and not compat.TELLS_EXPORT:
+    elif format == 'torch-export' and not pytorch.TELLS_EXPORT:
         pytest.skip('torch.export has what it takes from 2.7 on')
     model = get_model('mlla-t').eval()
     for part in ('backbone', 'classifier'):

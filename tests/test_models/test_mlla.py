@@ -13,7 +13,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mlla_mm.engine.compile import compile_backbone
 from mlla_mm.models import MLLA
-from mlla_mm.utils import compat
 
 from .. import reference
 from ..compiler import needs_compiler

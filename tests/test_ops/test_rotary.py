@@ -4,8 +4,8 @@ import math
 import pytest
 import torch
 
+from mlla_mm.compat.pytorch import TELLS_EXPORT
 from mlla_mm.ops import rotary, rotary_embedding
-from mlla_mm.utils.compat import TELLS_EXPORT
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mlla_mm.ops import mmcv_ext
+from mlla_mm.compat import mmcv_ext
 from mlla_mm.utils.collect_env import collect_env, format_problems, format_table
 from mlla_mm.utils.stack import Stack, collect_stack
 

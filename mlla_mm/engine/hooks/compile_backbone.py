@@ -6,8 +6,8 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import nn
 
+from ...compat.pytorch import require_compiler
 from ...models import MLLA
-from ...utils.compat import require_compiler
 from ..compile import compile_backbone
 from .mesa import MESAHook
 

@@ -6,7 +6,6 @@ import torch
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from ... import ops
@@ -20,6 +19,7 @@ from ...arch import (
     parse_arch,
     parse_out_indices,
 )
+from ...compat.pytorch import BatchNorm
 from ..layers import MLLABlock, PatchMerging, Stem
 
 
@@ -214,7 +214,7 @@ class MLLA(BaseModule):
         self._freeze_stages()
         if mode and self.norm_eval:
             for module in self.modules():
-                if isinstance(module, _BatchNorm):
+                if isinstance(module, BatchNorm):
                     module.eval()
         return self
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from ...compat.pytorch import copy_all
 from ._common import computed_dtype
 from ._depthwise_conv import (
     conv,
@@ -247,7 +248,7 @@ def _cast(w: Weights, dtype: torch.dtype) -> _Products:
     sizes = [t.numel() for t in wanted]
     memory = torch.empty(sum(sizes), dtype=dtype, device=w.qk.device)
     parts = [part.view(t.shape) for part, t in zip(memory.split(sizes), wanted)]
-    torch._foreach_copy_(parts, wanted)
+    copy_all(parts, wanted)
     # The first two pairs lie behind one another: a layer with both outputs.
     in_act = memory[: 2 * channels**2].view(2 * channels, channels)
     in_act_bias = memory[2 * channels**2 :][: 2 * channels]

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from ...utils.compat import MM_TAKES_OUT_DTYPE
+from ...compat.pytorch import MM_TAKES_OUT_DTYPE
 from .. import naive
 from ._common import (
     SIZES,

@@ -1,11 +1,24 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""What differs between the supported versions of PyTorch, from 2.1 on.
+"""What differs between the supported versions of PyTorch, and private names of it.
+
+All names are of PyTorch 2.1 to 2.11, but where it says otherwise.
 
 The two sets of OpenMMLab packages run the same code; which of them is installed, and
 what is wrong with it, tells :mod:`mlla_mm.utils.stack`.
 """
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor, nn
+from torch.nn.modules import batchnorm, module
+
+#: What all kinds of BatchNorm are, and InstanceNorm is not.
+BatchNorm = batchnorm._BatchNorm
+
+#: The attribute of a state dict with the versions of the modules, by which some of them
+#: adapt old weights.
+VERSIONS = '_metadata'
 
 #: Whether a module can tell that torch.export is at work.
 TELLS_EXPORT = torch.__version__ >= (2, 7)
@@ -57,3 +70,29 @@ def autocast_dtype(device_type: str) -> torch.dtype:
     if device_type == 'cpu':
         return torch.get_autocast_cpu_dtype()
     return torch.get_autocast_gpu_dtype()
+
+
+def does_more_when_called(layer: nn.Module) -> bool:
+    """Whether a module has hooks, or a forward pass set on it alone."""
+    return bool(
+        layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+        or 'forward' in layer.__dict__
+    )
+
+
+def has_global_hooks() -> bool:
+    """Whether every call of every module is watched, as FLOP counters do."""
+    return bool(
+        module._global_forward_hooks
+        or module._global_forward_pre_hooks
+        or module._global_backward_hooks
+        or module._global_backward_pre_hooks
+    )
+
+
+def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy many tensors in one kernel."""
+    torch._foreach_copy_(targets, sources)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torchvision.ops import sigmoid_focal_loss
 
-from mlla_mm.ops import mmcv_ext
+from mlla_mm.compat import mmcv_ext
 
 mmcv_ext.install()
 mmcv_ops = pytest.importorskip('mmcv.ops')
