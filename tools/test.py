@@ -4,7 +4,7 @@
 import argparse
 from typing import Optional, Sequence
 
-from arguments import add_ema_argument, add_run_arguments
+from arguments import add_ema_argument, add_fuse_argument, add_run_arguments
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -25,6 +25,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         '--tta', action='store_true', help="test-time augmentation of the config's"
     )
     add_ema_argument(parser)
+    add_fuse_argument(parser)
     parser.add_argument('--amp', action='store_true', help='mixed precision')
     return parser.parse_args(argv)
 

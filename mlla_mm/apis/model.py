@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional, Sequence, Union
 
-import mmcv.cnn
 import torch
 from mmengine.config import Config
 from mmengine.device import get_device
@@ -16,7 +15,7 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 
 from ..engine.launch import replace_sync_bn
-from ..models import MLLA
+from ..models import MLLA, fusing
 from ..models.checkpoint_layout import check_fit, find_weights, to_own_names
 from ..models.weights import load_pretrained, require_weights
 from ..utils.allocator import keep_freed_memory
@@ -172,9 +171,8 @@ def load_model(
         ema (bool): Take the averaged weights. Defaults to False.
         trust_checkpoint (bool): Let the checkpoint run the code that it may carry, as
             the config's ``trust_checkpoint`` does. Defaults to False.
-        fuse_conv_bn (bool): Fold every BatchNorm into the convolution before it, by
-            ``mmcv.cnn.fuse_conv_bn``. The model is then for inference alone.
-            Defaults to False.
+        fuse_conv_bn (bool): Fold every BatchNorm into the convolution before it, see
+            :func:`mlla_mm.models.fusing.fuse_conv_bn`. Defaults to False.
 
     Returns:
         nn.Module: The model, with the checkpoint's ``dataset_meta`` (dict, class names
@@ -199,7 +197,7 @@ def load_model(
     model.load_state_dict(weights, strict=False)
     model.dataset_meta = _dataset_meta(content)
     model.to(device).eval()
-    return mmcv.cnn.fuse_conv_bn(model) if fuse_conv_bn else model
+    return fusing.fuse_conv_bn(model) if fuse_conv_bn else model
 
 
 def _dataset_meta(checkpoint: Any) -> dict:

@@ -13,7 +13,6 @@ from ..engine import launch, options
 from ..engine.config_check import check_config, require_work_dir
 from ..engine.console import build_runner, quiet
 from ..engine.corrupt_images import CorruptImageError
-from ..engine.ema import use_ema_weights
 from ..engine.toolboxes import load_own_toolbox_alone
 from ..utils.checkpoint_file import CheckpointError
 
@@ -66,7 +65,9 @@ def apply_command_line(cfg: Config, args: argparse.Namespace) -> None:
     if args.amp:
         cfg.test_cfg.fp16 = True
     if args.ema:
-        use_ema_weights(cfg)
+        options.add_hook(cfg, 'UseEMAWeightsHook')
+    if args.fuse_conv_bn:
+        options.add_hook(cfg, 'FuseConvBNHook')
     if args.tta:
         options.enable_tta(cfg)
     if args.show_dir:

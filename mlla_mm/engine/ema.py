@@ -5,7 +5,6 @@ import copy
 from typing import Dict
 
 import torch
-from mmengine.config import Config
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -66,12 +65,3 @@ class ModelEMA:
     def load_state_dict(self, state_dict: Dict[str, Tensor]) -> None:
         """Go on from the average of a checkpoint."""
         self.module.load_state_dict(state_dict)
-
-
-def use_ema_weights(cfg: Config) -> None:
-    """Make a run of this config load a checkpoint's averaged weights.
-
-    Args:
-        cfg (Config): The config of a test run; changed in place.
-    """
-    cfg.custom_hooks = [*cfg.get('custom_hooks', []), dict(type='UseEMAWeightsHook')]

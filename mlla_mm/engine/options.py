@@ -123,6 +123,11 @@ def hooks_of(cfg: Config) -> List[dict]:
     return [hook for hook in hooks if hook]
 
 
+def add_hook(cfg: Config, kind: str) -> None:
+    """Add a hook without arguments to ``custom_hooks``."""
+    cfg.custom_hooks = [*as_list(cfg.get('custom_hooks')), dict(type=kind)]
+
+
 def enable_amp(cfg: Config) -> None:
     """Train in mixed precision with a dynamic loss scale.
 

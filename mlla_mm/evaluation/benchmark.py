@@ -18,7 +18,6 @@ from itertools import product
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Tuple, Union
 
-import mmcv.cnn
 import mmengine
 import numpy as np
 import torch
@@ -30,7 +29,7 @@ import mlla_mm
 from ..apis.model import Classifier
 from ..compat.pytorch import require_compiler
 from ..engine.compile import compile_backbone
-from ..models import MLLA
+from ..models import MLLA, fusing
 from ..utils.allocator import keep_freed_memory
 from ..utils.peak_memory import module_bytes, peak_bytes
 from .accuracy_latency import describe_device
@@ -405,7 +404,7 @@ def measure_case(
         built = {(name, ''): _build_twin(name, case).to(device) for name in models}
         if fuse_conv_bn:
             for model in built.values():
-                mmcv.cnn.fuse_conv_bn(model)
+                fusing.fuse_conv_bn(model)
         _check_twins({name: model for (name, _), model in built.items()}, images)
         for variant, name in product(variants, models):
             model = built[name, variant] = copy.deepcopy(built[name, ''])

@@ -155,7 +155,7 @@ def test_wrong_arguments(backbone, tmp_path, monkeypatch):
     monkeypatch.setattr(export, 'find_spec', lambda name: None)
     with pytest.raises(ExportError, match='needs onnx, onnxruntime.*pip install'):
         export_model(backbone, 'onnx', path)
-    monkeypatch.setattr(compat, 'TELLS_EXPORT', False)
+    monkeypatch.setattr(pytorch, 'TELLS_EXPORT', False)
     with pytest.raises(ExportError, match='needs PyTorch 2.7'):
         export_model(backbone, 'torch-export', path)
     assert not list(tmp_path.iterdir())

@@ -17,7 +17,7 @@ from mmengine.runner import CheckpointLoader, Runner, load_checkpoint
 from torch import nn
 from torch.utils.data import DataLoader
 
-from mlla_mm.engine.ema import use_ema_weights
+from mlla_mm.engine.options import add_hook
 from mlla_mm.engine.publish import publish
 from mlla_mm.models import MLLA
 from mlla_mm.utils.checkpoint_file import CheckpointError, trust_checkpoints
@@ -353,7 +353,7 @@ def test_averaged_weights(tmp_path):
     checkpoints.save_official_training(plain, path, state_dict_ema=theirs)
     expected = {key: value.clone() for key, value in own.items()}
     cfg = Config(dict())
-    use_ema_weights(cfg)
+    add_hook(cfg, 'UseEMAWeightsHook')
     loaded = load_from(tmp_path, path, model, custom_hooks=cfg.custom_hooks)
     for key, value in loaded.state_dict().items():
         assert torch.equal(value, expected[key]), key

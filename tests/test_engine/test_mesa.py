@@ -16,7 +16,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from mlla_mm.engine.ema import ModelEMA, recipe_decay, use_ema_weights
+from mlla_mm.engine.ema import ModelEMA, recipe_decay
+from mlla_mm.engine.options import add_hook
 from mlla_mm.models import MLLA
 
 pytest.importorskip('mmpretrain')
@@ -393,7 +394,7 @@ def evaluate(work_dir, path, data_root, ema):
     cfg.test_dataloader.update(num_workers=0, persistent_workers=False)
     cfg.experiment_name = path.stem
     if ema:
-        use_ema_weights(cfg)
+        add_hook(cfg, 'UseEMAWeightsHook')
     return Runner.from_cfg(cfg).test()
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mlla_mm.compat import pytorch
 from mlla_mm.engine.compile import compile_backbone
 from mlla_mm.models import MLLA
 
@@ -258,7 +259,7 @@ def test_compiled_training_on_several_image_sizes():
 
 
 def test_compilers_that_are_too_old_are_refused(monkeypatch):
-    monkeypatch.setattr(compat, 'COMPILES', False)
+    monkeypatch.setattr(pytorch, 'COMPILES', False)
     with pytest.raises(ValueError, match='compile needs PyTorch 2.2 or newer'):
         compile_backbone(MLLA(NANO))
 
