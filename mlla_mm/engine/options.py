@@ -195,7 +195,9 @@ def set_resume(cfg: Config, resume: Optional[str]) -> None:
     if Path(resume).is_file():
         cfg.randomness = dict(cfg.get('randomness', {}), seed=seed_of(resume))
     for module in modules_with_pretrained(cfg.model):
-        module['init_cfg'] = None
+        read = pretrained_of(module)
+        left = [x for x in as_list(module['init_cfg']) if x not in read]
+        module['init_cfg'] = left or None
     if all(hook.get('type') != 'ResumedStateHook' for hook in hooks_of(cfg)):
         cfg.setdefault('default_hooks', {})
         cfg.default_hooks.resumed_state = dict(type='ResumedStateHook')
@@ -209,20 +211,29 @@ def require_pretrained(cfg: Config) -> None:
             message tells where to get it.
     """
     for module in modules_with_pretrained(cfg.model):
-        if '://' not in module['init_cfg']['checkpoint']:
-            require_weights(module['init_cfg']['checkpoint'])
+        for init_cfg in pretrained_of(module):
+            if '://' not in init_cfg['checkpoint']:
+                require_weights(init_cfg['checkpoint'])
 
 
 def modules_with_pretrained(model: Any) -> Iterator[dict]:
     """The parts of a model's config that start from a checkpoint, by ``init_cfg``."""
     if isinstance(model, dict):
-        init_cfg = model.get('init_cfg')
-        if isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained':
+        if pretrained_of(model):
             yield model
         model = list(model.values())
     if isinstance(model, (list, tuple)):
         for value in model:
             yield from modules_with_pretrained(value)
+
+
+def pretrained_of(module: dict) -> List[dict]:
+    """Those of a module's ``init_cfg``, one or several, that read a checkpoint."""
+    return [
+        init_cfg
+        for init_cfg in as_list(module.get('init_cfg'))
+        if isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained'
+    ]
 
 
 # How each package's visualization hook is told to draw test results into a folder.

@@ -9,7 +9,7 @@ from mmengine.config import Config
 
 from .batch_size import accumulated_batches, recipe_batch_size, total_batch_size
 from .ema import recipe_decay
-from .options import hooks_of, modules_with_pretrained
+from .options import hooks_of, modules_with_pretrained, pretrained_of
 
 Items = Dict[str, Any]
 
@@ -147,4 +147,4 @@ def _precision(cfg: Config) -> str:
 
 def _pretrained(model: dict) -> List[str]:
     modules = modules_with_pretrained(model)
-    return sorted(module['init_cfg']['checkpoint'] for module in modules)
+    return sorted(x['checkpoint'] for part in modules for x in pretrained_of(part))

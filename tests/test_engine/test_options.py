@@ -49,6 +49,17 @@ def test_a_resumed_run_does_without_the_pretrained_weights(tmp_path):
     options.require_pretrained(cfg)
 
 
+def test_weights_among_several_ways_to_start(tmp_path):
+    cfg = with_weights(tmp_path / 'mine.pth', work_dir=str(tmp_path))
+    constant = dict(type='Constant', layer='LayerNorm', val=1.0)
+    cfg.model.backbone.init_cfg = [constant, cfg.model.backbone.init_cfg]
+    with pytest.raises(FileNotFoundError, match='mine.pth'):
+        options.require_pretrained(cfg)
+    torch.save(dict(meta=dict(seed=3)), tmp_path / 'epoch_1.pth')
+    options.set_resume(cfg, 'auto')
+    assert cfg.model.backbone.init_cfg == [constant]
+
+
 def test_what_a_checkpoint_says_is_checked_whatever_the_config_names(tmp_path):
     """A config of somebody else's may have MMEngine's hooks alone."""
     torch.save(dict(meta=dict(seed=3)), tmp_path / 'epoch_1.pth')
