@@ -30,6 +30,7 @@ def test(args: argparse.Namespace) -> None:
         load_own_toolbox_alone(args.config)
         lay_out_configs_once()
         written = options.read_config(args.config)
+        written.setdefault('launcher', 'none')  # as in MMEngine
         cfg = copy.deepcopy(written)
         apply_command_line(cfg, args)
         if not args.verbose:

@@ -10,7 +10,7 @@ from mmengine.config import Config
 from ..compat.openmmlab import lay_out_configs_once
 from ..datasets.check_config import require_data
 from ..engine import batch_size, launch, options, preflight
-from ..engine.config_check import check_config, require_work_dir
+from ..engine.config_check import check_config, check_loop, require_work_dir
 from ..engine.console import build_runner, quiet
 from ..engine.corrupt_images import CorruptImageError
 from ..engine.hooks import DivergedError, Preempted, RecordRecipeHook
@@ -36,11 +36,13 @@ def train(args: argparse.Namespace) -> int:
         load_own_toolbox_alone(args.config)
         lay_out_configs_once()
         written = options.read_config(args.config)
+        written.setdefault('launcher', 'none')  # as in MMEngine
         cfg = copy.deepcopy(written)
         notice = apply_command_line(cfg, args)
         if not args.verbose:
             quiet(cfg.get('default_scope'))
         check_config(cfg)
+        check_loop(cfg)
         record = _record(written, cfg, notice)
         options.require_pretrained(cfg)
         layout = launch.set_up(cfg)

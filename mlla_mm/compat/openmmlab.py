@@ -14,6 +14,7 @@ from typing import Any, Dict, Optional
 from mmengine.dist import master_only
 from mmengine.hooks import CheckpointHook
 from mmengine.logging import MMLogger
+from mmengine.model.weight_init import update_init_info
 from mmengine.optim import OptimWrapper
 from torch import Tensor, nn
 from yapf.yapflib import yapf_api
@@ -29,7 +30,7 @@ def is_resumed(runner) -> bool:
     return bool(runner._resume)
 
 
-def accumulated_batches(wrapper: OptimWrapper) -> int:
+def batches_of_update(wrapper: OptimWrapper) -> int:
     """Batches of an update, as the optimiser wrapper counts. Both."""
     return wrapper._accumulative_counts
 
@@ -75,6 +76,12 @@ class TrainLoopCounters:
         """
         self.dataloader_iterator = type(self.dataloader_iterator)(self.dataloader)
         self.dataloader_iterator._epoch = number
+
+
+def note_init_info(module: nn.Module, text: str) -> None:
+    """Note how a module's parameters were initialised, where MMEngine asks. Both."""
+    if hasattr(module, '_params_init_info'):
+        update_init_info(module, init_info=text)
 
 
 class CheckpointHookSteps(CheckpointHook):

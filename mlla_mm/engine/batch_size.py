@@ -4,10 +4,9 @@
 from typing import List, Optional
 
 from mmengine.config import Config
-from mmengine.registry import LOOPS
 
-from .loops import SeededTrainLoop
-from .options import as_list, hooks_of
+from .loops import is_seeded, require_seeded
+from .options import as_list, hooks_of, kind_of
 
 
 def total_batch_size(cfg: Config, world_size: int) -> int:
@@ -24,7 +23,7 @@ def accumulated_batches(cfg: Config) -> int:
 
 def recipe_batch_size(cfg: Config) -> Optional[int]:
     """The total batch size that the config's learning rate is meant for, if stated."""
-    return cfg.get('auto_scale_lr', {}).get('base_batch_size')
+    return (cfg.get('auto_scale_lr') or {}).get('base_batch_size')
 
 
 def settle(
@@ -75,7 +74,7 @@ def settle(
             'scales what goes with it too (lowest rates, averages of weights).'
         )
     options = ['--auto-scale-lr scales the learning rate']
-    if recipe % total == 0:
+    if recipe % total == 0 and is_seeded(cfg.train_cfg):
         options.insert(0, '--keep-batch-size accumulates gradients up to it')
     return (
         f'The total batch size is {total} ({world_size} processes x {batch}); the '
@@ -121,25 +120,11 @@ def keep_batch_size(cfg: Config, world_size: int) -> int:
         raise ValueError(_misfit(total, world_size, batch))
     micro_batches = total // (world_size * batch)
     if micro_batches > 1:
-        _require_our_loop(cfg.train_cfg)
+        require_seeded(cfg.train_cfg, '--keep-batch-size')
         cfg.train_cfg.micro_batches = micro_batches
     # MMEngine would count one micro-batch.
     cfg.auto_scale_lr.enable = False
     return micro_batches
-
-
-def _require_our_loop(loop: dict) -> None:
-    kind = loop.get('type')
-    known = LOOPS.get(kind) if isinstance(kind, str) else kind
-    if known is not None and issubclass(known, SeededTrainLoop):
-        return
-    ours = 'SeededIterBasedTrainLoop'
-    if 'max_epochs' in loop:
-        ours = 'SeededEpochBasedTrainLoop'
-    raise ValueError(
-        f'--keep-batch-size needs a training loop of ours, but train_cfg.type is '
-        f"{kind!r}. Put this into the config: train_cfg = dict(type='{ours}')"
-    )
 
 
 def _misfit(total: int, world_size: int, batch: int) -> str:
@@ -209,9 +194,10 @@ def scale_to_batch_size(cfg: Config, world_size: int) -> float:
 
 
 def _scale_average(hook: dict, ratio: float) -> None:
-    if hook['type'] == 'EMAHook' and hook.get('ema_type') != 'StochasticWeightAverage':
+    kind = kind_of(hook)
+    if kind == 'EMAHook' and hook.get('ema_type') != 'StochasticWeightAverage':
         # MMEngine's default is that of its averages.
         hook['momentum'] = 1 - (1 - hook.get('momentum', 0.0002)) ** ratio
     # Without a decay of its own, MESAHook follows the total batch size itself.
-    if hook['type'] == 'MESAHook' and hook.get('decay') is not None:
+    if kind == 'MESAHook' and hook.get('decay') is not None:
         hook['decay'] **= ratio

@@ -27,6 +27,7 @@ from mmengine.registry import (
     OPTIM_WRAPPERS,
     OPTIMIZERS,
     PARAM_SCHEDULERS,
+    RUNNERS,
     TASK_UTILS,
     TRANSFORMS,
     VISBACKENDS,
@@ -38,6 +39,8 @@ from mmengine.registry import (
 
 from ..arch import parse_arch
 from ..models.backbones import MLLA
+from .loops import require_seeded
+from .options import kind_of
 
 _MODEL = (MODELS, TASK_UTILS, WEIGHT_INITIALIZERS, TRANSFORMS)
 _LOADER = (DATASETS, TRANSFORMS, DATA_SAMPLERS, FUNCTIONS, MODELS, TASK_UTILS)
@@ -75,10 +78,7 @@ _ALWAYS_BUILT = (
     'optim_wrapper.optimizer.type',
 )
 # The default hooks that None switches off.
-_OF_MMENGINE = (
-    *('runtime_info', 'timer', 'sampler_seed', 'logger', 'param_scheduler'),
-    'checkpoint',
-)
+_OF_MMENGINE = 'runtime_info timer sampler_seed logger param_scheduler checkpoint'
 # How alike two names are, from 0 to 1, if one is meant for the other; less if it is
 # sure that the one is wrong.
 _ALIKE, _SIMILAR = 0.85, 0.6
@@ -91,10 +91,9 @@ _NECKS = ('FPN', 'PAFPN', 'BFP', 'ChannelMapper', 'NASFPN', 'FPN_CARAFE')
 def check_config(cfg: Config) -> None:
     """Look for mistakes in the config of a run.
 
-    Keys that have another place, and hooks that are switched off in a way that MMEngine
-    does not know; types that no registry has, although one has a similar name;
-    arguments of MLLA; channels between the backbone and what follows; numbers of
-    classes.
+    Hooks that are switched off in a way that MMEngine does not know; types that no
+    registry has, although one has a similar name; arguments of MLLA; channels between
+    the backbone and what follows; numbers of classes.
 
     Args:
         cfg (Config): The config, whose ``custom_imports`` have been imported.
@@ -102,7 +101,8 @@ def check_config(cfg: Config) -> None:
     Raises:
         ValueError: Names the first mistake by its key in the config, and what is right.
     """
-    _check_places(cfg)
+    _check_hooks(cfg)
+    _check_runner(cfg)
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmengine')):
         for key, registries in _REGISTRIES.items():
             _check_types(cfg.get(key), key, registries)
@@ -115,14 +115,43 @@ def check_config(cfg: Config) -> None:
                 _check_classes(model, cfg.get(f'{split}_dataloader'), split)
 
 
-def _check_places(cfg: Config) -> None:
-    if 'skip_corrupt_images' in cfg:
+def check_loop(cfg: Config) -> None:
+    """Look for what a config wants of its training loop and does not get.
+
+    Args:
+        cfg (Config): The config of a training run.
+
+    Raises:
+        ValueError: Names it, and the way out.
+    """
+    if cfg.get('skip_corrupt_images'):
         raise ValueError(
             'skip_corrupt_images is an argument of the training loop: write '
-            'train_cfg = dict(skip_corrupt_images=True).'
+            'train_cfg = dict(skip_corrupt_images=True) in its place.'
         )
+    for name in ('skip_corrupt_images', 'micro_batches'):
+        if name in cfg.train_cfg:
+            require_seeded(cfg.train_cfg, f'train_cfg.{name}')
+    sampler = cfg.train_dataloader.get('sampler')
+    if isinstance(sampler, Mapping) and kind_of(sampler) == 'SharedSampler':
+        raise ValueError(
+            'mlla_mm 0.1 wrote this config into a work_dir, with what its loop needed '
+            'around data and sampler. Train with the config that it was made of.'
+        )
+
+
+def _check_runner(cfg: Config) -> None:
+    kind = cfg.get('runner_type', 'Runner')
+    if isinstance(kind, str) and RUNNERS.get(kind) is None:
+        raise ValueError(
+            f"runner_type is '{kind}', which is not registered. Name the module that "
+            'registers it in custom_imports.'
+        )
+
+
+def _check_hooks(cfg: Config) -> None:
     for name, hook in (cfg.get('default_hooks') or {}).items():
-        if hook is None and name not in _OF_MMENGINE:
+        if hook is None and name not in _OF_MMENGINE.split():
             raise ValueError(
                 f'default_hooks.{name} is None, which switches off hooks of MMEngine '
                 f"alone: write default_hooks = dict({name}=dict(type='NoHook'))."

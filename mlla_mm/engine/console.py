@@ -87,7 +87,8 @@ def build_runner(cfg: Config, verbose: bool) -> Runner:
     Returns:
         Runner: The runner.
     """
-    kind = RUNNERS.get(cfg.get('runner_type', 'Runner'))
+    kind = cfg.get('runner_type', 'Runner')
+    kind = RUNNERS.get(kind) if isinstance(kind, str) else kind
     if not verbose:
         kind = type(kind.__name__, (_QuietConsole, kind), {})
     return kind.from_cfg(cfg)

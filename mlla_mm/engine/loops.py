@@ -49,6 +49,9 @@ class SeededTrainLoop(TrainLoopCounters):
             ``micro_batches`` is not positive.
     """
 
+    #: For :class:`PreemptionHook`.
+    repeats_validation = True
+
     def __init__(
         self,
         runner,
@@ -221,6 +224,29 @@ class SeededIterBasedTrainLoop(SeededTrainLoop, IterBasedTrainLoop):
         return self.iter % self.val_interval == 0 or self.iter == self.max_iters
 
 
+def is_seeded(train_cfg: dict) -> bool:
+    """Whether a config's training loop is one of this module, or made of one."""
+    kind = train_cfg.get('type')
+    known = LOOPS.get(kind) if isinstance(kind, str) else kind
+    return known is not None and issubclass(known, SeededTrainLoop)
+
+
+def require_seeded(train_cfg: dict, what: str) -> None:
+    """Refuse what only the loops of this module can do, with the line that helps.
+
+    Raises:
+        ValueError: If the config names another loop.
+    """
+    if is_seeded(train_cfg):
+        return
+    ours = 'Epoch' if 'max_epochs' in train_cfg else 'Iter'
+    raise ValueError(
+        f'{what} needs a training loop of mlla_mm, but train_cfg.type is '
+        f'{train_cfg.get("type")!r}. Put this into the config: '
+        f"train_cfg = dict(type='Seeded{ours}BasedTrainLoop')"
+    )
+
+
 class _NamingCorruptImages:
     """What the loops of evaluation share: see :class:`CheckedDataset`."""
 
@@ -252,6 +278,13 @@ class CheckedTestLoop(_NamingCorruptImages, TestLoop):
 def _share_samples(loader: dict, micro_batches: int, skip_corrupt_images: bool) -> dict:
     """The config of a data loader that yields micro-batches of seeded samples."""
     loader = copy.copy(loader)
+    if not isinstance(loader.get('sampler'), dict):
+        raise ValueError(
+            'train_dataloader.sampler must be a config, of which a sampler for each '
+            f'process is made, got {loader.get("sampler")!r}. Give one, such as '
+            "dict(type='DefaultSampler', shuffle=True)."
+        )
+    collate = loader.get('collate_fn') or dict(type='pseudo_collate')
     batch_sampler = dict(type='SharedBatchSampler')
     if loader.get('batch_sampler'):
         batch_sampler['batch_sampler'] = loader['batch_sampler']
@@ -264,7 +297,7 @@ def _share_samples(loader: dict, micro_batches: int, skip_corrupt_images: bool) 
     loader['collate_fn'] = dict(
         type='collate_micro_batches',
         micro_batches=micro_batches,
-        collate_fn=loader.get('collate_fn', dict(type='pseudo_collate')),
+        collate_fn=dict(type=collate) if callable(collate) else collate,
     )
     loader['dataset'] = dict(
         type='SeededDataset',

@@ -63,7 +63,7 @@ def print_changes(written: Config, run: Config) -> None:
     """Print :func:`describe_changes`, if there are any."""
     changes = describe_changes(written, run)
     if changes:
-        lines = [f'{run.filename}, changed by the command line:', *changes]
+        lines = [f'{run.filename} is run with these changes:', *changes]
         print('\n  '.join(lines), flush=True)
 
 
@@ -116,11 +116,15 @@ def as_list(value: Any) -> List[Any]:
 
 def hooks_of(cfg: Config) -> List[dict]:
     """The configs of a run's hooks, those of ``default_hooks`` first."""
-    hooks = [
-        *(cfg.get('default_hooks') or {}).values(),
-        *as_list(cfg.get('custom_hooks')),
-    ]
-    return [hook for hook in hooks if hook]
+    defaults = cfg.get('default_hooks') or {}
+    hooks = [*defaults.values(), *as_list(cfg.get('custom_hooks'))]
+    return [hook for hook in hooks if isinstance(hook, dict)]
+
+
+def kind_of(part: dict) -> Optional[str]:
+    """The name of a part's ``type``, which may be a class; None if there is none."""
+    kind = part.get('type')
+    return getattr(kind, '__name__', kind)
 
 
 def add_hook(cfg: Config, kind: str) -> None:
@@ -198,9 +202,9 @@ def set_resume(cfg: Config, resume: Optional[str]) -> None:
         read = pretrained_of(module)
         left = [x for x in as_list(module['init_cfg']) if x not in read]
         module['init_cfg'] = left or None
-    if all(hook.get('type') != 'ResumedStateHook' for hook in hooks_of(cfg)):
-        cfg.setdefault('default_hooks', {})
-        cfg.default_hooks.resumed_state = dict(type='ResumedStateHook')
+    if 'ResumedStateHook' not in map(kind_of, hooks_of(cfg)):
+        hook = dict(type='ResumedStateHook')
+        cfg.default_hooks = dict(cfg.get('default_hooks') or {}, resumed_state=hook)
 
 
 def require_pretrained(cfg: Config) -> None:
@@ -250,15 +254,16 @@ def draw_results(cfg: Config, folder: str) -> None:
     Raises:
         ValueError: If the config has no visualization hook that can do it.
     """
-    hook = cfg.default_hooks.get('visualization') or {}
-    if hook.get('type') not in _DRAW:
+    hook = (cfg.get('default_hooks') or {}).get('visualization') or {}
+    kind = kind_of(hook)
+    if kind not in _DRAW:
         raise ValueError(
             f'--show-dir needs default_hooks.visualization of a type in {list(_DRAW)}, '
-            f'got {hook.get("type")!r}.'
+            f'got {kind!r}.'
         )
     # Absolute: mmdet joins a relative folder to its own time-stamped one.
-    hook.update(_DRAW[hook['type']](str(Path(folder).resolve())))
-    if hook['type'] == 'SegVisualizationHook':
+    hook.update(_DRAW[kind](str(Path(folder).resolve())))
+    if kind == 'SegVisualizationHook':
         cfg.visualizer['save_dir'] = folder
 
 

@@ -44,7 +44,7 @@ from ..compat.openmmlab import is_resumed
 from . import launch
 from .batch_size import accumulated_batches
 from .corrupt_images import CheckedDataset
-from .options import as_list
+from .options import as_list, kind_of
 from .resume import newest_checkpoint, require_resumable
 from .seeding import SeededDataset
 
@@ -369,11 +369,11 @@ def _derived(cfg: Config, folder: str) -> Config:
     if cfg.get('visualizer'):
         cfg.visualizer.pop('name', None)
         cfg.visualizer.vis_backends = [dict(type='LocalVisBackend')]
-    hooks = cfg.get('default_hooks', {})
+    hooks = cfg.get('default_hooks') or {}
     for name, hook in hooks.items():
         if hook and 'out_dir' in hook:
             hook.pop('out_dir')
-        if hook and hook.get('type') == 'StopOnInvalidLossHook':
+        if hook and kind_of(hook) == 'StopOnInvalidLossHook':
             # It would leave the batch in the folder, which goes.
             hooks[name] = dict(type='NoHook')
     for evaluator in as_list(cfg.get('val_evaluator')):
@@ -403,7 +403,7 @@ def _short_run(
     else:
         loop.max_iters = start.iteration + UPDATES * accumulated
         loop.val_interval = loop.max_iters
-    checkpoint = cfg.get('default_hooks', {}).get('checkpoint')
+    checkpoint = (cfg.get('default_hooks') or {}).get('checkpoint')
     if checkpoint:
         checkpoint.update(interval=1, save_begin=0, save_last=True)
     # A detector that has learnt nothing yet would have no detections to evaluate.
@@ -632,11 +632,13 @@ class Remaining:
 
 def _disk(cfg: Config, folder: str, left: Remaining) -> Optional[Disk]:
     """What the checkpoints will take; None if none are saved, or not on a disk."""
-    hook = cfg.get('default_hooks', {}).get('checkpoint')
+    hook = (cfg.get('default_hooks') or {}).get('checkpoint')
     target = _checkpoint_folder(cfg)
     if not hook or '://' in str(target):
         return None
     saved = find_latest_checkpoint(folder)
+    if saved is None:
+        return None
     size = _bytes(Path(saved))
     count = left.times(
         hook.get('interval', -1),
@@ -659,7 +661,7 @@ def _disk(cfg: Config, folder: str, left: Remaining) -> Optional[Disk]:
 
 
 def _checkpoint_folder(cfg: Config) -> Path:
-    hook = cfg.get('default_hooks', {}).get('checkpoint') or {}
+    hook = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
     return Path(hook.get('out_dir') or cfg.work_dir)
 
 

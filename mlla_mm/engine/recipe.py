@@ -9,7 +9,7 @@ from mmengine.config import Config
 
 from .batch_size import accumulated_batches, recipe_batch_size, total_batch_size
 from .ema import recipe_decay
-from .options import hooks_of, modules_with_pretrained, pretrained_of
+from .options import hooks_of, kind_of, modules_with_pretrained, pretrained_of
 
 Items = Dict[str, Any]
 
@@ -43,15 +43,17 @@ def describe_run(cfg: Config, world_size: int) -> Items:
     """
     total = total_batch_size(cfg, world_size)
     loop = cfg.train_cfg
-    by_epoch = 'max_epochs' in loop
+    length = None  # of a loop that counts otherwise
+    if 'max_epochs' in loop:
+        length = f'{loop.max_epochs} epochs'
+    elif 'max_iters' in loop:
+        length = f'{loop.max_iters} iterations'
     return {
         'processes': world_size,
         'batch per process': cfg.train_dataloader.batch_size,
         'accumulated batches': accumulated_batches(cfg),
         'total batch': total,
-        'length': f'{loop.max_epochs} epochs'
-        if by_epoch
-        else f'{loop.max_iters} iterations',
+        'length': length,
         'learning rate': cfg.optim_wrapper.get('optimizer', {}).get('lr'),
         'EMA decay': _ema_decay(cfg, total),
         'mixed precision': _precision(cfg),
@@ -131,10 +133,10 @@ def format_value(value: Any) -> str:
 
 def _ema_decay(cfg: Config, total: int) -> Optional[float]:
     for hook in hooks_of(cfg):
-        if hook['type'] == 'MESAHook':
+        if kind_of(hook) == 'MESAHook':
             decay = hook.get('decay')
             return recipe_decay(total) if decay is None else decay
-        if hook['type'] == 'EMAHook' and 'momentum' in hook:
+        if kind_of(hook) == 'EMAHook' and 'momentum' in hook:
             return 1 - hook['momentum']
     return None
 

@@ -136,7 +136,7 @@ class SharedBatchSampler(Sampler):
             type=BatchSampler, drop_last=drop_last
         )
         self._parts = self._build_parts()
-        self.drop_last = self._parts[0].drop_last
+        self.drop_last = getattr(self._parts[0], 'drop_last', False)
         self._skipped = 0
 
     def _build_parts(self) -> List[Sampler]:

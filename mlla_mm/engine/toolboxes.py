@@ -8,6 +8,8 @@ from typing import FrozenSet, Optional
 from mmengine.config import Config
 
 TOOLBOXES = frozenset(('mmdet', 'mmseg', 'mmpretrain'))
+# By name: what they import would import toolboxes.
+OUR_LOOPS = ('SeededEpochBasedTrainLoop', 'SeededIterBasedTrainLoop')
 
 
 def load_own_toolbox_alone(config: str) -> None:
@@ -15,7 +17,8 @@ def load_own_toolbox_alone(config: str) -> None:
 
     mmdet, mmseg and mmpretrain import one another if they can, for a few models, and do
     without if they cannot. That costs every process of a run seconds and memory. What
-    the config names is imported, and what anyone but a toolbox imports.
+    the config names is imported, and what anyone but a toolbox imports. A config that
+    names none of our loops may have one of those models: nothing is kept from it.
 
     Args:
         config (str): Path of the config; a missing file is left to who reads it.
@@ -26,6 +29,8 @@ def load_own_toolbox_alone(config: str) -> None:
     except FileNotFoundError:
         return
     text = str(cfg)
+    if not any(name in text for name in OUR_LOOPS):
+        return
     unused = frozenset(name for name in TOOLBOXES if name not in text)
     if unused:
         sys.meta_path.insert(0, _Refuse(unused))

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Dict, List, Optional, Tuple, Union
 
 from mmengine.logging import print_log
-from mmengine.model.weight_init import PretrainedInit, update_init_info
+from mmengine.model.weight_init import PretrainedInit
 from mmengine.registry import WEIGHT_INITIALIZERS
 from torch import Tensor, nn
 
+from ..compat.openmmlab import note_init_info
 from ..utils.checkpoint_file import fetch_checkpoint, load_checkpoint_file
 from ..utils.text import printable
 from .checkpoint_layout import (
@@ -138,8 +139,7 @@ class Pretrained(PretrainedInit):
         network = describe(module.state_dict())
         if network is not None and not network.prefix:
             load_pretrained(module, self.checkpoint, self.ema, self.prefix)
-            if hasattr(module, '_params_init_info'):
-                update_init_info(module, init_info=self._get_init_info())
+            note_init_info(module, self._get_init_info())
         elif self.ema is not None:
             raise ValueError(
                 f'ema={self.ema} is for the weights of an MLLA, and '

@@ -1,5 +1,8 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""Private names of other packages stand in mlla_mm/compat alone."""
+"""Private names of other packages stand in mlla_mm/compat alone.
+
+What a subclass overrides or uses of its own base class stays with it.
+"""
 
 import ast
 import textwrap
@@ -21,6 +24,8 @@ PUBLIC = {
     '_ParamScheduler',
 }
 
+BY_NAME = ('getattr', 'hasattr', 'setattr', 'delattr')
+
 
 def is_private(name: str) -> bool:
     return name.startswith('_') and not name.endswith('__')
@@ -29,7 +34,11 @@ def is_private(name: str) -> bool:
 def private_names(code: str) -> Iterator[str]:
     """What is touched of others: attributes, but for ``self`` and ``cls``; imports."""
     for node in ast.walk(ast.parse(code)):
-        if isinstance(node, ast.Attribute) and is_private(node.attr):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in BY_NAME:
+            name = node.args[1]
+            if isinstance(name, ast.Constant) and is_private(name.value):
+                yield name.value
+        elif isinstance(node, ast.Attribute) and is_private(node.attr):
             owner = ast.unparse(node.value)
             if owner not in ('self', 'cls'):
                 found = f'{owner}.{node.attr}'
@@ -61,9 +70,10 @@ def test_what_is_found():
         from torch._C import x
         from . import _own
         runner._hooks
+        hasattr(model, '_shown'), getattr(model, name), getattr(model, 'shown')
         self._own, cls._own, x.__dict__, super().__init__, point._asdict()
         super()._save()
     """
     assert sorted(private_names(textwrap.dedent(code))) == [
-        *('_BatchNorm', '_C', '_dynamo', 'runner._hooks', 'super()._save'),
+        *('_BatchNorm', '_C', '_dynamo', '_shown', 'runner._hooks', 'super()._save'),
     ]

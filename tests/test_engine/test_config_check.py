@@ -7,7 +7,7 @@ import torch
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-from mlla_mm.engine.config_check import check_config, require_work_dir
+from mlla_mm.engine.config_check import check_config, check_loop, require_work_dir
 
 from ..bad_data import CLS, DET, SEG, assert_says, config
 from ..nano import CONFIGS
@@ -84,9 +84,8 @@ CONFIG_ERRORS = [
      ['model.backbone', 'at least 0 and below 1', 'got -0.1']),
     (DET, {'model.backbone.arch.num_heads': (3, 2, 4, 8)},
      ['model.backbone', 'num_heads[0] = 3', '32 channels']),
-    # Keys that have another place, and hooks.
-    (SEG, {'skip_corrupt_images': True},
-     ['skip_corrupt_images', 'train_cfg = dict(skip_corrupt_images=True)']),
+    # Hooks and the runner.
+    (SEG, {'runner_type': 'MyRunner'}, ["runner_type is 'MyRunner'", 'custom_imports']),
     (SEG, {'default_hooks.invalid_loss': None},
      ['default_hooks.invalid_loss is None', "dict(type='NoHook')"]),
 ]  # fmt: skip
@@ -99,6 +98,35 @@ def test_configs(scope, changes, words):
     with pytest.raises(ValueError) as caught:
         check_config(cfg)
     assert_says(caught.value, *words)
+
+
+MMENGINES_LOOP = dict(type='IterBasedTrainLoop', max_iters=5, _delete_=True)
+LOOP_ERRORS = [
+    ({'skip_corrupt_images': True}, ['train_cfg = dict(skip_corrupt_images=True)']),
+    ({'train_cfg': dict(MMENGINES_LOOP, skip_corrupt_images=True)},
+     ['train_cfg.skip_corrupt_images', "dict(type='SeededIterBasedTrainLoop')"]),
+    ({'train_cfg': dict(MMENGINES_LOOP, micro_batches=2)},
+     ['train_cfg.micro_batches', "dict(type='SeededIterBasedTrainLoop')"]),
+    ({'train_dataloader.sampler': dict(type='SharedSampler', micro_batches=1)},
+     ['0.1', 'the config that it was made of']),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize('changes, words', LOOP_ERRORS)
+def test_what_a_loop_does_not_do(changes, words):
+    cfg = config(SEG)
+    cfg.merge_from_dict(changes)
+    with pytest.raises(ValueError) as caught:
+        check_loop(cfg)
+    assert_says(caught.value, *words)
+    check_config(cfg)  # it can be tested
+
+
+@pytest.mark.parametrize('changes', [{}, {'train_cfg': MMENGINES_LOOP}])
+def test_what_loops_do(changes):
+    cfg = config(SEG)
+    cfg.merge_from_dict(changes)
+    check_loop(cfg)
 
 
 def test_hooks_are_switched_off(tmp_path):

@@ -1,10 +1,13 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 import copy
+import os
 
 import pytest
 import torch
 from mmengine.model import BaseModel
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
+from mmengine.registry import DATA_SAMPLERS
+from mmengine.runner import Runner
 from torch import nn
 
 from mlla_mm.engine.loops import SeededEpochBasedTrainLoop, train_step
@@ -132,6 +135,64 @@ def test_seeds_and_evaluations_of_a_run(tmp_path, setting, updates, evaluations)
     assert [entry[4] for entry in record if len(entry) == 6] == expected
 
 
+@DATA_SAMPLERS.register_module()
+class Pairs:
+    """A batch sampler with nothing but what a data loader asks for."""
+
+    def __init__(self, sampler, batch_size):
+        self.sampler = sampler
+
+    def __iter__(self):
+        indices = iter(self.sampler)
+        return zip(indices, indices)
+
+    def __len__(self):
+        return len(self.sampler) // 2
+
+
+def load(folder, **options):
+    """The first update that a run with a data loader of these options loads."""
+    loader = dict(
+        batch_size=2,
+        dataset=list(range(8)),
+        sampler=dict(type='DefaultSampler', shuffle=False),
+    )
+    loader.update(options)
+    runner = Runner(
+        nn.Identity(),
+        str(folder),
+        train_dataloader={k: v for k, v in loader.items() if v is not DELETED},
+        train_cfg=dict(type='SeededEpochBasedTrainLoop', max_epochs=1),
+        optim_wrapper=dict(),
+        experiment_name=os.urandom(4).hex(),
+    )
+    return next(iter(runner.train_dataloader))
+
+
+DELETED = object()
+
+
+@pytest.mark.parametrize(
+    'options, batch',
+    [
+        ({}, [0, 1]),
+        (dict(collate_fn=None), [0, 1]),
+        (dict(collate_fn=sum), 1),
+        (dict(collate_fn=dict(type='default_collate')), torch.tensor([0, 1])),
+        (dict(batch_sampler=dict(type='Pairs')), [0, 1]),
+    ],
+)
+def test_data_loaders_as_mmengine_takes_them(tmp_path, options, batch):
+    (found,) = load(tmp_path, **options)
+    assert torch.equal(torch.as_tensor(found), torch.as_tensor(batch))
+
+
+@pytest.mark.parametrize('sampler', [None, DELETED, [0, 1, 2]])
+def test_a_sampler_that_is_no_config(tmp_path, sampler):
+    with pytest.raises(ValueError, match=r'train_dataloader.sampler.*DefaultSampler'):
+        load(tmp_path, sampler=sampler)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 @pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
@@ -153,6 +214,8 @@ import torch
 from mmengine.dist import get_rank
 from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
+from mmengine.registry import DATA_SAMPLERS
+from mmengine.runner import Runner
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 import mlla_mm
 from mlla_mm.engine.loops import train_step

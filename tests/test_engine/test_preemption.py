@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import time
+from functools import partial
 from threading import Thread
 
 import pytest
@@ -14,7 +15,7 @@ from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.registry import METRICS
-from mmengine.runner import Runner
+from mmengine.runner import FlexibleRunner, Runner
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -104,7 +105,7 @@ ITERATIONS = dict(
 )
 
 
-def train(folder, record, stopper=None, **setting):
+def train(folder, record, stopper=None, flexible=False, **setting):
     """Train for as long as nothing comes in between; what happened is written down."""
     number = setting.get('images', 2 * UPDATES)
     images = torch.rand(number, 2, generator=torch.Generator().manual_seed(0))
@@ -114,9 +115,10 @@ def train(folder, record, stopper=None, **setting):
     )
     torch.manual_seed(0)
     newest = newest_checkpoint(folder)
-    runner = Runner(
-        Tiny(),
-        str(folder),
+    kind = FlexibleRunner if flexible else Runner
+    runner = kind(
+        model=Tiny(),
+        work_dir=str(folder),
         train_dataloader=dict(sampler=setting['sampler'], **loader),
         train_cfg=setting['train_cfg'],
         val_dataloader=dict(
@@ -280,6 +282,24 @@ if get_rank() == 0:
         assert torch.equal(tensors[key], value), key
 launch.tear_down()
 """
+
+
+@pytest.mark.parametrize('setting', [EPOCHS, ITERATIONS], ids=['epochs', 'iterations'])
+def test_a_flexible_runner_goes_on_with_the_next_update(tmp_path, setting):
+    """It is what a config with a ``strategy`` has, such as FSDP."""
+    ends = {}
+    for name, stops in {'whole': [], 'stopped': [2, 7]}.items():
+        record = []
+        run = partial(train, tmp_path / name, record, flexible=True, **setting)
+        for update in stops:
+            with pytest.raises(Preempted):
+                run(stopper=Stopper(update))
+        run()
+        ends[name] = record, contents(tmp_path / name)
+    assert ends['stopped'][0] == ends['whole'][0]
+    (found, _), (expected, _) = ends['stopped'][1], ends['whole'][1]
+    for key, value in expected.items():
+        assert torch.equal(found[key], value), key
 
 
 def test_a_signal_to_one_process_stops_all(run_tool, tmp_path):

@@ -3,8 +3,10 @@ import importlib
 import sys
 
 import pytest
+from mmengine.registry import LOOPS
 
 from mlla_mm.engine import toolboxes
+from mlla_mm.engine.loops import SeededTrainLoop
 
 from ..nano import NANO
 
@@ -55,13 +57,30 @@ def packages(tmp_path, monkeypatch):
 
 def test_what_a_config_names_is_imported(packages, tmp_path):
     config = tmp_path / 'config.py'
-    config.write_text("default_scope = 'box_a'\nbackbone = dict(type='box_b.Net')\n")
+    loop = 'train_cfg = dict(type="SeededIterBasedTrainLoop")'
+    model = 'backbone = dict(type="box_b.Net")'
+    config.write_text(f'default_scope = "box_a"\n{model}\n{loop}\n')
     toolboxes.load_own_toolbox_alone(str(config))
     box = importlib.import_module('box_a')
     assert box.box_b is not None
     assert box.box_c is None
     # Nobody else is kept from it.
     assert importlib.import_module('of_user').box_c is not None
+
+
+def test_nothing_is_kept_from_a_config_of_other_bases(packages, tmp_path):
+    config = tmp_path / 'config.py'
+    config.write_text('default_scope = "box_a"\n')
+    toolboxes.load_own_toolbox_alone(str(config))
+    assert importlib.import_module('box_a').box_c is not None
+
+
+def test_our_loops_are_these():
+    assert {*toolboxes.OUR_LOOPS} == {
+        name
+        for name, loop in LOOPS.module_dict.items()
+        if issubclass(loop, SeededTrainLoop)
+    }
 
 
 def test_a_missing_config_is_left_to_who_reads_it(packages):

@@ -8,7 +8,7 @@ from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 from mmengine.runner.amp import autocast
 
-from ...compat.openmmlab import accumulated_batches
+from ...compat.openmmlab import batches_of_update
 from ...models.checkpoint_layout import EMA_KEY
 from ...utils.checkpoint_file import CheckpointError
 from ..ema import ModelEMA, recipe_decay
@@ -108,7 +108,7 @@ class MESAHook(Hook):
         total_batch_size = (
             runner.world_size
             * runner.train_dataloader.batch_sampler.batch_size
-            * accumulated_batches(runner.optim_wrapper)
+            * batches_of_update(runner.optim_wrapper)
         )
         decay = recipe_decay(total_batch_size)
         print_log(

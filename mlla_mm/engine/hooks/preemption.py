@@ -48,8 +48,9 @@ class PreemptionHook(Hook):
     nothing, and one that finds no update or validation left to do lets the training
     finish. In a thread that is not the main one a program ends at SIGTERM as ever.
 
-    Runs of :class:`mlla_mm.engine.loops.SeededEpochBasedTrainLoop` and its like go on
-    as if nothing had been; MMEngine's loops go on from the checkpoint.
+    It belongs with the loops of this package, whose runs go on as if nothing had been,
+    and with :class:`WholeCheckpointHook`. Without them the file stays, a validation is
+    not repeated, and MMEngine's loop over epochs begins the epoch anew.
 
     Raises:
         Preempted: In training, on all processes, once the checkpoint is there.
@@ -65,6 +66,7 @@ class PreemptionHook(Hook):
         self._previous_handler: Any = None
         self._common_val_iters = 0
         self._buffers: Optional[List[List[Tensor]]] = None
+        self._is_saving = False
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
         self._buffers = checkpoint.pop(_BUFFERS_KEY, None)
@@ -111,12 +113,16 @@ class PreemptionHook(Hook):
         if not self._training or batch_idx >= self._common_val_iters:
             return
         if self._is_any_told():
-            runner.message_hub.update_info('validation_due', True)
+            if getattr(runner.train_loop, 'repeats_validation', False):
+                runner.message_hub.update_info('validation_due', True)
             self._stop(runner)
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
         if self._buffers is not None:
             checkpoint[_BUFFERS_KEY] = self._buffers
+        if self._is_saving:
+            # FlexibleRunner counts one more, as after an update.
+            checkpoint['meta'].update(epoch=runner.epoch, iter=runner.iter)
 
     def after_train(self, runner) -> None:
         self._training = False
@@ -149,6 +155,7 @@ class PreemptionHook(Hook):
             own = [buffer.cpu() for buffer in _own_buffers(runner)]
             self._buffers = all_gather_object(own)
             all_reduce_params(_own_buffers(runner), op='mean')
+        self._is_saving = True
         runner.save_checkpoint(
             runner.work_dir,
             path.name,

@@ -63,5 +63,5 @@ class RecordRecipeHook(Hook):
                 len(loader.dataset),
                 self.recipe['processes'],
                 self.recipe['batch per process'] * self.recipe['accumulated batches'],
-                loader.batch_sampler.drop_last,
+                getattr(loader.batch_sampler, 'drop_last', False),
             )
