@@ -78,7 +78,9 @@ _ALWAYS_BUILT = (
     'optim_wrapper.optimizer.type',
 )
 # The default hooks that None switches off.
-_OF_MMENGINE = 'runtime_info timer sampler_seed logger param_scheduler checkpoint'
+_OF_MMENGINE = (
+    'runtime_info timer sampler_seed logger param_scheduler checkpoint'
+).split()
 # How alike two names are, from 0 to 1, if one is meant for the other; less if it is
 # sure that the one is wrong.
 _ALIKE, _SIMILAR = 0.85, 0.6
@@ -151,7 +153,7 @@ def _check_runner(cfg: Config) -> None:
 
 def _check_hooks(cfg: Config) -> None:
     for name, hook in (cfg.get('default_hooks') or {}).items():
-        if hook is None and name not in _OF_MMENGINE.split():
+        if hook is None and name not in _OF_MMENGINE:
             raise ValueError(
                 f'default_hooks.{name} is None, which switches off hooks of MMEngine '
                 f"alone: write default_hooks = dict({name}=dict(type='NoHook'))."

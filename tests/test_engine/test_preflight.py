@@ -77,6 +77,14 @@ def test_demos(config, capfd, tmp_path, task, size):
     assert not (tmp_path / 'work').exists()
 
 
+def test_a_run_that_saves_nothing(config, capfd):
+    assert (
+        check(config('classification', **{'default_hooks.checkpoint.type': 'NoHook'}))
+        == 0
+    )
+    assert 'checkpoints' not in capfd.readouterr().out
+
+
 @pytest.mark.slow
 def test_two_processes(run_tool, data, tmp_path):
     (tmp_path / 'notes.txt').write_text('keep')
