@@ -216,7 +216,8 @@ def test_what_is_read_of_convolutional_layers(model, read):
     image = torch.randn(1, 3, 64, 64)
     actual = model(image)
     assert [read.count(name) for name in ('linear_relu', 'batch_norm')] == [3, 8]
-    other = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
+    # PyTorch 2.1 makes layers in training.
+    other = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model)).eval()
     assert type(other.patch_embed.conv1.norm) is nn.SyncBatchNorm
     read.clear()
     synchronised = other(image)
