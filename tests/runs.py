@@ -58,5 +58,5 @@ def run_segmentor(folder: Path) -> None:
     last = train('whole', 5, 1, '--seed', seed_of(interrupted))
     run_tool(
         'python', 'tools/test.py', SEGMENTOR, last, '--work-dir', folder / 'whole',
-        '--tta', '--amp', *options,
+        '--tta', '--amp', '--fuse-conv-bn', *options,
     )  # fmt: skip

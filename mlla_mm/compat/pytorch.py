@@ -18,7 +18,7 @@ BatchNorm = batchnorm._BatchNorm
 
 #: The attribute of a state dict with the versions of the modules, by which some of them
 #: adapt old weights.
-VERSIONS = '_metadata'
+METADATA = '_metadata'
 
 #: Whether a module can tell that torch.export is at work.
 TELLS_EXPORT = torch.__version__ >= (2, 7)

@@ -10,7 +10,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 from torch import Tensor
 
 from ..arch import name_size
-from ..compat.pytorch import VERSIONS
+from ..compat.pytorch import METADATA
 from ..utils.checkpoint_file import CheckpointError
 from ..utils.text import printable
 
@@ -234,8 +234,8 @@ def _renamed(
     weights: Mapping[str, Tensor], rename: Callable[[str], str]
 ) -> Mapping[str, Tensor]:
     result = OrderedDict((rename(key), value) for key, value in weights.items())
-    if hasattr(weights, VERSIONS):
-        setattr(result, VERSIONS, getattr(weights, VERSIONS))
+    if hasattr(weights, METADATA):
+        setattr(result, METADATA, getattr(weights, METADATA))
     return result
 
 

@@ -2,9 +2,14 @@
 """BatchNorm inside of convolutions, for inference."""
 
 from collections import Counter
+from typing import Optional
 
 import mmcv.cnn
+from mmcv.cnn.bricks.wrappers import Conv2d
 from torch import nn
+from torch.nn.utils import parametrize
+
+from ..compat.pytorch import BatchNorm, does_more_when_called
 
 
 def fuse_conv_bn(model: nn.Module) -> nn.Module:
@@ -17,35 +22,63 @@ def fuse_conv_bn(model: nn.Module) -> nn.Module:
 
     Results differ by rounding. The model is for inference from then on.
 
+    mmcv's function goes by the order in which a module's children were made. So does
+    this one: it cannot see a ``forward`` that calls them in another order.
+
     Args:
-        model (nn.Module): A model of any kind; changed in place.
+        model (nn.Module): A model in evaluation mode; changed in place.
 
     Returns:
         nn.Module: The model.
 
     Raises:
-        ValueError: If mmcv's function, which goes by the order in which layers were
-            made, would change what the model computes.
+        ValueError: If a BatchNorm does not lie right behind a convolution that is its
+            own and nothing else, or does not use running statistics. Nothing is
+            changed then.
     """
     uses = Counter(
         id(module)
         for _, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, nn.Conv2d)
     )
-    for name, module in model.named_modules():
-        if uses[id(module)] > 1:
-            problem = 'is used in several places, maybe with a BatchNorm in each'
-        elif isinstance(module, mmcv.cnn.ConvModule) and _begins_with_norm(module):
-            problem = 'has its BatchNorm before the convolution'
-        else:
-            continue
-        raise ValueError(
-            f'BatchNorm cannot be folded into convolutions: {name} {problem}. Leave '
-            'fuse_conv_bn out.'
-        )
+    for name, parent in model.named_modules():
+        # As mmcv's function looks for pairs.
+        conv, last = None, None
+        for child_name, child in parent.named_children():
+            if isinstance(child, BatchNorm):
+                problem = None
+                if conv is not None:
+                    problem = _problem(parent, conv, last, child, uses[id(conv)])
+                if problem is not None:
+                    raise ValueError(
+                        f'{f"{name}.{child_name}".lstrip(".")} cannot be folded into a '
+                        f'convolution: {problem}. Leave fuse_conv_bn out.'
+                    )
+                conv = None
+            elif isinstance(child, nn.Conv2d):
+                conv = child
+            last = child
     return mmcv.cnn.fuse_conv_bn(model)
 
 
-def _begins_with_norm(module: mmcv.cnn.ConvModule) -> bool:
-    order = module.order
-    return module.with_norm and order.index('norm') < order.index('conv')
+def _problem(
+    parent: nn.Module, conv: nn.Conv2d, last: nn.Module, norm: nn.Module, uses: int
+) -> Optional[str]:
+    """Why a BatchNorm cannot become part of the convolution that mmcv would take."""
+    if last is not conv:
+        return f'a {type(last).__name__} lies between them'
+    if isinstance(parent, mmcv.cnn.ConvModule):
+        order = parent.order
+        if order.index('norm') < order.index('conv'):
+            return 'it comes before the convolution'
+    if uses > 1:
+        return 'the convolution is used in several places'
+    if type(conv) not in (nn.Conv2d, Conv2d) or parametrize.is_parametrized(conv):
+        return f'the convolution is a {type(conv).__name__}'
+    if does_more_when_called(conv) or does_more_when_called(norm):
+        return 'one of them has hooks'
+    if norm.training or norm.running_mean is None or norm.weight is None:
+        return 'it is in training, or lacks running statistics or a weight'
+    if norm.num_features != conv.out_channels:
+        return 'they have different numbers of channels'
+    return None

@@ -87,6 +87,8 @@ def load_pretrained(
     if source.startswith(('http://', 'https://')):
         checkpoint = fetch_checkpoint(source)
     require_weights(checkpoint)
+    if prefix and not prefix.endswith('.'):
+        prefix += '.'
     saved = find_weights(load_checkpoint_file(checkpoint), source, ema)
     weights = to_own_names(saved)
     network = describe(weights)
@@ -110,7 +112,8 @@ class Pretrained(PretrainedInit):
     """``init_cfg=dict(type='Pretrained', checkpoint=PATH)``, also for an MLLA.
 
     An MLLA starts by :func:`load_pretrained`, which knows the layouts of its
-    checkpoints, and every other module as MMEngine starts it.
+    checkpoints, and every other module as MMEngine starts it. The type is this name,
+    not a class: MMEngine lets what is called so come last.
 
     Args:
         checkpoint (str): Local path or address.

@@ -129,7 +129,8 @@ def layer_norm(x: Tensor, norm: nn.Module) -> Tensor:
         norm (nn.Module): From (..., C) to the same shape.
 
     Returns:
-        Tensor: (..., C), under autocast float32, or half precision from a kernel.
+        Tensor: (..., C); under autocast on CUDA float32, or half precision from a
+        kernel.
     """
     if _implementation(x) is triton and _is_layer_norm(norm):
         tensors = (x, norm.weight, norm.bias)

@@ -130,7 +130,7 @@ def mlp(
     """See :func:`mlla_mm.ops.naive.mlp`."""
     if torch.is_grad_enabled():
         tensors = _as_linear_sees(x.flatten(0, -2), weight1, bias1, weight2, bias2)
-        return _MLP.apply(*tensors).view(*x.shape[:-1], -1)
+        return _MLP.apply(*tensors).view(*x.shape[:-1], len(bias2))
     hidden = torch.ops.aten.gelu_(F.linear(x, weight1, bias1))
     return F.linear(hidden, weight2, bias2)
 

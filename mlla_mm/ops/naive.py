@@ -132,7 +132,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         eps (float): Added to the variance.
 
     Returns:
-        Tensor: (..., C), float32 under autocast.
+        Tensor: (..., C), float32 under autocast on CUDA.
     """
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 

@@ -22,7 +22,7 @@ import torch
 from mmengine.logging import HistoryBuffer
 from torch import Tensor, nn
 
-from ..compat.pytorch import VERSIONS
+from ..compat.pytorch import METADATA
 from .text import printable
 
 #: What one pickle may cost: its steps, of which dear ones count several times, and what
@@ -720,11 +720,11 @@ def _set_dict(target: dict, state: Any) -> None:
 
 def _set_ordered_dict(target: OrderedDict, state: Any) -> None:
     """PyTorch keeps the versions of modules beside their weights."""
-    if VERSIONS in _of(dict, state)[0]:
-        (of_modules,) = _of(dict, state[VERSIONS])
+    if METADATA in _of(dict, state)[0]:
+        (of_modules,) = _of(dict, state[METADATA])
         # Anew, so that nothing that is looked at changes later.
         by_module = OrderedDict()
-        setattr(target, VERSIONS, by_module)
+        setattr(target, METADATA, by_module)
         for name, versions in of_modules.items():
             # Modules that share many of them would multiply.
             if len(*_of(dict, versions)) > _MAX_KEYS:

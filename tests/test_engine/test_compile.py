@@ -24,6 +24,9 @@ class Regressor(BaseModel):
         super().__init__()
         self.backbone = MLLA(ARCH, out_indices=3) if ours else nn.Conv2d(3, 32, 1)
         self.steps_in_graph = 0
+        for name, buffer in self.named_buffers():
+            if name.endswith('running_var'):
+                buffer.uniform_(0.5, 1.5)
 
     def set_teacher(self, teacher):
         self.teacher = (teacher,)
@@ -40,7 +43,10 @@ class Regressor(BaseModel):
 
 def train(work_dir, compile, ours=True, hooks=(), flow='train'):
     cfg = Config(dict(compile=compile))
-    images = [dict(inputs=torch.rand(3, 40, 40)) for _ in range(2)]
+    images = [
+        dict(inputs=torch.rand(3, 40, 40, generator=torch.Generator().manual_seed(i)))
+        for i in range(2)
+    ]
     loader = dict(
         batch_size=2,
         dataset=images,

@@ -45,28 +45,63 @@ def flat(value):
     return [tensor for item in value for tensor in flat(item)]
 
 
+CONV, NORM = partial(nn.Conv2d, 2, 2, 1), partial(nn.BatchNorm2d, 2)
+
+
 def shared():
-    conv = nn.Conv2d(1, 1, 1)
-    return nn.ModuleList(
-        nn.Sequential(conv, nn.BatchNorm2d(1).eval()) for _ in range(2)
-    )
+    conv = CONV()
+    return nn.ModuleList(nn.Sequential(conv, NORM()) for _ in range(2))
 
 
 def norm_first():
-    return nn.Sequential(
-        nn.Conv2d(1, 1, 1),
-        ConvModule(1, 1, 1, norm_cfg=dict(type='BN'), order=('norm', 'act', 'conv')),
-    )
+    order = ('norm', 'act', 'conv')
+    return ConvModule(2, 2, 1, norm_cfg=dict(type='BN'), order=order)
 
 
-@pytest.mark.parametrize(
-    'make, name, problem', [(shared, '0.0', 'several'), (norm_first, '1', 'before')]
-)
-def test_what_would_compute_something_else_is_refused(make, name, problem):
-    model = make()
+def with_hook():
+    conv = CONV()
+    conv.register_forward_hook(lambda *args: args[2] * 2)
+    return nn.Sequential(conv, NORM())
+
+
+def parametrised():
+    conv = nn.utils.parametrizations.weight_norm(CONV())
+    return nn.Sequential(conv, NORM())
+
+
+class Doubled(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+REFUSED = {
+    'used in several places': shared,
+    'comes before': norm_first,
+    'GELU lies between': lambda: nn.Sequential(CONV(), nn.GELU(), NORM()),
+    'hooks': with_hook,
+    'ParametrizedConv2d': parametrised,
+    'Doubled': lambda: nn.Sequential(Doubled(2, 2, 1), NORM()),
+    'running statistics': lambda: nn.Sequential(
+        CONV(), NORM(track_running_stats=False)
+    ),
+    'or a weight': lambda: nn.Sequential(CONV(), NORM(affine=False)),
+    'channels': lambda: nn.Sequential(nn.Conv2d(2, 4, 1), NORM()),
+}
+
+
+@pytest.mark.parametrize('problem', REFUSED)
+def test_what_would_compute_something_else_is_refused(problem):
+    model = nn.Sequential(nn.Sequential(CONV(), NORM()), REFUSED[problem]()).eval()
     weights = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(ValueError) as caught:
         fuse_conv_bn(model)
-    assert f'{name} ' in str(caught.value) and problem in str(caught.value)
+    assert problem in str(caught.value) and '1.' in str(caught.value)
+    # Also what could have been folded is as it was.
+    assert model.state_dict().keys() == weights.keys()
     for key, value in model.state_dict().items():
         assert torch.equal(weights[key], value)
+
+
+def test_a_model_in_training_is_refused():
+    with pytest.raises(ValueError, match='in training'):
+        fuse_conv_bn(nn.Sequential(CONV(), NORM()))

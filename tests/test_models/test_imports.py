@@ -16,6 +16,9 @@ ORDER = [
     'mlla_mm.models.checkpoint_layout',
     'mlla_mm.models.weights',
     'mlla_mm.models',
+    'mlla_mm.engine',
+    'mlla_mm.apis',
+    'mlla_mm.evaluation',
 ]
 
 

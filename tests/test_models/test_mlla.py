@@ -258,6 +258,14 @@ def test_compiled_training_on_several_image_sizes():
         assert reference.relative_error(*gradients) < 1e-5
 
 
+def test_on_the_meta_device():
+    """Where FSDP has a model made that one process could not hold."""
+    with torch.device('meta'):
+        model = MLLA(NANO, drop_path_rate=0.1)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert model.state_dict().keys() == MLLA(NANO).state_dict().keys()
+
+
 def test_compilers_that_are_too_old_are_refused(monkeypatch):
     monkeypatch.setattr(pytorch, 'COMPILES', False)
     with pytest.raises(ValueError, match='compile needs PyTorch 2.2 or newer'):

@@ -464,3 +464,113 @@ def test_dropout_is_not_fused_but_stochastic_depth_is(fused):
     block(X)
     scales = fused[1][-1]
     assert all({0.0, 2.0} >= set(scale.tolist()) for scale in scales)
+
+
+# --- What an op does without reading equals its definition ---
+
+
+def layer(kind, *args, **options):
+    torch.manual_seed(1)
+    module = kind(*args, **options).eval()
+    for tensor in module.state_dict().values():
+        if tensor.is_floating_point():
+            nn.init.uniform_(tensor, 0.5, 1.5)
+    return module
+
+
+CONV_LAYERS = {
+    'batch norm': [layer(nn.BatchNorm2d, 16, eps=0.3), nn.ReLU()],
+    'batch norm in training': [layer(nn.BatchNorm2d, 16).train(), nn.ReLU()],
+    'batch norm without weight': [layer(nn.BatchNorm2d, 16, affine=False), nn.ReLU()],
+    'of the batch': [layer(nn.BatchNorm2d, 16, track_running_stats=False), None],
+    'another activation': [layer(nn.BatchNorm2d, 16), nn.GELU()],
+    'another activation alone': [None, nn.GELU()],
+    'no activation': [layer(nn.BatchNorm2d, 16), None],
+    'activation alone': [None, nn.ReLU()],
+}
+IS_READ = {
+    'batch norm': ['batch_norm'],
+    'no activation': ['batch_norm'],
+    'activation alone': ['linear_relu'],
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('name', CONV_LAYERS)
+def test_convolutional_layers(name, read):
+    """Whatever of it is read, it is what the layers give when called."""
+    norm, act = copy.deepcopy(CONV_LAYERS[name])
+    conv, x = layer(nn.Conv2d, 16, 16, 1), torch.randn(2, 16, 6, 5)
+    expected = nn.Sequential(
+        conv, *(copy.deepcopy(part) for part in (norm, act) if part is not None)
+    )(x)
+    torch.testing.assert_close(ops.conv_layer(x, conv, norm, act), expected)
+    assert read == IS_READ.get(name, [])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    'options, is_read',
+    [
+        (dict(eps=0.3), True),
+        (dict(bias=False), False),
+        (dict(elementwise_affine=False), False),
+        (dict(normalized_shape=(5, 16)), False),
+    ],
+)
+def test_layer_norm(options, is_read, monkeypatch):
+    calls = []
+
+    def layer_norm(*args):
+        calls.append(args)
+        return naive.layer_norm(*args)
+
+    run_kernels(monkeypatch)
+    monkeypatch.setattr(triton, 'layer_norm', layer_norm)
+    monkeypatch.setattr(triton, 'supports_layer_norm', lambda *args: True)
+    norm = layer(nn.LayerNorm, **{'normalized_shape': 16, **options})
+    torch.testing.assert_close(ops.layer_norm(X, norm), norm(X))
+    assert len(calls) == is_read
+
+
+def test_each_norm_of_a_block_has_its_eps(fused):
+    block = MLLABlock(16, 2)
+    block.norm1.eps, block.norm2.eps = 0.3, 0.7
+    block(X)
+    (args,) = fused
+    assert args[3] == (0.3, 0.7)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('bias', [True, False])
+def test_mlp(bias):
+    fc1, fc2 = layer(nn.Linear, 16, 8, bias=bias), layer(nn.Linear, 8, 16, bias=bias)
+    expected = fc2(nn.functional.gelu(fc1(X)))
+    torch.testing.assert_close(ops.mlp(X, fc1, fc2, nn.Dropout().eval()), expected)
+
+
+@torch.no_grad()
+def test_called_layers_compute_the_definitions(monkeypatch):
+    monkeypatch.setenv('MLLA_OPS', 'naive')
+    conv, norm = depthwise(), layer(nn.LayerNorm, 16, eps=0.1)
+    fc1, fc2 = layer(nn.Linear, 16, 8), layer(nn.Linear, 8, 16)
+    qk, weights = torch.randn(2, 3, 5, 32), (conv.weight, conv.bias)
+    pairs = [
+        (ops.depthwise_conv(X, conv, True, True),
+         naive.depthwise_conv(X, *weights, True, True)),
+        (ops.mlla_attention(qk, X, -X, conv, 2),
+         naive.mlla_attention(qk, X, -X, *weights, 2)),
+        (ops.layer_norm(X, norm),
+         naive.layer_norm(X, norm.weight, norm.bias, norm.eps)),
+        (ops.mlp(X, fc1, fc2, nn.Dropout().eval()),
+         naive.mlp(X, fc1.weight, fc1.bias, fc2.weight, fc2.bias)),
+    ]  # fmt: skip
+    for found, expected in pairs:
+        torch.testing.assert_close(found, expected)
+
+
+def test_an_empty_batch_has_gradients():
+    block, x = MLLABlock(16, 2), torch.zeros(0, 3, 5, 16, requires_grad=True)
+    y = block.mlp(x)
+    y.sum().backward()
+    assert y.shape == x.grad.shape == x.shape

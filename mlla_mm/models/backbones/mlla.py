@@ -149,8 +149,9 @@ class MLLA(BaseModule):
         self.num_features = [embed_dims * 2**i for i in range(NUM_STAGES)]
 
         self.patch_embed = Stem(in_channels, embed_dims, drop_rate)
-        rates = torch.linspace(0, drop_path_rate, sum(depths), dtype=torch.float64)
-        rates = rates.split(list(depths))
+        rates = torch.linspace(
+            0, drop_path_rate, sum(depths), dtype=torch.float64, device='cpu'
+        ).split(list(depths))
         self.layers = nn.ModuleList(
             Stage(
                 self.num_features[i],
