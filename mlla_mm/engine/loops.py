@@ -228,7 +228,7 @@ def is_seeded(train_cfg: dict) -> bool:
     """Whether a config's training loop is one of this module, or made of one."""
     kind = train_cfg.get('type')
     known = LOOPS.get(kind) if isinstance(kind, str) else kind
-    return known is not None and issubclass(known, SeededTrainLoop)
+    return isinstance(known, type) and issubclass(known, SeededTrainLoop)
 
 
 def require_seeded(train_cfg: dict, what: str) -> None:
