@@ -2,12 +2,10 @@
 """What ``tools/train.py`` does."""
 
 import argparse
-import copy
 from typing import Optional
 
 from mmengine.config import Config
 
-from ..compat.openmmlab import lay_out_configs_once
 from ..datasets.check_config import require_data
 from ..engine import batch_size, launch, options, preflight
 from ..engine.config_check import check_config, check_loop, require_work_dir
@@ -34,10 +32,7 @@ def train(args: argparse.Namespace) -> int:
     """
     with launch.exit_on_user_error():
         load_own_toolbox_alone(args.config)
-        lay_out_configs_once()
-        written = options.read_config(args.config)
-        written.setdefault('launcher', 'none')  # as in MMEngine
-        cfg = copy.deepcopy(written)
+        written, cfg = options.read_run_config(args.config)
         notice = apply_command_line(cfg, args)
         if not args.verbose:
             quiet(cfg.get('default_scope'))

@@ -87,7 +87,7 @@ def note_init_info(module: nn.Module, text: str) -> None:
 class CheckpointHookSteps(CheckpointHook):
     """MMEngine's hook with names for its steps, for subclasses. Both."""
 
-    def saving(self, runner) -> AbstractContextManager:
+    def saving(self) -> AbstractContextManager:
         """What surrounds the saving of a checkpoint."""
         raise NotImplementedError
 
@@ -99,12 +99,12 @@ class CheckpointHookSteps(CheckpointHook):
         raise NotImplementedError
 
     def _save_checkpoint_with_step(self, runner, step, meta) -> None:
-        with self.saving(runner):
+        with self.saving():
             super()._save_checkpoint_with_step(runner, step, meta)
         self.saved_usual(runner)
 
     def _save_best_checkpoint(self, runner, metrics) -> None:
-        with self.saving(runner):
+        with self.saving():
             super()._save_best_checkpoint(runner, metrics)
 
     @master_only

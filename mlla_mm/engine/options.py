@@ -2,15 +2,17 @@
 """What the command line asks for, put into a config; and how configs are read."""
 
 import argparse
+import copy
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, List, Optional
+from typing import Any, List, Optional, Tuple
 
 import torch
 from mmengine.config import Config, ConfigDict
 
+from ..compat.openmmlab import lay_out_configs_once
 from ..models.weights import require_weights
 from ..utils.checkpoint_file import trust_checkpoints
 from .resume import newest_checkpoint, seed_of
@@ -33,6 +35,18 @@ def read_config(path: str, options: Optional[dict] = None) -> Config:
     if cfg.get('default_scope') == 'mmpretrain':
         import_module('mlla_mm.models.classifiers')
     return cfg
+
+
+def read_run_config(path: str) -> Tuple[Config, Config]:
+    """Read the config of a run: as it is written, and a copy for the command line.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+    """
+    lay_out_configs_once()
+    written = read_config(path)
+    written.setdefault('launcher', 'none')  # as in MMEngine
+    return written, copy.deepcopy(written)
 
 
 def apply_run_arguments(cfg: Config, args: argparse.Namespace) -> None:
@@ -119,6 +133,11 @@ def hooks_of(cfg: Config) -> List[dict]:
     defaults = cfg.get('default_hooks') or {}
     hooks = [*defaults.values(), *as_list(cfg.get('custom_hooks'))]
     return [hook for hook in hooks if isinstance(hook, dict)]
+
+
+def default_hook(cfg: Config, name: str) -> dict:
+    """The config of one of ``default_hooks``; empty if there is none."""
+    return (cfg.get('default_hooks') or {}).get(name) or {}
 
 
 def kind_of(part: dict) -> Optional[str]:
@@ -254,7 +273,7 @@ def draw_results(cfg: Config, folder: str) -> None:
     Raises:
         ValueError: If the config has no visualization hook that can do it.
     """
-    hook = (cfg.get('default_hooks') or {}).get('visualization') or {}
+    hook = default_hook(cfg, 'visualization')
     kind = kind_of(hook)
     if kind not in _DRAW:
         raise ValueError(

@@ -44,7 +44,7 @@ from ..compat.openmmlab import is_resumed
 from . import launch
 from .batch_size import accumulated_batches
 from .corrupt_images import CheckedDataset
-from .options import as_list, kind_of
+from .options import as_list, default_hook, kind_of
 from .resume import newest_checkpoint, require_resumable
 from .seeding import SeededDataset
 
@@ -403,7 +403,7 @@ def _short_run(
     else:
         loop.max_iters = start.iteration + UPDATES * accumulated
         loop.val_interval = loop.max_iters
-    checkpoint = (cfg.get('default_hooks') or {}).get('checkpoint')
+    checkpoint = default_hook(cfg, 'checkpoint')
     if checkpoint:
         checkpoint.update(interval=1, save_begin=0, save_last=True)
     # A detector that has learnt nothing yet would have no detections to evaluate.
@@ -632,7 +632,7 @@ class Remaining:
 
 def _disk(cfg: Config, folder: str, left: Remaining) -> Optional[Disk]:
     """What the checkpoints will take; None if none are saved, or not on a disk."""
-    hook = (cfg.get('default_hooks') or {}).get('checkpoint')
+    hook = default_hook(cfg, 'checkpoint')
     target = _checkpoint_folder(cfg)
     if not hook or '://' in str(target):
         return None
@@ -661,7 +661,7 @@ def _disk(cfg: Config, folder: str, left: Remaining) -> Optional[Disk]:
 
 
 def _checkpoint_folder(cfg: Config) -> Path:
-    hook = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
+    hook = default_hook(cfg, 'checkpoint')
     return Path(hook.get('out_dir') or cfg.work_dir)
 
 

@@ -45,10 +45,8 @@ def fuse_conv_bn(model: nn.Module) -> nn.Module:
         # As mmcv's function looks for pairs.
         conv, last = None, None
         for child_name, child in parent.named_children():
-            if isinstance(child, BatchNorm):
-                problem = None
-                if conv is not None:
-                    problem = _problem(parent, conv, last, child, uses[id(conv)])
+            if isinstance(child, BatchNorm) and conv is not None:
+                problem = _problem(parent, conv, last, child, uses[id(conv)])
                 if problem is not None:
                     raise ValueError(
                         f'{f"{name}.{child_name}".lstrip(".")} cannot be folded into a '

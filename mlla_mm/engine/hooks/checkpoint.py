@@ -152,7 +152,7 @@ class WholeCheckpointHook(CheckpointHookSteps):
             _unlink(path)
 
     @contextmanager
-    def saving(self, runner) -> Iterator[None]:
+    def saving(self) -> Iterator[None]:
         """Remove what is asked to be removed at the end, if all went well."""
         backend, removed = self.file_backend, []
         # A best checkpoint is followed by another of the usual ones.
