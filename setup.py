@@ -10,7 +10,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 # Importing the package would import PyTorch.
-PINS = runpy.run_path(str(ROOT / 'mlla_mm' / 'utils' / 'versions.py'))
+PINS = runpy.run_path(str(ROOT / 'mlla_mm' / 'compat' / 'versions.py'))
 
 
 class BuildWithTools(build_py):

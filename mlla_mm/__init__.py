@@ -26,7 +26,7 @@ if sys.argv[:1] != ['-m']:
         from .apis import get_model
     # Mismatched binaries fail with RuntimeError, OSError, AttributeError too.
     except Exception as error:
-        from .utils.stack import collect_stack, find_problems
+        from .compat.stack import collect_stack, find_problems
 
         problems = find_problems(collect_stack())
         if not problems:

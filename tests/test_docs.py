@@ -16,8 +16,8 @@ from typing import List, Tuple
 import pytest
 import torch
 
-from mlla_mm.utils import versions
-from mlla_mm.utils.stack import ORIGINAL, collect_stack, compiled_mmcv_commands
+from mlla_mm.compat import versions
+from mlla_mm.compat.stack import ORIGINAL, collect_stack, compiled_mmcv_commands
 
 from . import checkpoints, nano
 from .processes import ROOT

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from mlla_mm import __version__
-from mlla_mm.utils.versions import EXTRAS
+from mlla_mm.compat.versions import EXTRAS
 
 ROOT = Path(__file__).parents[1]
 WORKFLOWS = sorted((ROOT / '.github/workflows').glob('*.yml'))

@@ -65,7 +65,7 @@ compile_mmcv() {
         return
     fi
     python - <<'PYTHON' | bash -ex
-from mlla_mm.utils.stack import compiled_mmcv_commands
+from mlla_mm.compat.stack import compiled_mmcv_commands
 
 lines = map(str.strip, compiled_mmcv_commands().splitlines())
 print(*(line for line in lines if not line.startswith('(')), sep='\n')
@@ -100,7 +100,7 @@ import platform
 from importlib.metadata import version
 
 from mlla_mm.compat.mmcv_ext import is_stand_in
-from mlla_mm.utils.stack import collect_stack
+from mlla_mm.compat.stack import collect_stack
 
 stack = collect_stack()
 mmengine = ' '.join(f'{n} {v}' for n, v in stack.packages['mmengine'].items())

@@ -21,7 +21,7 @@ fork=$("$PYTHON" - "$REPO" <<'PYTHON'
 import runpy
 import sys
 
-pins = runpy.run_path(f'{sys.argv[1]}/mlla_mm/utils/versions.py')
+pins = runpy.run_path(f'{sys.argv[1]}/mlla_mm/compat/versions.py')
 print(*(f'{name}=={version}' for name, version in pins['FORK'].values()))
 PYTHON
 )

@@ -2,5 +2,5 @@
 """What other packages have no public name for, each with the versions it is for.
 
 The rest of the package touches private names of other packages through these modules
-alone. Nothing is imported from above ``utils``.
+alone. Nothing of ours is imported from outside this folder.
 """

@@ -121,7 +121,7 @@ def _missing_op(name: str) -> Callable:
 def _commands() -> str:
     """Commands that install compiled mmcv."""
     # Imported late: nothing may come between the package's import and install().
-    from ..utils.stack import compiled_mmcv_commands
+    from .stack import compiled_mmcv_commands
 
     return compiled_mmcv_commands()
 

@@ -2,7 +2,7 @@
 """Private names of the OpenMMLab packages.
 
 "Both" are mmengine 0.10.7 and onedl-mmengine 0.10.12, and the toolboxes that go with
-them: see :mod:`mlla_mm.utils.versions`.
+them: see :mod:`mlla_mm.compat.versions`.
 """
 
 import functools

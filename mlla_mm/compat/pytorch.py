@@ -4,7 +4,7 @@
 All names are of PyTorch 2.1 to 2.11, but where it says otherwise.
 
 The two sets of OpenMMLab packages run the same code; which of them is installed, and
-what is wrong with it, tells :mod:`mlla_mm.utils.stack`.
+what is wrong with it, tells :mod:`mlla_mm.compat.stack`.
 """
 
 from collections.abc import Sequence

@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from importlib.util import find_spec
 
+from ..compat.imports import find_import_failures
+from ..compat.stack import Stack, collect_stack, find_problems
 from ..version import __version__
-from .imports import find_import_failures
-from .stack import Stack, collect_stack, find_problems
 
 # Nothing else may be imported here: it may be what is broken.
 
@@ -82,7 +82,7 @@ def format_problems(problems: list[str]) -> str:
     """Number the problems.
 
     Args:
-        problems (list[str]): As from :func:`mlla_mm.utils.stack.find_problems`.
+        problems (list[str]): As from :func:`mlla_mm.compat.stack.find_problems`.
 
     Returns:
         str: The problems, or that there are none.

@@ -9,7 +9,7 @@ from importlib.metadata import PathDistribution
 import pytest
 from packaging.requirements import Requirement
 
-from mlla_mm.utils.versions import EXTRAS, RUNTIME
+from mlla_mm.compat.versions import EXTRAS, RUNTIME
 from mlla_mm.version import __version__
 
 from ..processes import ROOT

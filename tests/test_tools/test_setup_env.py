@@ -10,7 +10,7 @@ from importlib import metadata
 
 import pytest
 
-from mlla_mm.utils.versions import EXTRAS, FORK, ORIGINAL, RUNTIME, TORCH
+from mlla_mm.compat.versions import EXTRAS, FORK, ORIGINAL, RUNTIME, TORCH
 
 from ..processes import ROOT
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from mlla_mm.compat import mmcv_ext
+from mlla_mm.compat.stack import Stack, collect_stack
 from mlla_mm.utils.collect_env import collect_env, format_problems, format_table
-from mlla_mm.utils.stack import Stack, collect_stack
 
 ROOT = Path(__file__).parents[2]
 

@@ -23,7 +23,7 @@ from typing import Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 ROOT = Path(__file__).resolve().parents[2]
 # Importing the package would import PyTorch.
-PINS = runpy.run_path(str(ROOT / 'mlla_mm' / 'utils' / 'versions.py'))
+PINS = runpy.run_path(str(ROOT / 'mlla_mm' / 'compat' / 'versions.py'))
 STACKS = {'onedl': PINS['FORK'], 'openmmlab': PINS['ORIGINAL']}
 OPENCV = ('opencv-python-headless', 'opencv-python')
 

@@ -10,8 +10,8 @@ from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop
 
+from ...compat.stack import collect_stack
 from ...utils.collect_env import collect_env
-from ...utils.stack import collect_stack
 from .. import recipe as recipes
 
 RECORD_NAME = 'recipe.json'

@@ -7,7 +7,7 @@ import runpy
 import pytest
 from packaging.requirements import Requirement
 
-from mlla_mm.utils import versions
+from mlla_mm.compat import versions
 
 from ..processes import ROOT
 
@@ -79,6 +79,6 @@ def test_torchvision_goes_with_torch(pair):
 
 def test_the_file_needs_no_package():
     """As setup.py executes it, by another interpreter maybe."""
-    path = ROOT / 'mlla_mm' / 'utils' / 'versions.py'
+    path = ROOT / 'mlla_mm' / 'compat' / 'versions.py'
     assert not re.findall(r'^\s*(?:import|from) ', path.read_text(), re.M)
     assert runpy.run_path(str(path))['EXTRAS'] == versions.EXTRAS

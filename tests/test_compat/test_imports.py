@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mlla_mm.utils.imports import find_import_failures, one_line
+from mlla_mm.compat.imports import find_import_failures, one_line
 
 MODULES = {
     'good': 'print("noise")',

@@ -4,9 +4,9 @@ from importlib import metadata
 
 import pytest
 
-from mlla_mm.utils import stack as stack_module
-from mlla_mm.utils.imports import ImportFailure
-from mlla_mm.utils.stack import Stack, Unmet, collect_stack, find_problems
+from mlla_mm.compat import stack as stack_module
+from mlla_mm.compat.imports import ImportFailure
+from mlla_mm.compat.stack import Stack, Unmet, collect_stack, find_problems
 
 FORK = Stack(
     packages={
