@@ -6,8 +6,8 @@ from typing import Dict, List
 
 from mmengine.fileio import load
 
+from mlla_mm.checkpoints import PUBLISHED_WEIGHTS
 from mlla_mm.evaluation.markdown import markdown_table
-from mlla_mm.models import PUBLISHED_WEIGHTS
 
 ROOT = Path(__file__).parents[1]
 

@@ -26,7 +26,7 @@ from filelock import FileLock
 from mmengine.logging import MessageHub, MMLogger
 from mmengine.registry import DefaultScope
 
-from mlla_mm.utils.checkpoint_file import checkpoints_are_trusted, trust_checkpoints
+from mlla_mm.checkpoints.reader import checkpoints_are_trusted, trust_checkpoints
 
 ROOT = Path(__file__).parents[1]
 # What the tools spend most of a short run on.

@@ -13,7 +13,7 @@ import torch
 from mmengine.logging import MMLogger
 from mmengine.registry import DefaultScope
 
-from mlla_mm.utils.checkpoint_file import checkpoints_are_trusted
+from mlla_mm.checkpoints.reader import checkpoints_are_trusted
 
 from .nano import NANO
 

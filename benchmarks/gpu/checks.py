@@ -421,7 +421,7 @@ def _compare_roi_levels(kind: str) -> None:
 
 def inout() -> None:
     """Checkpoints between devices, and PyTorch's new settings of precision."""
-    from mlla_mm.utils.checkpoint_file import load_checkpoint_file
+    from mlla_mm.checkpoints.reader import load_checkpoint_file
 
     with check('checkpoint'), tempfile.TemporaryDirectory() as folder:
         layer = nn.Linear(3, 3).to(DEVICE)

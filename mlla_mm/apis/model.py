@@ -14,12 +14,12 @@ from mmengine.logging import print_log
 from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 
+from ..checkpoints.layout import check_fit, find_weights, to_own_names
+from ..checkpoints.pretrained import load_pretrained, require_weights
+from ..checkpoints.reader import fetch_checkpoint, load_checkpoint_file
 from ..engine.launch import replace_sync_bn
 from ..models import MLLA, fusing
-from ..models.checkpoint_layout import check_fit, find_weights, to_own_names
-from ..models.weights import load_pretrained, require_weights
 from ..utils.allocator import keep_freed_memory
-from ..utils.checkpoint_file import fetch_checkpoint, load_checkpoint_file
 from ..utils.text import printable
 
 _NAMES = {f'mlla-{arch}': arch for arch in MLLA.arch_zoo}
@@ -87,7 +87,7 @@ def get_model(
     Raises:
         FileNotFoundError: If there is no file ``pretrained``.
         ValueError: If the name is unknown, or if arguments contradict each other.
-        mlla_mm.utils.checkpoint_file.CheckpointError: If the weights do not fit.
+        mlla_mm.checkpoints.reader.CheckpointError: If the weights do not fit.
 
     Examples:
         >>> from mlla_mm import get_model

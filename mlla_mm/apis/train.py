@@ -6,6 +6,7 @@ from typing import Optional
 
 from mmengine.config import Config
 
+from ..checkpoints.reader import CheckpointError
 from ..datasets.check_config import require_data
 from ..engine import batch_size, launch, options, preflight
 from ..engine.config_check import check_config, check_loop, require_work_dir
@@ -14,7 +15,6 @@ from ..engine.corrupt_images import CorruptImageError
 from ..engine.hooks import DivergedError, Preempted, RecordRecipeHook
 from ..engine.recipe import describe_recipe, describe_run
 from ..engine.toolboxes import load_own_toolbox_alone
-from ..utils.checkpoint_file import CheckpointError
 
 
 def train(args: argparse.Namespace) -> int:

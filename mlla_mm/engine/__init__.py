@@ -1,8 +1,7 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-from . import checkpoint, corrupt_images, hooks, loops, samplers, schedulers, seeding
+from . import corrupt_images, hooks, loops, samplers, schedulers, seeding
 
 __all__ = [
-    'checkpoint',
     'corrupt_images',
     'hooks',
     'loops',

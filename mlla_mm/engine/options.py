@@ -12,9 +12,9 @@ from typing import Any, List, Optional, Tuple
 import torch
 from mmengine.config import Config, ConfigDict
 
+from ..checkpoints.pretrained import require_weights
+from ..checkpoints.reader import trust_checkpoints
 from ..compat.openmmlab import lay_out_configs_once
-from ..models.weights import require_weights
-from ..utils.checkpoint_file import trust_checkpoints
 from .resume import newest_checkpoint, seed_of
 
 

@@ -13,7 +13,7 @@ from typing import Any, Dict, List, Optional, Pattern, Tuple, Union
 from mmengine.logging import print_log
 from torch import Tensor
 
-from ..utils.checkpoint_file import CheckpointError, read_checkpoint_meta
+from ..checkpoints.reader import CheckpointError, read_checkpoint_meta
 from ..utils.text import printable
 
 PREEMPTED_NAME = 'preempted_iter_{}.pth'

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, List, Optional, Set, Tuple, Union
 
 import numpy as np
 
-from ..utils.checkpoint_file import load_pickle_file
+from ..checkpoints.reader import load_pickle_file
 from ..utils.files import write_whole
 from ..utils.text import describe_error, printable
 

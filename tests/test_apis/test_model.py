@@ -10,7 +10,7 @@ from torch import nn
 
 from mlla_mm import get_model
 from mlla_mm.apis import load_model
-from mlla_mm.utils.checkpoint_file import CheckpointError
+from mlla_mm.checkpoints.reader import CheckpointError
 
 from .. import checkpoints, reference
 from ..nano import CONFIGS

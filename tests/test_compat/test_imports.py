@@ -64,7 +64,7 @@ def test_modules_that_do_not_import():
 
 def test_the_folder_of_the_package_is_not_searched():
     neighbour = 'stack'
-    assert (Path(__file__).parents[2] / f'mlla_mm/utils/{neighbour}.py').is_file()
+    assert (Path(__file__).parents[2] / f'mlla_mm/compat/{neighbour}.py').is_file()
     assert failures_of(neighbour)[neighbour].not_found == neighbour
 
 

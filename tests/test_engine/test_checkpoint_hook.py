@@ -12,8 +12,8 @@ from mmengine.model import BaseModel
 from mmengine.registry import METRICS
 from mmengine.runner import Runner
 
+from mlla_mm.checkpoints.reader import CheckpointError
 from mlla_mm.utils import files
-from mlla_mm.utils.checkpoint_file import CheckpointError
 
 
 class Tiny(BaseModel):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from mmengine.config import Config
 
+from mlla_mm.checkpoints.reader import checkpoints_are_trusted, trust_checkpoints
 from mlla_mm.engine import options
-from mlla_mm.utils.checkpoint_file import checkpoints_are_trusted, trust_checkpoints
 
 from ..processes import load_tool, run_tool
 

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import torch
 
-from mlla_mm.utils.checkpoint_file import load_checkpoint_file
+from mlla_mm.checkpoints.reader import load_checkpoint_file
 
 from .. import checkpoints, reference
 

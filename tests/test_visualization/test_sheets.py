@@ -11,8 +11,8 @@ import pytest
 import torch
 from mmengine.config import Config
 
+from mlla_mm.checkpoints.reader import CheckpointError
 from mlla_mm.datasets import digits
-from mlla_mm.utils.checkpoint_file import CheckpointError
 from mlla_mm.visualization.report import write_report
 
 from ..checkpoints import attacks

@@ -22,8 +22,8 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
+    from mlla_mm.checkpoints.publish import publish
     from mlla_mm.engine import launch
-    from mlla_mm.engine.publish import publish
 
     with launch.exit_on_user_error():
         path = publish(

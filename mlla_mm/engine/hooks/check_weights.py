@@ -2,8 +2,8 @@
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
+from ...checkpoints.layout import check_fit, describe, find_weights
 from ...compat.openmmlab import checkpoint_of
-from ...models.checkpoint_layout import check_fit, describe, find_weights
 from ..wrappers import unwrap
 
 

@@ -13,8 +13,8 @@ from mmengine.hooks import CheckpointHook
 from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 
+from ...checkpoints.reader import read_checkpoint_meta
 from ...compat.openmmlab import CheckpointHookSteps
-from ...utils.checkpoint_file import read_checkpoint_meta
 from ...utils.files import write_whole
 from ...utils.text import printable
 from ..resume import PREEMPTED_NAME, checkpoint_names, keep_own_names

@@ -8,9 +8,9 @@ from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 from mmengine.runner.amp import autocast
 
+from ...checkpoints.layout import EMA_KEY
+from ...checkpoints.reader import CheckpointError
 from ...compat.openmmlab import batches_of_update
-from ...models.checkpoint_layout import EMA_KEY
-from ...utils.checkpoint_file import CheckpointError
 from ..ema import ModelEMA, recipe_decay
 from ..wrappers import unwrap
 

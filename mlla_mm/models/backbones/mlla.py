@@ -101,8 +101,8 @@ class MLLA(BaseModule):
         init_cfg (dict | list[dict], optional): MMEngine's initialisation config.
             ``dict(type='Pretrained', checkpoint=PATH)`` reads the official weights and
             ours; with ``ema=True`` the averaged ones, with ``ema=False`` the plain ones
-            (see :class:`mlla_mm.models.weights.Pretrained`). None starts from scratch:
-            linear layers truncated normal with std 0.02 and bias 0, the others
+            (see :class:`mlla_mm.checkpoints.pretrained.Pretrained`). None starts from
+            scratch: linear layers truncated normal with std 0.02 and bias 0, the others
             PyTorch's defaults. Defaults to None.
 
     Raises:

@@ -19,8 +19,8 @@ import torch
 from mmengine.logging import MessageHub
 from torch import nn
 
-from mlla_mm.utils import checkpoint_file
-from mlla_mm.utils.checkpoint_file import (
+from mlla_mm.checkpoints import reader
+from mlla_mm.checkpoints.reader import (
     CheckpointError,
     fetch_checkpoint,
     load_checkpoint_file,
@@ -85,7 +85,7 @@ def assert_same(actual, expected):
 
 @pytest.mark.parametrize('protocol', [2, 4, 5])
 def test_what_checkpoints_hold(path, protocol):
-    """What else they hold, tests/test_utils/test_restricted_pickle.py tries."""
+    """What else they hold, tests/test_checkpoints/test_unpickler.py tries."""
     base = torch.arange(12.0)
     content = dict(
         tensors={name: torch.arange(6).to(getattr(torch, name)) for name in DTYPES},
@@ -573,8 +573,8 @@ def test_addresses_without_a_name(cache, answer, name):
 
 def test_one_process_that_fails_does_not_keep_the_others(path, cache, monkeypatch):
     meetings = []
-    monkeypatch.setattr(checkpoint_file, 'get_dist_info', lambda: (0, 2))
-    monkeypatch.setattr(checkpoint_file, 'barrier', lambda: meetings.append(1))
+    monkeypatch.setattr(reader, 'get_dist_info', lambda: (0, 2))
+    monkeypatch.setattr(reader, 'barrier', lambda: meetings.append(1))
     with pytest.raises(CheckpointError, match='cannot be fetched'):
         fetch_checkpoint(path.as_uri())
     assert meetings == [1]
@@ -596,7 +596,7 @@ def test_the_first_process_fetches_before_the_others(path, cache, monkeypatch, r
         if rank == 1:
             path.rename(fetched)  # it cannot be fetched any more
 
-    monkeypatch.setattr(checkpoint_file, 'get_dist_info', lambda: (rank, 2))
-    monkeypatch.setattr(checkpoint_file, 'barrier', meet)
+    monkeypatch.setattr(reader, 'get_dist_info', lambda: (rank, 2))
+    monkeypatch.setattr(reader, 'barrier', meet)
     assert fetch_checkpoint(address) == fetched
     assert waits == [rank == 0]

@@ -17,10 +17,10 @@ from mmengine.runner import CheckpointLoader, Runner, load_checkpoint
 from torch import nn
 from torch.utils.data import DataLoader
 
+from mlla_mm.checkpoints.publish import publish
+from mlla_mm.checkpoints.reader import CheckpointError, trust_checkpoints
 from mlla_mm.engine.options import add_hook
-from mlla_mm.engine.publish import publish
 from mlla_mm.models import MLLA
-from mlla_mm.utils.checkpoint_file import CheckpointError, trust_checkpoints
 
 from .. import checkpoints, reference
 
@@ -207,7 +207,7 @@ def test_no_code_runs_from_the_web(tmp_path, bad, web):
 def test_named_models(tmp_path, bad, web, monkeypatch, address, listing):
     good = {'state_dict': {'backbone.a': torch.ones(1), 'head.a': torch.ones(2)}}
     torch.save(good, tmp_path / 'good.pth')
-    module = 'mlla_mm.engine.checkpoint'
+    module = 'mlla_mm.checkpoints.schemes'
     monkeypatch.setattr(f'{module}.{listing}', lambda: dict(net=f'{web}/good.pth'))
     weights = CheckpointLoader.load_checkpoint(address)['state_dict']
     assert list(weights) == (
@@ -221,7 +221,7 @@ def test_named_models(tmp_path, bad, web, monkeypatch, address, listing):
 
 def test_all_schemes_of_mmengine_are_replaced():
     modules = {scheme.__module__ for scheme in CheckpointLoader._schemes.values()}
-    assert modules == {'mlla_mm.engine.checkpoint'}
+    assert modules == {'mlla_mm.checkpoints.schemes'}
     with pytest.raises(ValueError, match='pavi'):
         CheckpointLoader.load_checkpoint('pavi://x')
 

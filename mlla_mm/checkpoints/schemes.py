@@ -19,8 +19,8 @@ from mmengine.runner import (
     get_torchvision_models,
 )
 
-from ..models.checkpoint_layout import find_weights, has_names, to_own_layout
-from ..utils.checkpoint_file import (
+from .layout import find_weights, has_names, to_own_layout
+from .reader import (
     CheckpointError,
     checkpoints_are_trusted,
     fetch_checkpoint,

@@ -2,7 +2,7 @@
 """Reading checkpoint files without running the code that a pickle may carry.
 
 One reader serves every version of PyTorch: Python's ``zipfile`` for the file,
-:mod:`mlla_mm.utils.restricted_pickle` for the pickle in it, and tensors that are
+:mod:`mlla_mm.checkpoints.unpickler` for the pickle in it, and tensors that are
 checked to lie within the memory that was read for them. ``torch.load`` is for files
 that are trusted. SECURITY.md says why.
 """
@@ -23,8 +23,9 @@ import torch
 from mmengine.dist import barrier, get_dist_info
 from torch import Tensor
 
-from .files import NotRegularFileError, check_regular_file
-from .restricted_pickle import (
+from ..utils.files import NotRegularFileError, check_regular_file
+from ..utils.text import PATH_LIMIT, describe_error, printable
+from .unpickler import (
     Refused,
     Storage,
     StorageType,
@@ -32,7 +33,6 @@ from .restricted_pickle import (
     require_booleans,
     storage_from_bytes,
 )
-from .text import PATH_LIMIT, describe_error, printable
 
 _trusted = False
 

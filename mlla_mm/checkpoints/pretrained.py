@@ -12,15 +12,9 @@ from mmengine.registry import WEIGHT_INITIALIZERS
 from torch import Tensor, nn
 
 from ..compat.openmmlab import note_init_info
-from ..utils.checkpoint_file import fetch_checkpoint, load_checkpoint_file
 from ..utils.text import printable
-from .checkpoint_layout import (
-    Network,
-    check_fit,
-    describe,
-    find_weights,
-    to_own_names,
-)
+from .layout import Network, check_fit, describe, find_weights, to_own_names
+from .reader import fetch_checkpoint, load_checkpoint_file
 
 PUBLISHED_WEIGHTS: Dict[str, str] = {
     'MLLA_T.pth': 'https://cloud.tsinghua.edu.cn/f/7a19712877cb4242889c/?dl=1',

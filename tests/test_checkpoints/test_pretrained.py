@@ -8,14 +8,10 @@ from mmengine.model import BaseModule
 from mmengine.registry import DefaultScope
 from torch import nn
 
-from mlla_mm.models import MLLA, load_pretrained
-from mlla_mm.models.checkpoint_layout import (
-    check_fit,
-    describe,
-    find_weights,
-    to_own_layout,
-)
-from mlla_mm.utils.checkpoint_file import CheckpointError
+from mlla_mm.checkpoints import load_pretrained
+from mlla_mm.checkpoints.layout import check_fit, describe, find_weights, to_own_layout
+from mlla_mm.checkpoints.reader import CheckpointError
+from mlla_mm.models import MLLA
 
 from .. import checkpoints, reference
 

@@ -23,7 +23,7 @@ from mmengine.logging import HistoryBuffer
 from torch import Tensor, nn
 
 from ..compat.pytorch import METADATA
-from .text import printable
+from ..utils.text import printable
 
 #: What one pickle may cost: its steps, of which dear ones count several times, and what
 #: they copy; three times its bytes, if that is more. A tensor takes 150. It bounds the

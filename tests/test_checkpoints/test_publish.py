@@ -5,9 +5,9 @@ import re
 import pytest
 import torch
 
-from mlla_mm.engine.publish import publish
+from mlla_mm.checkpoints.publish import publish
+from mlla_mm.checkpoints.reader import CheckpointError, load_checkpoint_file
 from mlla_mm.models import MLLA
-from mlla_mm.utils.checkpoint_file import CheckpointError, load_checkpoint_file
 
 from .. import checkpoints
 

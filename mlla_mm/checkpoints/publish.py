@@ -8,9 +8,9 @@ from typing import Optional, Union
 
 import torch
 
-from ..models.checkpoint_layout import describe, find_weights, to_own_names
-from ..utils.checkpoint_file import CheckpointError, load_checkpoint_file
 from ..utils.files import write_whole
+from .layout import describe, find_weights, to_own_names
+from .reader import CheckpointError, load_checkpoint_file
 
 #: What is kept of a checkpoint's ``meta``: the names and colours of the classes, as
 #: MMEngine saves them and as older toolboxes did, and which training it was.
@@ -39,7 +39,7 @@ def publish(
         destination (str | Path): Path of the new file, which ends in .pth.
         ema (bool): Take the averaged weights, not the plain ones. Defaults to False.
         trust (bool, optional): See
-            :func:`mlla_mm.utils.checkpoint_file.load_checkpoint_file`.
+            :func:`mlla_mm.checkpoints.reader.load_checkpoint_file`.
 
     Returns:
         Path: The file, DESTINATION-SHA256.pth.

@@ -16,8 +16,8 @@ import torch
 from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer
 
-from mlla_mm.utils import restricted_pickle
-from mlla_mm.utils.restricted_pickle import (
+from mlla_mm.checkpoints import unpickler
+from mlla_mm.checkpoints.unpickler import (
     MAX_DEPTH,
     Refused,
     Storage,
@@ -319,7 +319,7 @@ def test_depth_that_is_allowed():
 
 
 def test_number_of_objects(monkeypatch):
-    monkeypatch.setattr(restricted_pickle, 'MAX_STEPS', 1000)
+    monkeypatch.setattr(unpickler, 'MAX_STEPS', 1000)
     # A large file may have many, and sets take more memory.
     assert load(b'](' + b'K\x01' * 900 + b'e') == [1] * 900
     assert load(b'](' + b'\x8f' * 90 + b'e') == [set()] * 90
@@ -573,7 +573,7 @@ def test_deep_structures_are_freed(tmp_path):
         (tmp_path / kind).write_bytes(whole(opcodes))
     code = (
         'import sys\n'
-        'from mlla_mm.utils.restricted_pickle import Refused, Unpickler\n'
+        'from mlla_mm.checkpoints.unpickler import Refused, Unpickler\n'
         'for path in sys.argv[1:]:\n'
         '    try:\n'
         '        print(Unpickler(open(path, "rb").read()).load(), flush=True)\n'
@@ -594,12 +594,12 @@ def test_deep_structures_are_freed(tmp_path):
 def test_bytes_that_are_no_booleans():
     for memory, fine in ((torch.tensor([0, 1]), True), (torch.tensor([0, 2]), False)):
         memory = memory.to(torch.uint8)
-        restricted_pickle.require_booleans(memory, torch.uint8)
+        unpickler.require_booleans(memory, torch.uint8)
         if fine:
-            restricted_pickle.require_booleans(memory, torch.bool)
+            unpickler.require_booleans(memory, torch.bool)
         else:
             with pytest.raises(ValueError, match='booleans'):
-                restricted_pickle.require_booleans(memory, torch.bool)
+                unpickler.require_booleans(memory, torch.bool)
 
 
 def test_random_damage():
@@ -649,7 +649,7 @@ def test_the_names():
         *('yacs.config.CfgNode', 'argparse.Namespace', 'mmcv.utils.config.ConfigDict'),
         'mmengine.config.config.ConfigDict',
     }
-    found = {'.'.join(key): value for key, value in restricted_pickle._NAMES.items()}
+    found = {'.'.join(key): value for key, value in unpickler._NAMES.items()}
     # PyTorch has more of them with every version.
     dtypes = {name for name, value in found.items() if isinstance(value, torch.dtype)}
     assert {str(dtype) for dtype in DTYPES} <= dtypes
@@ -657,11 +657,11 @@ def test_the_names():
     assert found.keys() - dtypes == expected
     for kind in found.values():
         assert not callable(kind) or isinstance(kind, type) or kind in OURS
-    assert set(restricted_pickle._CALLS.values()) <= OURS
+    assert set(unpickler._CALLS.values()) <= OURS
 
 
 OURS = {
     function
-    for function in vars(restricted_pickle).values()
-    if getattr(function, '__module__', '') == restricted_pickle.__name__
+    for function in vars(unpickler).values()
+    if getattr(function, '__module__', '') == unpickler.__name__
 }

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..arch import name_size
 from ..compat.pytorch import METADATA
-from ..utils.checkpoint_file import CheckpointError
 from ..utils.text import printable
+from .reader import CheckpointError
 
 EMA_KEY = 'state_dict_ema'
 """Where a checkpoint holds averaged weights beside the plain ones.
