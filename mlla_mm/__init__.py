@@ -8,7 +8,16 @@ import sys
 
 from .version import __version__
 
-__all__ = ['__version__', 'apis', 'checkpoints', 'engine', 'get_model', 'models']
+__all__ = [
+    '__version__',
+    'apis',
+    'checkpoints',
+    'datasets',
+    'engine',
+    'get_model',
+    'models',
+    'reproducible',
+]
 
 # Python puts '-m' there while it looks for the module to run. That is collect_env,
 # which has to work where the rest cannot be imported.
@@ -22,7 +31,7 @@ if sys.argv[:1] != ['-m']:
         images.install()
         mmcv_ext.install()
 
-        from . import apis, checkpoints, engine, models
+        from . import apis, checkpoints, datasets, engine, models, reproducible
         from .apis import get_model
     # Mismatched binaries fail with RuntimeError, OSError, AttributeError too.
     except Exception as error:

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from mlla_mm.datasets.digits import make_ade20k
-from mlla_mm.engine.resume import newest_checkpoint, seed_of
+from mlla_mm.reproducible.resume import newest_checkpoint, seed_of
 
 from .processes import run_tool
 

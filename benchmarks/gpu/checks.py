@@ -321,7 +321,7 @@ def _train(
 
     from mlla_mm.engine.ema import ModelEMA
     from mlla_mm.engine.launch import replace_sync_bn
-    from mlla_mm.engine.loops import train_step
+    from mlla_mm.reproducible.loops import train_step
     from mlla_mm.utils.peak_memory import _BATCHES, largest_size
 
     cfg = Config.fromfile(ROOT / 'configs' / path)

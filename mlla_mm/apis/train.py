@@ -8,13 +8,14 @@ from mmengine.config import Config
 
 from ..checkpoints.reader import CheckpointError
 from ..datasets.check_config import require_data
+from ..datasets.corrupt_images import CorruptImageError
 from ..engine import batch_size, launch, options, preflight
 from ..engine.config_check import check_config, check_loop, require_work_dir
 from ..engine.console import build_runner, quiet
-from ..engine.corrupt_images import CorruptImageError
-from ..engine.hooks import DivergedError, Preempted, RecordRecipeHook
+from ..engine.hooks import DivergedError, RecordRecipeHook
 from ..engine.recipe import describe_recipe, describe_run
 from ..engine.toolboxes import load_own_toolbox_alone
+from ..reproducible import Preempted
 
 
 def train(args: argparse.Namespace) -> int:

@@ -1,11 +1,4 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-from . import corrupt_images, hooks, loops, samplers, schedulers, seeding
+from . import hooks, schedulers
 
-__all__ = [
-    'corrupt_images',
-    'hooks',
-    'loops',
-    'samplers',
-    'schedulers',
-    'seeding',
-]
+__all__ = ['hooks', 'schedulers']

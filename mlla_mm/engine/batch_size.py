@@ -5,7 +5,7 @@ from typing import List, Optional
 
 from mmengine.config import Config
 
-from .loops import is_seeded, require_seeded
+from ..reproducible.loops import is_seeded, require_seeded
 from .options import as_list, hooks_of, kind_of
 
 
@@ -88,7 +88,7 @@ def keep_batch_size(cfg: Config, world_size: int) -> int:
 
     An iteration becomes an update of several micro-batches, made of the images that
     the recipe's processes would have drawn; all that counts iterations counts updates.
-    See :class:`mlla_mm.engine.loops.SeededTrainLoop`.
+    See :class:`mlla_mm.reproducible.loops.SeededTrainLoop`.
 
     Args:
         cfg (Config): The config of a training run; changed in place.

@@ -39,7 +39,7 @@ from mmengine.registry import (
 
 from ..arch import parse_arch
 from ..models.backbones import MLLA
-from .loops import require_seeded
+from ..reproducible.loops import require_seeded
 from .options import kind_of
 
 _MODEL = (MODELS, TASK_UTILS, WEIGHT_INITIALIZERS, TRANSFORMS)

@@ -18,10 +18,10 @@ from mmengine.config import Config
 from mmengine.dist import master_only
 from torch import distributed
 
+from ..reproducible.resume import newest_checkpoint
 from ..utils.allocator import keep_freed_memory
 from ..utils.files import write_whole
 from ..utils.text import printable
-from .resume import newest_checkpoint
 
 # In the work_dir; says why torchrun need not start the run again.
 _ENDED_NAME = '.ended'

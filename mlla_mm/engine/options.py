@@ -15,7 +15,7 @@ from mmengine.config import Config, ConfigDict
 from ..checkpoints.pretrained import require_weights
 from ..checkpoints.reader import trust_checkpoints
 from ..compat.openmmlab import lay_out_configs_once
-from .resume import newest_checkpoint, seed_of
+from ..reproducible.resume import newest_checkpoint, seed_of
 
 
 def read_config(path: str, options: Optional[dict] = None) -> Config:

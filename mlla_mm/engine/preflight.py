@@ -41,12 +41,12 @@ from mmengine.runner import Runner, find_latest_checkpoint
 from mmengine.runner.checkpoint import CheckpointLoader
 
 from ..compat.openmmlab import is_resumed
+from ..datasets.corrupt_images import CheckedDataset
+from ..reproducible.resume import newest_checkpoint, require_resumable
+from ..reproducible.seeding import SeededDataset
 from . import launch
 from .batch_size import accumulated_batches
-from .corrupt_images import CheckedDataset
 from .options import as_list, default_hook, kind_of
-from .resume import newest_checkpoint, require_resumable
-from .seeding import SeededDataset
 
 UPDATES = 2
 """Optimiser updates at the largest size."""

@@ -6,7 +6,7 @@ import pytest
 from mmengine.registry import LOOPS
 
 from mlla_mm.engine import toolboxes
-from mlla_mm.engine.loops import SeededTrainLoop
+from mlla_mm.reproducible.loops import SeededTrainLoop
 
 from ..nano import NANO
 

@@ -7,10 +7,8 @@ from .invalid_loss import DivergedError, StopOnInvalidLossHook
 from .logger import MainProcessLoggerHook
 from .mesa import MESAHook, UseEMAWeightsHook
 from .no_hook import NoHook
-from .preemption import Preempted, PreemptionHook
 from .record_recipe import RecordRecipeHook
 from .record_run import RecordRunHook
-from .resumed_state import ResumedStateHook
 from .sync_buffers import SyncBuffersBeforeSaveHook
 from .zero import SaveZeroOptimizerHook
 
@@ -22,11 +20,8 @@ __all__ = [
     'MESAHook',
     'MainProcessLoggerHook',
     'NoHook',
-    'Preempted',
-    'PreemptionHook',
     'RecordRecipeHook',
     'RecordRunHook',
-    'ResumedStateHook',
     'SaveZeroOptimizerHook',
     'StopOnInvalidLossHook',
     'SyncBuffersBeforeSaveHook',

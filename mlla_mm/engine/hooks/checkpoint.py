@@ -9,15 +9,19 @@ from typing import List, Optional, Union
 from mmengine.dist import is_main_process, master_only
 from mmengine.fileio import register_backend
 from mmengine.fileio.backends import LocalBackend
-from mmengine.hooks import CheckpointHook
 from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 
 from ...checkpoints.reader import read_checkpoint_meta
 from ...compat.openmmlab import CheckpointHookSteps
+from ...reproducible.resume import (
+    PREEMPTED_NAME,
+    checkpoint_names,
+    folder_of,
+    keep_own_names,
+)
 from ...utils.files import write_whole
 from ...utils.text import printable
-from ..resume import PREEMPTED_NAME, checkpoint_names, keep_own_names
 
 
 @register_backend('whole_file')
@@ -163,13 +167,6 @@ class WholeCheckpointHook(CheckpointHookSteps):
             backend.removed = outer
         for path in removed:
             backend.remove(path)
-
-
-def folder_of(hook: CheckpointHook, work_dir: str) -> str:
-    """Where MMEngine's hook will save, which settles it when the training starts."""
-    if hook.out_dir is None or hook.out_dir == work_dir:
-        return work_dir
-    return os.path.join(hook.out_dir, os.path.basename(work_dir.rstrip(os.sep)))
 
 
 def _unlink(path: Path) -> None:

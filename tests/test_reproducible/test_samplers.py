@@ -5,12 +5,12 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, ConcatDataset, DataLoader
 
-from mlla_mm.engine.samplers import (
+from mlla_mm.reproducible.samplers import (
     SharedBatchSampler,
     SharedSampler,
     collate_micro_batches,
 )
-from mlla_mm.engine.seeding import SAMPLE
+from mlla_mm.reproducible.seeding import SAMPLE
 
 SEED = 3
 

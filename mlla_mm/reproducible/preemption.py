@@ -18,9 +18,8 @@ from mmengine.hooks import EMAHook, Hook
 from mmengine.registry import HOOKS
 from torch import Tensor
 
-from ...utils.files import write_whole
-from ..resume import PREEMPTED_NAME
-from .mesa import MESAHook
+from ..utils.files import write_whole
+from .resume import PREEMPTED_NAME
 
 _BUFFERS_KEY = 'process_buffers'
 
@@ -212,5 +211,6 @@ def _wait_for_parents_signal(parent: int) -> None:
 
 def _own_buffers(runner) -> List[Tensor]:
     """Those of the model and of its average, of this process."""
-    averages = [hook.ema.module for hook in runner.hooks if isinstance(hook, MESAHook)]
+    # MESAHook's, a hook of the engine, which stands above this folder.
+    averages = [hook.ema.module for hook in runner.hooks if hasattr(hook, 'ema')]
     return [buffer for x in (runner.model, *averages) for buffer in x.buffers()]

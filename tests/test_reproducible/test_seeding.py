@@ -9,8 +9,14 @@ import pytest
 import torch
 from mmengine.registry import DATASETS
 
-from mlla_mm.engine.corrupt_images import CorruptImageError
-from mlla_mm.engine.seeding import SAMPLE, UPDATE, Draw, SeededDataset, seed_generators
+from mlla_mm.datasets.corrupt_images import CorruptImageError
+from mlla_mm.reproducible.seeding import (
+    SAMPLE,
+    UPDATE,
+    Draw,
+    SeededDataset,
+    seed_generators,
+)
 
 IMAGES = 1000
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from mlla_mm.datasets.digits import make_ade20k, make_coco, make_imagenet
-from mlla_mm.engine.resume import newest_checkpoint
+from mlla_mm.reproducible.resume import newest_checkpoint
 
 from ..processes import ROOT
 

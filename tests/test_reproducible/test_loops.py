@@ -10,8 +10,8 @@ from mmengine.registry import DATA_SAMPLERS
 from mmengine.runner import Runner
 from torch import nn
 
-from mlla_mm.engine.loops import SeededEpochBasedTrainLoop, train_step
-from mlla_mm.engine.seeding import UPDATE, seed_generators
+from mlla_mm.reproducible.loops import SeededEpochBasedTrainLoop, train_step
+from mlla_mm.reproducible.seeding import UPDATE, seed_generators
 
 from .test_preemption import EPOCHS, ITERATIONS, SEED, train
 
@@ -95,7 +95,7 @@ def test_random_numbers_are_those_of_as_many_processes(monkeypatch):
     """Each update and each of the recipe's processes has its own."""
 
     def draws(processes, rank):
-        monkeypatch.setattr('mlla_mm.engine.loops.get_rank', lambda: rank)
+        monkeypatch.setattr('mlla_mm.reproducible.loops.get_rank', lambda: rank)
         micro_batches = 4 // processes
         model = Drawing()
         run(model, torch.randn(2, micro_batches, 5, 3), micro_batches)
@@ -218,8 +218,8 @@ from mmengine.registry import DATA_SAMPLERS
 from mmengine.runner import Runner
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 import mlla_mm
-from mlla_mm.engine.loops import train_step
-from tests.test_engine.test_loops import Model
+from mlla_mm.reproducible.loops import train_step
+from tests.test_reproducible.test_loops import Model
 
 torch.distributed.init_process_group('gloo')
 torch.manual_seed(0)

@@ -19,9 +19,9 @@ from mmengine.runner import FlexibleRunner, Runner
 from torch import nn
 from torch.utils.data import DataLoader
 
-from mlla_mm.engine.hooks import Preempted
-from mlla_mm.engine.hooks.preemption import shield_workers
-from mlla_mm.engine.resume import newest_checkpoint
+from mlla_mm.reproducible import Preempted
+from mlla_mm.reproducible.preemption import shield_workers
+from mlla_mm.reproducible.resume import newest_checkpoint
 
 UPDATES = 5
 """Of an epoch."""
@@ -233,8 +233,8 @@ import torch
 from mmengine.config import Config
 from mmengine.dist import barrier, get_rank
 from mlla_mm.engine import launch
-from mlla_mm.engine.hooks import Preempted
-from tests.test_engine.test_preemption import EPOCHS, Stopper, contents, train
+from mlla_mm.reproducible import Preempted
+from tests.test_reproducible.test_preemption import EPOCHS, Stopper, contents, train
 
 
 def check_buffers(folder):

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from ..compat.openmmlab import TrainLoopCounters, count_in_micro_batches
 from ..compat.pytorch import BatchNorm
-from .corrupt_images import SkippedImagesHook
-from .hooks.preemption import Preempted, handle_sigterm, shield_workers
+from ..datasets.corrupt_images import SkippedImagesHook
+from .preemption import Preempted, handle_sigterm, shield_workers
 from .seeding import UPDATE, seed_generators
 
 

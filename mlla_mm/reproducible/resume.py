@@ -10,6 +10,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, Dict, List, Optional, Pattern, Tuple, Union
 
+from mmengine.hooks import CheckpointHook
 from mmengine.logging import print_log
 from torch import Tensor
 
@@ -135,6 +136,13 @@ def keep_sound_state(messages: Dict[str, Any], updates: int) -> None:
             is_sound = not isinstance(value, str) or _is_shown(value)
         if not is_sound:
             state.pop(name)
+
+
+def folder_of(hook: CheckpointHook, work_dir: str) -> str:
+    """Where MMEngine's hook will save, which settles it when the training starts."""
+    if hook.out_dir is None or hook.out_dir == work_dir:
+        return work_dir
+    return os.path.join(hook.out_dir, os.path.basename(work_dir.rstrip(os.sep)))
 
 
 def keep_own_names(state: Dict[str, Any], folder: str, template: str) -> None:

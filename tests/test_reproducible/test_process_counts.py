@@ -15,7 +15,7 @@ from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
 from mlla_mm.datasets.digits import make_ade20k, make_coco, make_imagenet
-from mlla_mm.engine.seeding import UPDATE, seed_generators
+from mlla_mm.reproducible.seeding import UPDATE, seed_generators
 
 from ..nano import NANO, build
 from ..processes import run_tool

@@ -15,12 +15,12 @@ from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 
 from mlla_mm.datasets.check_config import check_split
+from mlla_mm.datasets.corrupt_images import CorruptImageError
 from mlla_mm.engine import options
-from mlla_mm.engine.corrupt_images import CorruptImageError
-from mlla_mm.engine.seeding import SAMPLE, Draw, SeededDataset
+from mlla_mm.reproducible.seeding import SAMPLE, Draw, SeededDataset
 
 from .. import bad_data
-from ..bad_data import (
+from ..bad_data import (  # fmt: skip
     CLS,
     DET,
     HEIGHT,
@@ -36,7 +36,7 @@ from ..bad_data import (
     truncate,
     turned,
     web_page,
-)  # fmt: skip
+)
 from ..nano import CONFIGS, NANO, build
 from ..runs import without_workers
 

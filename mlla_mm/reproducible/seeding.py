@@ -17,7 +17,7 @@ import torch
 from mmengine.registry import DATASETS
 from torch.utils.data import Dataset
 
-from .corrupt_images import CheckedDataset, CorruptImageError
+from ..datasets.corrupt_images import CheckedDataset, CorruptImageError
 
 # Streams that must not meet.
 SAMPLE, UPDATE = 0, 1

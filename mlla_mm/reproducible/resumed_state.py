@@ -2,9 +2,13 @@
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.registry import HOOKS
 
-from ...compat.openmmlab import checkpoint_of, is_resumed
-from ..resume import keep_own_names, keep_sound_state, require_resumable
-from .checkpoint import folder_of
+from ..compat.openmmlab import checkpoint_of, is_resumed
+from .resume import (
+    folder_of,
+    keep_own_names,
+    keep_sound_state,
+    require_resumable,
+)
 
 
 @HOOKS.register_module()

@@ -11,8 +11,8 @@ from mmengine.config import Config
 from mlla_mm.checkpoints.reader import CheckpointError
 from mlla_mm.datasets.digits import make_imagenet
 from mlla_mm.engine import options
-from mlla_mm.engine.hooks import ResumedStateHook
-from mlla_mm.engine.resume import keep_sound_state, newest_checkpoint, seed_of
+from mlla_mm.reproducible import ResumedStateHook
+from mlla_mm.reproducible.resume import keep_sound_state, newest_checkpoint, seed_of
 
 from ..runs import logged, without_workers
 
