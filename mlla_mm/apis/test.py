@@ -7,10 +7,10 @@ from pathlib import Path
 from mmengine.config import Config
 
 from ..checkpoints.reader import CheckpointError
-from ..datasets.check_config import require_data
+from ..checks.config import check_config, require_work_dir
+from ..checks.data import require_data
 from ..datasets.corrupt_images import CorruptImageError
 from ..engine import launch, options
-from ..engine.config_check import check_config, require_work_dir
 from ..engine.console import build_runner, quiet
 from ..engine.toolboxes import load_own_toolbox_alone
 

@@ -7,10 +7,11 @@ from typing import Optional
 from mmengine.config import Config
 
 from ..checkpoints.reader import CheckpointError
-from ..datasets.check_config import require_data
+from ..checks import rehearsal
+from ..checks.config import check_config, check_loop, require_work_dir
+from ..checks.data import require_data
 from ..datasets.corrupt_images import CorruptImageError
-from ..engine import batch_size, launch, options, preflight
-from ..engine.config_check import check_config, check_loop, require_work_dir
+from ..engine import batch_size, launch, options
 from ..engine.console import build_runner, quiet
 from ..engine.hooks import DivergedError, RecordRecipeHook
 from ..engine.recipe import describe_recipe, describe_run
@@ -48,7 +49,7 @@ def train(args: argparse.Namespace) -> int:
             if not args.check:
                 require_work_dir(cfg)
     if args.check:
-        return preflight.run(cfg, layout)
+        return rehearsal.run(cfg, layout)
     # An image is one process's; the other errors are all of theirs.
     with launch.exit_on_user_error((CorruptImageError,), shared=False):
         with launch.exit_on_user_error((CheckpointError, DivergedError)):

@@ -14,7 +14,7 @@ from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 
-from mlla_mm.datasets.check_config import check_split
+from mlla_mm.checks.data import check_split
 from mlla_mm.datasets.corrupt_images import CorruptImageError
 from mlla_mm.engine import options
 from mlla_mm.reproducible.seeding import SAMPLE, Draw, SeededDataset

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mlla_mm.apis.export import FORMATS
-from mlla_mm.datasets.check import CHECKS
+from mlla_mm.checks.published import CHECKS
 from mlla_mm.engine.launch import LAUNCHERS
 from mlla_mm.evaluation import benchmark
 

@@ -39,8 +39,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from mlla_mm.datasets.check import CHECKS
-    from mlla_mm.datasets.check_config import check_splits
+    from mlla_mm.checks.data import check_splits
+    from mlla_mm.checks.published import CHECKS
     from mlla_mm.engine import launch
     from mlla_mm.engine.console import quiet
     from mlla_mm.engine.options import read_config

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from mmengine.registry import DATASETS, DefaultScope
 
-from mlla_mm.datasets.check_config import check_split, require_data
+from mlla_mm.checks.data import check_split, require_data
 
 from .. import bad_data
-from ..bad_data import (
+from ..bad_data import (  # fmt: skip
     CLS,
     DET,
     HEIGHT,
@@ -25,7 +25,7 @@ from ..bad_data import (
     truncate,
     turn,
     web_page,
-)  # fmt: skip
+)
 
 for package in ('mmdet', 'mmseg', 'mmpretrain'):
     pytest.importorskip(package)

@@ -7,7 +7,7 @@ import torch
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-from mlla_mm.engine.config_check import check_config, check_loop, require_work_dir
+from mlla_mm.checks.config import check_config, check_loop, require_work_dir
 
 from ..bad_data import CLS, DET, SEG, assert_says, config
 from ..nano import CONFIGS

@@ -12,8 +12,9 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
+from mlla_mm.checks import rehearsal
 from mlla_mm.datasets.digits import make_ade20k, make_imagenet
-from mlla_mm.engine import launch, preflight
+from mlla_mm.engine import launch
 
 from ..processes import ROOT
 
@@ -42,7 +43,7 @@ def data(digits_coco, tmp_path_factory):
 @pytest.fixture
 def config(data, tmp_path, monkeypatch):
     """The demo of a task on little data, without data workers."""
-    monkeypatch.setattr(preflight, 'TIMED_ITERATIONS', 2)
+    monkeypatch.setattr(rehearsal, 'TIMED_ITERATIONS', 2)
 
     def read(task, **options):
         cfg = Config.fromfile(ROOT / 'configs' / CONFIGS[task])
@@ -62,7 +63,7 @@ def config(data, tmp_path, monkeypatch):
 
 def check(cfg):
     layout = launch.set_up(cfg)
-    return preflight.run(cfg, layout)
+    return rehearsal.run(cfg, layout)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +218,7 @@ def test_work_dir_that_cannot_be_made(config, capfd, tmp_path):
 def test_full_disk(config, capfd, monkeypatch):
     usage = shutil.disk_usage('/')
     monkeypatch.setattr(
-        preflight.shutil, 'disk_usage', lambda _: usage._replace(free=2**20)
+        rehearsal.shutil, 'disk_usage', lambda _: usage._replace(free=2**20)
     )
     assert check(config('classification')) == 1
     error = capfd.readouterr().err
@@ -235,7 +236,7 @@ def test_full_disk(config, capfd, monkeypatch):
 def test_largest_scales_of_the_recipes(name, scales):
     dataset = Config.fromfile(ROOT / f'configs/{name}.py').train_dataloader.dataset
     wrapped = dict(type='RepeatDataset', dataset=dict(datasets=[dataset]))
-    preflight.pin_scales(wrapped)
+    rehearsal.pin_scales(wrapped)
 
     found = []
 
@@ -255,7 +256,7 @@ def test_largest_scales_of_the_recipes(name, scales):
 
 def test_range_of_scales():
     resize = dict(type='mmdet.RandomResize', scale=[(1333, 640), (1200, 800)])
-    preflight.pin_scales([resize])
+    rehearsal.pin_scales([resize])
     assert resize['scale'] == (1333, 800)
 
 
@@ -280,7 +281,7 @@ class Images:
 def test_largest_size():
     def find(sizes, batch_size):
         config = dict(dataset=dict(pipeline=[dict(type='PackDetInputs')]))
-        size = preflight.largest_size(Images(*sizes), batch_size, config)
+        size = rehearsal.largest_size(Images(*sizes), batch_size, config)
         return size, config['dataset']['pipeline'][:-1]
 
     broad_and_tall = [(20, 10)] * 500 + [(8, 16), (40, 10)] + [(20, 10)] * 500
@@ -294,15 +295,15 @@ def test_largest_size():
 
 def test_what_remains():
     by_epoch = Config(dict(train_cfg=dict(max_epochs=12, val_interval=5)))
-    left = preflight.Remaining(by_epoch, preflight.Start(), 100)
+    left = rehearsal.Remaining(by_epoch, rehearsal.Start(), 100)
     # After epochs 5, 10 and the last.
     assert (left.iterations, left.evaluations) == (1200, 3)
     assert left.times(1, by_epoch=True, last=True) == 12
     assert left.times(-1, by_epoch=True, last=True) == 1
     assert left.times(500, by_epoch=False, last=False) == 2
-    resumed = preflight.Remaining(by_epoch, preflight.Start('x', 6, 600), 100)
+    resumed = rehearsal.Remaining(by_epoch, rehearsal.Start('x', 6, 600), 100)
     assert (resumed.iterations, resumed.evaluations) == (600, 2)
 
     by_iteration = Config(dict(train_cfg=dict(max_iters=1000, val_interval=400)))
-    left = preflight.Remaining(by_iteration, preflight.Start(), 7)
+    left = rehearsal.Remaining(by_iteration, rehearsal.Start(), 7)
     assert (left.iterations, left.evaluations) == (1000, 3)

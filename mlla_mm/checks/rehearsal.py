@@ -42,11 +42,11 @@ from mmengine.runner.checkpoint import CheckpointLoader
 
 from ..compat.openmmlab import is_resumed
 from ..datasets.corrupt_images import CheckedDataset
+from ..engine import launch
+from ..engine.batch_size import accumulated_batches
+from ..engine.options import as_list, default_hook, kind_of
 from ..reproducible.resume import newest_checkpoint, require_resumable
 from ..reproducible.seeding import SeededDataset
-from . import launch
-from .batch_size import accumulated_batches
-from .options import as_list, default_hook, kind_of
 
 UPDATES = 2
 """Optimiser updates at the largest size."""

@@ -18,9 +18,9 @@ import numpy as np
 from mmengine.config import Config
 from mmengine.registry import DATASETS, DefaultScope
 
-from ..engine.config_check import check_config, head_classes, innermost_dataset, nearest
 from ..utils.images import open_image
-from .check import (
+from .config import check_config, head_classes, innermost_dataset, nearest
+from .published import (
     Finding,
     SizeCheck,
     decode_problem,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from mlla_mm.datasets.check import (
+from mlla_mm.checks.published import (
     check_ade20k,
     check_coco,
     check_imagenet,

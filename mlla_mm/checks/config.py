@@ -38,9 +38,9 @@ from mmengine.registry import (
 )
 
 from ..arch import parse_arch
+from ..engine.options import kind_of
 from ..models.backbones import MLLA
 from ..reproducible.loops import require_seeded
-from .options import kind_of
 
 _MODEL = (MODELS, TASK_UTILS, WEIGHT_INITIALIZERS, TRANSFORMS)
 _LOADER = (DATASETS, TRANSFORMS, DATA_SAMPLERS, FUNCTIONS, MODELS, TASK_UTILS)
