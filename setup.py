@@ -14,7 +14,7 @@ PINS = runpy.run_path(str(ROOT / 'mlla_mm' / 'compat' / 'versions.py'))
 
 
 class BuildWithTools(build_py):
-    """Put configs and tools into the package as ``.mim``, where MIM looks for them.
+    """Put configs, tools and what they need into the package as ``.mim``, for MIM.
 
     Straight into the folder that becomes the wheel: the source tree stays as it is. An
     editable installation has the source tree itself.
@@ -29,10 +29,10 @@ class BuildWithTools(build_py):
         # What sets up a clone has nothing to do in an installation.
         of_clones = (
             'quickstart.sh', 'run_tests.sh', 'test_matrix.sh', 'setup_env.sh',
-            'install_packages.py',
+            'install_packages.py', 'gpu',
         )  # fmt: skip
         ignored = shutil.ignore_patterns('__pycache__', *of_clones)
-        for folder in ('configs', 'tools'):
+        for folder in ('configs', 'tools', 'benchmarks'):
             shutil.copytree(ROOT / folder, target / folder, ignore=ignored)
         shutil.copy2(ROOT / 'model-index.yml', target)
 

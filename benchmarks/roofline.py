@@ -32,9 +32,9 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import mlla_mm  # noqa: E402, F401  (before anything imports mmcv.ops)
+from benchmarks import races  # noqa: E402
 from benchmarks.pretended_cuda import backward, pretended_cuda  # noqa: E402
-from mlla_mm.evaluation import benchmark  # noqa: E402
-from mlla_mm.evaluation.benchmark import Case  # noqa: E402
+from benchmarks.races import Case  # noqa: E402
 from mlla_mm.evaluation.markdown import markdown_table  # noqa: E402
 from mlla_mm.ops import naive, triton  # noqa: E402
 
@@ -306,7 +306,7 @@ def count_model(name: str, case: Case, ops: str = 'fused') -> List[Kernel]:
     """Kernels of a call of a model.
 
     Args:
-        name (str): One of :data:`mlla_mm.evaluation.benchmark.MODELS`.
+        name (str): One of :data:`benchmarks.races.MODELS`.
         case (Case): What it does.
         ops (str): Which implementation of the ops runs, 'naive', 'eager' or 'fused'.
             Defaults to 'fused'.
@@ -323,7 +323,7 @@ def count_model(name: str, case: Case, ops: str = 'fused') -> List[Kernel]:
     with counted(ops) as counter:
         # Without numbers, which take long to draw; rates of stochastic depth are 0.
         with torch.device('cuda'):
-            model = benchmark.build_model(name, case.task == 'classification')
+            model = races.build_model(name, case.task == 'classification')
         model.train(training)
         images = torch.randn(case.batch_size, 3, *case.shape, device='cuda')
         with torch.set_grad_enabled(training):
@@ -400,18 +400,18 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser.add_argument(
         '--shape',
         default='224x224',
-        help=f'{", ".join(benchmark.PRESETS)}, or HEIGHTxWIDTH. A classifier for '
+        help=f'{", ".join(races.PRESETS)}, or HEIGHTxWIDTH. A classifier for '
         '224x224, else the backbone (default: 224x224)',
     )
     parser.add_argument(
         '--dtype',
-        choices=benchmark.DTYPES,
+        choices=races.DTYPES,
         default='bfloat16',
         help='half precision: by autocast (default: bfloat16)',
     )
     parser.add_argument(
         '--mode',
-        choices=benchmark.MODES,
+        choices=races.MODES,
         default='infer',
         help='train: forward and backward (default: infer)',
     )
@@ -432,12 +432,12 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser.add_argument('--json', type=Path, metavar='FILE', help='save the sums here')
     args = parser.parse_args(argv)
     try:
-        (args.case,) = benchmark.make_cases(
+        (args.case,) = races.make_cases(
             [args.shape], [args.batch_size], [args.mode], [args.dtype]
         )
     except ValueError as error:
         parser.error(str(error))
-    if args.case.shape == benchmark.PRESETS['classification']:
+    if args.case.shape == races.PRESETS['classification']:
         args.case = args.case._replace(task='classification')
     if min(args.bandwidth, args.tflops or 1) <= 0 or args.launch < 0:
         parser.error(

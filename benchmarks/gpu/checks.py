@@ -319,10 +319,10 @@ def _train(
     from mmengine.optim import AmpOptimWrapper, OptimWrapper
     from mmengine.registry import MODELS, DefaultScope
 
+    from benchmarks.peak_memory import _BATCHES, largest_size
     from mlla_mm.engine.ema import ModelEMA
     from mlla_mm.engine.launch import replace_sync_bn
     from mlla_mm.reproducible.loops import train_step
-    from mlla_mm.utils.peak_memory import _BATCHES, largest_size
 
     cfg = Config.fromfile(ROOT / 'configs' / path)
     replace_sync_bn(cfg.model)

@@ -30,7 +30,7 @@ import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import mlla_mm  # noqa: E402, F401
-from mlla_mm.evaluation import benchmark  # noqa: E402
+from benchmarks import races  # noqa: E402
 from mlla_mm.models.layers import MLLABlock  # noqa: E402
 from mlla_mm.ops.triton import _depthwise_conv as depthwise  # noqa: E402
 from mlla_mm.ops.triton import _layer_norm as norm  # noqa: E402
@@ -334,7 +334,7 @@ def copy_bandwidth() -> float:
 
 def make_call(name: str, mode: str) -> Call:
     torch.manual_seed(0)
-    model = benchmark.build_model(name, classify=True).to(DEVICE)
+    model = races.build_model(name, classify=True).to(DEVICE)
     model.train(mode == 'train')
     x = torch.randn(BATCH, 3, IMAGE_SIZE, IMAGE_SIZE, device=DEVICE)
 
@@ -431,7 +431,7 @@ def main() -> None:
     )
     parser.add_argument(
         '--dtype',
-        choices=benchmark.DTYPES,
+        choices=races.DTYPES,
         default='bfloat16',
         help='of --warm (default: bfloat16)',
     )
@@ -444,17 +444,17 @@ def main() -> None:
         return
     deadline = time.monotonic() + args.seconds
     args.out.mkdir(parents=True, exist_ok=True)
-    settings = benchmark.describe_run(DEVICE, REPEATS)
+    settings = races.describe_run(DEVICE, REPEATS)
     bandwidth = copy_bandwidth()
     lines = [
-        f'# {benchmark.format_settings(settings)}',
+        f'# {races.format_settings(settings)}',
         f'# copies {bandwidth / 1e12:.2f} TB/s',
     ]
     print('\n'.join(lines), flush=True)
     results = dict(settings, bandwidth=bandwidth, profiles=[], kernels=[])
     failed = False
     for name in MODELS:
-        for mode in benchmark.MODES:
+        for mode in races.MODES:
             if time.monotonic() > deadline:
                 break
             try:

@@ -20,13 +20,13 @@ from typing import List, NamedTuple, Sequence
 import torch
 from mmengine.logging import MMLogger
 
-from mlla_mm.evaluation import benchmark
+from benchmarks import races
+from benchmarks.plots import plot_benchmark
 from mlla_mm.models import MLLA
-from mlla_mm.visualization.benchmark import plot_benchmark
 
 
 class Race(NamedTuple):
-    """Models that are raced in some cases, see :mod:`mlla_mm.evaluation.benchmark`."""
+    """Models that are raced in some cases, see :mod:`benchmarks.races`."""
 
     families: Sequence[str]
     size: str
@@ -40,14 +40,14 @@ class Race(NamedTuple):
         return [f'{family}-{self.size}' for family in self.families]
 
     @property
-    def cases(self) -> List[benchmark.Case]:
-        return benchmark.make_cases(
-            [self.shape], [self.batch_size], benchmark.MODES, self.dtypes
+    def cases(self) -> List[races.Case]:
+        return races.make_cases(
+            [self.shape], [self.batch_size], races.MODES, self.dtypes
         )
 
 
 _OURS, _OTHERS = ('mlla', 'plain'), ('mlla', 'plain', 'convnext')
-_HALF, _GRAPH = ('bfloat16',), (benchmark.CUDA_GRAPH,)
+_HALF, _GRAPH = ('bfloat16',), (races.CUDA_GRAPH,)
 _IMAGENET, _COCO = ('classification', 128), ('detection', 2)
 RACES = (
     Race(('mlla', 'eager', 'plain'), 't', *_IMAGENET, _HALF, _GRAPH),
@@ -77,8 +77,8 @@ def run(
         bool: Whether nothing failed.
     """
     end = time.monotonic() + seconds
-    settings = benchmark.describe_run(device, repeats)
-    texts = [f'# {benchmark.format_settings(settings)}']
+    settings = races.describe_run(device, repeats)
+    texts = [f'# {races.format_settings(settings)}']
     print(texts[0], flush=True)
     runs, failed = [], False
     for race in races:
@@ -89,17 +89,17 @@ def run(
                 print(f'SKIP {name}: no time left', flush=True)
                 continue
             try:
-                results[case] = benchmark.measure_case(
+                results[case] = races.measure_case(
                     case, race.models, device, repeats, race.variants
                 )
             except (RuntimeError, ValueError) as error:
                 print(f'FAIL {name}: {error}', flush=True)
                 failed = True
                 continue
-            texts.append(benchmark.format_case(case, results[case]))
+            texts.append(races.format_case(case, results[case]))
             print(f'\n{texts[-1]}', flush=True)
             (out / 'speed.md').write_text('\n\n'.join(texts) + '\n')
-            benchmark.save_results(results, settings, out / 'race.json')
+            races.save_results(results, settings, out / 'race.json')
             found = json.loads((out / 'race.json').read_text())
             (out / 'speed.json').write_text(json.dumps([*runs, found], indent=1) + '\n')
         if results:
@@ -127,13 +127,13 @@ def draw(results: str, picture: str) -> None:
     (race, *_) = json.loads(Path(results).read_text())
     cases = {}
     for found in race['cases']:
-        values = {name: found[name] for name in benchmark.Case._fields}
-        case = benchmark.Case(**dict(values, shape=tuple(values['shape'])))
+        values = {name: found[name] for name in races.Case._fields}
+        case = races.Case(**dict(values, shape=tuple(values['shape'])))
         cases[case] = [
-            benchmark.Measured(*(model[name] for name in benchmark.Measured._fields))
+            races.Measured(*(model[name] for name in races.Measured._fields))
             for model in found['models']
         ]
-    plot_benchmark(cases, benchmark.format_settings(race), picture)
+    plot_benchmark(cases, races.format_settings(race), picture)
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mlla_mm.evaluation.plain_mlla import PlainMLLA
+from benchmarks.plain_mlla import PlainMLLA
 from mlla_mm.models import MLLA
 from mlla_mm.models.layers import MLLABlock
 from mlla_mm.ops import rotary, triton
@@ -32,7 +32,7 @@ def build_nano(name, classify=False):
 @pytest.fixture
 def nano(monkeypatch):
     """Models of four blocks in the place of the named ones."""
-    monkeypatch.setattr(roofline.benchmark, 'build_model', build_nano)
+    monkeypatch.setattr(roofline.races, 'build_model', build_nano)
 
 
 def count(prepare, dtype='float32', ops='fused'):

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import races as benchmark
 from mlla_mm.apis.export import FORMATS
 from mlla_mm.checks.published import CHECKS
 from mlla_mm.engine.launch import LAUNCHERS
-from mlla_mm.evaluation import benchmark
 
 from ..processes import ROOT, load_tool
 

@@ -2,6 +2,8 @@
 """Race models against the plain assembly of MLLA: time, peak memory, a picture."""
 
 import argparse
+import sys
+from pathlib import Path
 from typing import Optional, Sequence
 
 
@@ -92,9 +94,11 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
+    # benchmarks/ lies beside tools/, outside the package.
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    from benchmarks.races import run
     from mlla_mm.engine.console import quiet
     from mlla_mm.engine.launch import exit_on_user_error
-    from mlla_mm.evaluation.benchmark import run
 
     quiet()
     with exit_on_user_error():

@@ -2,6 +2,8 @@
 """Table of the peak memory of training, per config, on a synthetic batch."""
 
 import argparse
+import sys
+from pathlib import Path
 from typing import Optional, Sequence
 
 
@@ -29,12 +31,14 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
+    # benchmarks/ lies beside tools/, outside the package.
+    sys.path.insert(0, str(Path(__file__).parents[2]))
     from mmengine.logging import MMLogger
 
+    from benchmarks.peak_memory import measure_config
     from mlla_mm.engine import launch
     from mlla_mm.engine.console import quiet
     from mlla_mm.engine.options import read_config
-    from mlla_mm.utils.peak_memory import measure_config
 
     quiet()
     # MMEngine would list the rate of every parameter.

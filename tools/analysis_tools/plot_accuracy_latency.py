@@ -2,6 +2,7 @@
 """Plot published accuracy over the latency on this device, MLLA among other models."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Optional, Sequence
 
@@ -41,12 +42,12 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
+    # benchmarks/ lies beside tools/, outside the package.
+    sys.path.insert(0, str(Path(__file__).parents[2]))
     import torch
 
     import mlla_mm
-    from mlla_mm.engine.console import quiet
-    from mlla_mm.engine.launch import exit_on_user_error
-    from mlla_mm.evaluation.accuracy_latency import (
+    from benchmarks.accuracy_latency import (
         DEFAULT_MODELS,
         PICTURE_NAME,
         TABLE_NAME,
@@ -56,7 +57,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         measure_candidates,
         save_measured,
     )
-    from mlla_mm.visualization.tradeoff import plot_accuracy_latency
+    from benchmarks.tradeoff import plot_accuracy_latency
+    from mlla_mm.engine.console import quiet
+    from mlla_mm.engine.launch import exit_on_user_error
 
     quiet()
     has_gpu = torch.cuda.is_available()

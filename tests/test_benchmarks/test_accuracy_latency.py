@@ -5,8 +5,8 @@ import cv2
 import pytest
 from torch import nn
 
-from mlla_mm.evaluation import accuracy_latency as al
-from mlla_mm.visualization.tradeoff import plot_accuracy_latency
+from benchmarks import accuracy_latency as al
+from benchmarks.tradeoff import plot_accuracy_latency
 
 pytest.importorskip('mmpretrain')
 

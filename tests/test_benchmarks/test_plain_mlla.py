@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from mlla_mm.evaluation.plain_mlla import PlainMLLA
+from benchmarks.plain_mlla import PlainMLLA
 from mlla_mm.models import MLLA
 
 from .. import reference

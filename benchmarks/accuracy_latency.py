@@ -12,9 +12,10 @@ from typing import Callable, Dict, List, NamedTuple, Tuple, Union
 import torch
 from torch import nn
 
+from mlla_mm.evaluation.markdown import markdown_table
+from mlla_mm.evaluation.published import METRICS, published_models
+
 from .latency import Spread, measure_latency, spread, unsteady_note
-from .markdown import markdown_table
-from .published import METRICS, published_models
 
 #: Trained on ImageNet-1K alone, at 224x224, in three sizes each.
 DEFAULT_MODELS = (

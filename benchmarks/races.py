@@ -25,17 +25,17 @@ from mmengine.logging import MMLogger
 from torch import Tensor, nn
 
 import mlla_mm
+from mlla_mm.apis.model import Classifier
+from mlla_mm.compat.pytorch import require_compiler
+from mlla_mm.engine.compile import compile_backbone
+from mlla_mm.evaluation.markdown import markdown_table
+from mlla_mm.models import MLLA, fusing
+from mlla_mm.utils.allocator import keep_freed_memory
 
-from ..apis.model import Classifier
-from ..compat.pytorch import require_compiler
-from ..engine.compile import compile_backbone
-from ..models import MLLA, fusing
-from ..utils.allocator import keep_freed_memory
-from ..utils.peak_memory import module_bytes, peak_bytes
 from .accuracy_latency import describe_device
 from .eager_mlla import EagerMLLA
 from .latency import Spread, measure_latency, spread, unsteady_note
-from .markdown import markdown_table
+from .peak_memory import module_bytes, peak_bytes
 from .plain_mlla import PlainMLLA
 
 _SIZES = ('t', 's', 'b')
@@ -374,7 +374,7 @@ def measure_case(
         models (Sequence[str]): See :func:`check_models`.
         device (str): Where to run them, e.g. 'cuda'. Defaults to 'cpu'.
         repeats (int): Number of rounds, see
-            :func:`mlla_mm.evaluation.latency.measure_latency`. Defaults to 20.
+            :func:`benchmarks.latency.measure_latency`. Defaults to 20.
         variants (Sequence[str]): How to time every model besides: 'compiled', its
             backbone compiled, and 'CUDA graph', the call captured once and replayed.
             Compilation and capture are not timed. Defaults to ().
@@ -821,7 +821,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError: If an argument is wrong.
     """
-    from ..visualization.benchmark import plot_benchmark, plot_sweep
+    from .plots import plot_benchmark, plot_sweep
 
     # mmpretrain would tell how each of its classifiers augments images in training.
     MMLogger.get_instance('benchmark', log_level='ERROR')

@@ -2,8 +2,8 @@
 import pytest
 import torch
 
-from mlla_mm.evaluation import latency
-from mlla_mm.evaluation.latency import measure_latency
+from benchmarks import latency
+from benchmarks.latency import measure_latency
 
 
 class Clock:

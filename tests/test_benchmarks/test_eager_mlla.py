@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from mlla_mm.evaluation.eager_mlla import EagerMLLA
+from benchmarks.eager_mlla import EagerMLLA
 from mlla_mm.models import MLLA
 
 from ..compiler import needs_compiler

@@ -11,9 +11,9 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from ..checks.rehearsal import pin_scales
-from ..engine.ema import ModelEMA
-from ..engine.launch import replace_sync_bn
+from mlla_mm.checks.rehearsal import pin_scales
+from mlla_mm.engine.ema import ModelEMA
+from mlla_mm.engine.launch import replace_sync_bn
 
 OBJECTS = 10
 """Objects in every synthetic image of a detector."""

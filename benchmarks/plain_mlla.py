@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..models import MLLA
-from ..ops import pad_to_multiple
+from mlla_mm.models import MLLA
+from mlla_mm.ops import pad_to_multiple
 
 _EPS = 1e-6
 _BASE = 10000.0

@@ -10,18 +10,18 @@ import pytest
 import torch
 from torch import nn
 
-from mlla_mm.evaluation import benchmark as bm
-from mlla_mm.evaluation.eager_mlla import EagerMLLA
-from mlla_mm.evaluation.latency import Spread, spread, unsteady_note
-from mlla_mm.evaluation.plain_mlla import PlainMLLA
+from benchmarks import races
+from benchmarks.eager_mlla import EagerMLLA
+from benchmarks.latency import Spread, spread, unsteady_note
+from benchmarks.plain_mlla import PlainMLLA
+from benchmarks.plots import plot_benchmark, plot_sweep
 from mlla_mm.models import MLLA
-from mlla_mm.visualization.benchmark import plot_benchmark, plot_sweep
 
 from .. import reference
 from ..compiler import needs_compiler
 
 NANO = dict(embed_dims=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
-SMALL = bm.Case('backbone', (32, 64), 2)
+SMALL = races.Case('backbone', (32, 64), 2)
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def nano(monkeypatch):
 
 
 def point(model, times, variant='', memory=1000):
-    return bm.Measured(model, variant, 10, 400, memory, times)
+    return races.Measured(model, variant, 10, 400, memory, times)
 
 
 def needs_gpu(test):
@@ -40,19 +40,21 @@ def needs_gpu(test):
 
 
 def test_cases_are_combinations():
-    cases = bm.make_cases(['classification', '64x96'], [8, 2], bm.MODES, ['float32'])
+    cases = races.make_cases(
+        ['classification', '64x96'], [8, 2], races.MODES, ['float32']
+    )
     assert cases == [
-        bm.Case('classification', (224, 224), 8, 'infer', 'float32'),
-        bm.Case('classification', (224, 224), 8, 'train', 'float32'),
-        bm.Case('backbone', (64, 96), 2, 'infer', 'float32'),
-        bm.Case('backbone', (64, 96), 2, 'train', 'float32'),
+        races.Case('classification', (224, 224), 8, 'infer', 'float32'),
+        races.Case('classification', (224, 224), 8, 'train', 'float32'),
+        races.Case('backbone', (64, 96), 2, 'infer', 'float32'),
+        races.Case('backbone', (64, 96), 2, 'train', 'float32'),
     ]
-    detection, segmentation = bm.make_cases(['detection', 'segmentation'], [4])
-    assert detection == bm.Case('detection', (800, 1280), 4, 'infer', 'float32')
+    detection, segmentation = races.make_cases(['detection', 'segmentation'], [4])
+    assert detection == races.Case('detection', (800, 1280), 4, 'infer', 'float32')
     assert segmentation.batch_size == 4
     assert str(detection) == 'detection 800x1280, batch 4, infer, float32'
     assert detection.num_tokens == 200 * 320
-    assert bm.Case('backbone', (5, 9), 1).num_tokens == 2 * 3
+    assert races.Case('backbone', (5, 9), 1).num_tokens == 2 * 3
 
 
 @pytest.mark.parametrize(
@@ -66,13 +68,13 @@ def test_cases_are_combinations():
 )
 def test_bad_cases(arguments, message):
     with pytest.raises(ValueError, match=message):
-        bm.make_cases(*arguments)
+        races.make_cases(*arguments)
 
 
 @pytest.mark.parametrize('sides', [[224], [64, 64], [0, 64]])
 def test_bad_sweep(sides):
     with pytest.raises(ValueError, match='two or more different positive sides'):
-        bm.make_sweep(sides)
+        races.make_sweep(sides)
 
 
 @pytest.mark.parametrize(
@@ -86,27 +88,27 @@ def test_bad_sweep(sides):
 )
 def test_bad_models(models, message):
     with pytest.raises(ValueError, match=message):
-        bm.check_models(models)
+        races.check_models(models)
 
 
 def test_bad_device_and_repeats():
     with pytest.raises(ValueError, match="Device 'no-such' cannot be used"):
-        bm.measure_case(SMALL, ['plain-t'], 'no-such')
+        races.measure_case(SMALL, ['plain-t'], 'no-such')
     with pytest.raises(ValueError, match='--repeats must be at least 1, got 0'):
-        bm.measure_case(SMALL, ['plain-t'], repeats=0)
+        races.measure_case(SMALL, ['plain-t'], repeats=0)
 
 
 def test_bad_variants():
     with pytest.raises(ValueError, match="--cuda-graph needs a CUDA .* is 'cpu'"):
-        bm.measure_case(SMALL, ['plain-t'], variants=[bm.CUDA_GRAPH])
+        races.measure_case(SMALL, ['plain-t'], variants=[races.CUDA_GRAPH])
     with pytest.raises(ValueError, match="'traced'. There are: compiled, CUDA graph"):
-        bm.measure_case(SMALL, ['plain-t'], variants=['traced'])
+        races.measure_case(SMALL, ['plain-t'], variants=['traced'])
 
 
 def test_images_that_are_too_small_to_train(nano):
-    case = bm.Case('backbone', (32, 32), 1, 'train')
+    case = races.Case('backbone', (32, 32), 1, 'train')
     with pytest.raises(ValueError, match='32x32|Expected more than 1 value'):
-        bm.measure_case(case, ['plain-t'], repeats=1)
+        races.measure_case(case, ['plain-t'], repeats=1)
 
 
 @pytest.mark.parametrize('classify', [False, True])
@@ -114,7 +116,7 @@ def test_images_that_are_too_small_to_train(nano):
 def test_models_are_comparable(family, classify):
     """Maps of four strides or logits, of any image, without stochastic depth."""
     pytest.importorskip('mmpretrain')
-    model = bm.build_model(f'{family}-t', classify)
+    model = races.build_model(f'{family}-t', classify)
     model.train()
     x = torch.rand(2, 3, 72, 100)
     outputs = model(x)
@@ -142,7 +144,7 @@ def test_models_are_comparable(family, classify):
 def test_measured(nano, task, mode, dtype):
     case = SMALL._replace(task=task, mode=mode, dtype=dtype)
     names = ['mlla-t', 'eager-t', 'plain-t']
-    found = bm.measure_case(case, names, repeats=2)
+    found = races.measure_case(case, names, repeats=2)
     assert [measured.label for measured in found] == names
     assert len({measured.parameters for measured in found}) == 1
     for measured in found:
@@ -157,17 +159,17 @@ def test_measured(nano, task, mode, dtype):
 
 
 def test_training_needs_more_memory_and_leaves_the_weights(nano):
-    model = bm.build_model('plain-t', classify=False).train()
+    model = races.build_model('plain-t', classify=False).train()
     before = [p.clone() for p in model.parameters()]
     images = torch.rand(2, 3, 32, 64)
-    train, training = bm._prepare(
+    train, training = races._prepare(
         'plain-t', model, images, SMALL._replace(mode='train')
     )
     train()
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before))
-    _, inference = bm._prepare('plain-t', model.eval(), images, SMALL)
-    assert training > inference + bm.module_bytes(model) / 2
+    _, inference = races._prepare('plain-t', model.eval(), images, SMALL)
+    assert training > inference + races.module_bytes(model) / 2
 
 
 @pytest.mark.parametrize('name, other', [('plain', 'mlla'), ('eager', 'eager')])
@@ -179,33 +181,33 @@ def test_models_that_differ_are_not_raced(name, other, nano, monkeypatch):
     monkeypatch.setattr(wrong, 'forward', forward)
     message = f'{other}-t and plain-t differ by 0.0(099|1) in float32'
     with pytest.raises(RuntimeError, match=message):
-        bm.measure_case(SMALL, ['mlla-t', 'plain-t', 'eager-t'], repeats=1)
+        races.measure_case(SMALL, ['mlla-t', 'plain-t', 'eager-t'], repeats=1)
 
 
 def test_batch_norm_in_the_convolutions(nano, monkeypatch):
     """In every model that is raced, and said in what is written."""
     raced = []
-    monkeypatch.setattr(bm, '_check_twins', lambda models, x: raced.append(models))
+    monkeypatch.setattr(races, '_check_twins', lambda models, x: raced.append(models))
     models = ['mlla-t', 'plain-t']
     for fuse in (False, True):
-        bm.measure_case(SMALL, models, repeats=1, fuse_conv_bn=fuse)
+        races.measure_case(SMALL, models, repeats=1, fuse_conv_bn=fuse)
         for model in raced.pop().values():
             norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
             assert bool(norms) is not fuse
-    settings = bm.describe_run('cpu', 1, fuse_conv_bn=True)
+    settings = races.describe_run('cpu', 1, fuse_conv_bn=True)
     assert settings['fuse_conv_bn'] is True
-    assert 'BatchNorm in the convolutions' in bm.format_settings(settings)
+    assert 'BatchNorm in the convolutions' in races.format_settings(settings)
     with pytest.raises(ValueError, match='--fuse-conv-bn is for inference'):
-        bm.measure_case(SMALL._replace(mode='train'), models, fuse_conv_bn=True)
+        races.measure_case(SMALL._replace(mode='train'), models, fuse_conv_bn=True)
 
 
 @pytest.mark.slow
 @needs_compiler
-@pytest.mark.parametrize('mode', bm.MODES)
+@pytest.mark.parametrize('mode', races.MODES)
 def test_compiled_models(nano, mode):
     case = SMALL._replace(mode=mode)
-    measured = bm.measure_case(
-        case, ['mlla-t', 'plain-t'], repeats=1, variants=[bm.COMPILED]
+    measured = races.measure_case(
+        case, ['mlla-t', 'plain-t'], repeats=1, variants=[races.COMPILED]
     )
     assert [m.label for m in measured] == [
         'mlla-t',
@@ -217,13 +219,13 @@ def test_compiled_models(nano, mode):
 
 def graph_of(case):
     """A model, its images, a call of it, and the graph of one."""
-    model = bm._build_twin('mlla-t', case).cuda()
-    images = bm._make_images(case, 'cuda')
-    graph, peak = bm._prepare(
+    model = races._build_twin('mlla-t', case).cuda()
+    images = races._make_images(case, 'cuda')
+    graph, peak = races._prepare(
         'mlla-t, CUDA graph', model, images, case, torch.cuda.graph_pool_handle()
     )
     assert peak is None
-    return model, images, bm._make_call(model, images, case), graph
+    return model, images, races._make_call(model, images, case), graph
 
 
 @needs_gpu
@@ -248,7 +250,7 @@ def test_a_cuda_graph_of_a_training_step(nano):
     statistics = model.patch_embed.conv1.norm.running_mean
     gradients = []
     weight.register_hook(gradients.append)
-    graph = bm._CudaGraph(call, torch.cuda.graph_pool_handle())
+    graph = races._CudaGraph(call, torch.cuda.graph_pool_handle())
     captured = gradients[-1]
     images.copy_(torch.rand_like(images))
 
@@ -264,13 +266,13 @@ def test_a_cuda_graph_of_a_training_step(nano):
 
 
 @needs_gpu
-@pytest.mark.parametrize('mode', bm.MODES)
-@pytest.mark.parametrize('dtype', bm.DTYPES)
+@pytest.mark.parametrize('mode', races.MODES)
+@pytest.mark.parametrize('dtype', races.DTYPES)
 def test_cuda_graphs_are_raced(mode, dtype):
     pytest.importorskip('mmpretrain')
     names = ['mlla-t', 'eager-t', 'plain-t', 'swin-t', 'convnext-t']
-    case = bm.Case('classification', (96, 96), 4, mode, dtype)
-    found = bm.measure_case(case, names, 'cuda', 2, [bm.CUDA_GRAPH])
+    case = races.Case('classification', (96, 96), 4, mode, dtype)
+    found = races.measure_case(case, names, 'cuda', 2, [races.CUDA_GRAPH])
     labels = [*names, *(f'{name}, CUDA graph' for name in names)]
     assert [measured.label for measured in found] == labels
     for measured in found:
@@ -281,16 +283,16 @@ def test_cuda_graphs_are_raced(mode, dtype):
 
 # In a process of its own, since PyTorch does not get over a capture that failed.
 WAITS = """
-from mlla_mm.evaluation import benchmark as bm
+from benchmarks import races
 
 def forward(self, x):
     x.sum().item()
     return (x,)
 
-bm.PlainMLLA.forward = forward
+races.PlainMLLA.forward = forward
 try:
-    bm.measure_case(
-        bm.Case('backbone', (32, 64), 2), ['plain-t'], 'cuda', 1, [bm.CUDA_GRAPH]
+    races.measure_case(
+        races.Case('backbone', (32, 64), 2), ['plain-t'], 'cuda', 1, [races.CUDA_GRAPH]
     )
 except ValueError as error:
     print(error)
@@ -311,13 +313,13 @@ def test_speed_is_compared_round_by_round():
     """A machine that becomes twice as slow does so for both."""
     plain = point('plain-t', [4.0, 8.0, 4.0, 8.0])
     ours = point('mlla-t', [2.0, 4.0, 2.0, 4.0])
-    assert bm.speedup(ours, plain) == Spread(2.0, 2.0, 2.0)
+    assert races.speedup(ours, plain) == Spread(2.0, 2.0, 2.0)
     assert not spread(ours.times).is_steady
-    compiled = point('plain-t', [1.0] * 4, bm.COMPILED)
+    compiled = point('plain-t', [1.0] * 4, races.COMPILED)
     of_small = point('plain-s', [1.0] * 4)
     measured = [ours, of_small, compiled, plain]
-    assert bm.find_plain(ours, measured) is plain
-    assert bm.find_plain(ours, measured, bm.COMPILED) is compiled
+    assert races.find_plain(ours, measured) is plain
+    assert races.find_plain(ours, measured, races.COMPILED) is compiled
 
 
 def test_table():
@@ -325,7 +327,7 @@ def test_table():
         point('mlla-t', [2.0, 2.0, 2.0], memory=3 * 2**20),
         point('plain-t', [4.0, 4.0, 4.0], memory=4 * 2**20),
     ]
-    lines = bm.format_case(SMALL, measured).splitlines()
+    lines = races.format_case(SMALL, measured).splitlines()
     assert lines[0] == '### backbone 32x64, batch 2, infer, float32'
     cells = [cell.strip() for cell in lines[4].split('|')[1:-1]]
     assert cells == [
@@ -338,10 +340,13 @@ def test_table_of_variants():
     plain = [('mlla-t', 2.0), ('plain-t', 4.0)]
     measured = [
         *(point(name, [time] * 3) for name, time in plain),
-        *(point(name, [time / 4, time / 2, time], bm.COMPILED) for name, time in plain),
-        *(point(name, [time / 8] * 3, bm.CUDA_GRAPH, None) for name, time in plain),
+        *(
+            point(name, [time / 4, time / 2, time], races.COMPILED)
+            for name, time in plain
+        ),
+        *(point(name, [time / 8] * 3, races.CUDA_GRAPH, None) for name, time in plain),
     ]
-    text = bm.format_case(SMALL, measured)
+    text = races.format_case(SMALL, measured)
     lines = [
         [cell.strip() for cell in line.split('|')[1:-1]]
         for line in text.splitlines()
@@ -378,11 +383,11 @@ def test_saved(tmp_path):
             point('mlla-t', [2.0, 2.2, 2.1]),
             point('swin-t', [3.0, 3.0, 3.3]),
             point('plain-t', [4.0, 4.0, 4.4], memory=2000),
-            point('plain-t', [1.0, 1.0, 1.1], bm.CUDA_GRAPH, None),
+            point('plain-t', [1.0, 1.0, 1.1], races.CUDA_GRAPH, None),
         ]
-        for case in bm.make_cases(['32x64', '64x64'], modes=bm.MODES)
+        for case in races.make_cases(['32x64', '64x64'], modes=races.MODES)
     }
-    bm.save_results(results, bm.describe_run('cpu', 3), tmp_path / 'a.json')
+    races.save_results(results, races.describe_run('cpu', 3), tmp_path / 'a.json')
     content = json.loads((tmp_path / 'a.json').read_text())
     assert content['torch'] == torch.__version__
     assert content['threads'] == torch.get_num_threads()
@@ -408,7 +413,7 @@ def test_saved(tmp_path):
 def test_settings(monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['benchmark.py', '--out', 'a folder'])
     monkeypatch.delenv('MLLA_OPS', raising=False)
-    settings = bm.describe_run('cpu', 3)
+    settings = races.describe_run('cpu', 3)
     assert settings['python'] == platform.python_version()
     assert settings['command'] == "benchmark.py --out 'a folder'"
     assert settings['mlla_ops'] == 'default' and settings['fuse_conv_bn'] is False
@@ -416,19 +421,19 @@ def test_settings(monkeypatch):
     has_triton = any(d.metadata['Name'] == 'triton' for d in metadata.distributions())
     assert (settings['triton'] is not None) == has_triton
     monkeypatch.setenv('MLLA_OPS', 'naive')
-    assert bm.describe_run('cpu', 3)['mlla_ops'] == 'naive'
+    assert races.describe_run('cpu', 3)['mlla_ops'] == 'naive'
 
     settings.update(device='a CPU', torch='2.8', triton=None, python='3.12')
-    assert bm.format_settings(settings) == 'a CPU, torch 2.8, Python 3.12'
+    assert races.format_settings(settings) == 'a CPU, torch 2.8, Python 3.12'
     settings.update(device='a GPU', cuda='12.8', cudnn=91002, driver='570.1')
-    assert bm.format_settings(settings) == (
+    assert races.format_settings(settings) == (
         'a GPU, torch 2.8, CUDA 12.8, cuDNN 91002, driver 570.1, Python 3.12'
     )
 
 
 @needs_gpu
 def test_settings_of_a_gpu():
-    settings = bm.describe_run('cuda', 3)
+    settings = races.describe_run('cuda', 3)
     assert settings['device'] == torch.cuda.get_device_name()
     assert settings['cuda'] == torch.version.cuda
     assert settings['cudnn'] == torch.backends.cudnn.version()
@@ -438,8 +443,8 @@ def test_triton_is_not_imported(run_tool):
     """It takes a second, and not every command needs it."""
     code = """
 import sys
-from mlla_mm.evaluation import benchmark
-benchmark.describe_run('cpu', 1)
+from benchmarks import races
+races.describe_run('cpu', 1)
 print('triton' in sys.modules)
 """
     assert run_tool('python', '-c', code).stdout.splitlines()[-1] == 'False'
@@ -449,7 +454,7 @@ print('triton' in sys.modules)
 def test_exponent(exponent):
     tokens = [3136, 6400, 12544, 25600]
     costs = [0.01 * n**exponent for n in tokens]
-    assert bm.fit_exponent(tokens, costs) == pytest.approx(exponent)
+    assert races.fit_exponent(tokens, costs) == pytest.approx(exponent)
 
 
 def test_curves(tmp_path):
@@ -459,12 +464,12 @@ def test_curves(tmp_path):
             point(
                 'plain-t', [0.8 * n, n, 1.1 * n], memory=400 + case.batch_size * n**2
             ),
-            point('plain-t', [n], bm.CUDA_GRAPH, None),
+            point('plain-t', [n], races.CUDA_GRAPH, None),
         ]
-        for case in bm.make_sweep([64, 32, 128], batch_size=2)
+        for case in races.make_sweep([64, 32, 128], batch_size=2)
         for n in [case.num_tokens]
     }
-    curve, graph = bm.fit_curves(results)
+    curve, graph = races.fit_curves(results)
     assert curve.tokens == [64, 256, 1024]
     assert curve.times == [64, 256, 1024]
     assert curve.time_exponent == pytest.approx(1)
@@ -473,7 +478,7 @@ def test_curves(tmp_path):
     assert graph.time_exponent == pytest.approx(1)
     assert (graph.memory, graph.memory_exponent) == ([], None)
 
-    text = bm.format_curves([curve, graph])
+    text = races.format_curves([curve, graph])
     assert text.count('| plain-t ') == 2
     assert text.count('| plain-t, CUDA graph ') == 1
     assert [

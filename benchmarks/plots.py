@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Mapping, Sequence, Union
 
 if TYPE_CHECKING:
-    from ..evaluation.benchmark import Case, Curve, Measured
+    from .races import Case, Curve, Measured
 
 _MEMORY = 'peak memory per image without weights (MiB)'
 
@@ -25,7 +25,7 @@ def plot_benchmark(
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    from ..evaluation.benchmark import find_plain, memory_ratio, speedup
+    from .races import find_plain, memory_ratio, speedup
 
     labels = [p.label for p in next(iter(results.values())) if not _is_reference(p)]
     colors = colormaps['tab20'].colors

@@ -3,7 +3,7 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from mlla_mm.utils.peak_memory import largest_size, measure_config, peak_bytes
+from benchmarks.peak_memory import largest_size, measure_config, peak_bytes
 
 from ..processes import ROOT
 

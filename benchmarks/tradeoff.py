@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Sequence, Union
 
 if TYPE_CHECKING:
-    from ..evaluation.accuracy_latency import Measured
+    from .accuracy_latency import Measured
 
 _EMPHASIZED = 'MLLA'
 

@@ -6,8 +6,8 @@ from typing import Tuple
 
 from torch import Tensor
 
-from ..models import MLLA
-from ..ops.tracing import is_graph
+from mlla_mm.models import MLLA
+from mlla_mm.ops.tracing import is_graph
 
 _VARIABLE = 'MLLA_OPS'
 
