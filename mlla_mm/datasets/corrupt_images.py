@@ -3,7 +3,7 @@
 
 import os
 from pathlib import Path
-from typing import Any, List, Optional, Union
+from typing import Any, List, Optional, Tuple, Union
 
 import mmcv
 from mmengine.dist import all_reduce
@@ -51,7 +51,7 @@ class CheckedDataset(Dataset):
     """
 
     _way_out = 'Replace it, or take it out of the data set.'
-    _own = ('dataset',)
+    _own: Tuple[str, ...] = ('dataset',)
 
     def __init__(self, dataset: Union[dict, Dataset]) -> None:
         is_config = isinstance(dataset, dict)
