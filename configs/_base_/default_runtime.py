@@ -1,7 +1,7 @@
 custom_imports = dict(imports=['mlla_mm'], allow_failed_imports=False)
 
 # default_hooks is a dict, so a config that inherits changes one hook by its name and
-# keeps the others. dict(type='NoHook') switches a hook off. docs/reliability.md explains
+# keeps the others. dict(type='NoHook') switches a hook off. docs/reliability.md tells
 # what each hook is for.
 default_hooks = dict(
     timer=dict(type='IterTimerHook'),
