@@ -39,19 +39,20 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from mlla_mm.checks.data import check_splits
-    from mlla_mm.checks.published import CHECKS
+    from mlla_mm.checks.data import FILES, PIXELS, check_splits
+    from mlla_mm.checks.published import check_published
     from mlla_mm.engine import launch
     from mlla_mm.engine.console import quiet
     from mlla_mm.engine.options import read_config
 
     quiet()
+    look = FILES if args.fast else PIXELS
     with launch.exit_on_user_error():
         if args.path is None:
-            findings = check_splits(read_config(args.dataset), not args.fast)
+            findings = check_splits(read_config(args.dataset), look)
             subject, reference = args.dataset, 'they should be'
         else:
-            findings = CHECKS[args.dataset](args.path, fast=args.fast)
+            findings = check_published(args.dataset, args.path, look)
             subject, reference = args.path, f'in {args.dataset}'
     if not findings:
         scope = 'names, counts and pairs (no image was decoded)' if args.fast else 'all'
