@@ -196,7 +196,7 @@ def _findings(source: _Source) -> Iterator[Finding]:
         yield end.args[0]
 
 
-def _require(condition: bool, problem: str, fix: str) -> None:
+def _require(condition: object, problem: str, fix: str) -> None:
     """End the check of this data set if it makes no sense to go on."""
     if not condition:
         raise _UnusableError(Finding(problem, fix))
@@ -334,8 +334,8 @@ def _check_structure(content: Any, source: _Source) -> Iterator[Finding]:
     """Whether everything is there that mmdet and the rules read."""
     path = source.dataset.ann_file
     fix = 'See docs/datasets.md for the format.'
-    keys = ', '.join(_COCO_KEYS)
-    _require(isinstance(content, dict), f'{path} holds no dict with {keys}', fix)
+    names = ', '.join(_COCO_KEYS)
+    _require(isinstance(content, dict), f'{path} holds no dict with {names}', fix)
     absent = [key for key in _COCO_KEYS if not isinstance(content.get(key), list)]
     _require(not absent, f'{path} has no list of {" and ".join(absent)}', fix)
     _require(content['images'], f'{path} lists no images', fix)
@@ -506,7 +506,8 @@ def _check_label_maps(source: _Source) -> Iterator[Finding]:
             return problem._replace(kind=f'have a label map that {problem.kind}')
         if source.look == PIXELS:
             kind = _label_problem(path, maps[path], dataset)
-            return kind and _Problem(kind, _relative(path, folder), _LABEL_FIX)
+            if kind is not None:
+                return _Problem(kind, _relative(path, folder), _LABEL_FIX)
         return None
 
     yield from _check_images(images, folder, source, check)

@@ -74,9 +74,11 @@ def exit_on_user_error(
     """
     try:
         yield
-    except (KeyError, *kinds) as error:
-        unregistered = re.search(r'is not in the \S+ registry', str(error))
-        if not isinstance(error, kinds) and not unregistered:
+    except Exception as error:
+        unregistered = isinstance(error, KeyError) and re.search(
+            r'is not in the \S+ registry', str(error)
+        )
+        if not (unregistered or isinstance(error, kinds)):
             raise
         speaks = not shared or os.environ.get('LOCAL_RANK', '0') == '0'
         # The text of a KeyError is in quotes.

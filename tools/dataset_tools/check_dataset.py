@@ -1,7 +1,7 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 """Check the data of a config, or a copy of COCO, ADE20K or ImageNet.
 
-Exit status 1 if something is wrong.
+The exit status is 1 if something is wrong.
 """
 
 import argparse
@@ -23,7 +23,9 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         'config',
     )
     parser.add_argument(
-        '--fast', action='store_true', help='do not decode images: names and sizes only'
+        '--fast',
+        action='store_true',
+        help='do not decode images: names, and whether files are empty',
     )
     args = parser.parse_args(argv)
     if (args.path is None) == (args.dataset in DATASETS):
@@ -60,12 +62,12 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         return
     table = Table(show_lines=True)
     for column in ('What is wrong', 'How to fix it'):
-        # Paths and addresses stay whole.
+        # Without this option, long paths and addresses would be cut off.
         table.add_column(column, overflow='fold')
     for finding in findings:
-        # As text: rich takes square brackets for styles.
+        # Text, because rich takes square brackets in strings for styles.
         table.add_row(Text(finding.problem), Text(finding.fix))
-    # A log has no width to wrap to.
+    # A log has no width.
     width = None if sys.stdout.isatty() else 160
     Console(width=width).print(table)
     sys.exit(1)
