@@ -30,12 +30,13 @@ from ..utils.images import image_problem, image_size, open_image
 from ..utils.text import PATH_LIMIT, printable
 from .config import check_config, head_classes, innermost_dataset, nearest
 
-NAMES, FILES, PIXELS = LOOKS = ('names', 'files', 'pixels')
+NAMES, FILES, PIXELS = 'names', 'files', 'pixels'
+LOOKS = (NAMES, FILES, PIXELS)
 """How closely images are looked at.
 
-NAMES: annotation files, folders and names of files. FILES: that each image is a file
-with something in it, too. PIXELS: that each image can be decoded, its size and its
-labels, too.
+'names': annotation files, folders and the names of files. 'files': also whether every
+image and label map is a file with something in it. 'pixels': also whether each can be
+decoded, and its size and labels.
 """
 
 _NUM_EXAMPLES = 3

@@ -3,6 +3,7 @@ import io
 import os
 import socket
 
+import cv2
 import mmcv
 import mmengine
 import numpy as np
@@ -76,7 +77,10 @@ def test_formats(tmp_path, format, read):
     path = tmp_path / 'photo.jpg'
     Image.new('RGB', (30, 20), 'white').save(path, format=format)
     assert read(path).min() > 250
-    assert image_problem(path) is None
+    # Older versions of OpenCV do not read GIF.
+    known = cv2.imread(str(path)) is not None
+    assert known or format == 'GIF'
+    assert image_problem(path) == (None if known else 'cannot be decoded by OpenCV')
 
 
 def test_backends_read_alike(tmp_path):
