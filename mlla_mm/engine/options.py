@@ -121,6 +121,16 @@ def _shown(value: Any) -> str:
     return '-' if value is _NOTHING else textwrap.shorten(repr(value), 100)
 
 
+def parts_of(config: Any) -> Iterator[dict]:
+    """All dicts of a config's part, each before those that are in it."""
+    if isinstance(config, dict):
+        yield config
+        config = list(config.values())
+    if isinstance(config, (list, tuple)):
+        for value in config:
+            yield from parts_of(value)
+
+
 def as_list(value: Any) -> List[Any]:
     """What a config has one or several of, or none (None, or empty)."""
     if not value:
