@@ -19,17 +19,17 @@ RECORD_NAME = 'recipe.json'
 
 @HOOKS.register_module()
 class RecordRecipeHook(Hook):
-    """Say, and write down, where a run differs from its recipe.
+    """Log where a run differs from its recipe, and save it in a file.
 
-    Before the training it logs a table of recipe and run, and writes the same, with the
-    versions of the packages, to ``recipe.json`` in the run's log folder: a JSON object
-    of ``{"recipe": …, "actual": …}`` by item. A recipe's value is null where the
-    recipe does not say.
+    Before the training the hook logs a table of recipe and run. It writes the same
+    content, with the versions of the packages, to ``recipe.json`` in the run's log
+    folder: a JSON object of ``{"recipe": …, "actual": …}`` by item. A recipe's value is
+    null if the recipe does not say.
 
     Args:
         recipe (dict): From :func:`mlla_mm.engine.recipe.describe_recipe`.
         run (dict): From :func:`mlla_mm.engine.recipe.describe_run`.
-        notice (str, optional): What to warn of besides. Defaults to None.
+        notice (str, optional): A further warning to log. Defaults to None.
     """
 
     # After the hooks that change what is trained.
@@ -44,7 +44,17 @@ class RecordRecipeHook(Hook):
 
     def before_train(self, runner) -> None:
         if isinstance(runner.train_loop, EpochBasedTrainLoop):
-            self._add_updates_per_epoch(runner)
+            loader = runner.train_dataloader
+            accumulated = runner.cfg.optim_wrapper.get('accumulative_counts', 1)
+            self.run['updates per epoch'] = len(loader) // accumulated
+            if self.recipe['processes']:
+                self.recipe['updates per epoch'] = recipes.updates_per_epoch(
+                    len(loader.dataset),
+                    self.recipe['processes'],
+                    self.recipe['batch per process']
+                    * self.recipe['accumulated batches'],
+                    getattr(loader.batch_sampler, 'drop_last', False),
+                )
         record = recipes.compare(self.recipe, {**self.run, 'seed': runner.seed})
         print_log(f'The run:\n{recipes.format_record(record)}', logger='current')
         if self.notice:
@@ -53,15 +63,3 @@ class RecordRecipeHook(Hook):
             versions = recipes.compare({}, collect_env(collect_stack()))
             text = json.dumps({**record, **versions}, indent=2)
             (Path(runner.log_dir) / RECORD_NAME).write_text(text)
-
-    def _add_updates_per_epoch(self, runner) -> None:
-        loader = runner.train_dataloader
-        accumulated = runner.cfg.optim_wrapper.get('accumulative_counts', 1)
-        self.run['updates per epoch'] = len(loader) // accumulated
-        if self.recipe['processes']:
-            self.recipe['updates per epoch'] = recipes.updates_per_epoch(
-                len(loader.dataset),
-                self.recipe['processes'],
-                self.recipe['batch per process'] * self.recipe['accumulated batches'],
-                getattr(loader.batch_sampler, 'drop_last', False),
-            )
