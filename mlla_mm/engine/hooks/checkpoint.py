@@ -14,12 +14,7 @@ from mmengine.registry import HOOKS
 
 from ...checkpoints.reader import read_checkpoint_meta
 from ...compat.openmmlab import CheckpointHookSteps
-from ...reproducible.resume import (
-    PREEMPTED_NAME,
-    checkpoint_names,
-    folder_of,
-    keep_own_names,
-)
+from ...reproducible.resume import PREEMPTED_NAME, checkpoint_names
 from ...utils.files import write_whole
 from ...utils.text import printable
 
@@ -107,8 +102,6 @@ class WholeCheckpointHook(CheckpointHookSteps):
         self._file_backend = _OwnFiles(backend, self)
 
     def before_train(self, runner) -> None:
-        state = runner.message_hub.runtime_info
-        keep_own_names(state, folder_of(self, runner.work_dir), self.filename_tmpl)
         super().before_train(runner)
         if runner.iter > 0:
             # MMEngine forgets it, and then does not note that a checkpoint is the best.
