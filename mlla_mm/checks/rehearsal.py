@@ -116,7 +116,7 @@ def _rehearse(
     batches = _count_batches(cfg.train_dataloader, dataset, processes)
     size = largest_size(dataset, cfg.train_dataloader.batch_size, pinned)
     del dataset
-    val_batches = None
+    val_batches = 0
     if cfg.get('val_cfg') is not None:
         watch.stage = 'reading the validation data'
         val_dataset = DATASETS.build(copy.deepcopy(cfg.val_dataloader.dataset))
@@ -125,15 +125,14 @@ def _rehearse(
     updates = UPDATES * cfg.optim_wrapper.get('accumulative_counts', 1)
     short = _shorten(cfg, folder, start, min(updates, batches))
     short.train_dataloader.dataset = pinned
-    if val_batches is not None:
-        shown = min(EVALUATED_BATCHES, val_batches) or None
-        short.val_dataloader.num_batch_per_epoch = shown
+    if val_batches:
+        short.val_dataloader.num_batch_per_epoch = min(EVALUATED_BATCHES, val_batches)
     watch.training = 'training at the largest scale'
     runner = _train(short, watch)
     memory = max(all_gather_object(_peak_memory()))
     update = _mean_seconds(runner, 'train/time', 1)
     evaluation = 0.0
-    if val_batches is not None:
+    if val_batches:
         evaluation = _mean_seconds(runner, 'val/time', EVALUATED_BATCHES) * val_batches
     saved = find_latest_checkpoint(folder)
     if len(set(all_gather_object(saved))) > 1:
@@ -171,10 +170,19 @@ def _rehearse(
     default, unit = (1, epoch) if 'max_epochs' in loop else (1000, 1)
     evaluation *= math.ceil(left / (loop.get('val_interval', default) * unit))
     training = update * left
+    images = f'{cfg.train_dataloader.batch_size} images'
+    if size:
+        images += f' of {size[0]} x {size[1]} pixels'
+    if accumulated_batches(cfg) > 1:
+        images += f', {accumulated_batches(cfg)} times for an update'
+    peak = f'{_gib(memory)} resident set of a process, without its data workers'
+    if torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(0).total_memory
+        peak = f'{_gib(memory)} of {_gib(total)} of a GPU, by tensors'
     rows = {
         'processes': str(layout.world_size),
-        'largest batch': _describe_batch(cfg, size),
-        'peak memory': _describe_memory(memory),
+        'largest batch': f'{images}, on each process',
+        'peak memory': f'{peak}, the largest of all processes',
         'iteration': f'{update:.3g} s',
         'data loading': f'{waiting:.0%} of it, waiting for {workers} workers',
         'time to the end': f'{_duration(training + evaluation)} (training '
@@ -432,41 +440,24 @@ def _peak_memory() -> int:
 # What the user reads.
 
 
-def _describe_batch(cfg: Config, size: Optional[Tuple[int, int]]) -> str:
-    text = f'{cfg.train_dataloader.batch_size} images'
-    if size:
-        text += f' of {size[0]} x {size[1]} pixels'
-    if accumulated_batches(cfg) > 1:
-        text += f', {accumulated_batches(cfg)} times for an update'
-    return f'{text}, on each process'
-
-
-def _describe_memory(peak: int) -> str:
-    text = f'{_gib(peak)} resident set of a process, without its data workers'
-    if torch.cuda.is_available():
-        total = torch.cuda.get_device_properties(0).total_memory
-        text = f'{_gib(peak)} of {_gib(total)} of a GPU, by tensors'
-    return f'{text}, the largest of all processes'
-
-
 def _describe_disk(cfg: Config, saved: Path, left: int, epoch: int) -> str:
-    """What the checkpoints of the ``left`` iterations take, and the free space.
+    """The space of the checkpoints, and the free space; an error if it is too small.
 
-    Raises:
-        CheckError: If the free space is too small.
+    The space is the size of the ``saved`` checkpoint times how many the run keeps, if
+    ``left`` iterations are left and an epoch has ``epoch``, and the best checkpoint.
     """
     hook = default_hook(cfg, 'checkpoint')
-    target = hook.get('out_dir') or cfg.work_dir
     interval = hook.get('interval', -1) * (epoch if hook.get('by_epoch', True) else 1)
     count = math.ceil(left / interval) if interval > 0 else 1
     if hook.get('max_keep_ckpts', -1) > 0:
         count = min(count, hook['max_keep_ckpts'])
-    best = sum(map(_bytes, saved.parent.glob('best_*')))
-    account = f'{count} x {_gib(_bytes(saved))}' + (f' + {_gib(best)}' if best else '')
+    size, best = _bytes(saved), sum(map(_bytes, saved.parent.glob('best_*')))
+    account = f'{count} x {_gib(size)}' + (f' + {_gib(best)}' if best else '')
+    target = hook.get('out_dir') or cfg.work_dir
     if '://' in target:
         return f'{account}, at {target}'
     free = shutil.disk_usage(_existing(target)).free
-    if count * _bytes(saved) + best > free:
+    if count * size + best > free:
         raise CheckError(
             f'the checkpoints of the run take {account}, but {_gib(free)} are free at '
             f'{target}. Make room, or keep fewer of them: '

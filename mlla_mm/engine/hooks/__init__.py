@@ -9,8 +9,7 @@ from .processes import (
     SaveZeroOptimizerHook,
     SyncBuffersBeforeSaveHook,
 )
-from .record_recipe import RecordRecipeHook
-from .record_run import RecordRunHook
+from .records import RecordRecipeHook, RecordRunHook
 from .weights import CheckWeightsHook, FuseConvBNHook, UseEMAWeightsHook
 
 __all__ = [
