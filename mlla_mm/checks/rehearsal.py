@@ -152,7 +152,7 @@ def _rehearse(
     iterations = min(1 + ready + TIMED_ITERATIONS, int(TIMED_SECONDS / update))
     usual = _shorten(cfg, folder, reached, min(max(2, iterations), batches))
     usual.resume, usual.load_from = False, None
-    set_resume(usual, saved)
+    set_resume(usual, 'auto')
     usual.val_cfg = usual.val_dataloader = usual.val_evaluator = None
     usual.default_hooks.checkpoint = None
     watch.training = 'training after resuming'

@@ -120,10 +120,10 @@ def keep_batch_size(cfg: Config, world_size: int, recipe: int) -> int:
     if rest:
         raise ValueError(
             f'--keep-batch-size: {world_size} processes x {batch} images does not '
-            f"divide the recipe's total batch size of {recipe}. With {world_size} "
-            'processes train_dataloader.batch_size can be '
-            f'{_fitting(recipe, world_size)}. With {batch} images each, the number of '
-            f'processes can be {_fitting(recipe, batch)}.'
+            f"divide the recipe's total batch size of {recipe}. Values of "
+            f'train_dataloader.batch_size that fit {world_size} processes: '
+            f'{_fitting(recipe, world_size)}. Numbers of processes that fit {batch} '
+            f'images each: {_fitting(recipe, batch)}.'
         )
     if micro_batches > 1:
         require_seeded(cfg.train_cfg, '--keep-batch-size')
@@ -136,7 +136,7 @@ def keep_batch_size(cfg: Config, world_size: int, recipe: int) -> int:
 def _fitting(recipe: int, factor: int) -> str:
     """The numbers whose product with ``factor`` divides the recipe's batch size."""
     numbers = [str(n) for n in range(1, recipe + 1) if recipe % (n * factor) == 0]
-    return ', '.join(numbers) or 'no number'
+    return ', '.join(numbers) or 'none'
 
 
 def scale_to_batch_size(cfg: Config, total: int, recipe: int) -> None:

@@ -126,7 +126,7 @@ def parts_of(config: Any) -> Iterator[dict]:
 
 
 def as_list(value: Any) -> List[Any]:
-    """A list of what a config has one, several or none of."""
+    """Make a list of a config's value: one item, a list of items, or nothing."""
     if not value:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
@@ -159,10 +159,10 @@ def enable_amp(cfg: Config) -> None:
     """Train in mixed precision with a dynamic loss scale.
 
     Raises:
-        ValueError: Without a GPU: MMEngine's AmpOptimWrapper needs one.
+        ValueError: If there is no GPU, which MMEngine's AmpOptimWrapper needs.
     """
     if not torch.cuda.is_available():
-        raise ValueError('--amp needs a GPU, and torch sees none. Leave it out.')
+        raise ValueError('--amp needs a GPU, and PyTorch finds none. Leave the option out.')
     cfg.optim_wrapper.type = 'AmpOptimWrapper'
     cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
 
