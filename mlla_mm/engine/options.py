@@ -162,7 +162,7 @@ def enable_amp(cfg: Config) -> None:
         ValueError: If there is no GPU, which MMEngine's AmpOptimWrapper needs.
     """
     if not torch.cuda.is_available():
-        raise ValueError('--amp needs a GPU, and PyTorch finds none. Leave the option out.')
+        raise ValueError('--amp needs a GPU, and PyTorch finds none. Leave --amp out.')
     cfg.optim_wrapper.type = 'AmpOptimWrapper'
     cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
 
