@@ -1,8 +1,5 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""``torch.compile`` for the backbone alone: in programs, and as a config's option.
-
-MMEngine compiles the whole training step, in over a hundred graphs for Mask R-CNN.
-"""
+"""``torch.compile`` for the backbone alone."""
 
 from typing import Any
 
@@ -15,13 +12,14 @@ from ..models import MLLA
 def compile_backbone(model: nn.Module, **options: Any) -> None:
     """Run the forward pass of a model's backbone through ``torch.compile``.
 
-    The first call compiles for its image size, the first call with another one for all
-    sizes; training and evaluation each for itself. A copy of the model may not be
-    compiled, and a compiled model cannot be traced, exported or counted.
+    The first call compiles for its image size. The first call with another size
+    compiles for all sizes. Training and evaluation are compiled separately. A copy of
+    the model may not be compiled. A compiled model cannot be traced, exported or
+    counted.
 
-    Unless a ``mode`` or another ``backend`` is asked for, layouts are left alone: the
-    compiler would choose one for the convolutions, whose maps have it, and cannot for
-    the gradients where image sizes vary (PyTorch 2.11).
+    The option ``layout_optimization`` is off, unless ``mode`` or another ``backend`` is
+    given: the feature maps have the right memory layout already, and the compiler fails
+    on the gradients if image sizes vary (PyTorch 2.11).
 
     Args:
         model (nn.Module): An MLLA, or a model that has one or several; changed in
@@ -44,7 +42,7 @@ def compile_backbone(model: nn.Module, **options: Any) -> None:
             f'{type(model).__name__} has no MLLA whose forward pass could be compiled.'
         )
     if options.get('mode') is None and options.get('backend', 'inductor') == 'inductor':
-        layouts = dict(layout_optimization=False)
-        options['options'] = {**layouts, **(options.get('options') or {})}
+        own = options.get('options') or {}
+        options['options'] = {'layout_optimization': False, **own}
     for backbone in backbones:
         backbone.compile(**options)

@@ -1,8 +1,8 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 """What a run shows on the console; its log file has everything.
 
-What other packages say that means nothing to a user is left out by name, and nothing
-else is.
+Messages of other packages that tell a user nothing are left out. They are listed here
+by their words, so a new message is always shown.
 """
 
 import builtins
@@ -18,28 +18,27 @@ from mmengine.runner import Runner
 
 from ..compat.openmmlab import has_logger, replace_print
 
-#: How records begin that are for the log file.
+#: Beginnings of log records that go to the log file alone.
 LOG_FILE_ONLY = (
-    # MMEngine describes environment, config, hooks, the rate of every parameter, and
-    # what it removes.
+    # MMEngine: environment, config, hooks, rate of every parameter, removed files.
     '\n' + '-' * 60 + '\nSystem environment:',
     'Config:\n',
     'Hooks will be executed in the following order:',
     'paramwise_options -- ',
     'Exp name: ',
     'The previous best checkpoint ',
-    # What SyncBN means in one process.
+    # SyncBN is BatchNorm in one process.
     'Distributed training is not used, all SyncBatchNorm',
-    # MMEngine's own calls of what it deprecates.
+    # MMEngine itself calls what it deprecates.
     '"FileClient" will be deprecated',
     '"HardDiskBackend" is the alias',
-    # Metrics that name their values themselves, and those that write predictions.
+    # Metrics that name their values themselves, or that write predictions.
     'The prefix is not set in metric class',
-    # These numbers come again with their names.
+    # The same numbers follow with their names.
     'bbox_mAP_copypaste: ',
     'segm_mAP_copypaste: ',
 )
-#: Patterns of warnings that say nothing about a run.
+#: Patterns of warnings that tell nothing about a run.
 MEANINGLESS_WARNINGS = (
     # An optional package that none of our configs uses.
     'faster_coco_eval is not installed',
@@ -49,30 +48,28 @@ MEANINGLESS_WARNINGS = (
     'The draw is False, it means that the hook for visualization',
     # mmseg's test-time augmentation gives label maps without their first axis.
     'The shape of value will convert from',
-    # MMEngine's drawing of a box that ends at the edge of its picture.
+    # MMEngine draws a box that ends at the edge of its picture.
     'Warning: The (bbox|polygon|text) is out of bounds',
 )
-#: How lines begin that MMEngine prints: about an optional package of mmdet, and what it
-#: logs as "Load checkpoint from" as well.
+#: Beginnings of lines that MMEngine prints: about an optional package of mmdet, and
+#: what it also logs as "Load checkpoint from".
 MEANINGLESS_LINES = ('Could not import OneDL', 'Loads checkpoint by ')
-# Modules of pycocotools that tell of every step.
-_TALKATIVE = ('pycocotools.coco', 'pycocotools.cocoeval')
 
 
 def quiet(scope: Optional[str] = None) -> None:
-    """Leave out what means nothing to a user, in this process and its workers.
+    """Leave out messages that tell a user nothing, in this process and its workers.
 
-    Call it before the toolbox is imported.
+    Call this function before the toolbox is imported.
 
     Args:
-        scope (str, optional): The toolbox of a run. Of mmdet, what pycocotools prints
-            goes to the log file. Defaults to None.
+        scope (str, optional): The toolbox of a run. With mmdet, the output of
+            pycocotools goes to the log file. Defaults to None.
     """
     for message in MEANINGLESS_WARNINGS:
         warnings.filterwarnings('ignore', message)
     replace_print('mmengine.logging.logger', _print_meaningful)
     if scope == 'mmdet' and find_spec('pycocotools'):
-        for name in _TALKATIVE:
+        for name in ('pycocotools.coco', 'pycocotools.cocoeval'):
             replace_print(name, _print_to_log_file)
 
 
@@ -81,33 +78,25 @@ def build_runner(cfg: Config, verbose: bool) -> Runner:
 
     Args:
         cfg (Config): The config of the run.
-        verbose (bool): Whether the console shows all that the log file has, rather than
-            what is not in :data:`LOG_FILE_ONLY`.
-
-    Returns:
-        Runner: The runner.
+        verbose (bool): Whether the console shows everything that the log file has.
+            False leaves out :data:`LOG_FILE_ONLY`.
     """
-    kind = cfg.get('runner_type', 'Runner')
+    kind: Any = cfg.get('runner_type', 'Runner')
     kind = RUNNERS.get(kind) if isinstance(kind, str) else kind
-    if not verbose:
-        kind = type(kind.__name__, (_QuietConsole, kind), {})
-    return kind.from_cfg(cfg)
+    if verbose:
+        return kind.from_cfg(cfg)
 
+    class QuietRunner(kind):
+        def build_logger(self, *args, **kwargs) -> MMLogger:
+            logger = super().build_logger(*args, **kwargs)
+            for handler in logger.handlers:
+                if not isinstance(handler, logging.FileHandler):
+                    handler.addFilter(_is_for_console)
+            logger.info('Log file, with environment and config: %s', logger.log_file)
+            return logger
 
-class _QuietConsole:
-    """A runner whose logger shows on the console what a person needs."""
-
-    def build_logger(self, *args, **kwargs) -> MMLogger:
-        logger = super().build_logger(*args, **kwargs)
-        for handler in logger.handlers:
-            if not _writes_file(handler):
-                handler.addFilter(_is_for_console)
-        logger.info('Log file, with environment and config: %s', logger.log_file)
-        return logger
-
-
-def _writes_file(handler: logging.Handler) -> bool:
-    return isinstance(handler, logging.FileHandler)
+    QuietRunner.__name__ = kind.__name__
+    return QuietRunner.from_cfg(cfg)
 
 
 def _is_for_console(record: logging.LogRecord) -> bool:
@@ -115,17 +104,16 @@ def _is_for_console(record: logging.LogRecord) -> bool:
 
 
 def _print_meaningful(*values: Any, **kwargs) -> None:
-    """Take the place of ``print``."""
+    """Replace ``print``, without :data:`MEANINGLESS_LINES`."""
     if not str(values[0] if values else '').startswith(MEANINGLESS_LINES):
         builtins.print(*values, **kwargs)
 
 
 def _print_to_log_file(*values: Any, **kwargs) -> None:
-    """Take the place of ``print``."""
-    if not has_logger():  # there is no log file yet
-        return
-    logger = MMLogger.get_current_instance()
+    """Replace ``print``; prints nothing if there is no log file yet."""
+    logger = MMLogger.get_current_instance() if has_logger() else logging.Logger('')
     text = ' '.join(map(str, values)).strip('\n')
     record = logger.makeRecord(logger.name, logging.INFO, '', 0, text, (), None)
-    for handler in filter(_writes_file, logger.handlers):
-        handler.handle(record)
+    for handler in logger.handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handle(record)

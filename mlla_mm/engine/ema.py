@@ -19,19 +19,19 @@ def recipe_decay(total_batch_size: int) -> float:
 
 
 class ModelEMA:
-    """Exponential moving average of everything in a model's state dict.
+    """Exponential moving average of all values in a model's state dict.
 
-    ``EMA_t = decay * EMA_(t-1) + (1 - decay) * W_t``, starting at the weights that the
-    model has now, for parameters and BatchNorm statistics; integer entries are copied.
-    (MMEngine's averages copy the model at their first update instead, and leave integer
-    entries as they are.)
+    ``EMA_t = decay * EMA_(t-1) + (1 - decay) * W_t``, for parameters and BatchNorm
+    statistics. The average starts from the weights that the model has now. Integer
+    values are copied. (MMEngine's averages start from the model at their first update,
+    and do not change integer values.)
 
     Args:
         model (nn.Module): The model to average.
         decay (float): Part of the average that an update keeps, in [0, 1).
 
     Attributes:
-        decay (float): As given.
+        decay (float): The argument.
         module (nn.Module): The averaged model, in evaluation mode, without gradients.
 
     Raises:
@@ -47,7 +47,7 @@ class ModelEMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Take in the weights that an optimiser step has just made."""
+        """Update the average with the model's weights after an optimiser step."""
         own = self.module.state_dict()
         averages, values = [], []
         for key, value in model.state_dict().items():
@@ -63,5 +63,5 @@ class ModelEMA:
         return {key: value.cpu() for key, value in self.module.state_dict().items()}
 
     def load_state_dict(self, state_dict: Dict[str, Tensor]) -> None:
-        """Go on from the average of a checkpoint."""
+        """Continue from the average of a checkpoint."""
         self.module.load_state_dict(state_dict)

@@ -1,5 +1,5 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""What a process needs before MMEngine's runner starts: devices, threads, launchers."""
+"""Prepare a process before MMEngine's runner starts: launcher, devices, threads."""
 
 import gc
 import multiprocessing
@@ -23,16 +23,19 @@ from ..reproducible.resume import newest_checkpoint
 from ..utils.allocator import keep_freed_memory
 from ..utils.files import write_whole
 from ..utils.text import printable
+from .options import parts_of
 
-# In the work_dir; says why torchrun need not start the run again.
+# A file in the work_dir. It says why torchrun must not start the run again.
 _ENDED_NAME = '.ended'
 LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
-# Of the first process: it listens from set_up to tear_down.
+# The first process listens with it from set_up to tear_down.
 _store: Optional['distributed.TCPStore'] = None
+# Seconds that processes wait for each other; PyTorch's default for gloo.
+_TIMEOUT = 1800
 
 
 class Processes(NamedTuple):
-    """Where this process stands among those that the launcher started."""
+    """Rank of this process and number of processes: in all, and on this machine."""
 
     rank: int
     world_size: int
@@ -40,13 +43,16 @@ class Processes(NamedTuple):
     local_world_size: int
 
 
-# The variables that hold the fields of Processes, by launcher.
-_VARIABLES: Dict[str, Processes] = {
-    'pytorch': Processes('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE'),
-    'slurm': Processes(
-        'SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID', 'SLURM_NTASKS_PER_NODE'
+# The environment variables that hold the fields of Processes, by launcher.
+_VARIABLES: Dict[str, Tuple[str, ...]] = {
+    'pytorch': ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE'),
+    'slurm': (
+        'SLURM_PROCID',
+        'SLURM_NTASKS',
+        'SLURM_LOCALID',
+        'SLURM_NTASKS_PER_NODE',
     ),
-    'mpi': Processes(
+    'mpi': (
         'OMPI_COMM_WORLD_RANK',
         'OMPI_COMM_WORLD_SIZE',
         'OMPI_COMM_WORLD_LOCAL_RANK',
@@ -60,17 +66,15 @@ def exit_on_user_error(
     kinds: Tuple[Type[Exception], ...] = (FileNotFoundError, ValueError),
     shared: bool = True,
 ) -> Iterator[None]:
-    """End the program with the message alone when what the user gave is wrong.
+    """End the program with an error's message, without its traceback.
 
-    That includes MMEngine's error for a ``type`` that is not registered.
+    MMEngine's error for a ``type`` that is not registered is one of them.
 
     Args:
-        kinds (tuple[type]): The errors that it is about. The default is for the checks
-            before the work starts: errors out of a run keep their traceback, but for
-            those that tell users all that they need. Defaults to
-            (FileNotFoundError, ValueError).
-        shared (bool): Whether all processes have the error, so that one of them speaks
-            for all. Defaults to True.
+        kinds (tuple[type]): The errors to which this applies. The default fits checks
+            before the work starts. Defaults to (FileNotFoundError, ValueError).
+        shared (bool): Whether all processes have the error. If so, only the first
+            process of each machine prints it. Defaults to True.
     """
     try:
         yield
@@ -80,13 +84,15 @@ def exit_on_user_error(
         )
         if not (unregistered or isinstance(error, kinds)):
             raise
-        speaks = not shared or os.environ.get('LOCAL_RANK', '0') == '0'
+        is_printed = not shared or os.environ.get('LOCAL_RANK', '0') == '0'
         # The text of a KeyError is in quotes.
-        sys.exit(f'Error: {error.args[0] if unregistered else error}' if speaks else 1)
+        sys.exit(
+            f'Error: {error.args[0] if unregistered else error}' if is_printed else 1
+        )
 
 
 def processes(launcher: str) -> Processes:
-    """Read the process layout that a launcher left in the environment.
+    """Read rank and number of the processes from the launcher's variables.
 
     Args:
         launcher (str): 'none', 'pytorch', 'slurm' or 'mpi'.
@@ -99,32 +105,31 @@ def processes(launcher: str) -> Processes:
     if launcher not in _VARIABLES:
         raise ValueError(f"Unknown launcher '{launcher}': choose from {LAUNCHERS}.")
     names = _VARIABLES[launcher]
-    values = {name: os.environ.get(name) for name in names}
-    # Only some srun calls set the tasks per node.
-    values[names.local_world_size] = values[names.local_world_size] or '1'
-    missing = [name for name, value in values.items() if not value]
+    # Only some srun calls set the tasks per node, the last variable.
+    missing = [name for name in names[:-1] if not os.environ.get(name)]
     if missing:
         raise ValueError(
             f"launcher '{launcher}' needs {', '.join(missing)} in the environment. "
             'Start with tools/dist_train.sh or tools/slurm_train.sh, or leave '
             '--launcher out.'
         )
-    return Processes(*(int(values[name]) for name in names))
+    return Processes(*(int(os.environ.get(name) or '1') for name in names))
 
 
 def set_up(cfg: Config) -> Processes:
     """Prepare this process and its config for the devices of the machine.
 
-    Where all processes are on one machine, they listen to this machine alone.
-    With GPUs MMEngine's own launcher does what is left. On the CPU it would ask for
-    CUDA devices, so the gloo process group is made here, the model is wrapped without
-    device ids, and SyncBatchNorm, which has no CPU kernel, becomes BatchNorm.
+    Processes that are all on one machine accept connections from this machine alone.
+
+    With GPUs, MMEngine's own launcher does the rest. On the CPU it would ask for CUDA
+    devices. There this function makes a gloo process group, wraps the model without
+    device ids, and turns SyncBatchNorm, which has no CPU kernel, into BatchNorm.
 
     Args:
         cfg (Config): The run's config with ``launcher`` set; changed in place.
 
     Returns:
-        Processes: Where this process stands.
+        Processes: Rank and number of the processes.
 
     Raises:
         ValueError: If the launcher is unknown, did not start this process, or started
@@ -133,14 +138,35 @@ def set_up(cfg: Config) -> Processes:
     keep_freed_memory()
     layout = processes(cfg.launcher)
     _stay_on_one_machine(cfg.launcher, layout)
-    if torch.cuda.is_available():
-        _check_gpu_count(layout)
-        _name_threads(cfg.launcher, 1)
-        return layout
-    _share_threads(layout)
-    _name_threads(cfg.launcher, torch.get_num_threads())
+    has_gpus, gpus = torch.cuda.is_available(), torch.cuda.device_count()
+    if has_gpus and layout.local_rank >= gpus:
+        raise ValueError(
+            f'{layout.local_world_size} processes were started on this machine, but it '
+            f'shows {gpus} GPUs. Ask for at most {gpus}, or check CUDA_VISIBLE_DEVICES.'
+        )
+    threads = 1
+    if not has_gpus:
+        cores = len(os.sched_getaffinity(0))
+        share = max(1, cores // layout.local_world_size)
+        threads = int(os.environ.get('OMP_NUM_THREADS', share))
+        torch.set_num_threads(threads)
+        cv2.setNumThreads(0)
     if cfg.launcher != 'none':
-        _init_gloo(layout, cfg.get('env_cfg', {}).get('dist_cfg', {}))
+        # MMEngine would set these to 1, with a warning.
+        os.environ.setdefault('OMP_NUM_THREADS', str(threads))
+        os.environ.setdefault('MKL_NUM_THREADS', os.environ['OMP_NUM_THREADS'])
+    if cfg.launcher != 'none' and not has_gpus:
+        os.environ.setdefault('MASTER_ADDR', '127.0.0.1')
+        os.environ.setdefault('MASTER_PORT', '29500')
+        # MMEngine reads it when it wraps the model.
+        os.environ['LOCAL_RANK'] = str(layout.local_rank)
+        options = cfg.get('env_cfg', {}).get('dist_cfg', {})
+        distributed.init_process_group(
+            'gloo',
+            rank=layout.rank,
+            world_size=layout.world_size,
+            timeout=timedelta(seconds=options.get('timeout', _TIMEOUT)),
+        )
         cfg.model_wrapper_cfg = dict(
             type='MMDistributedDataParallel',
             device_ids=None,
@@ -153,17 +179,17 @@ def set_up(cfg: Config) -> Processes:
 
 
 def restart_checkpoint(work_dir: str) -> Optional[str]:
-    """Where to go on from after torchrun has started the processes again.
+    """Find the checkpoint to resume after torchrun has restarted the processes.
 
-    The count of restarts that torchrun hands down does not tell: it differs between
-    the machine of the dead process and the others.
+    torchrun's own count of restarts is of no use here: it differs between the machine
+    of the dead process and the others.
 
     Args:
         work_dir (str): Folder of the run.
 
     Returns:
-        str | None: The newest checkpoint that was saved since ``LAUNCH_TIME`` (in the
-        environment, in seconds, where restarts are asked for); None if there is none.
+        str | None: The newest checkpoint, if it was saved after ``LAUNCH_TIME``. Our
+        launch script sets this variable, in seconds, if restarts are asked for.
     """
     if 'LAUNCH_TIME' not in os.environ:
         return None
@@ -175,20 +201,20 @@ def restart_checkpoint(work_dir: str) -> Optional[str]:
 
 @master_only
 def forbid_restart(work_dir: str, reason: str) -> None:
-    """Let :func:`require_restart_allowed` refuse to start this run again by itself.
+    """Note that torchrun must not restart this run: it would end in the same way.
 
     Args:
         work_dir (str): Folder of the run.
-        reason (str): How the run ended.
+        reason (str): How the run ended, for :func:`require_restart_allowed`.
     """
     if 'LAUNCH_TIME' in os.environ:
         write_whole(Path(work_dir) / _ENDED_NAME, reason.encode())
 
 
 def require_restart_allowed(work_dir: str) -> None:
-    """Refuse to do what has to end as it did before torchrun started the run again.
+    """Refuse a restart by torchrun that :func:`forbid_restart` has forbidden.
 
-    torchrun restarts whatever fails, and cannot be told that it is in vain.
+    torchrun restarts every run that fails. It cannot be told not to.
 
     Args:
         work_dir (str): Folder of the run.
@@ -205,15 +231,15 @@ def require_restart_allowed(work_dir: str) -> None:
 
 
 def tear_down() -> None:
-    """Leave the process group, when the work is done on every process.
+    """Leave the process group when all processes have done their work.
 
-    A process that ends with the group's threads still running may be aborted by them,
-    and the launcher takes that for a failed run. A model that is wrapped for the group
-    keeps it alive, so the runner has to be out of scope.
+    Threads of the group may abort a process that ends while they run. The launcher
+    would take that for a failed run. The wrapped model keeps the group alive, so the
+    caller must not hold the runner any more.
     """
     if distributed.is_available() and distributed.is_initialized():
-        # The queue that tells a data loader's worker to end is closed first when both
-        # are freed, and PyTorch then waits 5 seconds for each of the workers.
+        # When the runner is freed, PyTorch waits 5 seconds for each worker of a data
+        # loader, because the queue that tells the worker to end is closed before.
         for worker in multiprocessing.active_children():
             worker.terminate()
         gc.collect()  # a runner and its loops refer to one another
@@ -223,39 +249,12 @@ def tear_down() -> None:
     _store = None
 
 
-def _check_gpu_count(layout: Processes) -> None:
-    gpus = torch.cuda.device_count()
-    if layout.local_rank >= gpus:
-        raise ValueError(
-            f'{layout.local_world_size} processes were started on this machine, but it '
-            f'shows {gpus} GPUs. Ask for at most {gpus}, or check CUDA_VISIBLE_DEVICES.'
-        )
-
-
-def _share_threads(layout: Processes) -> None:
-    """Give every process of the machine its part of the cores, unless it is set."""
-    if 'OMP_NUM_THREADS' in os.environ:
-        threads = int(os.environ['OMP_NUM_THREADS'])
-    else:
-        cores = len(os.sched_getaffinity(0))
-        threads = max(1, cores // layout.local_world_size)
-    torch.set_num_threads(threads)
-    cv2.setNumThreads(0)
-
-
-def _name_threads(launcher: str, threads: int) -> None:
-    """Set what MMEngine would set with warnings, in a run of several processes."""
-    if launcher != 'none':
-        os.environ.setdefault('OMP_NUM_THREADS', str(threads))
-        os.environ.setdefault('MKL_NUM_THREADS', os.environ['OMP_NUM_THREADS'])
-
-
 def _stay_on_one_machine(launcher: str, layout: Processes) -> None:
-    """Let the processes meet on the loopback interface, if one machine has them all.
+    """Use the loopback interface alone if all processes are on one machine.
 
-    Process groups have no authentication, and whoever can connect can run code. NCCL
-    uses the interface to introduce the GPUs to one another; they exchange data through
-    NVLink, PCIe or shared memory.
+    Process groups have no authentication: whoever can connect can run code. NCCL
+    needs the interface only to set up its connections. The GPUs of one machine exchange
+    data through NVLink, PCIe or shared memory.
     """
     if launcher == 'slurm':  # its tasks per node are an upper limit
         alone = os.environ.get('SLURM_STEP_NUM_NODES') == '1'
@@ -267,7 +266,7 @@ def _stay_on_one_machine(launcher: str, layout: Processes) -> None:
     for loopback in names & {'lo', 'lo0'}:  # of Linux, of BSD and macOS
         os.environ.setdefault('GLOO_SOCKET_IFNAME', loopback)
         os.environ.setdefault('NCCL_SOCKET_IFNAME', loopback)
-    # torchrun may have opened the store, when it was not started by our scripts.
+    # torchrun has opened the store already if it was not started by our scripts.
     if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True':
         os.environ['MASTER_ADDR'] = '127.0.0.1'
         if layout.rank == 0:
@@ -277,8 +276,8 @@ def _stay_on_one_machine(launcher: str, layout: Processes) -> None:
 def _open_store(port: int) -> None:
     """Open the processes' store on the loopback interface.
 
-    The store that ``init_process_group`` opens listens on all interfaces, but it joins
-    one of its process that has the same port.
+    ``init_process_group`` would open a store that listens on all interfaces. It joins
+    this one instead, because this one has the same port.
     """
     global _store
     try:
@@ -295,29 +294,12 @@ def _open_store(port: int) -> None:
         wait_for_workers=False,
         multi_tenant=True,
         master_listen_fd=server.detach(),
-        use_libuv=False,  # before PyTorch 2.8 libuv's takes no socket over
-    )
-
-
-def _init_gloo(layout: Processes, dist_cfg: Dict[str, Any]) -> None:
-    os.environ.setdefault('MASTER_ADDR', '127.0.0.1')
-    os.environ.setdefault('MASTER_PORT', '29500')
-    # MMEngine reads it when it wraps the model.
-    os.environ['LOCAL_RANK'] = str(layout.local_rank)
-    timeout = {}
-    if 'timeout' in dist_cfg:
-        timeout['timeout'] = timedelta(seconds=dist_cfg['timeout'])
-    distributed.init_process_group(
-        'gloo', rank=layout.rank, world_size=layout.world_size, **timeout
+        use_libuv=False,  # libuv's store takes no open socket before PyTorch 2.8
     )
 
 
 def replace_sync_bn(model: Any) -> None:
     """Turn every SyncBN of a model config into BN, in place."""
-    if isinstance(model, dict):
-        if model.get('type') in ('SyncBN', 'MMSyncBN'):
-            model['type'] = 'BN'
-        model = list(model.values())
-    if isinstance(model, (list, tuple)):
-        for value in model:
-            replace_sync_bn(value)
+    for part in parts_of(model):
+        if part.get('type') in ('SyncBN', 'MMSyncBN'):
+            part['type'] = 'BN'

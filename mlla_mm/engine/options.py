@@ -1,10 +1,10 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""What the command line asks for, put into a config; and how configs are read."""
+"""How configs are read, and how the command line's options change them."""
 
 import argparse
 import copy
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any, List, Optional, Tuple
@@ -21,8 +21,8 @@ from ..reproducible.resume import newest_checkpoint, seed_of
 def read_config(path: str, options: Optional[dict] = None) -> Config:
     """Read a config file and merge ``--cfg-options`` into it.
 
-    Everything of ours is registered then, whatever the config's ``custom_imports`` are:
-    the classifiers as well, if its default scope is mmpretrain.
+    The config need not import the classifiers of this package: they are registered if
+    its default scope is mmpretrain.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -38,7 +38,11 @@ def read_config(path: str, options: Optional[dict] = None) -> Config:
 
 
 def read_run_config(path: str) -> Tuple[Config, Config]:
-    """Read the config of a run: as it is written, and a copy for the command line.
+    """Read the config of a run.
+
+    Returns:
+        tuple[Config, Config]: The config as it is written, and a copy for the options
+        of the command line.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -52,8 +56,9 @@ def read_run_config(path: str) -> Tuple[Config, Config]:
 def apply_run_arguments(cfg: Config, args: argparse.Namespace) -> None:
     """Apply the arguments that training and testing share.
 
-    The work_dir is the command line's, else the config's, else work_dirs/CONFIG_NAME.
-    The config's trust_checkpoint does what --trust-checkpoint does, for this process.
+    The work_dir is that of the command line, else that of the config, else
+    work_dirs/CONFIG_NAME. ``trust_checkpoint`` in the config has the same effect as
+    --trust-checkpoint; it holds for this process.
 
     Args:
         cfg (Config): The config as it was read; changed in place.
@@ -75,54 +80,53 @@ def apply_run_arguments(cfg: Config, args: argparse.Namespace) -> None:
 
 def print_changes(written: Config, run: Config) -> None:
     """Print :func:`describe_changes`, if there are any."""
-    changes = describe_changes(written, run)
+    changes = list(describe_changes(written.to_dict(), run.to_dict()))
     if changes:
         lines = [f'{run.filename} is run with these changes:', *changes]
         print('\n  '.join(lines), flush=True)
 
 
-def describe_changes(written: Config, run: Config) -> List[str]:
-    """What a run's config has otherwise than the file says.
-
-    Args:
-        written (Config): The config as it was read.
-        run (Config): The config that is run.
-
-    Returns:
-        list[str]: ``KEY: OLD -> NEW`` for each value that was changed, added or
-        removed, ``-`` being none; long ones are cut.
-    """
-    return list(_changes(written.to_dict(), run.to_dict(), ''))
-
-
-def _changes(written: Any, run: Any, key: str) -> Iterator[str]:
-    if isinstance(written, Mapping) and isinstance(run, Mapping):
-        keys = [*written, *(name for name in run if name not in written)]
-        pairs = [(n, written.get(n, _NOTHING), run.get(n, _NOTHING)) for n in keys]
-    elif _is_list(written) and _is_list(run) and len(written) <= len(run):
-        longer = [*written, *[_NOTHING] * (len(run) - len(written))]
-        pairs = [(i, *values) for i, values in enumerate(zip(longer, run))]
-    else:
-        if written != run:
-            yield f'{key}: {_shown(written)} -> {_shown(run)}'
-        return
-    for name, old, new in pairs:
-        yield from _changes(old, new, f'{key}.{name}' if key else str(name))
-
-
 _NOTHING = object()
 
 
-def _is_list(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str)
+def describe_changes(written: Any, run: Any, key: str = '') -> Iterator[str]:
+    """Compare the config that is run with the one that was read.
+
+    Args:
+        written (Any): The config as it was read, or a part of it.
+        run (Any): The config that is run, or the same part of it.
+        key (str): Where the part is in the config. Defaults to '', the whole config.
+
+    Yields:
+        str: ``KEY: OLD -> NEW`` for each value that was changed, added or removed.
+        ``-`` stands for no value. Long values are cut.
+    """
+    if isinstance(written, list) and isinstance(run, list) and len(written) <= len(run):
+        written, run = dict(enumerate(written)), dict(enumerate(run))
+    if isinstance(written, dict) and isinstance(run, dict):
+        for name in {**written, **run}:
+            old, new = written.get(name, _NOTHING), run.get(name, _NOTHING)
+            yield from describe_changes(old, new, f'{key}.{name}' if key else str(name))
+    elif written != run:
+        old, new = (
+            '-' if value is _NOTHING else textwrap.shorten(repr(value), 100)
+            for value in (written, run)
+        )
+        yield f'{key}: {old} -> {new}'
 
 
-def _shown(value: Any) -> str:
-    return '-' if value is _NOTHING else textwrap.shorten(repr(value), 100)
+def parts_of(config: Any) -> Iterator[dict]:
+    """All dicts of a config's part, each before those that are in it."""
+    if isinstance(config, dict):
+        yield config
+        config = list(config.values())
+    if isinstance(config, (list, tuple)):
+        for value in config:
+            yield from parts_of(value)
 
 
 def as_list(value: Any) -> List[Any]:
-    """What a config has one or several of, or none (None, or empty)."""
+    """Make a list of a config's value: one item, a list of items, or nothing."""
     if not value:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
@@ -141,7 +145,7 @@ def default_hook(cfg: Config, name: str) -> dict:
 
 
 def kind_of(part: dict) -> Optional[str]:
-    """The name of a part's ``type``, which may be a class; None if there is none."""
+    """The name of a part's ``type``, even if it is a class; None if there is none."""
     kind = part.get('type')
     return getattr(kind, '__name__', kind)
 
@@ -155,10 +159,10 @@ def enable_amp(cfg: Config) -> None:
     """Train in mixed precision with a dynamic loss scale.
 
     Raises:
-        ValueError: Without a GPU: MMEngine's AmpOptimWrapper needs one.
+        ValueError: If there is no GPU, which MMEngine's AmpOptimWrapper needs.
     """
     if not torch.cuda.is_available():
-        raise ValueError('--amp needs a GPU, and torch sees none. Leave it out.')
+        raise ValueError('--amp needs a GPU, and PyTorch finds none. Leave --amp out.')
     cfg.optim_wrapper.type = 'AmpOptimWrapper'
     cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
 
@@ -183,17 +187,17 @@ def enable_tta(cfg: Config) -> None:
 
 
 def set_resume(cfg: Config, resume: Optional[str]) -> None:
-    """Resume from a checkpoint, or from the newest whole one of the work_dir ('auto').
+    """Resume from a checkpoint, or from the newest undamaged one of the work_dir.
 
-    The run gets the seed of the run that it goes on with, and does without pretrained
-    weights: the checkpoint replaces them. What it may take over from the checkpoint,
-    ``ResumedStateHook`` decides in any case. A work_dir without a checkpoint is that of
-    a new run.
+    The run gets the seed of the run that it continues. It does not load pretrained
+    weights, because the checkpoint replaces them. ``ResumedStateHook`` is added if it
+    is missing: it decides what else is taken over from the checkpoint. If the work_dir
+    has no checkpoint, a new run begins.
 
     Args:
         cfg (Config): The config of a training run; changed in place.
-        resume (str, optional): The checkpoint, or 'auto'. None does what the config
-            says.
+        resume (str, optional): The checkpoint, or 'auto' for the newest one. None does
+            what the config says.
 
     Raises:
         FileNotFoundError: If the named checkpoint does not exist.
@@ -204,62 +208,53 @@ def set_resume(cfg: Config, resume: Optional[str]) -> None:
     if resume is None:
         return
     if resume == 'auto':
-        resume = newest_checkpoint(cfg.work_dir)
-        if resume is None:
-            cfg.resume = False  # MMEngine would look again, and say so
+        newest = newest_checkpoint(cfg.work_dir)
+        if newest is None:
+            cfg.resume = False  # MMEngine would search again, and log it
             return
+        resume = str(newest)
     elif not Path(resume).is_file():
         raise FileNotFoundError(
             f'Checkpoint to resume from not found: {resume}. Give --resume alone '
             'for the newest one of the work_dir.'
         )
     cfg.resume = True
-    cfg.load_from = str(resume)
+    cfg.load_from = resume
     if Path(resume).is_file():
         cfg.randomness = dict(cfg.get('randomness', {}), seed=seed_of(resume))
-    for module in modules_with_pretrained(cfg.model):
-        read = pretrained_of(module)
-        left = [x for x in as_list(module['init_cfg']) if x not in read]
-        module['init_cfg'] = left or None
+    for part in parts_of(cfg.model):
+        read = pretrained_of(part)
+        if read:
+            left = [x for x in as_list(part['init_cfg']) if x not in read]
+            part['init_cfg'] = left or None
     if 'ResumedStateHook' not in map(kind_of, hooks_of(cfg)):
         hook = dict(type='ResumedStateHook')
         cfg.default_hooks = dict(cfg.get('default_hooks') or {}, resumed_state=hook)
 
 
 def require_pretrained(cfg: Config) -> None:
-    """Ask for the pretrained weights before any data is loaded.
+    """Check that the pretrained weights exist, before any data is loaded.
 
     Raises:
-        FileNotFoundError: If a local file named by an ``init_cfg`` is missing; the
-            message tells where to get it.
+        FileNotFoundError: If a local file named by an ``init_cfg`` is missing. The
+            message says where to get it.
     """
-    for module in modules_with_pretrained(cfg.model):
-        for init_cfg in pretrained_of(module):
+    for part in parts_of(cfg.model):
+        for init_cfg in pretrained_of(part):
             if '://' not in init_cfg['checkpoint']:
                 require_weights(init_cfg['checkpoint'])
 
 
-def modules_with_pretrained(model: Any) -> Iterator[dict]:
-    """The parts of a model's config that start from a checkpoint, by ``init_cfg``."""
-    if isinstance(model, dict):
-        if pretrained_of(model):
-            yield model
-        model = list(model.values())
-    if isinstance(model, (list, tuple)):
-        for value in model:
-            yield from modules_with_pretrained(value)
-
-
-def pretrained_of(module: dict) -> List[dict]:
-    """Those of a module's ``init_cfg``, one or several, that read a checkpoint."""
+def pretrained_of(part: dict) -> List[dict]:
+    """The ``init_cfg`` of a model's part that read a checkpoint."""
     return [
         init_cfg
-        for init_cfg in as_list(module.get('init_cfg'))
+        for init_cfg in as_list(part.get('init_cfg'))
         if isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained'
     ]
 
 
-# How each package's visualization hook is told to draw test results into a folder.
+# Arguments that let each package's visualization hook draw test results to a folder.
 _DRAW = {
     'DetVisualizationHook': lambda folder: dict(draw=True, test_out_dir=folder),
     'SegVisualizationHook': lambda folder: dict(draw=True, interval=1),
@@ -280,7 +275,7 @@ def draw_results(cfg: Config, folder: str) -> None:
             f'--show-dir needs default_hooks.visualization of a type in {list(_DRAW)}, '
             f'got {kind!r}.'
         )
-    # Absolute: mmdet joins a relative folder to its own time-stamped one.
+    # mmdet would put a relative folder into its own time-stamped one.
     hook.update(_DRAW[kind](str(Path(folder).resolve())))
     if kind == 'SegVisualizationHook':
         cfg.visualizer['save_dir'] = folder
@@ -289,12 +284,12 @@ def draw_results(cfg: Config, folder: str) -> None:
 def dump_predictions(cfg: Config, path: str) -> None:
     """Write the predictions of a test run.
 
-    Segmentation writes a folder of label maps (PNG, in the numbers of the data set's
-    own files), the other tasks one pickle file of all predictions.
+    Segmentation writes a folder of label maps: PNG files with the class numbers of the
+    data set's own files. The other tasks write one pickle file of all predictions.
 
     Args:
         cfg (Config): The config of the test run; changed in place.
-        path (str): The folder, or the file, which ends in .pkl or .pickle.
+        path (str): The folder, or the file. A file's name ends in .pkl or .pickle.
 
     Raises:
         ValueError: If the name does not fit the task.
@@ -305,15 +300,13 @@ def dump_predictions(cfg: Config, path: str) -> None:
             raise ValueError(
                 f'--out names a folder for the label maps of segmentation, got {path}.'
             )
-        # The metric makes the folder on the first process, and others may be faster.
+        # The metric makes the folder on the first process; others may need it before.
         Path(path).mkdir(parents=True, exist_ok=True)
         cfg.test_evaluator.output_dir = path
         return
     if not is_pickle:
         raise ValueError(f'--out must end in .pkl or .pickle, got {path}.')
-    # mmdet's own one stores masks run-length encoded.
+    # mmdet's metric stores masks run-length encoded.
     kind = 'DumpDetResults' if cfg.default_scope == 'mmdet' else 'DumpResults'
-    evaluators = cfg.test_evaluator
-    if not isinstance(evaluators, list):
-        evaluators = [evaluators]
-    cfg.test_evaluator = [*evaluators, dict(type=kind, out_file_path=path)]
+    dump = dict(type=kind, out_file_path=path)
+    cfg.test_evaluator = [*as_list(cfg.test_evaluator), dump]

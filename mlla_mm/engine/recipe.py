@@ -1,27 +1,27 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""A recipe and the run that was made of it, item by item."""
+"""Comparison of a run with the recipe in its config, item by item."""
 
 import math
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List
 
 import torch
 from mmengine.config import Config
 
 from .batch_size import accumulated_batches, recipe_batch_size, total_batch_size
 from .ema import recipe_decay
-from .options import hooks_of, kind_of, modules_with_pretrained, pretrained_of
+from .options import hooks_of, kind_of, parts_of, pretrained_of
 
 Items = Dict[str, Any]
 
 
 def describe_recipe(cfg: Config) -> Items:
-    """What a config means to be run with.
+    """The settings that a config is made for.
 
     Args:
-        cfg (Config): The config as it was written, before command-line choices.
+        cfg (Config): The config as it was written, before the command line's changes.
 
     Returns:
-        dict: Values by item, None where the recipe does not say.
+        dict: Values by item; None if the recipe does not say.
     """
     total = recipe_batch_size(cfg)
     batch = cfg.train_dataloader.batch_size * accumulated_batches(cfg)
@@ -30,16 +30,16 @@ def describe_recipe(cfg: Config) -> Items:
     if total is None:
         items['total batch'] = None
     if items['mixed precision'] == 'float32' and torch.cuda.is_available():
-        # PyTorch allowed it by default when the published models were trained.
+        # The published models were trained with a PyTorch that allowed it by default.
         items['TF32'] = True
     return items
 
 
 def describe_run(cfg: Config, world_size: int) -> Items:
-    """What a config is run with on ``world_size`` processes.
+    """The settings that a config is run with on ``world_size`` processes.
 
     Returns:
-        dict: Values by item, in the order to print.
+        dict: Values by item, in the order of the table.
     """
     total = total_batch_size(cfg, world_size)
     loop = cfg.train_cfg
@@ -48,6 +48,17 @@ def describe_run(cfg: Config, world_size: int) -> Items:
         length = f'{loop.max_epochs} epochs'
     elif 'max_iters' in loop:
         length = f'{loop.max_iters} iterations'
+    decay = None
+    for hook in hooks_of(cfg):
+        if kind_of(hook) == 'MESAHook':
+            own = hook.get('decay')
+            decay = recipe_decay(total) if own is None else own
+        elif kind_of(hook) == 'EMAHook' and 'momentum' in hook:
+            decay = 1 - hook['momentum']
+    is_amp = cfg.optim_wrapper.get('type') == 'AmpOptimWrapper'
+    precision = cfg.optim_wrapper.get('dtype') or 'float16'
+    allows_tf32 = torch.backends.cuda.matmul.allow_tf32
+    weights = [x['checkpoint'] for y in parts_of(cfg.model) for x in pretrained_of(y)]
     return {
         'processes': world_size,
         'batch per process': cfg.train_dataloader.batch_size,
@@ -55,12 +66,10 @@ def describe_run(cfg: Config, world_size: int) -> Items:
         'total batch': total,
         'length': length,
         'learning rate': cfg.optim_wrapper.get('optimizer', {}).get('lr'),
-        'EMA decay': _ema_decay(cfg, total),
-        'mixed precision': _precision(cfg),
-        'TF32': torch.backends.cuda.matmul.allow_tf32
-        if torch.cuda.is_available()
-        else None,
-        'pretrained weights': _pretrained(cfg.model) or None,
+        'EMA decay': decay,
+        'mixed precision': precision if is_amp else 'float32',
+        'TF32': allows_tf32 if torch.cuda.is_available() else None,
+        'pretrained weights': sorted(weights) or None,
         'start from': cfg.get('load_from'),
     }
 
@@ -72,7 +81,8 @@ def updates_per_epoch(
 
     Args:
         images (int): Length of the data set.
-        processes (int): Number of processes; each gets as many images, some repeated.
+        processes (int): Number of processes. Each gets the same number of images; some
+            images are repeated for that.
         batch_size (int): Images of an update on one process.
         drop_last (bool): Whether an incomplete last batch is left out.
     """
@@ -82,11 +92,11 @@ def updates_per_epoch(
     return math.ceil(per_process / batch_size)
 
 
-def compare(recipe: Items, actual: Items) -> Dict[str, Dict[str, Any]]:
+def compare(recipe: Items, actual: Items) -> Dict[str, Items]:
     """Set a recipe beside a run.
 
     Returns:
-        dict: ``dict(recipe=…, actual=…)`` by item; a recipe's value is None where it
+        dict: ``dict(recipe=…, actual=…)`` by item. The recipe's value is None if it
         does not say.
     """
     return {
@@ -95,8 +105,8 @@ def compare(recipe: Items, actual: Items) -> Dict[str, Dict[str, Any]]:
     }
 
 
-def deviations(record: Dict[str, Dict[str, Any]]) -> List[str]:
-    """The items of :func:`compare` in which a run is not its recipe's."""
+def deviations(record: Dict[str, Items]) -> List[str]:
+    """The items of :func:`compare` in which a run differs from its recipe."""
     return [
         item
         for item, values in record.items()
@@ -104,49 +114,26 @@ def deviations(record: Dict[str, Dict[str, Any]]) -> List[str]:
     ]
 
 
-def format_record(record: Dict[str, Dict[str, Any]]) -> str:
-    """Print a record of :func:`compare` as a table; deviations are marked."""
-    marked = deviations(record)
+def format_record(record: Dict[str, Items]) -> str:
+    """Print a record of :func:`compare` as a table that marks the deviations."""
+    differing = deviations(record)
     rows = [('', 'recipe', 'this run')]
     for item, values in record.items():
-        if values['actual'] is None and values['recipe'] is None:
-            continue
-        rows.append(
-            (item, format_value(values['recipe']), format_value(values['actual']))
-        )
-    widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
+        recipe, actual = format_value(values['recipe']), format_value(values['actual'])
+        if recipe != '-' or actual != '-':
+            mark = '  <- differs' if item in differing else ''
+            rows.append((item, recipe, actual + mark))
+    widths = [max(map(len, column)) for column in zip(*rows)]
     return '\n'.join(
         f'{item:<{widths[0]}}  {recipe:<{widths[1]}}  {actual}'
-        + ('  <- differs' if item in marked else '')
         for item, recipe, actual in rows
     )
 
 
 def format_value(value: Any) -> str:
-    """An item's value for a table."""
+    """The text of an item's value in a table."""
     if value is None:
         return '-'
     if isinstance(value, float):
         return f'{value:.8g}'
     return ', '.join(value) if isinstance(value, list) else str(value)
-
-
-def _ema_decay(cfg: Config, total: int) -> Optional[float]:
-    for hook in hooks_of(cfg):
-        if kind_of(hook) == 'MESAHook':
-            decay = hook.get('decay')
-            return recipe_decay(total) if decay is None else decay
-        if kind_of(hook) == 'EMAHook' and 'momentum' in hook:
-            return 1 - hook['momentum']
-    return None
-
-
-def _precision(cfg: Config) -> str:
-    if cfg.optim_wrapper.get('type') != 'AmpOptimWrapper':
-        return 'float32'
-    return cfg.optim_wrapper.get('dtype') or 'float16'
-
-
-def _pretrained(model: dict) -> List[str]:
-    modules = modules_with_pretrained(model)
-    return sorted(x['checkpoint'] for part in modules for x in pretrained_of(part))

@@ -6,8 +6,7 @@ import re
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Union
 
-from ..engine.hooks.record_recipe import RECORD_NAME
-from ..engine.hooks.record_run import RUN_NAME
+from ..engine.hooks.records import RECORD_NAME, RUN_NAME
 from ..engine.recipe import deviations
 from ..utils.records import is_number, read_record
 from ..utils.text import printable

@@ -68,13 +68,13 @@ def test_keeping_it_accumulates_what_is_missing():
         (
             {},
             3,
-            r'3 processes x 2 images does not divide .* of 16\. With 2 images each '
-            r'there can be 1, 2, 4 or 8 processes\.$',
+            r'3 processes x 2 images does not divide .* of 16\. .* fit 3 processes: '
+            r'none\. Numbers of processes that fit 2 images each: 1, 2, 4, 8\.$',
         ),
         (
             {},
             16,
-            r'With 16 processes train_dataloader\.batch_size can be 1\. With 2 images',
+            r'train_dataloader\.batch_size that fit 16 processes: 1\.',
         ),
         (
             dict(optim_wrapper=dict(accumulative_counts=2)),

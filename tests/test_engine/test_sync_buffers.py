@@ -20,7 +20,7 @@ from mmengine.model import BaseModel
 from mmengine.registry import METRICS
 from mmengine.runner import Runner
 from mlla_mm.engine import launch
-from mlla_mm.engine.hooks import sync_buffers
+from mlla_mm.engine.hooks import processes
 from tests.test_engine.test_sync_buffers import SETTINGS
 
 
@@ -60,8 +60,8 @@ def average(*args, **kwargs):
     all_reduce_params(*args, **kwargs)
 
 
-all_reduce_params = sync_buffers.all_reduce_params
-sync_buffers.all_reduce_params = average
+all_reduce_params = processes.all_reduce_params
+processes.all_reduce_params = average
 cfg = Config(dict(model=dict(), launcher='pytorch'))
 launch.set_up(cfg)
 for name, (hook, train_cfg, checkpoint) in SETTINGS.items():

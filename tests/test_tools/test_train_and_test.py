@@ -212,7 +212,7 @@ def test_a_batch_size_that_does_not_fit(call_tool, monkeypatch, tmp_path):
         )  # fmt: skip
         assert result.returncode == 1
         assert ('3 processes x 4 images' in result.stderr) == said
-        assert ('there can be 1 or 2 processes' in result.stderr) == said
+        assert ('fit 4 images each: 1, 2.' in result.stderr) == said
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,16 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-from .check_weights import CheckWeightsHook
 from .checkpoint import WholeCheckpointHook
 from .compile_backbone import CompileBackboneHook
-from .fuse_conv_bn import FuseConvBNHook
 from .invalid_loss import DivergedError, StopOnInvalidLossHook
-from .logger import MainProcessLoggerHook
-from .mesa import MESAHook, UseEMAWeightsHook
+from .mesa import MESAHook
 from .no_hook import NoHook
-from .record_recipe import RecordRecipeHook
-from .record_run import RecordRunHook
-from .sync_buffers import SyncBuffersBeforeSaveHook
-from .zero import SaveZeroOptimizerHook
+from .processes import (
+    MainProcessLoggerHook,
+    SaveZeroOptimizerHook,
+    SyncBuffersBeforeSaveHook,
+)
+from .records import RecordRecipeHook, RecordRunHook
+from .weights import CheckWeightsHook, FuseConvBNHook, UseEMAWeightsHook
 
 __all__ = [
     'CheckWeightsHook',

@@ -14,19 +14,14 @@ from mmengine.registry import HOOKS
 
 from ...checkpoints.reader import read_checkpoint_meta
 from ...compat.openmmlab import CheckpointHookSteps
-from ...reproducible.resume import (
-    PREEMPTED_NAME,
-    checkpoint_names,
-    folder_of,
-    keep_own_names,
-)
+from ...reproducible.resume import PREEMPTED_NAME, checkpoint_names
 from ...utils.files import write_whole
 from ...utils.text import printable
 
 
 @register_backend('whole_file')
 class WholeFileBackend(LocalBackend):
-    """MMEngine's local files, but a file that is written is there whole or not."""
+    """MMEngine's local files, but a file is written completely or not at all."""
 
     def put(self, obj: bytes, filepath: Union[str, Path]) -> None:
         try:
@@ -35,20 +30,21 @@ class WholeFileBackend(LocalBackend):
             raise OSError(
                 error.errno,
                 f'{filepath} was not saved ({error.strerror}); earlier checkpoints are '
-                'as they were. Make room or choose another --work-dir, and go on with '
+                'unchanged. Make room or choose another --work-dir, and continue with '
                 '--resume',
             ) from error
 
 
 class _OwnFiles:
-    """A storage backend that removes checkpoints of this run alone.
+    """A storage backend that removes only checkpoint files of this run.
 
     Args:
-        backend (BaseStorageBackend): Does all the rest.
+        backend (BaseStorageBackend): The backend for everything else.
         hook (WholeCheckpointHook): Knows which files are its own.
 
     Attributes:
-        removed (list[str] | None): Gets the names of files instead of removing them.
+        removed (list[str] | None): A list collects the files to remove. None removes
+            them at once.
     """
 
     def __init__(self, backend, hook: 'WholeCheckpointHook') -> None:
@@ -62,33 +58,30 @@ class _OwnFiles:
         elif self._hook.is_own(filepath):
             self._backend.remove(filepath)
         else:
-            _leave(filepath)
+            self.rmtree(filepath)
 
     def rmtree(self, dir_path: str) -> None:
-        _leave(dir_path)
+        print_log(
+            f'{printable(dir_path)} is not removed: it is not a checkpoint file of '
+            'this run. Remove it if you do not need it.',
+            logger='current',
+            level=logging.WARNING,
+        )
 
     def __getattr__(self, name: str):
         return getattr(self._backend, name)
 
 
-def _leave(path: str) -> None:
-    print_log(
-        f'{printable(path)} is not removed: it is not a checkpoint file of this run. '
-        'Remove it if you do not need it.',
-        logger='current',
-        level=logging.WARNING,
-    )
-
-
 @HOOKS.register_module()
 class WholeCheckpointHook(CheckpointHookSteps):
-    """MMEngine's hook, but a kill or a full disk costs no checkpoint.
+    """MMEngine's hook, but a kill or a full disk does not destroy a checkpoint.
 
-    A checkpoint gets its name when it is complete, and an old one is removed after
-    that, as are those of :class:`PreemptionHook`; MMEngine removes it before it begins
-    to write. Whatever a resumed checkpoint says, what is removed and published are
-    checkpoints of this run: files in its folder, no links and no folders, named as this
-    hook names them.
+    A checkpoint gets its name when it is complete. Only then an old one is removed, and
+    the one of :class:`PreemptionHook`. (MMEngine removes it before it begins to write.)
+
+    A resumed checkpoint cannot make the hook remove or publish other files. It removes
+    and publishes only checkpoints of this run: files in its folder, no links and no
+    folders, with the names that this hook gives.
 
     Args: Those of :class:`mmengine.hooks.CheckpointHook`.
     """
@@ -105,28 +98,26 @@ class WholeCheckpointHook(CheckpointHookSteps):
 
     @file_backend.setter
     def file_backend(self, backend) -> None:
-        # Right when it is set: what follows there may remove files.
+        # Not later: MMEngine may remove files right after it has set the backend.
         self._file_backend = _OwnFiles(backend, self)
 
     def before_train(self, runner) -> None:
-        state = runner.message_hub.runtime_info
-        keep_own_names(state, folder_of(self, runner.work_dir), self.filename_tmpl)
         super().before_train(runner)
         if runner.iter > 0:
-            # MMEngine forgets it, and then does not save that a checkpoint is the best.
+            # MMEngine forgets it, and then does not note that a checkpoint is the best.
             self.last_ckpt = runner.message_hub.get_info('last_ckpt')
         if is_main_process():
             if self.file_backend.isdir(self.out_dir):
-                # What a killed process was writing.
+                # Incomplete files of a killed process.
                 for part in Path(self.out_dir).glob('.*.pth.part'):
                     _unlink(part)
             pointer = Path(runner.work_dir) / 'last_checkpoint'
-            # MMEngine would write to where a link leads, or wait for a pipe's reader.
+            # MMEngine would write to a link's target, or wait for a pipe's reader.
             if pointer.is_symlink() or not pointer.is_file():
                 _unlink(pointer)
 
     def is_own(self, path: str) -> bool:
-        """Whether a file is a checkpoint of this run, by its place and name."""
+        """Whether a file is a checkpoint of this run, by its folder and name."""
         folder = os.path.join(self.out_dir, '')
         names = checkpoint_names(self.filename_tmpl)
         return (
@@ -141,14 +132,15 @@ class WholeCheckpointHook(CheckpointHookSteps):
     def after_train(self, runner) -> None:
         super().after_train(runner)
         last = self.last_ckpt
-        # The last evaluation alone was left to do, and nothing to save.
+        # A resumed run may have had only an evaluation left to do, and nothing to save.
         if last and Path(last).is_file():
             if read_checkpoint_meta(last).get('iter') == runner.iter:
                 self._remove_preempted(runner)
 
     def publishes(self, path: Optional[str]) -> bool:
-        # None if no model was better than none. A run that was moved may have left it.
-        return bool(path) and self.is_own(path) and self.file_backend.isfile(path)
+        # None if no model was the best. A run that was moved may not have its file.
+        is_own = path is not None and self.is_own(path)
+        return is_own and self.file_backend.isfile(path)
 
     @master_only
     def _remove_preempted(self, runner) -> None:
@@ -157,19 +149,19 @@ class WholeCheckpointHook(CheckpointHookSteps):
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """Remove what is asked to be removed at the end, if all went well."""
-        backend, removed = self.file_backend, []
-        # A best checkpoint is followed by another of the usual ones.
-        outer, backend.removed = backend.removed, removed
+        """Delay removals until the end; nothing is removed if saving fails."""
+        removed: List[str] = []
+        # MMEngine may save a usual checkpoint within the saving of a best one.
+        outer, self.file_backend.removed = self.file_backend.removed, removed
         try:
             yield
         finally:
-            backend.removed = outer
+            self.file_backend.removed = outer
         for path in removed:
-            backend.remove(path)
+            self.file_backend.remove(path)
 
 
 def _unlink(path: Path) -> None:
-    """Remove a file, or a link alone; a folder stays."""
+    """Remove a file or a link, but no folder."""
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         path.unlink()

@@ -1,5 +1,5 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-from typing import Any, Dict, Optional
+from typing import Any
 
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
@@ -14,21 +14,22 @@ from .mesa import MESAHook
 
 @HOOKS.register_module()
 class CompileBackboneHook(Hook):
-    """Let a config's ``compile`` mean an MLLA backbone alone.
+    """Let a config's ``compile`` compile an MLLA backbone alone.
 
     MMEngine compiles the whole training step, in over a hundred graphs for Mask R-CNN.
-    It still does with another backbone, where ``compile`` names a ``target``, and in
-    its FlexibleRunner, which compiles before any hook is called.
+    It still does so in three cases: with another backbone; if ``compile`` names a
+    ``target``; and in its FlexibleRunner, which compiles before any hook is called.
     See :func:`mlla_mm.engine.compile.compile_backbone`.
 
-    The backbone of MESA's teacher is compiled too, in the same way. What MMEngine's
-    EMAHook keeps is no model that is called.
+    The backbone of MESA's teacher is compiled, too. The average of MMEngine's EMAHook
+    is not, because it is never called.
 
     Raises:
         ValueError: Before a run, if PyTorch is older than 2.2.
     """
 
-    # After MESAHook has made its copy, which would be compiled or not by version.
+    # After MESAHook has made its copy: PyTorch's versions copy compiled models
+    # differently.
     priority = 'LOW'
 
     def __init__(self) -> None:
@@ -36,13 +37,12 @@ class CompileBackboneHook(Hook):
 
     def before_run(self, runner) -> None:
         written = runner.cfg.get('compile')
-        is_ours = any(isinstance(module, MLLA) for module in runner.model.modules())
-        is_flexible = not isinstance(runner, Runner)
-        if not written or not is_ours or is_flexible or 'target' in _options(written):
-            return
-        require_compiler('compile')
-        self._written = written
-        runner.cfg.compile = False  # MMEngine reads it before the loop starts
+        has_mlla = any(isinstance(module, MLLA) for module in runner.model.modules())
+        has_target = isinstance(written, dict) and 'target' in written
+        if written and has_mlla and isinstance(runner, Runner) and not has_target:
+            require_compiler('compile')
+            self._written = written
+            runner.cfg.compile = False  # MMEngine reads it before the loop starts
 
     def before_train(self, runner) -> None:
         averages = [x.ema.module for x in runner.hooks if isinstance(x, MESAHook)]
@@ -57,11 +57,8 @@ class CompileBackboneHook(Hook):
     def _compile(self, runner, *averages: nn.Module) -> None:
         if self._written is None:
             return
+        options = self._written if isinstance(self._written, dict) else {}
         for model in (runner.model, *averages):
-            compile_backbone(model, **_options(self._written))
-        # A checkpoint tells of the config as it was written.
+            compile_backbone(model, **options)
+        # Checkpoints save the config as it was written.
         runner.cfg.compile, self._written = self._written, None
-
-
-def _options(written: Optional[Any]) -> Dict[str, Any]:
-    return dict(written) if isinstance(written, dict) else {}

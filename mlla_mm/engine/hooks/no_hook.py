@@ -5,14 +5,14 @@ from mmengine.registry import HOOKS
 
 @HOOKS.register_module()
 class NoHook(Hook):
-    """Does nothing. It takes the place of a hook in ``default_hooks``.
+    """A hook that does nothing. It switches off a hook of ``default_hooks``.
 
-    MMEngine lets None stand there for its own hooks alone::
+    None switches off MMEngine's own hooks only. For the others write::
 
         default_hooks = dict(invalid_loss=dict(type='NoHook'))
 
     Args:
-        **kwargs: Ignored: those of the hook that it replaces.
+        **kwargs: Ignored: the arguments of the hook that this one replaces.
     """
 
     def __init__(self, **kwargs) -> None:

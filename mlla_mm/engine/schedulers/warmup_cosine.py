@@ -1,6 +1,6 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 import math
-from typing import List, Optional
+from typing import List
 
 from mmengine.optim import _ParamScheduler
 from mmengine.optim.scheduler.param_scheduler import INF, OptimizerType
@@ -18,9 +18,9 @@ class WarmupCosineLR(_ParamScheduler):
         lr(t) = w + (b - w) t / W \quad (t < W), \qquad
         lr(t) = m + (b - m) (1 + \cos(\pi t / T)) / 2 \quad (t \ge W)
 
-    so the rate drops at the end of the warm-up. Iteration 0 is trained with lr(0) and
-    iteration k >= 1 with lr(k - 1), as where timm's scheduler is stepped after an
-    iteration with that iteration's number. MMEngine's LinearLR and
+    so the rate drops at the end of the warm-up. Iteration 0 is trained with lr(0), and
+    iteration k >= 1 with lr(k - 1). This is the rate of timm's scheduler if it is
+    stepped after each iteration with the iteration's number. MMEngine's LinearLR and
     CosineAnnealingLR step one iteration earlier and start the cosine after the warm-up.
 
     Args:
@@ -31,11 +31,11 @@ class WarmupCosineLR(_ParamScheduler):
         min_ratio (float): Rate at the end of the cosine over the optimiser's.
             Defaults to 1e-2.
         begin (int): Step at which the schedule starts. Defaults to 0.
-        end (int): Step at which it ends; MMEngine's runner sets it to the length of
-            the training where a config does not.
+        end (int): Step at which it ends. MMEngine's runner sets it to the length of
+            the training if the config does not. Defaults to no end.
         last_step (int): Index of the last step; -1 is before the first. Defaults to -1.
-        by_epoch (bool): Whether steps are epochs; with ``convert_to_iter_based=True``
-            in a config they are converted to iterations. Defaults to True.
+        by_epoch (bool): Whether steps are epochs. ``convert_to_iter_based=True`` in a
+            config converts them to iterations. Defaults to True.
         verbose (bool): Whether to print every rate. Defaults to False.
 
     Raises:
@@ -67,21 +67,23 @@ class WarmupCosineLR(_ParamScheduler):
     @classmethod
     def build_iter_from_epoch(
         cls,
-        *args,
+        optimizer: OptimizerType,
         warmup: int,
         begin: int = 0,
         end: int = INF,
         by_epoch: bool = True,
-        epoch_length: Optional[int] = None,
+        *,
+        epoch_length: int,
         **kwargs,
     ) -> 'WarmupCosineLR':
         """Build a schedule by iterations from one by epochs.
 
         Args:
-            epoch_length (int): Number of iterations of an epoch.
+            epoch_length (int): Number of iterations of an epoch. The other arguments
+                are those of the class, counted in epochs.
         """
         return cls(
-            *args,
+            optimizer,
             warmup=warmup * epoch_length,
             begin=begin * epoch_length,
             end=end if end == INF else end * epoch_length,
