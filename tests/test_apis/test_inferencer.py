@@ -164,13 +164,13 @@ def test_pictures_of_one_size_share_a_batch(inferencer, pictures, scope, monkeyp
     images[3] = images[3][:40]
     alone = inferencer(scope)(images, score_thr=0.1)
     sizes = []
-    forward = type(inferencer(scope)).forward
+    test_step = inferencer(scope).model.test_step
 
-    def count(self, inputs):
-        sizes.append(len(inputs))
-        return forward(self, inputs)
+    def count(data):
+        sizes.append(len(data['inputs']))
+        return test_step(data)
 
-    monkeypatch.setattr(Inferencer, 'forward', count)
+    monkeypatch.setattr(inferencer(scope).model, 'test_step', count)
     together = inferencer(scope)(images, batch_size=2, score_thr=0.1)
     # The classifier's pipeline makes all pictures alike.
     assert sizes == ([2, 2, 1] if scope == 'mmpretrain' else [2, 1, 1, 1])
@@ -588,7 +588,7 @@ def test_names_of_classes_are_too_few(nano, pictures, tmp_path):
     torch.save(saved, tmp_path / 'model.pth')
     inferencer = Inferencer(cfg, tmp_path / 'model.pth', 'cpu')
     assert list(inferencer.classes) == ['only']
-    with pytest.raises(ValueError, match='names of 1 classes are known'):
+    with pytest.raises(ValueError, match='only 1 class names are known'):
         inferencer(pictures[0])
 
 
