@@ -2,7 +2,8 @@
 """Arguments that several tools share.
 
 A tool reads its arguments before it imports ``mlla_mm``, PyTorch and the toolboxes,
-because these imports take seconds. So ``-h`` and a mistyped option are answered at once.
+because these imports take seconds. So ``-h`` and a mistyped option are answered at
+once.
 """
 
 import argparse
