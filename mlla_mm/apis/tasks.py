@@ -66,7 +66,7 @@ class Detection(Task):
 
             columns['mask'] = [
                 dict(mask, counts=mask['counts'].decode())
-                for mask in encode_mask_results(found.masks.numpy())
+                for mask in encode_mask_results(found.numpy().masks)
             ]
         rows = zip(found.labels.tolist(), *columns.values())
         return dict(
