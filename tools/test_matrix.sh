@@ -88,7 +88,7 @@ set_up() {
     [ "$1" != compiled ] || compile_mmcv
 }
 
-# As run_tests.sh does, but for ruff, which has nothing to do with stacks.
+# As run_tests.sh does, but without ruff and mypy, which do not depend on the stack.
 run_tests() {
     OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTHONPATH=$PWD \
         python -m pytest --numprocesses 2 --dist worksteal "$@"

@@ -6,8 +6,8 @@ custom_imports = dict(imports=['mlla_mm', 'mlla_mm.models.classifiers'])
 default_scope = 'mmpretrain'
 default_hooks = dict(
     logger=dict(interval=100),
-    # Training goes on from the last checkpoint; the best of the plain and of the
-    # averaged weights (ema_) are kept besides.
+    # The last checkpoints are for resuming. The best of the plain and the best of the
+    # averaged weights (ema_) are kept as well.
     checkpoint=dict(max_keep_ckpts=2, save_best=['accuracy/top1', 'ema_accuracy/top1']),
     visualization=dict(type='VisualizationHook', enable=False),
     mesa=dict(type='MESAHook'),

@@ -1,7 +1,8 @@
 custom_imports = dict(imports=['mlla_mm'], allow_failed_imports=False)
 
-# A dict, so a config that inherits changes one by its name and keeps the others;
-# dict(type='NoHook') switches it off. docs/reliability.md tells what they are for.
+# default_hooks is a dict, so a config that inherits changes one hook by its name and
+# keeps the others. dict(type='NoHook') switches a hook off. docs/reliability.md tells
+# what each hook is for.
 default_hooks = dict(
     timer=dict(type='IterTimerHook'),
     logger=dict(type='MainProcessLoggerHook', interval=50),
@@ -10,12 +11,12 @@ default_hooks = dict(
     sampler_seed=dict(type='DistSamplerSeedHook'),
     check_weights=dict(type='CheckWeightsHook'),
     resumed_state=dict(type='ResumedStateHook'),
-    # BatchNorm collects its own statistics on every process; they are averaged before a
-    # checkpoint and an evaluation, so that both mean the same model.
+    # BatchNorm collects its own statistics in every process. They are averaged before a
+    # checkpoint and before an evaluation, so that both have the same model.
     sync_buffers=dict(type='SyncBuffersBeforeSaveHook'),
     invalid_loss=dict(type='StopOnInvalidLossHook'),
     preemption=dict(type='PreemptionHook'),
-    # `compile` means the backbone alone.
+    # With `compile`, only the backbone is compiled.
     compile=dict(type='CompileBackboneHook'),
     record_run=dict(type='RecordRunHook'),
 )

@@ -32,8 +32,8 @@ param_scheduler = dict(warmup=2, end=max_epochs)
 
 default_hooks = dict(
     logger=dict(interval=10),
-    # The recipe's decay suits its 375,300 steps; here it would leave the average at the
-    # initial weights.
+    # The recipe's decay is made for its 375,300 steps. In this short training the
+    # average would stay close to the initial weights.
     mesa=dict(decay=0.98),
 )
 auto_scale_lr = dict(base_batch_size=32)

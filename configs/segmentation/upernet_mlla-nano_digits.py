@@ -15,8 +15,8 @@ model = dict(
         drop_path_rate=0.0,
         init_cfg=None,
     ),
-    # Seven of eight pixels are background. No 1x1 pool: it would leave BatchNorm with
-    # one value an image.
+    # No pool of 1x1, which would give BatchNorm one value per image. Seven of eight
+    # pixels are background.
     decode_head=dict(
         in_channels=[32, 64, 128, 256],
         channels=64,
@@ -34,8 +34,8 @@ model = dict(
 
 max_iters = 1200
 train_cfg = dict(max_iters=max_iters, val_interval=400)
-# A short memory of the squared gradients: telling digits from the background gives
-# large ones at first, telling them apart small ones later.
+# A small second beta forgets the first gradients soon. They are large while the model
+# learns to tell digits from the background, and small later.
 optim_wrapper = dict(optimizer=dict(lr=3e-3, betas=(0.9, 0.95)))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=50),

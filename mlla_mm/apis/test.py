@@ -7,7 +7,7 @@ from pathlib import Path
 from mmengine.config import Config
 
 from ..checkpoints.reader import CheckpointError
-from ..checks.config import check_config, require_work_dir
+from ..checks.config import check_config, make_work_dir
 from ..checks.data import require_data
 from ..datasets.corrupt_images import CorruptImageError
 from ..engine import launch, options
@@ -34,7 +34,7 @@ def test(args: argparse.Namespace) -> None:
         if launch.set_up(cfg).rank == 0:
             options.print_changes(written, cfg)
             require_data(cfg, 'test')
-            require_work_dir(cfg)
+            make_work_dir(cfg)
     # One process alone meets a corrupt image. All of them have a bad checkpoint.
     with launch.exit_on_user_error((CorruptImageError,), shared=False):
         with launch.exit_on_user_error((CheckpointError,)):

@@ -9,7 +9,7 @@ from mmengine.config import Config
 
 from ..checkpoints.reader import CheckpointError
 from ..checks import rehearsal
-from ..checks.config import check_config, check_loop, require_work_dir
+from ..checks.config import check_config, check_loop, make_work_dir
 from ..checks.data import require_data
 from ..datasets.corrupt_images import CorruptImageError
 from ..engine import batch_size, launch, options
@@ -48,7 +48,7 @@ def train(args: argparse.Namespace) -> int:
             options.print_changes(written, cfg)
             require_data(cfg, 'train', 'val')
             if not args.check:
-                require_work_dir(cfg)
+                make_work_dir(cfg)
     if args.check:
         return rehearsal.run(cfg, layout)
     # One process alone meets a corrupt image. All of them have the other errors.

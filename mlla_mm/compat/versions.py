@@ -74,8 +74,14 @@ EXTRAS = {
         'ftfy',
         'regex',
     ],
-    # Another ruff lays out code in another way.
-    'tests': ['pytest', 'pytest-xdist', 'hypothesis', 'ruff==0.17.6'],
+    # Another ruff lays out code in another way, and another mypy finds other errors.
+    'tests': [
+        'pytest',
+        'pytest-xdist',
+        'hypothesis',
+        'ruff==0.17.6',
+        'mypy==2.4.1; python_version >= "3.10"',
+    ],
     'docs': [
         'sphinx',
         'myst-parser',

@@ -1,10 +1,9 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""Real handwritten digits on photographs, in COCO, ADE20K and ImageNet layout.
+"""Real handwritten digits on photographs, in the format of COCO, ADE20K and ImageNet.
 
-COCO, ADE20K and ImageNet cannot be shipped. scikit-learn carries 1,797 handwritten
-digits and two photographs, so a small data set that trains in minutes can be
-composed anywhere, without a download, and read by the same dataset classes,
-pipelines and metrics as the real ones.
+COCO, ADE20K and ImageNet cannot be shipped. scikit-learn has 1,797 handwritten digits
+and two photographs. They make a small data set anywhere, without a download, which
+trains in minutes and is read by the same data set classes, pipelines and metrics.
 """
 
 import colorsys
@@ -13,15 +12,15 @@ import json
 import shutil
 import sys
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Callable, NamedTuple, Optional, Union
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple, Union
 
+import cv2
 import numpy as np
-from mmengine.utils import track_iter_progress
+from rich.progress import track
 
-# Their alphabetical order is their numerical order, which the folders of the
-# ImageNet layout rely on.
+# ImageNet's class folders are numbered in alphabetical order.
 CLASSES = tuple('0123456789')
 PALETTE = [
     (230, 25, 75),
@@ -38,7 +37,7 @@ PALETTE = [
 SEG_CLASSES = ('background', *CLASSES)
 SEG_PALETTE = [(120, 120, 120), *PALETTE]
 
-# Raise it whenever the same arguments give other files than before.
+# To be raised whenever the same arguments give other files than before.
 VERSION = 1
 
 MIN_SIZE = 32
@@ -68,7 +67,7 @@ class Source(NamedTuple):
 
     glyphs: np.ndarray
     labels: np.ndarray
-    photos: list[np.ndarray]
+    photos: List[np.ndarray]
     credits: str
 
 
@@ -77,8 +76,8 @@ class Scene(NamedTuple):
 
     Attributes:
         image (np.ndarray): RGB uint8, (H, W, 3).
-        owner (np.ndarray): Which digit a pixel shows, int, (H, W): 0 is the
-            background, k the k-th digit. A digit's visible mask is
+        owner (np.ndarray): The digit that each pixel shows, int, (H, W): 0 is the
+            background, k the k-th digit. The visible mask of a digit is
             ``owner == k``, so masks never overlap.
         source_indices (list[int]): For each digit its index in
             ``sklearn.datasets.load_digits``.
@@ -86,7 +85,7 @@ class Scene(NamedTuple):
 
     image: np.ndarray
     owner: np.ndarray
-    source_indices: list[int]
+    source_indices: List[int]
 
 
 def make_coco(
@@ -117,7 +116,7 @@ def make_coco(
         ValueError: If an argument is out of range.
         FileExistsError: If ``out`` holds something else.
     """
-    return _make(out, 'coco', _write_coco, seed, train, val, size)
+    return _make(out, 'coco', seed=seed, train=train, val=val, size=size)
 
 
 def make_ade20k(
@@ -149,7 +148,7 @@ def make_ade20k(
         ValueError: If an argument is out of range.
         FileExistsError: If ``out`` holds something else.
     """
-    return _make(out, 'ade20k', _write_ade20k, seed, train, val, size)
+    return _make(out, 'ade20k', seed=seed, train=train, val=val, size=size)
 
 
 def make_imagenet(
@@ -180,7 +179,7 @@ def make_imagenet(
         ValueError: If an argument is out of range.
         FileExistsError: If ``out`` holds something else.
     """
-    return _make(out, 'imagenet', _write_imagenet, seed, train, val, size)
+    return _make(out, 'imagenet', seed=seed, train=train, val=val, size=size)
 
 
 def load_source() -> Source:
@@ -203,7 +202,7 @@ def load_source() -> Source:
     )
 
 
-def split_digits(labels: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
+def split_digits(labels: np.ndarray, seed: int = 0) -> Dict[str, np.ndarray]:
     """Split the digits so that none is in both training and validation.
 
     Args:
@@ -211,10 +210,10 @@ def split_digits(labels: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
         seed (int): Seed of the split. Defaults to 0.
 
     Returns:
-        dict[str, np.ndarray]: Sorted indices under 'train' and 'val'; the latter
-        has a fifth of every class.
+        dict[str, np.ndarray]: Sorted indices under 'train' and 'val'. Validation has a
+        fifth of every class.
     """
-    # Images use [seed, 0 or 1, index], so this stream is nobody else's.
+    # The images have other keys: see _make.
     rng = np.random.default_rng([seed, len(_SPLITS)])
     train, val = [], []
     for label in range(len(CLASSES)):
@@ -222,10 +221,7 @@ def split_digits(labels: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
         num_val = round(len(members) * VAL_FRACTION)
         val.append(members[:num_val])
         train.append(members[num_val:])
-    return {
-        'train': np.sort(np.concatenate(train)),
-        'val': np.sort(np.concatenate(val)),
-    }
+    return dict(train=np.sort(np.concatenate(train)), val=np.sort(np.concatenate(val)))
 
 
 def crop_photo(
@@ -236,14 +232,12 @@ def crop_photo(
     Args:
         rng (np.random.Generator): Source of randomness.
         photo (np.ndarray): RGB uint8, (H, W, 3).
-        split (str): 'train' crops left of ``PHOTO_SPLIT_COLUMN``, 'val' right of
-            it.
+        split (str): 'train' crops left of ``PHOTO_SPLIT_COLUMN``, 'val' right of it.
         size (int): Height and width of the result in pixels.
 
     Returns:
         np.ndarray: RGB uint8, (size, size, 3).
     """
-    cv2 = _require('cv2', 'opencv-python')
     height, width = photo.shape[:2]
     left, right = (
         (0, PHOTO_SPLIT_COLUMN) if split == 'train' else (PHOTO_SPLIT_COLUMN, width)
@@ -258,7 +252,7 @@ def crop_photo(
 
 
 def dim_photo(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
-    """Lower contrast and brightness at random, so that bright digits stand out.
+    """Lower contrast and brightness at random, so that digits are brighter.
 
     Args:
         rng (np.random.Generator): Source of randomness.
@@ -278,14 +272,13 @@ def enlarge_glyph(glyph: np.ndarray, side: int) -> np.ndarray:
 
     Args:
         glyph (np.ndarray): Ink, float32 in [0, 1], (8, 8).
-        side (int): Pixels which the 8x8 grid is to cover.
+        side (int): Height and width of the enlarged 8x8 grid in pixels.
 
     Returns:
-        np.ndarray: Opacity, float32 in [0, 1], (h, w), cut to the mask's tight box.
-        The mask is where it exceeds 0.5.
+        np.ndarray: Opacity, float32 in [0, 1], (h, w), cut to the tight box of the
+        digit's mask. The mask is where the opacity exceeds 0.5.
     """
-    cv2 = _require('cv2', 'opencv-python')
-    # Ink touches the border of most glyphs: without a margin strokes end in a cut.
+    # Ink touches the border of most glyphs: strokes would be cut without a margin.
     padded = np.pad(glyph, 1)
     side = round(side * len(padded) / len(glyph))
     ink = cv2.resize(padded, (side, side), interpolation=cv2.INTER_CUBIC)
@@ -296,20 +289,20 @@ def enlarge_glyph(glyph: np.ndarray, side: int) -> np.ndarray:
 
 def compose_scene(
     source: Source,
-    source_indices: list[int],
+    source_indices: Sequence[int],
     rng: np.random.Generator,
     split: str,
     size: int,
-    scale: tuple[float, float],
+    scale: Tuple[float, float],
 ) -> Scene:
     """Put digits on a photograph, later ones in front of earlier ones.
 
-    A digit for which no place is found that leaves ``MIN_VISIBLE`` of all others
-    visible is left out; the first always has one.
+    Each digit needs a place where ``MIN_VISIBLE`` of every other digit stays visible.
+    It is left out if none is found. The first digit always has a place.
 
     Args:
         source (Source): Digits and photographs.
-        source_indices (list[int]): The digits to place.
+        source_indices (list[int]): Indices of the digits to place.
         rng (np.random.Generator): Source of randomness.
         split (str): 'train' or 'val', for the background.
         size (int): Height and width in pixels.
@@ -322,7 +315,8 @@ def compose_scene(
     photo = source.photos[rng.integers(len(source.photos))]
     image = dim_photo(rng, crop_photo(rng, photo, split, size))
     owner = np.zeros((size, size), np.int64)
-    areas, placed = [0], []
+    areas: List[int] = [0]
+    placed: List[int] = []
     for source_index in source_indices:
         side = round(rng.uniform(*scale) * size)
         opacity = enlarge_glyph(source.glyphs[source_index], side)
@@ -338,9 +332,9 @@ def compose_scene(
 
 
 def _find_place(
-    rng: np.random.Generator, owner: np.ndarray, areas: list[int], mask: np.ndarray
-) -> Optional[tuple[slice, slice]]:
-    """Slices at which ``mask`` leaves enough of every digit visible, or None."""
+    rng: np.random.Generator, owner: np.ndarray, areas: List[int], mask: np.ndarray
+) -> Optional[Tuple[slice, slice]]:
+    """Slices where ``mask`` leaves enough of every digit visible, or None."""
     height, width = mask.shape
     visible = np.bincount(owner.ravel(), minlength=len(areas))
     for _ in range(_PLACEMENT_TRIALS):
@@ -356,162 +350,156 @@ def _find_place(
 
 def _bright_color(rng: np.random.Generator) -> np.ndarray:
     hue, saturation, value = rng.uniform([0, 0, 0.85], [1, 0.65, 1])
-    return np.float32(colorsys.hsv_to_rgb(hue, saturation, value)) * 255
+    return np.array(colorsys.hsv_to_rgb(hue, saturation, value), np.float32) * 255
 
 
-def _image_rng(seed: int, split: str, index: int) -> np.random.Generator:
-    # One stream an image: it depends on neither the images before it nor their
-    # number, so a smaller set is the beginning of a larger one.
-    return np.random.default_rng([seed, _SPLITS.index(split), index])
-
-
-def _scene(source, pool, split, index, seed, size) -> Scene:
-    rng = _image_rng(seed, split, index)
+def _several_digits(
+    rng: np.random.Generator, index: int, pool: np.ndarray, labels: np.ndarray
+) -> np.ndarray:
     count = int(rng.integers(1, MAX_DIGITS + 1))
-    chosen = pool[rng.integers(len(pool), size=count)]
-    return compose_scene(source, chosen, rng, split, size, SCENE_SCALE)
+    return pool[rng.integers(len(pool), size=count)]
 
 
-def _progress(num_images: int) -> Iterable[int]:
-    # In a log the bar would be a thousand lines.
-    indices = range(num_images)
-    return track_iter_progress(indices) if sys.stdout.isatty() else indices
+def _one_digit(
+    rng: np.random.Generator, index: int, pool: np.ndarray, labels: np.ndarray
+) -> np.ndarray:
+    """Classes take turns. All digits of a class come before a digit repeats."""
+    turn, label = divmod(index, len(CLASSES))
+    members = pool[labels[pool] == label]
+    return members[[turn % len(members)]]
 
 
-def _write_coco(root, source, pool, split, seed, num_images, size) -> int:
+def _write_coco(
+    root: Path, split: str, scenes: Iterable[Scene], labels: np.ndarray
+) -> None:
     (root / split).mkdir()
     (root / 'annotations').mkdir(exist_ok=True)
-    images, annotations = [], []
-    for index in _progress(num_images):
-        scene = _scene(source, pool, split, index, seed, size)
-        name = f'{index:06d}.png'
+    images: List[dict] = []
+    annotations: List[dict] = []
+    for i, scene in enumerate(scenes, 1):
+        name = f'{i - 1:06d}.png'
         _write_png(root / split / name, scene.image)
-        images.append(dict(id=index + 1, file_name=name, height=size, width=size))
+        height, width = scene.owner.shape
+        images.append(dict(id=i, file_name=name, height=height, width=width))
         for position, source_index in enumerate(scene.source_indices, 1):
             annotations.append(
                 dict(
                     id=len(annotations) + 1,
-                    image_id=index + 1,
-                    category_id=int(source.labels[source_index]) + 1,
+                    image_id=i,
+                    category_id=int(labels[source_index]) + 1,
                     source_index=source_index,
                     iscrowd=0,
                     **_coco_shape(scene.owner == position),
                 )
             )
-    categories = [dict(id=i, name=name) for i, name in enumerate(CLASSES, 1)]
-    _write_json(
-        root / 'annotations' / f'instances_{split}.json',
-        dict(
-            info=dict(description=f'mlla_mm digits, {split}', version=str(VERSION)),
-            licenses=[],
-            images=images,
-            annotations=annotations,
-            categories=categories,
-        ),
+    content = dict(
+        info=dict(description=f'mlla_mm digits, {split}', version=str(VERSION)),
+        licenses=[],
+        images=images,
+        annotations=annotations,
+        categories=[dict(id=i, name=name) for i, name in enumerate(CLASSES, 1)],
     )
-    return len(annotations)
+    path = root / 'annotations' / f'instances_{split}.json'
+    path.write_text(json.dumps(content))
 
 
-def _coco_shape(mask: np.ndarray) -> dict:
+def _coco_shape(mask: np.ndarray) -> Dict[str, Any]:
     """COCO's ``segmentation``, ``area`` and ``bbox`` (x, y, w, h) of a mask."""
     coco_mask = _require('pycocotools.mask', 'pycocotools')
     rle = coco_mask.encode(np.asfortranarray(mask, np.uint8))
-    rle['counts'] = rle['counts'].decode()
-    rows, columns = np.nonzero(mask)
-    x, y = int(columns.min()), int(rows.min())
-    width, height = int(columns.max()) + 1 - x, int(rows.max()) + 1 - y
-    return dict(segmentation=rle, area=len(rows), bbox=[x, y, width, height])
+    shape = dict(area=int(coco_mask.area(rle)), bbox=[*map(int, coco_mask.toBbox(rle))])
+    return dict(segmentation=dict(rle, counts=rle['counts'].decode()), **shape)
 
 
-def _write_ade20k(root, source, pool, split, seed, num_images, size) -> int:
+def _write_ade20k(
+    root: Path, split: str, scenes: Iterable[Scene], labels: np.ndarray
+) -> None:
     folder = {'train': 'training', 'val': 'validation'}[split]
-    (root / 'images' / folder).mkdir(parents=True)
-    (root / 'annotations' / folder).mkdir(parents=True)
-    num_digits = 0
-    for index in _progress(num_images):
-        scene = _scene(source, pool, split, index, seed, size)
-        labels = [1, *(source.labels[scene.source_indices] + 2)]
+    for kind in ('images', 'annotations'):
+        (root / kind / folder).mkdir(parents=True)
+    for index, scene in enumerate(scenes):
         name = f'{index:06d}.png'
+        # 1 is the background.
+        values = np.array([1, *(labels[scene.source_indices] + 2)], np.uint8)
         _write_png(root / 'images' / folder / name, scene.image)
-        _write_png(root / 'annotations' / folder / name, np.uint8(labels)[scene.owner])
-        num_digits += len(scene.source_indices)
-    return num_digits
+        _write_png(root / 'annotations' / folder / name, values[scene.owner])
 
 
-def _write_imagenet(root, source, pool, split, seed, num_images, size) -> int:
-    (root / 'meta').mkdir(exist_ok=True)
+def _write_imagenet(
+    root: Path, split: str, scenes: Iterable[Scene], labels: np.ndarray
+) -> None:
     for name in CLASSES:
         (root / split / name).mkdir(parents=True)
-    members = [pool[source.labels[pool] == i] for i in range(len(CLASSES))]
     lines = []
-    for index in _progress(num_images):
-        # Classes take turns, and all digits of a class come before any repeats.
-        turn, label = divmod(index, len(CLASSES))
-        source_index = int(members[label][turn % len(members[label])])
-        scene = compose_scene(
-            source,
-            [source_index],
-            _image_rng(seed, split, index),
-            split,
-            size,
-            SINGLE_SCALE,
-        )
+    for index, scene in enumerate(scenes):
+        (source_index,) = scene.source_indices
+        label = labels[source_index]
         name = f'{CLASSES[label]}/{index:06d}_{source_index:04d}.png'
         _write_png(root / split / name, scene.image)
         lines.append(f'{name} {label}\n')
+    (root / 'meta').mkdir(exist_ok=True)
     (root / 'meta' / f'{split}.txt').write_text(''.join(lines))
-    return num_images
 
 
-def _make(
-    out: Union[str, Path],
-    layout: str,
-    write: Callable,
-    seed: int,
-    train: int,
-    val: int,
-    size: int,
-) -> Path:
-    arguments = dict(
-        version=VERSION, layout=layout, seed=seed, train=train, val=val, size=size
-    )
-    _check_arguments(arguments)
-    # Resolved, because a link cannot be replaced by the rename below.
+# How a layout is written, and the digits of an image: which, and how large.
+_LAYOUTS: Dict[str, Tuple[Callable, Callable, Tuple[float, float]]] = {
+    'coco': (_write_coco, _several_digits, SCENE_SCALE),
+    'ade20k': (_write_ade20k, _several_digits, SCENE_SCALE),
+    'imagenet': (_write_imagenet, _one_digit, SINGLE_SCALE),
+}
+
+
+def _make(out: Union[str, Path], layout: str, **numbers: int) -> Path:
+    """Make a data set in a folder beside ``out``, which is renamed at the end."""
+    for name, least in dict(seed=0, train=1, val=1, size=MIN_SIZE).items():
+        value = numbers[name]
+        if not isinstance(value, int) or value < least:
+            raise ValueError(
+                f'{name} must be a whole number of at least {least}, but got {value!r}.'
+            )
+    arguments = dict(version=VERSION, layout=layout, **numbers)
+    # Resolved, because renaming cannot replace a link.
     out = Path(out).expanduser().resolve()
     if _is_made(out, arguments):
         return out
-
     source = load_source()
-    pools = split_digits(source.labels, seed)
+    pools = split_digits(source.labels, numbers['seed'])
+    write, choose, scale = _LAYOUTS[layout]
+    num_digits = dict.fromkeys(_SPLITS, 0)
+
+    def scenes(split: str) -> Iterator[Scene]:
+        indices = range(numbers[split])
+        silent = not sys.stdout.isatty()
+        for index in track(indices, f'Writing {split}', disable=silent):
+            # An image depends on neither the other images nor their number, so a
+            # smaller set is the beginning of a larger one.
+            key = [numbers['seed'], _SPLITS.index(split), index]
+            rng = np.random.default_rng(key)
+            digits = choose(rng, index, pools[split], source.labels)
+            scene = compose_scene(source, digits, rng, split, numbers['size'], scale)
+            num_digits[split] += len(scene.source_indices)
+            yield scene
+
     building = out.with_name(f'{out.name}.tmp-{uuid.uuid4().hex[:8]}')
     building.mkdir(parents=True)
     try:
-        num_digits = {
-            split: write(
-                building, source, pools[split], split, seed, arguments[split], size
-            )
-            for split in _SPLITS
-        }
+        for split in _SPLITS:
+            write(building, split, scenes(split), source.labels)
         readme = _readme(arguments, num_digits, pools, source.credits)
         (building / 'README.md').write_text(readme, encoding='utf-8')
-        _write_json(building / 'digits.json', arguments)
-        _publish(building, out, arguments)
+        (building / 'digits.json').write_text(json.dumps(arguments))
+        building.replace(out)
+    except OSError:
+        # The first of several processes wins.
+        if not _is_made(out, arguments):
+            raise
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return out
 
 
-def _check_arguments(arguments: dict) -> None:
-    for name, least in dict(seed=0, train=1, val=1, size=MIN_SIZE).items():
-        value = arguments[name]
-        if not isinstance(value, int) or value < least:
-            raise ValueError(
-                f'{name} must be a whole number of at least {least}, but got {value!r}.'
-            )
-
-
-def _is_made(out: Path, arguments: dict) -> bool:
-    """Whether ``out`` is this data set already; False if there is room for it."""
+def _is_made(out: Path, arguments: Dict[str, Any]) -> bool:
+    """Whether ``out`` is this data set already; False if the folder is empty."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     try:
@@ -526,27 +514,13 @@ def _is_made(out: Path, arguments: dict) -> bool:
     )
 
 
-def _publish(building: Path, out: Path, arguments: dict) -> None:
-    """Rename the finished folder; the first of several processes wins."""
-    try:
-        building.replace(out)
-    except OSError:
-        if not _is_made(out, arguments):
-            raise
-
-
 def _write_png(path: Path, image: np.ndarray) -> None:
-    cv2 = _require('cv2', 'opencv-python')
     # OpenCV's channel order is BGR.
     _, data = cv2.imencode('.png', image[..., ::-1] if image.ndim == 3 else image)
     path.write_bytes(data.tobytes())
 
 
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content))
-
-
-def _require(module: str, package: str):
+def _require(module: str, package: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -573,7 +547,12 @@ _HOW_TO_READ = {
 }
 
 
-def _readme(arguments: dict, num_digits: dict, pools: dict, credits: str) -> str:
+def _readme(
+    arguments: Dict[str, Any],
+    num_digits: Dict[str, int],
+    pools: Dict[str, np.ndarray],
+    credits: str,
+) -> str:
     layout, size = arguments['layout'], arguments['size']
     rows = '\n'.join(
         f'| {split} | {arguments[split]} | {num_digits[split]} | {len(pools[split])} |'

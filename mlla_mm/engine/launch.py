@@ -4,6 +4,7 @@
 import gc
 import multiprocessing
 import os
+import re
 import socket
 import sys
 from collections.abc import Iterator
@@ -61,6 +62,8 @@ def exit_on_user_error(
 ) -> Iterator[None]:
     """End the program with the message alone when what the user gave is wrong.
 
+    That includes MMEngine's error for a ``type`` that is not registered.
+
     Args:
         kinds (tuple[type]): The errors that it is about. The default is for the checks
             before the work starts: errors out of a run keep their traceback, but for
@@ -71,9 +74,15 @@ def exit_on_user_error(
     """
     try:
         yield
-    except kinds as error:
+    except Exception as error:
+        unregistered = isinstance(error, KeyError) and re.search(
+            r'is not in the \S+ registry', str(error)
+        )
+        if not (unregistered or isinstance(error, kinds)):
+            raise
         speaks = not shared or os.environ.get('LOCAL_RANK', '0') == '0'
-        sys.exit(f'Error: {error}' if speaks else 1)
+        # The text of a KeyError is in quotes.
+        sys.exit(f'Error: {error.args[0] if unregistered else error}' if speaks else 1)
 
 
 def processes(launcher: str) -> Processes:

@@ -1,9 +1,9 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 """The loops that our configs name in ``train_cfg``, ``val_cfg`` and ``test_cfg``.
 
-In training an iteration is an optimiser update of seeded batches; what is evaluated
-names the images that it cannot read. Each loop takes the config of a data loader as
-MMEngine's does, so configs merge as ever, and wraps what it needs around it.
+An iteration of training is an optimiser update, and its random numbers are seeded. An
+evaluation names the image that it cannot read. Each loop takes the config of a data
+loader, as MMEngine's loops do, and wraps the data set and the sampler in it.
 """
 
 import copy
@@ -18,6 +18,7 @@ from mmengine.logging import print_log
 from mmengine.optim import OptimWrapper
 from mmengine.registry import LOOPS
 from mmengine.runner import (
+    BaseLoop,
     EpochBasedTrainLoop,
     IterBasedTrainLoop,
     TestLoop,
@@ -32,24 +33,24 @@ from .preemption import Preempted, handle_sigterm, shield_workers
 from .seeding import UPDATE, seed_generators
 
 
-class SeededTrainLoop(TrainLoopCounters):
-    """What the two loops share: an iteration is an update of seeded micro-batches.
+class SeededTrainLoop(TrainLoopCounters, BaseLoop):
+    """What both training loops share: an iteration updates with seeded micro-batches.
 
     Args:
         runner (Runner): The runner.
         dataloader (dict): Config of the data loader, as MMEngine's loops take it.
         micro_batches (int): Number of micro-batches of an update. Defaults to 1.
-        skip_corrupt_images (bool): Put another image in the place of one that cannot be
-            read, and log how many there were. False ends the run with an error that
-            names the file. Defaults to False.
+        skip_corrupt_images (bool): True replaces an image that cannot be read by
+            another one, and logs how many were replaced. False ends the run with an
+            error that names the file. Defaults to False.
         **kwargs: Further arguments of MMEngine's loop.
 
     Raises:
-        ValueError: If ``dataloader`` is no config: its samples could not be seeded. If
-            ``micro_batches`` is not positive.
+        ValueError: If ``dataloader`` is not a config, because its samples could not be
+            seeded. If ``micro_batches`` is not positive.
     """
 
-    #: For :class:`PreemptionHook`.
+    #: Tells :class:`PreemptionHook` that a validation may be interrupted.
     repeats_validation = True
 
     def __init__(
@@ -62,13 +63,13 @@ class SeededTrainLoop(TrainLoopCounters):
     ) -> None:
         if not isinstance(dataloader, dict):
             raise ValueError(
-                f'{type(self).__name__} builds its data loader itself, but '
-                f'train_dataloader is a {type(dataloader).__name__}. Give its config, '
-                "or take one of MMEngine's loops."
+                f'{type(self).__name__} needs the config of a data loader, but '
+                f'train_dataloader is a {type(dataloader).__name__}. Give the config, '
+                "or use one of MMEngine's loops."
             )
         if micro_batches < 1:
             raise ValueError(f'micro_batches must be positive, got {micro_batches}.')
-        # Before the data loader: MMEngine 0.10.7 may start its workers with it.
+        # First, because mmengine 0.10.7 may start workers when it builds the loader.
         shield_workers()
         loader = _share_samples(dataloader, micro_batches, skip_corrupt_images)
         super().__init__(runner, loader, **kwargs)
@@ -77,7 +78,10 @@ class SeededTrainLoop(TrainLoopCounters):
             runner.register_hook(SkippedImagesHook())
 
     def run(self) -> nn.Module:
-        """Train, after a validation that was cut off; returns the model."""
+        """Train, and return the model.
+
+        If the resumed run was stopped in a validation, that validation comes first.
+        """
         runner = self.runner
         self._count_micro_batches()
         handler = signal.getsignal(signal.SIGTERM)
@@ -89,17 +93,17 @@ class SeededTrainLoop(TrainLoopCounters):
             self._train()
             runner.call_hook('after_train')
         except Preempted:
-            raise  # to the end of the program, where further signals change nothing
+            raise  # The program ends now, and ignores further signals.
         except BaseException:
-            # A program that goes on is to end at SIGTERM as it did before.
+            # The program may go on, so SIGTERM must end it as before.
             handle_sigterm(handler)
             raise
         return runner.model
 
     def _count_micro_batches(self) -> None:
-        """Count in micro-batches inside the optimiser wrapper alone.
+        """Let the optimiser wrapper count in micro-batches.
 
-        MMEngine has set its counters in iterations, which are updates here.
+        MMEngine has set its counters in iterations. Here an iteration is an update.
         """
         if self.micro_batches == 1:
             return
@@ -114,7 +118,7 @@ class SeededTrainLoop(TrainLoopCounters):
     def _update(self, batch_idx: int, micro_batches: List[Any]) -> None:
         """One iteration: forward and backward of every micro-batch, then one step."""
         runner = self.runner
-        # Hooks expect a batch where there is only one.
+        # Hooks expect a batch, not a list of one batch.
         data = micro_batches if len(micro_batches) > 1 else micro_batches[0]
         runner.call_hook('before_train_iter', batch_idx=batch_idx, data_batch=data)
         seed = self.dataloader.batch_sampler.sampler.seed
@@ -132,10 +136,10 @@ class SeededEpochBasedTrainLoop(SeededTrainLoop, EpochBasedTrainLoop):
     """MMEngine's loop over epochs, but a run can be repeated, split and resumed.
 
     An iteration is an optimiser update of one or several micro-batches, so everything
-    that counts iterations (schedulers, hooks, logs, checkpoints) counts updates. Its
-    random numbers depend on its number alone. A run that resumes from a checkpoint of
-    the middle of an epoch goes on behind the images that were seen, without loading
-    those.
+    that counts iterations (schedulers, hooks, logs, checkpoints) counts updates. The
+    random numbers of an update depend on its number alone. A checkpoint may be of the
+    middle of an epoch: the resumed run then goes on with the images that were not seen
+    yet, and does not load the others.
 
     Args: Those of :class:`SeededTrainLoop` and
         :class:`mmengine.runner.EpochBasedTrainLoop`.
@@ -161,7 +165,7 @@ class SeededEpochBasedTrainLoop(SeededTrainLoop, EpochBasedTrainLoop):
         self.count_epoch()
 
     def _find_beginning(self) -> int:
-        """How many updates of this epoch a resumed run has made; written down too."""
+        """Return how many updates of this epoch were made, and note where it began."""
         hub = self.runner.message_hub
         length = len(self.dataloader)
         begun = hub.get_info('epoch_begun')
@@ -169,7 +173,7 @@ class SeededEpochBasedTrainLoop(SeededTrainLoop, EpochBasedTrainLoop):
             if begun['updates'] == length:
                 return self.iter - begun['iter']
             print_log(
-                f'Epoch {self.epoch + 1} begins anew: it has {length} updates; it had '
+                f'Epoch {self.epoch + 1} begins anew: it has {length} updates, but '
                 f'{begun["updates"]} in the run that is resumed.',
                 logger='current',
                 level=logging.WARNING,
@@ -191,8 +195,8 @@ class SeededEpochBasedTrainLoop(SeededTrainLoop, EpochBasedTrainLoop):
 class SeededIterBasedTrainLoop(SeededTrainLoop, IterBasedTrainLoop):
     """MMEngine's loop over iterations, but a run can be repeated, split and resumed.
 
-    An iteration is as in :class:`SeededEpochBasedTrainLoop`. A resumed run goes on
-    behind the images that were seen, without loading those.
+    An iteration is as in :class:`SeededEpochBasedTrainLoop`. A resumed run goes on with
+    the images that were not seen yet, and does not load the others.
 
     Args: Those of :class:`SeededTrainLoop` and
         :class:`mmengine.runner.IterBasedTrainLoop`.
@@ -202,7 +206,8 @@ class SeededIterBasedTrainLoop(SeededTrainLoop, IterBasedTrainLoop):
         runner = self.runner
         runner.call_hook('before_train_epoch')
         if self.iter > 0:
-            self._go_on_behind_seen_images()
+            # Go on behind the images that were seen.
+            self.load_from_pass(self.dataloader.batch_sampler.skip(self.iter))
         while self.iter < self.max_iters and not self.stop_training:
             runner.model.train()
             self.run_iter(next(self.dataloader_iterator))
@@ -214,10 +219,6 @@ class SeededIterBasedTrainLoop(SeededTrainLoop, IterBasedTrainLoop):
     def run_iter(self, data_batch: List[Any]) -> None:
         self._update(self.iter, data_batch)
 
-    def _go_on_behind_seen_images(self) -> None:
-        passes = self.dataloader.batch_sampler.skip(self.iter)
-        self.load_from_pass(passes)
-
     def _validates_now(self) -> bool:
         if self.runner.val_loop is None or self.iter < self.val_begin:
             return False
@@ -225,17 +226,21 @@ class SeededIterBasedTrainLoop(SeededTrainLoop, IterBasedTrainLoop):
 
 
 def is_seeded(train_cfg: dict) -> bool:
-    """Whether a config's training loop is one of this module, or made of one."""
+    """Whether a config's training loop is one of this module, or derived from one."""
     kind = train_cfg.get('type')
     known = LOOPS.get(kind) if isinstance(kind, str) else kind
     return isinstance(known, type) and issubclass(known, SeededTrainLoop)
 
 
 def require_seeded(train_cfg: dict, what: str) -> None:
-    """Refuse what only the loops of this module can do, with the line that helps.
+    """Refuse a setting that only the loops of this module support.
+
+    Args:
+        train_cfg (dict): The config of the training loop.
+        what (str): The setting, for the message.
 
     Raises:
-        ValueError: If the config names another loop.
+        ValueError: If the config names another loop; the message has the line to write.
     """
     if is_seeded(train_cfg):
         return
@@ -247,8 +252,8 @@ def require_seeded(train_cfg: dict, what: str) -> None:
     )
 
 
-class _NamingCorruptImages:
-    """What the loops of evaluation share: see :class:`CheckedDataset`."""
+class _NamingCorruptImages(BaseLoop):
+    """What both loops of evaluation share: they wrap a :class:`CheckedDataset`."""
 
     def __init__(self, runner, dataloader, *args, **kwargs) -> None:
         if isinstance(dataloader, dict):
@@ -261,7 +266,7 @@ class _NamingCorruptImages:
 class CheckedValLoop(_NamingCorruptImages, ValLoop):
     """MMEngine's loop, but an image that cannot be read is an error that names it.
 
-    It never skips one: the metrics would be those of another data set.
+    No image is skipped, because the metrics would then be those of another data set.
 
     Args: Those of :class:`mmengine.runner.ValLoop`.
     """
@@ -269,20 +274,20 @@ class CheckedValLoop(_NamingCorruptImages, ValLoop):
 
 @LOOPS.register_module()
 class CheckedTestLoop(_NamingCorruptImages, TestLoop):
-    """As :class:`CheckedValLoop`, for tests.
+    """The same as :class:`CheckedValLoop`, for tests.
 
     Args: Those of :class:`mmengine.runner.TestLoop`.
     """
 
 
 def _share_samples(loader: dict, micro_batches: int, skip_corrupt_images: bool) -> dict:
-    """The config of a data loader that yields micro-batches of seeded samples."""
+    """Return a data loader's config that gives micro-batches of seeded samples."""
     loader = copy.copy(loader)
     if not isinstance(loader.get('sampler'), dict):
         raise ValueError(
-            'train_dataloader.sampler must be a config, of which a sampler for each '
-            f'process is made, got {loader.get("sampler")!r}. Give one, such as '
-            "dict(type='DefaultSampler', shuffle=True)."
+            'train_dataloader.sampler must be a config, such as '
+            "dict(type='DefaultSampler', shuffle=True), got "
+            f'{loader.get("sampler")!r}.'
         )
     collate = loader.get('collate_fn') or dict(type='pseudo_collate')
     batch_sampler = dict(type='SharedBatchSampler')
@@ -305,32 +310,32 @@ def _share_samples(loader: dict, micro_batches: int, skip_corrupt_images: bool) 
         skip_corrupt_images=skip_corrupt_images,
     )
     if loader.get('num_batch_per_epoch'):
-        # MMEngine multiplies it by the processes that there are.
+        # MMEngine multiplies it by the number of processes alone.
         loader['num_batch_per_epoch'] *= micro_batches
     return loader
 
 
 def train_step(
-    model: nn.Module,
+    model: Any,
     micro_batches: Sequence[Any],
     optim_wrapper: OptimWrapper,
     key: Tuple[int, int],
 ) -> Dict[str, Tensor]:
     """Make one optimiser update of several micro-batches.
 
-    The gradient is the mean of theirs. Running statistics of BatchNorm take in the mean
-    of theirs as well, once: as if each had been seen by a process of its own and the
-    processes' statistics then averaged. So are the random numbers those of as many
-    processes.
+    The result is as if each micro-batch had been seen by a process of its own: the
+    gradient is the mean over micro-batches, BatchNorm's running statistics are updated
+    once, to the mean over micro-batches, and each micro-batch has the random numbers of
+    its process.
 
     Args:
-        model (nn.Module): The model, or its wrapper, with a ``train_step`` of its own.
+        model (nn.Module): The model or its wrapper, with MMEngine's ``train_step``.
         micro_batches (Sequence): Batches of equal size, as the model takes them.
-        optim_wrapper (OptimWrapper): Makes a step after as many batches.
+        optim_wrapper (OptimWrapper): Makes its step after the last micro-batch.
         key (tuple[int]): Seed of the run, and number of the update.
 
     Returns:
-        Dict[str, Tensor]: Means of what the model's ``train_step`` returns.
+        dict[str, Tensor]: Means over the micro-batches of the model's logs.
     """
     if len(micro_batches) == 1:
         seed_generators(UPDATE, *key, get_rank())
@@ -354,13 +359,16 @@ def train_step(
 
 
 def _running_statistics(model: nn.Module) -> Tuple[List[Tensor], List[Tensor]]:
-    """Means and variances, and the counters, of the BatchNorm layers in training."""
-    layers = [
-        module
-        for module in model.modules()
-        if isinstance(module, BatchNorm)
-        and module.training
-        and module.running_mean is not None
-    ]
-    means = [x for layer in layers for x in (layer.running_mean, layer.running_var)]
-    return means, [layer.num_batches_tracked for layer in layers]
+    """Means and variances, and the counters, of the BatchNorm layers that train."""
+    means: List[Tensor] = []
+    counters: List[Tensor] = []
+    for layer in model.modules():
+        if isinstance(layer, BatchNorm) and layer.training:
+            for values, value in (
+                (means, layer.running_mean),
+                (means, layer.running_var),
+                (counters, layer.num_batches_tracked),
+            ):
+                # A layer without running statistics has None.
+                values += [] if value is None else [value]
+    return means, counters

@@ -1,5 +1,5 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""The end of a run that is told to stop, as clusters do before they take a machine."""
+"""Saving when SIGTERM comes, which clusters send before they take a machine."""
 
 import os
 import signal
@@ -25,10 +25,10 @@ _BUFFERS_KEY = 'process_buffers'
 
 
 class Preempted(SystemExit):
-    """Training was stopped by SIGTERM; what was done so far is saved.
+    """Training was stopped by SIGTERM, and its progress is saved.
 
-    Where nobody catches it, the program ends with the status that a shell reports for
-    the signal, 143.
+    If it is not caught, the program ends with status 143, which shells report for the
+    signal.
     """
 
     def __init__(self) -> None:
@@ -39,23 +39,23 @@ class Preempted(SystemExit):
 class PreemptionHook(Hook):
     """Save a checkpoint and end the training when SIGTERM comes.
 
-    The processes stop together, whichever of them got the signal: between two updates,
-    or within a validation, which the resumed run repeats. What is saved is
-    ``preempted_iter_N.pth`` in the work_dir, N being the number of updates made; a
-    resumed run ends as if it had not been stopped. The file goes when the next ordinary
-    checkpoint is there (see :class:`WholeCheckpointHook`). Further signals change
-    nothing, and one that finds no update or validation left to do lets the training
-    finish. In a thread that is not the main one a program ends at SIGTERM as ever.
+    All processes stop together, whichever of them got the signal: between two updates,
+    or within a validation, which the resumed run repeats. The checkpoint is
+    ``preempted_iter_N.pth`` in the work_dir, where N is the number of updates made. A
+    resumed run ends as if it had not been stopped. The file is removed when the next
+    regular checkpoint is saved (see :class:`WholeCheckpointHook`). Further signals
+    change nothing. A signal after the last update or validation lets the training
+    finish. If the training does not run in the main thread, SIGTERM ends it at once.
 
-    It belongs with the loops of this package, whose runs go on as if nothing had been,
-    and with :class:`WholeCheckpointHook`. Without them the file stays, a validation is
-    not repeated, and MMEngine's loop over epochs begins the epoch anew.
+    The hook is made for the training loops of this package and for
+    :class:`WholeCheckpointHook`. Without them the file stays, a validation is not
+    repeated, and MMEngine's loop over epochs begins the epoch anew.
 
     Raises:
-        Preempted: In training, on all processes, once the checkpoint is there.
+        Preempted: In training, on all processes, when the checkpoint is saved.
     """
 
-    # Before an update leaves traces in what other hooks keep.
+    # Before other hooks count the update.
     priority = 'HIGHEST'
 
     def __init__(self) -> None:
@@ -76,10 +76,10 @@ class PreemptionHook(Hook):
         self._training = True
         self._previous_handler = handle_sigterm(self._take_note)
 
-    # Not before_train: averages of weights are made there.
+    # Not in before_train: MESAHook makes its averaged model there.
     def before_train_epoch(self, runner) -> None:
         buffers, self._buffers = self._buffers, None
-        # Another number of processes goes on from the mean.
+        # With another number of processes, each goes on from the mean.
         if buffers and runner.iter > 0 and len(buffers) == runner.world_size:
             for own, saved in zip(_own_buffers(runner), buffers[runner.rank]):
                 own.copy_(saved)
@@ -94,10 +94,10 @@ class PreemptionHook(Hook):
         if not self._training:
             return
         if any(isinstance(hook, EMAHook) for hook in runner.hooks):
-            # It has put the averaged weights into the model until the end.
+            # Until the validation ends, the model has EMAHook's averaged weights.
             self._common_val_iters = 0
             return
-        # All ask as often, though one may have fewer images.
+        # Every process must ask equally often, but one may have fewer batches.
         count = torch.tensor(len(runner.val_dataloader))
         all_reduce(count, op='min')
         self._common_val_iters = int(count)
@@ -120,7 +120,7 @@ class PreemptionHook(Hook):
         if self._buffers is not None:
             checkpoint[_BUFFERS_KEY] = self._buffers
         if self._is_saving:
-            # FlexibleRunner counts one more, as after an update.
+            # FlexibleRunner adds one, as if an update had just been made.
             checkpoint['meta'].update(epoch=runner.epoch, iter=runner.iter)
 
     def after_train(self, runner) -> None:
@@ -137,7 +137,7 @@ class PreemptionHook(Hook):
 
     def _stop(self, runner) -> NoReturn:
         if runner.iter == self._first_iter:
-            saved = 'no update was made since the start, so there is nothing to save'
+            saved = 'no update was made since the start, so nothing is saved'
         else:
             saved = f'saved in {self._save(runner)}'
         runner.logger.warning(
@@ -149,8 +149,8 @@ class PreemptionHook(Hook):
     def _save(self, runner) -> Path:
         path = Path(runner.work_dir) / PREEMPTED_NAME.format(runner.iter)
         if runner.world_size > 1:
-            # BatchNorm statistics differ between processes, and each goes on from its
-            # own; who loads the model alone gets their mean, as from any checkpoint.
+            # BatchNorm statistics differ between processes. A resumed run gives each
+            # process its own; the model's weights hold the mean, as in any checkpoint.
             own = [buffer.cpu() for buffer in _own_buffers(runner)]
             self._buffers = all_gather_object(own)
             all_reduce_params(_own_buffers(runner), op='mean')
@@ -164,16 +164,20 @@ class PreemptionHook(Hook):
             backend_args=dict(backend='whole_file'),
         )
         if is_main_process():
-            # For MMEngine's own way to resume.
+            # MMEngine's own tools read it to resume.
             write_whole(path.with_name('last_checkpoint'), str(path).encode())
         return path
 
 
 def handle_sigterm(handler: Any) -> Any:
-    """Let a function or ``signal.SIG_DFL`` handle SIGTERM; returns what did before.
+    """Set the handler of SIGTERM, and return the previous one.
 
-    Only the main thread may, so in another one nothing changes; nor does it for None,
-    which stands for a handler that is not Python's.
+    Only the main thread can set it, so a call in another thread changes nothing.
+
+    Args:
+        handler (Callable | signal.Handlers | None): The handler, as for
+            ``signal.signal``. None, which stands for a handler that Python did not set,
+            changes nothing.
     """
     if current_thread() is not main_thread() or handler is None:
         return signal.getsignal(signal.SIGTERM)
@@ -181,12 +185,12 @@ def handle_sigterm(handler: Any) -> Any:
 
 
 def shield_workers() -> None:
-    """Let processes that are forked from now on obey SIGTERM from their parent alone.
+    """Let processes that are forked from now on obey SIGTERM from their parent only.
 
-    A signal for all processes of a group or job would end the data loaders' workers
-    before the checkpoint is saved, and PyTorch then ends the training. A worker's
-    ``worker_init_fn`` would be too late for a signal that comes while it starts.
-    Without ``sigwaitinfo`` (macOS), or with another start method, workers are as ever.
+    Clusters send SIGTERM to all processes of a job. It would end the data loaders'
+    workers before the checkpoint is saved, and PyTorch would then end the training.
+    ``worker_init_fn`` is too late, because the signal may come while a worker starts.
+    Nothing changes without ``sigwaitinfo`` (macOS) or with another start method.
     """
     global _shields
     if hasattr(signal, 'sigwaitinfo') and not _shields:
@@ -198,7 +202,7 @@ _shields = False
 
 
 def _obey_parent_alone() -> None:
-    # PyTorch's own handler asks for the sender too, but obeys everyone.
+    # PyTorch's own handler in workers obeys every sender.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     Thread(target=_wait_for_parents_signal, args=(os.getppid(),), daemon=True).start()
 
@@ -210,7 +214,7 @@ def _wait_for_parents_signal(parent: int) -> None:
 
 
 def _own_buffers(runner) -> List[Tensor]:
-    """Those of the model and of its average, of this process."""
+    """The buffers of the model and of MESAHook's averaged model, in this process."""
     # MESAHook's, a hook of the engine, which stands above this folder.
     averages = [hook.ema.module for hook in runner.hooks if hasattr(hook, 'ema')]
     return [buffer for x in (runner.model, *averages) for buffer in x.buffers()]

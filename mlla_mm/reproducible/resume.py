@@ -1,5 +1,5 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""Where an interrupted run goes on, and what it takes over from its checkpoint."""
+"""Which checkpoint a run resumes, and what the run takes over from it."""
 
 import logging
 import os
@@ -18,21 +18,21 @@ from ..checkpoints.reader import CheckpointError, read_checkpoint_meta
 from ..utils.text import printable
 
 PREEMPTED_NAME = 'preempted_iter_{}.pth'
-"""Name of the checkpoint of a run that was told to stop, after so many updates."""
+"""Name of the checkpoint of a preempted run; {} is the number of updates made."""
 
-# Not the best ones: those are of any time.
+# The best checkpoints are left out: they may be of any time.
 _NAME = re.compile(r'(preempted_)?(epoch|iter)_([0-9]+)\.pth')
-# Nobody keeps more old checkpoints than this, and each costs a look at the disk.
+# No run keeps more old checkpoints than this. Each one costs a look at the disk.
 _MOST_KEPT = 1000
-# What MMEngine's message hub consists of.
+# The parts of MMEngine's message hub.
 _MESSAGES = ('log_scalars', 'runtime_info', 'resumed_keys')
 
 
 def newest_checkpoint(work_dir: Union[str, Path]) -> Optional[Path]:
-    """The furthest checkpoint of a run that is whole.
+    """Find the newest checkpoint of a run that is complete.
 
-    MMEngine's ``last_checkpoint`` names one whether it is there and whole or not; it is
-    believed where the checkpoints are not files of the work_dir.
+    MMEngine's file ``last_checkpoint`` may name a checkpoint that is missing or cut
+    off. So it is read only if the work_dir has no checkpoints.
 
     Args:
         work_dir (str | Path): Folder of the run.
@@ -42,25 +42,25 @@ def newest_checkpoint(work_dir: Union[str, Path]) -> Optional[Path]:
 
     Raises:
         CheckpointError: If checkpoints of epochs and of iterations have to be compared,
-            and one is none.
+            and one of them cannot be read.
     """
     found: Dict[str, List[Tuple[int, bool, Path]]] = {'iter': [], 'epoch': []}
     for path in Path(work_dir).glob('*.pth'):
         match = _NAME.fullmatch(path.name)
         if match and path.is_file():
-            # Of the same number, that of a stopped run is saved after the other.
+            # Of two with the same number, the preempted one was saved later.
             found[match[2]].append((int(match[3]), match[1] is not None, path))
     newest = [path for path in map(_newest_whole, found.values()) if path is not None]
     if newest:
-        # How many updates an epoch has, only the files know.
+        # Only the files tell how many updates an epoch has.
         return newest[0] if len(newest) == 1 else max(newest, key=_updates)
     return None if any(found.values()) else _elsewhere(Path(work_dir))
 
 
 def seed_of(checkpoint: Union[str, Path]) -> Optional[int]:
-    """The random seed of the run that saved a checkpoint.
+    """Read the random seed of the run that saved a checkpoint.
 
-    MMEngine reads it when the data loaders have been built with another one.
+    MMEngine reads the seed too late: it has then built the data loaders with another.
 
     Args:
         checkpoint (str | Path): A checkpoint file.
@@ -69,7 +69,8 @@ def seed_of(checkpoint: Union[str, Path]) -> Optional[int]:
         int | None: The seed; None if the checkpoint has none.
 
     Raises:
-        CheckpointError: If the file is damaged or no checkpoint, or the seed is none.
+        CheckpointError: If the file is damaged or no checkpoint, or if the seed is no
+            number from 0 to 2 ** 32 - 1.
     """
     seed = read_checkpoint_meta(checkpoint).get('seed')
     _require_seed(seed, checkpoint)
@@ -80,23 +81,21 @@ def require_resumable(checkpoint: Any, source: Union[str, Path]) -> None:
     """Refuse a checkpoint that a run cannot go on from.
 
     Args:
-        checkpoint (Any): What the file holds.
-        source (str | Path): The file.
+        checkpoint (Any): The content of the file.
+        source (str | Path): The file, for the message.
 
     Raises:
-        CheckpointError: If it does not say how far its run has come, or nonsense.
+        CheckpointError: If the progress, the seed or the logs are missing or not as a
+            training saves them.
     """
-    parts = checkpoint if isinstance(checkpoint, dict) else {}
-    meta, messages = parts.get('meta'), parts.get('message_hub')
+    meta, messages = _dict_in(checkpoint, 'meta'), _dict_in(checkpoint, 'message_hub')
     lacking = [
-        f'meta.{name}'
-        for name in ('epoch', 'iter')
-        if not isinstance(meta, dict) or not _is_count(meta.get(name))
-    ]
-    lacking += [
-        f'message_hub.{name}'
-        for name in _MESSAGES
-        if not isinstance(messages, dict) or not isinstance(messages.get(name), dict)
+        *[f'meta.{x}' for x in ('epoch', 'iter') if not _is_count(meta.get(x))],
+        *[
+            f'message_hub.{x}'
+            for x in _MESSAGES
+            if not isinstance(messages.get(x), dict)
+        ],
     ]
     if lacking:
         raise CheckpointError(
@@ -108,14 +107,14 @@ def require_resumable(checkpoint: Any, source: Union[str, Path]) -> None:
 
 
 def keep_sound_state(messages: Dict[str, Any], updates: int) -> None:
-    """Leave in a resumed state what a training can have written there.
+    """Remove from a resumed state what no training can have written there.
 
-    What MMEngine would log and a terminal would not show as it is goes, and so does
-    state that the training would stumble over.
+    Two kinds of entries are removed: text with characters that are not printable, which
+    MMEngine would log, and values that would end the training with an error.
 
     Args:
         messages (dict): ``message_hub`` of a checkpoint; changed in place.
-        updates (int): How many updates its run has made.
+        updates (int): How many updates the checkpoint's run has made.
     """
     for part in _MESSAGES:
         for name in [x for x in messages[part] if not _is_shown(x)]:
@@ -139,22 +138,25 @@ def keep_sound_state(messages: Dict[str, Any], updates: int) -> None:
 
 
 def folder_of(hook: CheckpointHook, work_dir: str) -> str:
-    """Where MMEngine's hook will save, which settles it when the training starts."""
+    """Return the folder in which MMEngine's checkpoint hook will save.
+
+    The hook sets its own ``out_dir`` to it when the training starts.
+    """
     if hook.out_dir is None or hook.out_dir == work_dir:
         return work_dir
     return os.path.join(hook.out_dir, os.path.basename(work_dir.rstrip(os.sep)))
 
 
 def keep_own_names(state: Dict[str, Any], folder: str, template: str) -> None:
-    """Let a resumed state name checkpoints of this run alone.
+    """Let a resumed state name this run's checkpoints, and nothing else.
 
-    MMEngine's ``CheckpointHook`` removes and publishes what the state names, folders
-    too. The names become those of files directly in this run's folder, which need not
-    be where it was when the checkpoint was saved; others go.
+    MMEngine's ``CheckpointHook`` removes and publishes the files and folders that the
+    state names. After this call the state names files in the run's folder, which may
+    have been moved since the checkpoint was saved. Other names are removed.
 
     Args:
         state (dict): ``runtime_info`` of MMEngine's message hub; changed in place.
-        folder (str): Where this run saves checkpoints.
+        folder (str): The folder in which this run saves checkpoints.
         template (str): Name of its checkpoints, with {} for their number.
     """
     own = checkpoint_names(template)
@@ -163,7 +165,7 @@ def keep_own_names(state: Dict[str, Any], folder: str, template: str) -> None:
         name = os.path.basename(path) if isinstance(path, str) else ''
         is_best = name.startswith('best_')
         path = os.path.join(folder, name)
-        # Nothing is to be done with a best one that is no longer there.
+        # A best checkpoint may have been deleted since.
         is_there = os.path.isfile(path) or not (is_best and os.path.isdir(folder))
         if own.fullmatch(name) and is_best == key.startswith('best_') and is_there:
             state[key] = path
@@ -179,14 +181,14 @@ def keep_own_names(state: Dict[str, Any], folder: str, template: str) -> None:
 
 
 def checkpoint_names(template: str) -> Pattern:
-    """The names under which MMEngine's ``CheckpointHook`` saves.
+    """Return a pattern of the names under which MMEngine's ``CheckpointHook`` saves.
 
     Args:
-        template (str): Its ``filename_tmpl``, with {} for a number.
+        template (str): The hook's ``filename_tmpl``, with {} for a number.
 
     Returns:
-        Pattern: Of names of the template, epoch_N.pth and iter_N.pth, and of the best
-        ones of these: best_METRIC_NAME.
+        Pattern: Matches names of the template, epoch_N.pth, iter_N.pth, and each of
+        them with best_METRIC_ in front.
     """
     own = ''.join(
         re.escape(text) + ('' if field is None else '[0-9]+')
@@ -208,14 +210,14 @@ def _newest_whole(numbered: List[Tuple[int, bool, Path]]) -> Optional[Path]:
 
 
 def _elsewhere(work_dir: Path) -> Optional[Path]:
-    """The checkpoint that MMEngine's ``last_checkpoint`` names, a file or a folder."""
+    """Return the file or folder that MMEngine's ``last_checkpoint`` names."""
     pointer = work_dir / 'last_checkpoint'
     if not pointer.is_file():
         return None
     with pointer.open('rb') as file:
-        name = os.fsdecode(file.read(4096)).strip()  # paths are not longer
+        name = os.fsdecode(file.read(4096)).strip()  # the longest path
     base = os.path.basename(name)
-    # In the work_dir first, which may have been moved or copied.
+    # The work_dir may have been moved or copied, so look there first.
     for path in (os.path.join(work_dir, base) if base.strip('.') else '', name):
         if path.isprintable() and (os.path.isfile(path) or os.path.isdir(path)):
             return Path(path)
@@ -230,10 +232,16 @@ def _updates(checkpoint: Path) -> int:
 def _require_seed(seed: Any, source: Union[str, Path]) -> None:
     if seed is not None and not (_is_count(seed) and seed < 2**32):
         raise CheckpointError(
-            f'{printable(source)} cannot be resumed: its seed is {printable(seed)}, no '
-            'number from 0 to 2 ** 32 - 1. Start from its weights with load_from '
+            f'{printable(source)} cannot be resumed: its seed is {printable(seed)}, '
+            'not a number from 0 to 2 ** 32 - 1. Start from its weights with load_from '
             'instead.'
         )
+
+
+def _dict_in(content: Any, key: str) -> Dict[str, Any]:
+    """A dict in a dict; empty if there is none."""
+    value = content.get(key) if isinstance(content, dict) else None
+    return value if isinstance(value, dict) else {}
 
 
 def _is_count(value: Any) -> bool:
@@ -242,5 +250,5 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_shown(text: Any) -> bool:
-    """Whether it is text that a terminal shows as it is."""
+    """Whether a value is text of printable characters."""
     return isinstance(text, str) and text.isprintable()

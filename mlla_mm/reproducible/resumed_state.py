@@ -13,16 +13,17 @@ from .resume import (
 
 @HOOKS.register_module()
 class ResumedStateHook(Hook):
-    """Take over from a resumed checkpoint what is this run's business.
+    """Check the state of a checkpoint before a run takes it over.
 
-    MMEngine believes what a checkpoint says of its run: how far it has come, and which
-    files it has saved, some to be removed later.
+    MMEngine trusts a checkpoint: its progress, and the names of files, which it may
+    remove later. This hook removes what no training can have written, and names of
+    files that are not this run's.
 
     Raises:
         CheckpointError: If a run cannot go on from the checkpoint.
     """
 
-    # Before anything looks at the checkpoint.
+    # Before any other hook reads the checkpoint.
     priority = 'HIGHEST'
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
@@ -31,7 +32,7 @@ class ResumedStateHook(Hook):
         source = checkpoint_of(runner) or f'the newest checkpoint of {runner.work_dir}'
         require_resumable(checkpoint, source)
         messages, meta = checkpoint['message_hub'], checkpoint['meta']
-        # NumPy's integers may be of 8 bits, and 256 updates none.
+        # They may be NumPy's integers of 8 bits, which overflow at 128 or 256.
         meta.update(epoch=int(meta['epoch']), iter=int(meta['iter']))
         keep_sound_state(messages, updates=meta['iter'])
         for hook in runner.hooks:

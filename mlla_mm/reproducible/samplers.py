@@ -14,10 +14,10 @@ from .seeding import SAMPLE, Draw
 
 
 class _ProcessSampler(Sampler):
-    """What one of the recipe's processes sees, each image with its place in the order.
+    """The images of one of the recipe's processes, each with its place in the order.
 
     Args:
-        sampler (Sampler): The recipe's sampler, as it is on that process.
+        sampler (Sampler): The recipe's sampler for that process.
         dataset (Sized): The data set.
         seed (int): Seed of the augmentations.
         process (int): Number of the process.
@@ -25,9 +25,9 @@ class _ProcessSampler(Sampler):
     """
 
     def __init__(
-        self, sampler: Sampler, dataset, seed: int, process: int, processes: int
+        self, sampler: Any, dataset: Any, seed: int, process: int, processes: int
     ) -> None:
-        self.dataset = dataset  # where batch samplers look for it
+        self.dataset = dataset  # Batch samplers read it here.
         self.epoch = 0
         self._sampler = sampler
         self._seed = seed
@@ -50,18 +50,18 @@ class _ProcessSampler(Sampler):
 
 @DATA_SAMPLERS.register_module()
 class SharedSampler(Sampler):
-    """Several of the recipe's processes in one: a sampler for each of them.
+    """One process stands for several of the recipe's: it has a sampler for each.
 
-    On W processes with M micro-batches the recipe's W x M processes are played by
-    M samplers in each process, so the images that make up an update, and the padding
-    of an epoch, are those of W x M processes. So are the augmentations.
+    W processes with M micro-batches each have M samplers. So an update has the images
+    that it has on W x M processes, an epoch has the same padding, and the augmentations
+    are the same.
 
     Args:
         dataset (Sized): The data set.
         sampler (dict): Config of the recipe's sampler.
         micro_batches (int): Number of the recipe's processes that this one stands for.
-        seed (int, optional): Seed of all samplers on all processes. Defaults to None:
-            drawn at random.
+        seed (int, optional): Seed of all samplers on all processes. None draws one at
+            random. Defaults to None.
     """
 
     def __init__(
@@ -91,10 +91,10 @@ class SharedSampler(Sampler):
 
     @property
     def infinite(self) -> bool:
-        """Whether one pass over the data never ends, but goes on behind its length.
+        """Whether the sampler never ends, but goes on after its length.
 
-        Samplers do not say so. Endless ones remember where they are, so a new one is
-        tried.
+        Samplers do not tell, so one is tried. It is a new one, because endless samplers
+        remember their position.
         """
         sampler = self._build(0)
         return next(islice(sampler, len(sampler), None), None) is not None
@@ -112,15 +112,15 @@ class SharedSampler(Sampler):
 
 @DATA_SAMPLERS.register_module()
 class SharedBatchSampler(Sampler):
-    """Every item is one update's images: the micro-batches of it, one after another.
+    """Every item has the images of one update: its micro-batches, one after another.
 
     Args:
-        sampler (SharedSampler): Where the images come from.
+        sampler (SharedSampler): Gives the images.
         batch_size (int): Images of one micro-batch.
-        batch_sampler (dict, optional): Config of the recipe's batch sampler. Defaults
-            to None: torch's.
-        drop_last (bool): Whether to leave out an incomplete last batch; for torch's
-            batch sampler only. Defaults to False.
+        batch_sampler (dict, optional): Config of the recipe's batch sampler. None is
+            :class:`torch.utils.data.BatchSampler`. Defaults to None.
+        drop_last (bool): Leave out an incomplete last batch. It is an argument of
+            torch's batch sampler only. Defaults to False.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class SharedBatchSampler(Sampler):
         self.drop_last = getattr(self._parts[0], 'drop_last', False)
         self._skipped = 0
 
-    def _build_parts(self) -> List[Sampler]:
+    def _build_parts(self) -> List[Any]:
         return [
             DATA_SAMPLERS.build(
                 self._batch_sampler,
@@ -157,14 +157,17 @@ class SharedBatchSampler(Sampler):
         return len(self._parts[0])
 
     def skip_in_pass(self, updates: int) -> None:
-        """Begin the next pass behind its first ``updates`` items, not loading them."""
+        """Let the next pass begin after its first ``updates`` items."""
         self._skipped = updates
 
     def skip(self, updates: int) -> int:
-        """Go on behind the first ``updates`` items of all passes, not loading them.
+        """Go on after the first ``updates`` items, counted over all passes.
+
+        Args:
+            updates (int): Number of items to leave out; they are not loaded.
 
         Returns:
-            int: How many whole passes over the data lie behind.
+            int: How many whole passes over the data are left out.
         """
         self.sampler.restart()
         self._parts = self._build_parts()
@@ -180,10 +183,10 @@ class SharedBatchSampler(Sampler):
 def collate_micro_batches(
     data: Sequence[Any], micro_batches: int, collate_fn: dict
 ) -> List[Any]:
-    """Collate the images of one update into its micro-batches, all of one size.
+    """Collate the images of one update into micro-batches of equal size.
 
     Args:
-        data (Sequence): The samples, those of the first micro-batch first.
+        data (Sequence): The samples; those of the first micro-batch come first.
         micro_batches (int): Number of micro-batches.
         collate_fn (dict): Config of the function that collates one micro-batch.
 

@@ -1,10 +1,10 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""Random numbers that depend on what they are drawn for, and on nothing before.
+"""Random numbers that depend on their purpose, and on nothing that came before.
 
-An augmentation draws from a generator that is seeded by the place of its image in the
-order of all images; an update's dropout and the like from one that is seeded by the
-number of the update and of the recipe's process. So neither the number of workers and
-processes nor an interruption changes them, and there are no random states to restore.
+The generators are seeded anew for every image, by the place of the image in the order
+of all images, and for every update, by the number of the update and of the recipe's
+process. So the numbers of workers and processes change nothing, nor does an
+interruption, and no random state has to be restored.
 """
 
 import multiprocessing
@@ -19,9 +19,9 @@ from torch.utils.data import Dataset
 
 from ..datasets.corrupt_images import CheckedDataset, CorruptImageError
 
-# Streams that must not meet.
+# Two purposes, so that images and updates never have the same random numbers.
 SAMPLE, UPDATE = 0, 1
-# Corrupt images in a row, before a data set is taken to be beyond repair.
+# So many corrupt images in a row end the run.
 _MAX_SKIPS = 20
 
 
@@ -29,9 +29,10 @@ def seed_generators(*key: int) -> None:
     """Seed Python's, NumPy's and PyTorch's generators of this process, on all devices.
 
     Args:
-        *key (int): Non-negative numbers that say what is to be drawn for. Other numbers
-            give independent streams.
+        *key (int): Non-negative numbers that name the purpose. Other numbers give
+            independent random numbers.
     """
+    # SeedSequence mixes the numbers: near keys give unrelated seeds.
     python, numpy, low, high = map(int, np.random.SeedSequence(key).generate_state(4))
     random.seed(python)
     np.random.seed(numpy)
@@ -39,7 +40,7 @@ def seed_generators(*key: int) -> None:
 
 
 class Draw(int):
-    """An index into a data set that knows what its augmentation is seeded with.
+    """An index into a data set, with the seed of its augmentation.
 
     Args:
         index (int): The index.
@@ -53,21 +54,21 @@ class Draw(int):
         draw.key = key
         return draw
 
-    def __getnewargs__(self) -> Tuple[int, Tuple[int, ...]]:
-        return int(self), self.key
+    def __reduce__(self) -> Tuple[type, Tuple[int, Tuple[int, ...]]]:
+        return type(self), (int(self), self.key)
 
 
 @DATASETS.register_module()
 class SeededDataset(CheckedDataset):
-    """A data set whose augmentations are seeded by :class:`Draw`.
+    """A data set that seeds the augmentation of an image by its :class:`Draw`.
 
-    Another index is passed on as it is.
+    For an index that is no :class:`Draw`, it seeds nothing.
 
     Args:
         dataset (dict | Dataset): The data set, or its config.
-        skip_corrupt_images (bool): Put another image, drawn from the same seed, in the
-            place of one that cannot be read, and count it in ``skipped``, which the
-            workers share. False raises an error. Defaults to False.
+        skip_corrupt_images (bool): True replaces an image that cannot be read by
+            another one, drawn from the same seed, and counts it in ``skipped``, a
+            number that all workers share. False raises an error. Defaults to False.
 
     Raises:
         CorruptImageError: If an image cannot be read, or too many in a row.
@@ -86,7 +87,7 @@ class SeededDataset(CheckedDataset):
         self.skipped = multiprocessing.Value('q', 0) if skip_corrupt_images else None
 
     def __getitem__(self, index: int) -> Any:
-        key = (int(index),)
+        key: Tuple[int, ...] = (int(index),)
         if isinstance(index, Draw):
             key, index = index.key, int(index)
             seed_generators(*key)
@@ -96,12 +97,10 @@ class SeededDataset(CheckedDataset):
             try:
                 return super().__getitem__(index)
             except CorruptImageError as error:
-                self._count(error)
+                with self.skipped.get_lock():
+                    self.skipped.value += 1
+                problem = str(error).split('. ')[0]
+                warnings.warn(f'Skipped: {problem}.', stacklevel=2)
             seed_generators(*key, skips)
             index = random.randrange(len(self))
         return super().__getitem__(index)
-
-    def _count(self, error: CorruptImageError) -> None:
-        with self.skipped.get_lock():
-            self.skipped.value += 1
-        warnings.warn(f'Skipped: {str(error).split(". ")[0]}.', stacklevel=3)

@@ -1,17 +1,17 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""Which image files are read, and what is wrong with one that is not.
+"""Which image files are read, and why another one cannot be read.
 
-OpenCV reads most images; Pillow those of configs that ask for it, and those of checks.
+OpenCV reads most images. Pillow reads those of configs that ask for it, and label maps.
 """
 
 import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, BinaryIO, Optional, Union
+from typing import TYPE_CHECKING, Any, BinaryIO, Optional, Tuple, Union
 
 from mmengine.fileio import LocalBackend, register_backend
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from .files import check_regular_file, file_problem
 from .text import PATH_LIMIT, describe_error, printable
@@ -20,36 +20,38 @@ if TYPE_CHECKING:
     import numpy as np
 
 FORMATS = ('BMP', 'GIF', 'JPEG', 'JPEG2000', 'PNG', 'PPM', 'TIFF', 'WEBP')
-"""Formats that Pillow may read, whatever a file is called, by its names for them.
+"""Pillow's names of the formats that it may read. The name of a file does not matter.
 
-Of the others one starts a program (EPS: Ghostscript), and all are rare.
+The other formats are rare, and one of them starts a program (EPS: Ghostscript).
 """
 
 MAX_PIXELS_VARIABLE = 'OPENCV_IO_MAX_IMAGE_PIXELS'
 DEFAULT_MAX_PIXELS = 2**28
 """16384 x 16384, or 768 MiB as a BGR array. OpenCV's default is four times as much."""
 
-# A larger file is no image of so few pixels: 16 bits for each of four channels.
+# Four channels of 16 bits: a larger file is no image of so few pixels.
 _MAX_BYTES_PER_PIXEL = 8
+# The last bytes of a JPEG and of a PNG file, by the first two.
+_ENDS = {b'\xff\xd8': b'\xff\xd9', b'\x89P': b'IEND\xaeB`\x82'}
 _UNITS = {'': 1, 'KB': 2**10, 'MB': 2**20}
 
 
 def install() -> None:
     """Limit what OpenCV, Pillow and MMEngine read as images.
 
-    - OpenCV and Pillow refuse more than :func:`max_pixels` pixels. OpenCV takes over
-      the limit when it is imported: call this before.
+    - OpenCV and Pillow refuse more than :func:`max_pixels` pixels. OpenCV reads the
+      limit when it is imported: call this function before.
     - mmcv's 'pillow' backend reads :data:`FORMATS` alone.
-    - MMEngine reads the bytes of regular files alone: a pipe would be waited for, and
-      a device may have no end.
+    - MMEngine reads regular files alone: a pipe would be waited for, and a device may
+      have no end.
 
-    Workers of data loaders inherit it.
+    Workers of data loaders inherit these limits.
 
     Raises:
         ValueError: If the variable ``OPENCV_IO_MAX_IMAGE_PIXELS`` is no number.
     """
     os.environ.setdefault(MAX_PIXELS_VARIABLE, str(DEFAULT_MAX_PIXELS))
-    # From the double of it on Pillow refuses; above it, it warns.
+    # Pillow refuses more than twice this number of pixels, and warns from it on.
     Image.MAX_IMAGE_PIXELS = max_pixels() // 2
     register_backend('local', RegularFilesBackend, force=True, prefixes='')
 
@@ -59,16 +61,17 @@ def install() -> None:
 
 
 def max_pixels() -> int:
-    """Most pixels of an image: the variable ``OPENCV_IO_MAX_IMAGE_PIXELS``.
+    """The most pixels of an image, from ``OPENCV_IO_MAX_IMAGE_PIXELS``.
 
     Raises:
-        ValueError: If it is no number as OpenCV understands it, such as 500MB.
+        ValueError: If the variable is no number that OpenCV understands, such as 500MB.
     """
     value = os.environ.get(MAX_PIXELS_VARIABLE, str(DEFAULT_MAX_PIXELS))
     match = re.fullmatch(r'(\d+)([KM]B)?', value, re.IGNORECASE)
     if match is None:
         raise ValueError(
-            f'{MAX_PIXELS_VARIABLE} must be a number of pixels, got {printable(value)}.'
+            f'{MAX_PIXELS_VARIABLE} must be a number of pixels, such as '
+            f'{DEFAULT_MAX_PIXELS}, but it is {printable(value)}.'
         )
     return int(match[1]) * _UNITS[(match[2] or '').upper()]
 
@@ -83,8 +86,8 @@ def open_image(file: Union[str, Path, BinaryIO]) -> Image.Image:
         Image.Image: The image; its pixels are not read yet.
 
     Raises:
-        OSError: If the path is of no regular file, or if the image is of no such
-            format (``UnidentifiedImageError``).
+        OSError: If the path is no regular file, or if the image has another format
+            (``UnidentifiedImageError``).
         Image.DecompressionBombError: If it has more than :func:`max_pixels` pixels.
     """
     if isinstance(file, (str, Path)):
@@ -92,20 +95,22 @@ def open_image(file: Union[str, Path, BinaryIO]) -> Image.Image:
     return Image.open(file, formats=FORMATS)
 
 
-def read_image(path: Union[str, Path], flag: str = 'color', **kwargs) -> 'np.ndarray':
-    """Read an image as ``mmcv.imread`` does, with an error that names it.
+def read_image(
+    path: Union[str, Path], flag: str = 'color', **kwargs: Any
+) -> 'np.ndarray':
+    """Read an image as ``mmcv.imread`` does, with an error that names the file.
 
     Args:
-        path (str | Path): The file, or an address that MMEngine reads.
-        flag (str): As of ``mmcv.imread``. Defaults to 'color'.
-        **kwargs: As of ``mmcv.imread``.
+        path (str | Path): The file, or an address that MMEngine can read.
+        flag (str): As in ``mmcv.imread``. Defaults to 'color'.
+        **kwargs: As in ``mmcv.imread``.
 
     Returns:
-        np.ndarray: The image, (H, W, 3) or, unchanged, (H, W), uint8 or uint16.
+        np.ndarray: The image, (H, W, 3), or (H, W) for some flags; uint8 or uint16.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it cannot be read.
+        ValueError: If the image cannot be read.
     """
     import mmcv
 
@@ -126,11 +131,12 @@ def read_image(path: Union[str, Path], flag: str = 'color', **kwargs) -> 'np.nda
 
 
 def reading_problem(path: Union[str, Path], error: Optional[Exception]) -> str:
-    """Why an image could not be read, to stand behind its name.
+    """Why reading an image failed, as words that follow its name.
 
     Args:
-        path (str | Path): The file, or an address that MMEngine reads.
-        error (Exception, optional): What the decoder raised, for what Pillow can read.
+        path (str | Path): The file, or an address that MMEngine can read.
+        error (Exception, optional): What the decoder raised. It is named if
+            :func:`image_problem` finds nothing wrong with the file.
     """
     problem = None if '://' in str(path) else image_problem(path)
     if problem is None:
@@ -139,32 +145,53 @@ def reading_problem(path: Union[str, Path], error: Optional[Exception]) -> str:
 
 
 def image_problem(path: Union[str, Path]) -> Optional[str]:
-    """What keeps Pillow from reading an image, to stand behind its name; or None."""
+    """Why an image cannot be read: the one check of training, tools and data sets.
+
+    The file has to be a regular one with something in it, within the limits of
+    :func:`size_problem`. Pillow has to decode all of it, which finds files that are cut
+    off and says what is wrong with damaged ones. OpenCV, which reads most images in
+    training, has to decode it, too.
+
+    Args:
+        path (str | Path): The file.
+
+    Returns:
+        str | None: Words that follow the file's name, such as 'is truncated'. None if
+        the image can be read.
+    """
+    import mmcv
+
     problem = file_problem(path) or size_problem(path)
     if problem is not None:
         return problem
     try:
         with open_image(path) as image:
             image.load()
+        decoded = mmcv.imread(path)
     except UnidentifiedImageError:
         return f'is not an image ({", ".join(FORMATS)})'
     except MemoryError:
         return 'does not fit into memory'
-    # Pillow's plugins raise errors of many types for broken files.
+    # Decoders raise errors of many types for broken files.
     except Exception as error:
         cut = 'runcated' in str(error)
-        return 'is truncated' if cut else f'is damaged ({describe_error(error)})'
-    return None
+        return 'is truncated' if cut else f'cannot be decoded ({describe_error(error)})'
+    return None if decoded is not None else 'cannot be decoded by OpenCV'
 
 
 def size_problem(path: Union[str, Path]) -> Optional[str]:
-    """Whether a file has too many bytes or pixels for an image; None if not.
+    """Whether a file has too many bytes or pixels for an image. Nothing is decoded.
 
-    It is said without decoding, whatever will decode the image.
+    Args:
+        path (str | Path): A regular file.
+
+    Returns:
+        str | None: Words that follow the file's name. None if its size is allowed, or
+        if Pillow cannot tell the number of pixels.
     """
     limit = (
-        f'and {max_pixels()} pixels are the limit: set {MAX_PIXELS_VARIABLE} if it is '
-        'to be read'
+        f'and {max_pixels()} pixels are the limit: set {MAX_PIXELS_VARIABLE} to read '
+        'it all the same'
     )
     size = os.path.getsize(path)
     if size > _MAX_BYTES_PER_PIXEL * max_pixels():
@@ -172,12 +199,48 @@ def size_problem(path: Union[str, Path]) -> Optional[str]:
     try:
         open_image(path).close()
     except Image.DecompressionBombError as error:
-        pixels = re.search(r'\d+', str(error))[0]
+        pixels = re.findall(r'\d+', str(error))[0]
         return f'is of {pixels} pixels, {limit}'
-    # What Pillow cannot read another decoder may.
+    # Another decoder may read what Pillow cannot.
     except Exception:
         return None
     return None
+
+
+def lacks_end(path: Union[str, Path]) -> bool:
+    """Whether a JPEG or PNG file does not end as such files do.
+
+    It may have been cut off then, although OpenCV before version 4.12 decodes it
+    without an error. It may also have other data behind the image:
+    :func:`image_problem` tells. This look at a few bytes is cheap enough for training.
+
+    Args:
+        path (str | Path): The file. One that cannot be opened gives False.
+    """
+    try:
+        with open(path, 'rb') as file:
+            end = _ENDS.get(file.read(2))
+            if end is None:
+                return False
+            file.seek(-len(end), os.SEEK_END)
+            return file.read() != end
+    except OSError:  # no local file, or a file of fewer bytes
+        return False
+
+
+def image_size(image: Image.Image) -> Tuple[int, int]:
+    """Width and height of an image as mmcv reads it: turned as its EXIF data say.
+
+    Args:
+        image (Image.Image): The image as Pillow opens it.
+    """
+    width, height = image.size
+    try:
+        turned = image.getexif().get(ExifTags.Base.Orientation) in range(5, 9)
+    # mmcv does not turn an image whose EXIF data are damaged.
+    except Exception:
+        turned = False
+    return (height, width) if turned else (width, height)
 
 
 class RegularFilesBackend(LocalBackend):

@@ -18,7 +18,7 @@ from PIL import ExifTags, Image, ImageOps
 from mlla_mm.apis import Inferencer
 from mlla_mm.apis.output import summary
 from mlla_mm.checkpoints.reader import CheckpointError
-from mlla_mm.checks.published import image_size
+from mlla_mm.utils.images import image_size
 
 from .. import bad_data, checkpoints
 from ..bad_data import assert_says, noise, save

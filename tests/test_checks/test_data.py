@@ -83,6 +83,7 @@ NO_LISTS = '{"images": [], "annotations": []'
 COCO_ERRORS = {
     'no file': (lambda root: (root / 'coco.json').unlink(),
                 'coco.json', 'ann_file of train_dataloader'),
+    'pipe': (lambda root: bad_data.pipe(root / 'coco.json'), 'coco.json', 'not found'),
     'empty file': (write(''), 'coco.json', 'empty', 'again'),
     'no JSON': (write('<html>'), 'coco.json', 'JSON', 'line 1 column 1', 'again'),
     'cut off': (write('{"images": ['), 'coco.json', 'JSON', 'line 1 column 13'),
@@ -125,6 +126,7 @@ def assert_refused(scope, root, file, *words):
 
 
 @pytest.mark.parametrize('case', COCO_ERRORS)
+@pytest.mark.usefixtures('no_waiting')
 def test_coco_annotations(coco, case):
     spoil, *words = COCO_ERRORS[case]
     spoil(coco)
@@ -156,24 +158,26 @@ def test_boxes_of_no_size_are_left_out_and_reported(coco):
 
 
 IMAGE_FINDINGS = {
-    'truncated': (truncate, 'unreadable'),
-    'zero bytes': (empty, 'zero bytes'),
-    'web page': (web_page, 'unreadable'),
+    'truncated': (truncate, 'cannot be read', '1.jpg is truncated'),
+    'zero bytes': (empty, 'cannot be read', '1.jpg is empty'),
+    'web page': (web_page, 'cannot be read', '1.jpg is not an image'),
     'other size': (lambda path: save(path, noise(HEIGHT, WIDTH + 1, 3)),
-                   'another size than annotated'),
+                   'another size than annotated: 1.jpg'),
     # mmcv turns images, so boxes have to refer to the turned one.
-    **{f'turned: {number}': (turn(number), 'another size than annotated')
+    **{f'turned: {number}': (turn(number), 'another size than annotated: 1.jpg')
        for number in (5, 6, 7, 8)},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize('case', IMAGE_FINDINGS)
 def test_images_of_coco(coco, case):
-    spoil, problem = IMAGE_FINDINGS[case]
+    spoil, *words = IMAGE_FINDINGS[case]
     spoil(coco / 'images/1.jpg')
     (finding,) = check_split(config(DET, coco), 'train')
-    assert_says(finding.problem, problem, f'{coco}/images: 1.jpg')
-    assert check_split(config(DET, coco), 'train', decode=False) == []
+    assert_says(finding.problem, f'1 images in {coco}/images', *words)
+    found = check_split(config(DET, coco), 'train', 'files')
+    assert found == ([finding] if case == 'zero bytes' else [])
+    assert check_split(config(DET, coco), 'train', 'names') == []
 
 
 @pytest.mark.parametrize('orientation', [2, 3, 4])
@@ -213,21 +217,33 @@ def test_folders_of_label_maps(masks, case):
     assert_refused(SEG, masks, *words)
 
 
-OTHER_SIZE = 'another size than the label map'
+OTHER_SIZE = 'another size than their label map'
 MASK_FINDINGS = {
     'other size': (labels(HEIGHT, WIDTH - 1), OTHER_SIZE),
     'transposed': (labels(WIDTH, HEIGHT), OTHER_SIZE),
     # Of the image alone.
     'turned': (lambda root: turn(6)(root / 'images/1.jpg'), OTHER_SIZE),
-    'unknown labels': (labels(HEIGHT, WIDTH, value=12), 'labels above 11'),
+    'unknown labels': (labels(HEIGHT, WIDTH, value=12), 'labels above 11: 1.jpg'),
     'colours': (labels(HEIGHT, WIDTH, 3), 'not of one 8-bit channel'),
     '16 bit': (labels(HEIGHT, WIDTH, dtype=np.uint16), 'not of one 8-bit channel'),
-    'empty': (labels(HEIGHT, WIDTH, value=0), 'without a labelled pixel'),
-    'truncated': (map_file(truncate), 'unreadable label map'),
-    'zero bytes': (map_file(empty), 'unreadable label map'),
-    'pipe': (map_file(bad_data.pipe), 'unreadable label map'),
-    'link to nothing': (map_file(bad_data.link_to_nothing), 'unreadable label map'),
-    'PostScript': (map_file(bad_data.postscript), 'unreadable label map'),
+    'empty': (labels(HEIGHT, WIDTH, value=0), 'no labelled pixel: 1.jpg'),
+    'truncated': (
+        map_file(truncate),
+        'label map that cannot be read: ../maps/1.png is ',
+    ),
+    'zero bytes': (map_file(empty), 'label map that cannot be read: ../maps/1.png is '),
+    'pipe': (
+        map_file(bad_data.pipe),
+        'label map that cannot be read: ../maps/1.png is ',
+    ),
+    'link to nothing': (
+        map_file(bad_data.link_to_nothing),
+        'label map that cannot be read: ../maps/1.png cannot',
+    ),
+    'PostScript': (
+        map_file(bad_data.postscript),
+        'label map that cannot be read: ../maps/1.png is ',
+    ),
 }
 
 
@@ -237,7 +253,7 @@ def test_label_maps(masks, case):
     spoil, problem = MASK_FINDINGS[case]
     spoil(masks)
     (finding,) = check_split(config(SEG, masks), 'train')
-    assert_says(finding.problem, problem, f'{masks}/images: 1.jpg')
+    assert_says(finding.problem, problem, f'1 images in {masks}/images')
     assert finding.fatal == (case != 'empty')
 
 
@@ -248,8 +264,8 @@ def test_labels_that_are_classes(masks):
     save(masks / 'maps/2.png', np.full((HEIGHT, WIDTH), 11, np.uint8))
     cfg.train_dataloader.dataset.reduce_zero_label = False
     above, unlabelled = check_split(cfg, 'train')
-    assert_says(above.problem, 'labels above 10', f'{masks}/images: 0.jpg, 2.jpg')
-    assert_says(unlabelled.problem, 'without a labelled pixel', '1.jpg')
+    assert_says(above.problem, 'labels above 10: 0.jpg, 2.jpg', f'{masks}/images')
+    assert_says(unlabelled.problem, 'no labelled pixel: 1.jpg')
 
 
 # Class folders.
@@ -292,9 +308,12 @@ def test_class_folders(folders, case):
 def test_images_of_class_folders(folders):
     (folders / 'train/3/image.png').unlink()
     empty(folders / 'train/4/image.png')
+    (folders / 'train/5/\x1b[31m\n.png').write_bytes(b'')
     without, of_no_bytes = check_split(config(CLS, folders), 'train')
     assert_says(without.problem, 'without an image', f'{folders}/train: 3')
-    assert_says(of_no_bytes.problem, 'zero bytes', f'{folders}/train: 4/image.png')
+    assert_says(of_no_bytes.problem, f'{folders}/train', '4/image.png is empty')
+    assert_says(of_no_bytes.problem, r'5/\x1b[31m\n.png is empty')
+    assert of_no_bytes.problem.isprintable()
 
 
 @pytest.mark.parametrize('scope', [DET, SEG, CLS])
@@ -313,12 +332,13 @@ def test_files_of_strangers(tmp_path, monkeypatch, scope, spoil, tmp_path_factor
     getattr(bad_data, spoil)(tmp_path / name)
     found = check_split(config(scope, tmp_path), 'train')
     assert not marker.exists()
-    if scope == SEG and spoil in ('pipe', 'endless', 'link_to_nothing'):
-        assert found == []  # mmseg takes no image that is no file
-        return
     (finding,) = found
-    problem = 'more pixels than OPENCV_IO' if spoil == 'bomb' else 'unreadable'
-    assert_says(finding.problem, problem, name.partition('/')[2])
+    if scope == SEG and spoil in ('pipe', 'endless', 'link_to_nothing'):
+        # mmseg takes no image that is no file.
+        assert_says(finding.problem, 'label maps', 'have no image', ': 1.png')
+        return
+    problem = 'pixels are the limit' if spoil == 'bomb' else ''
+    assert_says(finding.problem, 'cannot be read', name.partition('/')[2], problem)
 
 
 def test_good_data(coco, masks, folders):

@@ -51,7 +51,6 @@ def read(clone, request):
 
     def read_config(name: str) -> Config:
         path = f'configs/{name}.py'
-        seen.add(path)
         task = name.split('/')[0]
         pytest.importorskip(SCOPES[task])
         DefaultScope.get_instance(f'{request.node.name}', scope_name=SCOPES[task])
@@ -61,9 +60,6 @@ def read(clone, request):
         return cfg
 
     return read_config
-
-
-seen = {CLONE, RELIABLE}
 
 
 def small(steps: Any) -> None:
@@ -296,7 +292,8 @@ def test_shorter_schedule(read):
 
 @pytest.mark.parametrize('name', ['tensorboard', 'wandb'])
 def test_visualisation_backends(read, name, tmp_path):
-    cfg = read(f'detection/my_{name}')
+    configs = dict(tensorboard='detection/my_tensorboard', wandb='detection/my_wandb')
+    cfg = read(configs[name])
     visualizer = VISUALIZERS.build(
         ConfigDict(cfg.visualizer, name=f'docs_{name}', save_dir=str(tmp_path))
     )
@@ -321,4 +318,8 @@ def test_mesa_with_another_backbone(read):
 
 
 def test_every_example_is_tested():
-    assert seen == set(EXAMPLES)
+    # By the text of this file: a worker may run some of its tests only.
+    tested = re.findall(r"'(\w+tion/my_\w+)'", Path(__file__).read_text())
+    assert {CLONE, RELIABLE, *(f'configs/{name}.py' for name in tested)} == set(
+        EXAMPLES
+    )

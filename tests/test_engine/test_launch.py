@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 from mmengine.config import Config, ConfigDict
+from mmengine.registry import MODELS
 
 from mlla_mm.engine import launch
 
@@ -198,6 +199,10 @@ def test_exit_on_user_error(monkeypatch):
     with pytest.raises(SystemExit, match='^Error: no such size$'):
         with launch.exit_on_user_error():
             raise ValueError('no such size')
-    with pytest.raises(ZeroDivisionError):
-        with launch.exit_on_user_error():
-            raise ZeroDivisionError
+    with pytest.raises(SystemExit, match='^Error: FPNN is not in the .* registry'):
+        with launch.exit_on_user_error(()):
+            MODELS.build(dict(type='FPNN'))
+    for error in (ZeroDivisionError, KeyError('loss')):
+        with pytest.raises((ZeroDivisionError, KeyError)):
+            with launch.exit_on_user_error():
+                raise error

@@ -370,7 +370,7 @@ def test_an_epoch_of_another_length_begins_anew(tmp_path):
     train(tmp_path / 'work', record, **EPOCHS)
     assert record[0][:3] == (1, 7, 0)
     (*_, log) = sorted((tmp_path / 'work').glob('*/*.log'))
-    assert 'Epoch 2 begins anew: it has 5 updates; it had 8' in log.read_text()
+    assert 'Epoch 2 begins anew: it has 5 updates, but 8' in log.read_text()
 
 
 @pytest.mark.skipif(not hasattr(signal, 'sigwaitinfo'), reason='not on this system')

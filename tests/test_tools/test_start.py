@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import races as benchmark
 from mlla_mm.apis.export import FORMATS
-from mlla_mm.checks.published import CHECKS
+from mlla_mm.checks.published import PUBLISHED
 from mlla_mm.engine.launch import LAUNCHERS
 
 from ..processes import ROOT, load_tool
@@ -117,4 +117,4 @@ def test_defaults_are_the_packages(option):
 
 def test_data_sets_are_the_packages():
     checked = load_tool('tools/dataset_tools/check_dataset.py').DATASETS
-    assert checked == tuple(CHECKS)
+    assert checked == tuple(PUBLISHED)

@@ -1,7 +1,7 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 """Check the data of a config, or a copy of COCO, ADE20K or ImageNet.
 
-Exit status 1 if something is wrong.
+The exit status is 1 if something is wrong.
 """
 
 import argparse
@@ -23,7 +23,9 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         'config',
     )
     parser.add_argument(
-        '--fast', action='store_true', help='do not decode images: names and sizes only'
+        '--fast',
+        action='store_true',
+        help='do not decode images: names, and whether files are empty',
     )
     args = parser.parse_args(argv)
     if (args.path is None) == (args.dataset in DATASETS):
@@ -39,19 +41,20 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from mlla_mm.checks.data import check_splits
-    from mlla_mm.checks.published import CHECKS
+    from mlla_mm.checks.data import FILES, PIXELS, check_splits
+    from mlla_mm.checks.published import check_published
     from mlla_mm.engine import launch
     from mlla_mm.engine.console import quiet
     from mlla_mm.engine.options import read_config
 
     quiet()
+    look = FILES if args.fast else PIXELS
     with launch.exit_on_user_error():
         if args.path is None:
-            findings = check_splits(read_config(args.dataset), not args.fast)
+            findings = check_splits(read_config(args.dataset), look)
             subject, reference = args.dataset, 'they should be'
         else:
-            findings = CHECKS[args.dataset](args.path, fast=args.fast)
+            findings = check_published(args.dataset, args.path, look)
             subject, reference = args.path, f'in {args.dataset}'
     if not findings:
         scope = 'names, counts and pairs (no image was decoded)' if args.fast else 'all'
@@ -59,12 +62,12 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         return
     table = Table(show_lines=True)
     for column in ('What is wrong', 'How to fix it'):
-        # Paths and addresses stay whole.
+        # Without this option, long paths and addresses would be cut off.
         table.add_column(column, overflow='fold')
     for finding in findings:
-        # As text: rich takes square brackets for styles.
+        # Text, because rich takes square brackets in strings for styles.
         table.add_row(Text(finding.problem), Text(finding.fix))
-    # A log has no width to wrap to.
+    # A log has no width.
     width = None if sys.stdout.isatty() else 160
     Console(width=width).print(table)
     sys.exit(1)

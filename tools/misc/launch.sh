@@ -45,9 +45,9 @@ if [ -z "${OMP_NUM_THREADS:-}" ]; then
 fi
 
 if [ "$NNODES" = 1 ]; then
-    # torchrun's store would listen on all interfaces. A file takes its place. It has no
-    # name, so that nobody else can open it and it goes when torchrun does. Every sign of
-    # life makes it longer: the only machine is to give one an hour.
+    # By default torchrun's store listens on all network interfaces, so a file is used in
+    # its place. The file has no name: nobody else can open it, and it is removed when
+    # torchrun ends. Every keep-alive message makes it longer, so one is sent per hour.
     STORE=$(mktemp)
     exec 9<>"$STORE"
     rm "$STORE"
@@ -65,21 +65,22 @@ else
             "Make one: python -c 'import secrets; print(secrets.token_hex())'" >&2
         exit 2
     fi
-    # As --rdzv-id would, which every user of the machine could read.
+    # Not by --rdzv-id: every user of the machine can read a command line.
     export PET_RDZV_ID=$RDZV_ID
-    # Meets anew on all machines when a process dies on one of them.
+    # When a process dies on one machine, the processes of all machines start again.
     MEETING=(
         --rdzv-backend c10d
         --rdzv-endpoint "$MASTER_ADDR:$PORT"
         --rdzv-conf "is_host=$([ "$NODE_RANK" = 0 ] && echo true || echo false)"
     )
 fi
-# The processes open a store of their own, after a restart a new one: they do not find
-# addresses of dead ones in it, and torchrun opens none for them, on all interfaces.
+# torchrun must not open a store for the processes: it would listen on all interfaces,
+# and after a restart have addresses of dead processes. They open one of their own.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 if [ "$MAX_RESTARTS" != 0 ]; then
-    # Newer checkpoints are this run's, see restart_checkpoint in mlla_mm/engine/launch.py.
+    # A restart resumes a checkpoint only if it is newer than this time: see
+    # restart_checkpoint in mlla_mm/engine/launch.py.
     LAUNCH_TIME=$(date +%s)
     export LAUNCH_TIME
 fi

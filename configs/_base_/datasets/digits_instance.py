@@ -4,7 +4,7 @@ _base_ = './coco_instance.py'
 data_root = 'data/digits_coco/'
 metainfo = dict(
     classes=tuple('0123456789'),
-    # Else it is that of COCO, where some classes are too dark to tell.
+    # mmdet would use COCO's palette, in which some classes are too dark to be seen.
     palette=[
         (230, 25, 75),
         (60, 180, 75),

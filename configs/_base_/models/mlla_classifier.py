@@ -17,7 +17,7 @@ model = dict(
         loss=dict(type='LabelSmoothLoss', label_smooth_val=0.1),
         init_cfg=dict(type='TruncNormal', layer='Linear', std=0.02, bias=0.0),
     ),
-    # One of them for every batch, with equal chance.
+    # Every batch gets one of the two, with equal probability.
     train_cfg=dict(
         augments=[dict(type='Mixup', alpha=0.8), dict(type='CutMix', alpha=1.0)]
     ),

@@ -6,7 +6,7 @@ model = dict(
         mean=[123.675, 116.28, 103.53],
         std=[58.395, 57.12, 57.375],
         bgr_to_rgb=True,
-        # Of training batches, after normalisation.
+        # Training batches are padded to this size, after normalisation.
         size=(512, 512),
         pad_val=0,
         seg_pad_val=255,

@@ -12,8 +12,8 @@ optim_wrapper = dict(
     paramwise_cfg=dict(custom_keys=dict(norm=dict(decay_mult=0.0))),
 )
 
-# Both from iteration 0, multiplied. MMEngine reaches the last value of a range at
-# iteration end - 1, the recipe at end.
+# Both begin at iteration 0, and their factors are multiplied. MMEngine reaches the last
+# value of a range at iteration end - 1, the recipe at iteration end.
 param_scheduler = [
     dict(type='LinearLR', start_factor=1e-6, by_epoch=False, begin=0, end=1501),
     dict(
