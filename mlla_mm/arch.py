@@ -1,11 +1,11 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""The sizes of MLLA, and what makes arguments describe a network."""
+"""The sizes of MLLA, and the checks of its arguments."""
 
 from collections.abc import Mapping, Sequence
 from math import inf
 from typing import Any, Dict, NamedTuple, Optional, Tuple, Union
 
-#: Stages of a network.
+#: Number of stages of a network.
 NUM_STAGES = 4
 
 #: The published sizes by name.
@@ -29,9 +29,10 @@ class Arch(NamedTuple):
     """The size of a network.
 
     Attributes:
-        embed_dims (int): Channels of the first stage, doubled by each next one.
-        depths (tuple[int]): Blocks of each stage.
-        num_heads (tuple[int]): Attention heads of each stage.
+        embed_dims (int): Number of channels of the first stage. Each later stage has
+            twice as many as the one before it.
+        depths (tuple[int]): Number of blocks of each stage.
+        num_heads (tuple[int]): Number of attention heads of each stage.
     """
 
     embed_dims: int
@@ -40,22 +41,25 @@ class Arch(NamedTuple):
 
 
 def parse_arch(arch: Union[str, dict], arch_zoo: Mapping[str, dict] = ARCH_ZOO) -> Arch:
-    """The size that a config means.
+    """Turn the ``arch`` of a config into a size.
 
     Args:
-        arch (str | dict): A name, in any case, or a dict with the fields of
+        arch (str | dict): A name in upper or lower case, or a dict with the fields of
             :class:`Arch`.
-        arch_zoo (Mapping[str, dict]): The sizes by name. Defaults to the published
-            ones.
+        arch_zoo (Mapping[str, dict]): Sizes by name. Defaults to the published sizes.
+
+    Returns:
+        Arch: The size.
 
     Raises:
-        ValueError: If the name is unknown, or the dict describes no network.
+        ValueError: If the name is unknown, or if a field of the dict is missing,
+            unknown or impossible.
     """
     if isinstance(arch, str):
         if arch.lower() not in arch_zoo:
             raise ValueError(
-                f"Unknown arch '{arch}': choose from {sorted(arch_zoo)}, or "
-                'give a dict with embed_dims, depths and num_heads.'
+                f"Unknown arch '{arch}': choose from {sorted(arch_zoo)}, or give a "
+                'dict with embed_dims, depths and num_heads.'
             )
         arch = arch_zoo[arch.lower()]
     if not isinstance(arch, dict) or set(arch) != set(Arch._fields):
@@ -85,16 +89,20 @@ def parse_arch(arch: Union[str, dict], arch_zoo: Mapping[str, dict] = ARCH_ZOO) 
 
 
 def parse_out_indices(out_indices: Union[int, Sequence[int]]) -> Tuple[int, ...]:
-    """The stages that a config means, 0 to 3 and in their order.
+    """Turn the ``out_indices`` of a config into stages from 0 to 3, in their order.
 
     Args:
-        out_indices (int | Sequence[int]): One or several stages; negative ones count
+        out_indices (int | Sequence[int]): One or several stages. Negative numbers count
             from the end.
 
+    Returns:
+        tuple[int]: The stages.
+
     Raises:
-        ValueError: If a stage does not exist or is named twice, or there is none.
+        ValueError: If there is no stage, or if a stage does not exist or is named
+            twice.
     """
-    indices = [out_indices] if _is_int(out_indices) else out_indices
+    indices: Any = [out_indices] if _is_int(out_indices) else out_indices
     if not _is_int_sequence(indices) or not indices:
         raise ValueError(f'out_indices must be one or more ints, got {indices!r}.')
     if not all(-NUM_STAGES <= i < NUM_STAGES for i in indices):
@@ -109,7 +117,7 @@ def parse_out_indices(out_indices: Union[int, Sequence[int]]) -> Tuple[int, ...]
 
 
 def name_size(embed_dims: int, depths: Tuple[int, ...]) -> Optional[str]:
-    """'t', 's' or 'b' for the numbers of a published network, else None."""
+    """'t', 's' or 'b' if a published network has these numbers, else None."""
     for name, arch in ARCH_ZOO.items():
         if (arch['embed_dims'], arch['depths']) == (embed_dims, depths):
             return name[0]
@@ -117,15 +125,15 @@ def name_size(embed_dims: int, depths: Tuple[int, ...]) -> Optional[str]:
 
 
 def check_int(name: str, value: Any, low: int, high: float = inf) -> None:
-    """Refuse what is no int from ``low`` to ``high`` with a ValueError."""
+    """Raise a ValueError unless a value is an int from ``low`` to ``high``."""
     if not _is_int(value) or not low <= value <= high:
         bounds = f'of at least {low}' if high == inf else f'from {low} to {high}'
         raise ValueError(f'{name} must be an int {bounds}, got {value!r}.')
 
 
 def check_rate(name: str, value: Any) -> None:
-    """Refuse what is no number in [0, 1) with a ValueError."""
-    # What is kept is divided by 1 - rate.
+    """Raise a ValueError unless a value is a number in [0, 1)."""
+    # Dropout divides by 1 - rate.
     if not _is_number(value) or not 0 <= value < 1:
         raise ValueError(
             f'{name} must be a number of at least 0 and below 1, got {value!r}.'
@@ -133,7 +141,7 @@ def check_rate(name: str, value: Any) -> None:
 
 
 def check_mlp_ratio(mlp_ratio: Any, embed_dims: int) -> None:
-    """Refuse what leaves the MLPs without hidden channels with a ValueError."""
+    """Raise a ValueError if the MLPs would have no hidden channels."""
     if not _is_number(mlp_ratio) or not 1 <= embed_dims * mlp_ratio < inf:
         raise ValueError(
             'mlp_ratio must be a number that gives the MLPs at least one hidden '
@@ -142,7 +150,7 @@ def check_mlp_ratio(mlp_ratio: Any, embed_dims: int) -> None:
 
 
 def check_flags(**flags: Any) -> None:
-    """Refuse what is neither True nor False with a ValueError."""
+    """Raise a ValueError unless every value is True or False."""
     for name, value in flags.items():
         if not isinstance(value, bool):
             raise ValueError(f'{name} must be True or False, got {value!r}.')

@@ -2,7 +2,8 @@
 """Arguments that several tools share.
 
 A tool reads its arguments before it imports ``mlla_mm``, PyTorch and the toolboxes,
-which takes seconds: help and a mistyped option are answered at once.
+because these imports take seconds. So ``-h`` and a mistyped option are answered at
+once.
 """
 
 import argparse
@@ -11,7 +12,7 @@ from mmengine.config import DictAction
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the config and changes to it."""
+    """Add the config file and the changes to it."""
     parser.add_argument('config', help='config file')
     parser.add_argument(
         '--cfg-options',
@@ -23,7 +24,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that training and testing share, the config first."""
+    """Add the arguments of both training and testing. The config comes first."""
     add_config_arguments(parser)
     parser.add_argument(
         '--work-dir', help='folder for logs and results (work_dirs/CONFIG_NAME)'
@@ -33,7 +34,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         '-v',
         '--verbose',
         action='store_true',
-        help='show all that the log file has: environment, config, hooks, warnings',
+        help='print all that the log file has: environment, config, hooks, warnings',
     )
     parser.add_argument(
         '--launcher', choices=('none', 'pytorch', 'slurm', 'mpi'), default='none'
@@ -42,16 +43,16 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_trust_argument(parser: argparse.ArgumentParser) -> None:
-    """Add the switch that lets checkpoints hold anything that can be pickled."""
+    """Add the switch that lets checkpoints run code."""
     parser.add_argument(
         '--trust-checkpoint',
         action='store_true',
-        help='load checkpoints that may run code, if you trust where they come from',
+        help='load checkpoints that may run code; only if you trust their source',
     )
 
 
 def add_fuse_argument(parser: argparse.ArgumentParser) -> None:
-    """Add the switch that takes BatchNorm out of the model."""
+    """Add the switch that removes BatchNorm from the model."""
     parser.add_argument(
         '--fuse-conv-bn',
         action='store_true',
@@ -60,9 +61,9 @@ def add_fuse_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def add_ema_argument(parser: argparse.ArgumentParser) -> None:
-    """Add the choice of a checkpoint's averaged weights."""
+    """Add the switch that takes a checkpoint's averaged weights."""
     parser.add_argument(
         '--ema',
         action='store_true',
-        help="the checkpoint's averaged weights (state_dict_ema), not the plain ones",
+        help="take the checkpoint's averaged weights (state_dict_ema)",
     )

@@ -1,8 +1,8 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""Export a backbone or a classifier as a file for any batch and image size.
+"""Export a backbone or a classifier to a file for any batch and image size.
 
-The file is compared with eager execution at other sizes than those that it was made
-with. Its input is normalised RGB images (N, C, H, W).
+The input of the file is normalised RGB images (N, C, H, W). Its outputs are compared
+with those of the model, at other sizes than the one that it was traced with.
 """
 
 import argparse
@@ -24,7 +24,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument(
         '--part',
         choices=('backbone', 'classifier'),
-        help='what to export (classifier for a classification config, else backbone)',
+        help='what to export (for a classification config classifier, else backbone)',
     )
     parser.add_argument(
         '--shape',
@@ -32,10 +32,10 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         type=int,
         default=(224, 224),
         metavar=('H', 'W'),
-        help='image size to trace with (224 224); the file takes others too',
+        help='image size to trace with (224 224); the file takes other sizes, too',
     )
     parser.add_argument(
-        '--out', metavar='FILE', help='file to write (CHECKPOINT_PART with a suffix)'
+        '--out', metavar='FILE', help='file to write (CHECKPOINT_PART and a suffix)'
     )
     parser.add_argument(
         '--device',
@@ -76,7 +76,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         error = export_model(
             select_part(model, part), args.format, out, tuple(args.shape)
         )
-    print(f'{out}: {part}, differs from eager execution by {error:.1e} at most')
+    print(f'{out}: {part}, differs from eager execution by at most {error:.1e}')
 
 
 if __name__ == '__main__':

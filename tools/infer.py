@@ -1,7 +1,8 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""Detect, segment or classify in pictures and videos; draw and write the results.
+"""Detect, segment or classify in pictures and videos. Draw and write the results.
 
-Exit status 1 if a file could not be read, predicted or drawn; the others are.
+The exit status is 1 if a file could not be read, predicted or drawn, or if there is
+none. The other files are processed all the same.
 """
 
 import argparse
@@ -16,26 +17,26 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('inputs', help='picture, video, or folder of them')
+    parser.add_argument('inputs', help='picture, video, or folder with them')
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument(
         '--out',
         metavar='DIR',
-        help='folder for what is written (work_dirs/CONFIG_NAME/infer)',
+        help='folder for the results (work_dirs/CONFIG_NAME/infer)',
     )
     parser.add_argument('--device', help='such as cuda:1 (a GPU if there is one)')
     parser.add_argument(
         '--score-thr',
         type=float,
         default=0.3,
-        help='least score of a detection (%(default)s)',
+        help='only detections with a higher score are kept (%(default)s)',
     )
     parser.add_argument(
         '--batch-size',
         type=int,
         default=1,
-        help='pictures of one size that are predicted together (%(default)s)',
+        help='most pictures of one size to predict together (%(default)s)',
     )
     add_ema_argument(parser)
     add_fuse_argument(parser)

@@ -14,15 +14,15 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument(
         '--out',
         metavar='PATH',
-        help='write the predictions: a .pkl file, for segmentation a folder',
+        help='where to write predictions: a .pkl file, or a folder for segmentation',
     )
     parser.add_argument(
         '--show-dir',
         metavar='DIR',
-        help='draw the predictions here; of several processes the first draws its part',
+        help='folder for drawn predictions; only the first process draws, its part',
     )
     parser.add_argument(
-        '--tta', action='store_true', help="test-time augmentation of the config's"
+        '--tta', action='store_true', help='test-time augmentation of the config'
     )
     add_ema_argument(parser)
     add_fuse_argument(parser)

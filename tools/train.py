@@ -16,24 +16,24 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         nargs='?',
         const='auto',
         metavar='PATH',
-        help='go on from a checkpoint; alone or "auto": the newest of the work_dir',
+        help='checkpoint to go on from; without PATH the newest in the work_dir',
     )
     parser.add_argument('--amp', action='store_true', help='mixed precision (GPU)')
     parser.add_argument(
         '--check',
         action='store_true',
-        help='rehearse the run in minutes: what would fail, memory, time and disk',
+        help='rehearse the run in minutes: find errors, measure memory, time and disk',
     )
     total_batch = parser.add_mutually_exclusive_group()
     total_batch.add_argument(
         '--keep-batch-size',
         action='store_true',
-        help="accumulate gradients up to the recipe's total batch size",
+        help="accumulate gradients to reach the recipe's total batch size",
     )
     total_batch.add_argument(
         '--auto-scale-lr',
         action='store_true',
-        help="scale the learning rate by total batch size / recipe's",
+        help="scale the learning rate by (total batch size / the recipe's)",
     )
     return parser.parse_args(argv)
 

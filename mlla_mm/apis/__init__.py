@@ -1,7 +1,7 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 """What a user calls: models by name, and predictions on pictures.
 
-mmdet, mmseg and mmpretrain are imported when a config of theirs is used.
+mmdet, mmseg and mmpretrain are imported only when a config needs them.
 """
 
 from .inferencer import Inferencer

@@ -5,12 +5,13 @@ import difflib
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Optional, Sequence, Union
+from typing import Any, Dict, Optional, Sequence, Union
 
 import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.logging import print_log
+from mmengine.model import BaseModel
 from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 
@@ -28,11 +29,11 @@ _NAMES = {f'mlla-{arch}': arch for arch in MLLA.arch_zoo}
 class Classifier(nn.Module):
     """An image classifier in plain PyTorch: backbone, mean over the map, linear layer.
 
-    Its parameters have the names of those of the classifiers in ``configs/``, whose
+    Its parameters have the same names as in the classifiers of ``configs/``, so their
     checkpoints fit.
 
     Args:
-        backbone (MLLA): The backbone; the last of its outputs is classified.
+        backbone (MLLA): The backbone. Its last output is classified.
         num_classes (int): Number of classes.
     """
 
@@ -58,34 +59,37 @@ def get_model(
     ema: bool = False,
     **backbone_cfg: Any,
 ) -> nn.Module:
-    """MLLA by name, for use outside of configs. Needs torch, mmengine and mmcv alone.
+    """Build MLLA by its name, without a config. Needs only torch, mmengine and mmcv.
 
-    The published weights expect RGB images, scaled to mean (123.675, 116.28, 103.53)
-    and standard deviation (58.395, 57.12, 57.375) of pixel values in [0, 255].
+    The published weights expect RGB images with pixel values in [0, 255], minus the
+    mean (123.675, 116.28, 103.53), divided by the standard deviation (58.395, 57.12,
+    57.375).
 
     Args:
         name (str): 'mlla-t', 'mlla-s' or 'mlla-b' (or 'mlla-tiny', ...).
         pretrained (str | Path, optional): The authors' ImageNet file or a checkpoint of
             ours, local or an http(s) address. None starts from random weights.
             Defaults to None.
-        num_classes (int, optional): Classes of the classifier. None means as many as
-            ``pretrained`` has, or 1000. With another number than the file's the linear
-            layer starts fresh, and a line of the log says so. Defaults to None.
-        features_only (bool): Return the backbone. Its output norms start fresh from a
-            classifier's file, as in the authors' recipe. Defaults to False.
-        out_indices (int | Sequence[int], optional): Stages that ``features_only``
-            returns, 0 to 3. None means all. Defaults to None.
+        num_classes (int, optional): Number of classes. None means as many as in
+            ``pretrained``, or 1000. If the file has another number, the linear layer
+            starts from random weights, and the log says so. Defaults to None.
+        features_only (bool): Return the backbone alone. If ``pretrained`` is a
+            classifier, the output norms start fresh, as in the authors' recipe.
+            Defaults to False.
+        out_indices (int | Sequence[int], optional): Stages, 0 to 3, whose features the
+            backbone returns. Only for ``features_only``. None means all.
+            Defaults to None.
         ema (bool): Take the averaged weights of ``pretrained``. Defaults to False.
         **backbone_cfg: Further arguments of :class:`mlla_mm.models.MLLA`, such as
             ``drop_path_rate``.
 
     Returns:
-        nn.Module: In training mode, as PyTorch makes modules. A classifier: images
-        (N, 3, H, W) to logits (N, num_classes). Or the backbone: to a tuple of features
+        nn.Module: A model in training mode. A classifier turns images (N, 3, H, W) into
+        logits (N, num_classes). The backbone turns them into a tuple of features
         (N, C_i, H_i, W_i).
 
     Raises:
-        FileNotFoundError: If there is no file ``pretrained``.
+        FileNotFoundError: If the file ``pretrained`` does not exist.
         ValueError: If the name is unknown, or if arguments contradict each other.
         mlla_mm.checkpoints.reader.CheckpointError: If the weights do not fit.
 
@@ -98,11 +102,13 @@ def get_model(
     if name.lower() not in _NAMES:
         nearest = difflib.get_close_matches(name.lower(), _NAMES, n=3, cutoff=0)
         raise ValueError(f"Unknown model '{name}'. Nearest: {', '.join(nearest)}.")
-    keep_freed_memory()
     arch = _NAMES[name.lower()]
+    keep_freed_memory()
     if features_only:
         if num_classes is not None:
-            raise ValueError('num_classes is of the classifier: leave features_only.')
+            raise ValueError(
+                'num_classes is an argument of the classifier: leave features_only out.'
+            )
         if out_indices is None:
             out_indices = tuple(range(MLLA.num_stages))
         backbone = MLLA(arch, out_indices=out_indices, **backbone_cfg)
@@ -110,7 +116,9 @@ def get_model(
             load_pretrained(backbone, pretrained, ema=ema)
         return backbone
     if out_indices is not None:
-        raise ValueError('out_indices is of the backbone: add features_only=True.')
+        raise ValueError(
+            'out_indices is an argument of the backbone: add features_only=True.'
+        )
     backbone = MLLA(arch, out_indices=MLLA.num_stages - 1, **backbone_cfg)
     if pretrained is None:
         return Classifier(backbone, 1000 if num_classes is None else num_classes)
@@ -122,8 +130,10 @@ def get_model(
 
 
 def _local(checkpoint: Union[str, Path]) -> Union[str, Path]:
-    is_address = str(checkpoint).startswith(('http://', 'https://'))
-    return fetch_checkpoint(checkpoint) if is_address else checkpoint
+    """The path of a checkpoint, which is downloaded if it is an address."""
+    address = str(checkpoint)
+    is_address = address.startswith(('http://', 'https://'))
+    return fetch_checkpoint(address) if is_address else checkpoint
 
 
 def _pretrained_classifier(
@@ -133,14 +143,13 @@ def _pretrained_classifier(
     num_classes: Optional[int],
 ) -> Classifier:
     fc = ('head.fc.weight', 'head.fc.bias')
-    matrix = weights.get(fc[0])
-    features = backbone.num_features[-1:]
-    # Otherwise it is refused below.
-    is_classifier = matrix is not None and tuple(matrix.shape[1:]) == tuple(features)
-    in_file = len(matrix) if is_classifier else 1000
+    matrix, in_file = weights.get(fc[0]), 1000
+    # check_fit() refuses a matrix of another shape.
+    if matrix is not None and list(matrix.shape[1:]) == backbone.num_features[-1:]:
+        in_file = len(matrix)
     model = Classifier(backbone, num_classes or in_file)
     own = model.state_dict()
-    if is_classifier and num_classes not in (None, in_file):
+    if matrix is not None and num_classes not in (None, in_file):
         print_log(
             f'The linear layer starts fresh: {source} has {in_file} classes, not '
             f'{num_classes}.',
@@ -148,7 +157,7 @@ def _pretrained_classifier(
         )
         weights = {**weights, **{key: own[key] for key in fc}}
     check_fit(own, weights, source)
-    # Not strict for BatchNorm's counters alone, which old files lack.
+    # Old files lack BatchNorm's counters, which check_fit() allows.
     model.load_state_dict(weights, strict=False)
     return model
 
@@ -160,36 +169,36 @@ def load_model(
     ema: bool = False,
     trust_checkpoint: bool = False,
     fuse_conv_bn: bool = False,
-) -> nn.Module:
-    """Build the model of a config in evaluation mode with a checkpoint's weights.
+) -> BaseModel:
+    """Build the model of a config, in evaluation mode, with a checkpoint's weights.
 
     Args:
-        cfg (Config): Config of any task; left as it is.
+        cfg (Config): Config of any task. It is not changed.
         checkpoint (str | Path): The authors' file or ours, local or an http(s) address.
         device (str, optional): Such as 'cpu' or 'cuda:1'. None takes a GPU if there is
             one. Defaults to None.
         ema (bool): Take the averaged weights. Defaults to False.
-        trust_checkpoint (bool): Let the checkpoint run the code that it may carry, as
-            the config's ``trust_checkpoint`` does. Defaults to False.
+        trust_checkpoint (bool): Let the checkpoint run the code that it may contain, as
+            ``trust_checkpoint`` in a config does. Defaults to False.
         fuse_conv_bn (bool): Fold every BatchNorm into the convolution before it, see
             :func:`mlla_mm.models.fusing.fuse_conv_bn`. Defaults to False.
 
     Returns:
-        nn.Module: The model, with the checkpoint's ``dataset_meta`` (dict, class names
-        and colours, empty if there is none) as an attribute.
+        BaseModel: The model. Its attribute ``dataset_meta`` (dict) holds the class
+        names and colours of the checkpoint, as far as there are any.
 
     Raises:
-        FileNotFoundError: If there is no such checkpoint.
+        FileNotFoundError: If the checkpoint does not exist.
         ValueError: If the device cannot be used or the weights do not fit.
     """
     device = device or get_device()
-    _check_device(device)
-    # None asks what the process was told by trust_checkpoints().
+    _require_device(device)
+    # None means what trust_checkpoints() has set for this process.
     trust = trust_checkpoint or cfg.get('trust_checkpoint') or None
     content = load_checkpoint_file(_local(checkpoint), trust=trust)
     weights = to_own_names(find_weights(content, str(checkpoint), ema=ema))
     model_cfg = cfg.model.copy()
-    # In evaluation they are the same, but only BatchNorm is free of process groups.
+    # In evaluation they are the same, but SyncBN needs a process group.
     replace_sync_bn(model_cfg)
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
         model = MODELS.build(model_cfg)
@@ -200,14 +209,15 @@ def load_model(
     return fusing.fuse_conv_bn(model) if fuse_conv_bn else model
 
 
-def _dataset_meta(checkpoint: Any) -> dict:
+def _dataset_meta(checkpoint: Any) -> Dict[str, Any]:
+    """Class names and colours in a checkpoint, as far as they are well-formed."""
     meta = checkpoint.get('meta') if isinstance(checkpoint, Mapping) else None
     meta = meta if isinstance(meta, Mapping) else {}
-    # MMEngine's, and what mmdet 2.x, mmseg 0.x and mmcls wrote.
+    # MMEngine writes a dict of them. mmdet 2.x, mmseg 0.x and mmcls wrote no dict.
     found = meta.get('dataset_meta')
     found = found if isinstance(found, Mapping) and found else meta
     found = {str(key).lower(): value for key, value in found.items()}
-    result = {}
+    result: Dict[str, Any] = {}
     classes, palette = found.get('classes'), found.get('palette')
     if isinstance(classes, (list, tuple)):
         result['classes'] = tuple(map(printable, classes))
@@ -217,7 +227,7 @@ def _dataset_meta(checkpoint: Any) -> dict:
 
 
 def _is_colour(value: Any) -> bool:
-    """Whether a value is red, green and blue, from 0 to 255."""
+    """Whether a value is red, green and blue, each an int from 0 to 255."""
     return (
         isinstance(value, (list, tuple))
         and len(value) == 3
@@ -225,10 +235,11 @@ def _is_colour(value: Any) -> bool:
     )
 
 
-def _check_device(device: str) -> None:
+def _require_device(device: str) -> None:
     try:
         torch.empty(0, device=device)
-    # PyTorch without CUDA asserts, NotImplementedError is of a backend that is absent.
+    # Without CUDA, PyTorch raises an AssertionError. A missing backend raises a
+    # NotImplementedError.
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"Device '{device}' cannot be used: {reason}") from error

@@ -1,5 +1,5 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""What ``tools/test.py`` does."""
+"""The work of ``tools/test.py``."""
 
 import argparse
 from pathlib import Path
@@ -22,7 +22,7 @@ def test(args: argparse.Namespace) -> None:
         args (argparse.Namespace): The arguments of ``tools/test.py``.
 
     Raises:
-        SystemExit: With a message, if what the user gave is wrong.
+        SystemExit: With a message, if the config or the command line is wrong.
     """
     with launch.exit_on_user_error():
         load_own_toolbox_alone(args.config)
@@ -35,23 +35,25 @@ def test(args: argparse.Namespace) -> None:
             options.print_changes(written, cfg)
             require_data(cfg, 'test')
             make_work_dir(cfg)
-    # An image is one process's; a checkpoint is all of theirs.
+    # One process alone meets a corrupt image. All of them have a bad checkpoint.
     with launch.exit_on_user_error((CorruptImageError,), shared=False):
         with launch.exit_on_user_error((CheckpointError,)):
-            # The runner keeps the process group alive: it is not kept.
+            # A variable would keep the runner, which keeps the process group alive.
             build_runner(cfg, args.verbose).test()
     launch.tear_down()
 
 
 def apply_command_line(cfg: Config, args: argparse.Namespace) -> None:
-    """All that ``tools/test.py`` changes in a config: what it is asked for.
+    """Change a config as the command line of ``tools/test.py`` asks.
+
+    Nothing else in ``tools/test.py`` changes the config.
 
     Args:
-        cfg (Config): The config as it was read; changed in place.
+        cfg (Config): The config as it was read. It is changed in place.
         args (argparse.Namespace): The arguments of ``tools/test.py``.
 
     Raises:
-        FileNotFoundError, ValueError: If something cannot be done.
+        FileNotFoundError, ValueError: If an argument cannot be applied.
     """
     options.apply_run_arguments(cfg, args)
     if not Path(args.checkpoint).is_file():

@@ -1,7 +1,8 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""What ``tools/train.py`` does."""
+"""The work of ``tools/train.py``."""
 
 import argparse
+import signal
 from typing import Optional
 
 from mmengine.config import Config
@@ -20,17 +21,17 @@ from ..reproducible import Preempted
 
 
 def train(args: argparse.Namespace) -> int:
-    """Train, or with ``check`` rehearse, as the command line says.
+    """Train as the command line says, or rehearse the training with ``--check``.
 
     Args:
         args (argparse.Namespace): The arguments of ``tools/train.py``.
 
     Returns:
-        int: The exit status: 143, as a shell reports it, where SIGTERM ended the run;
-        1 where a rehearsal failed; else 0.
+        int: The exit status. It is 143, as a shell reports it, if SIGTERM ended the
+        run, 1 if a rehearsal failed, and else 0.
 
     Raises:
-        SystemExit: With a message, if what the user gave is wrong.
+        SystemExit: With a message, if the config or the command line is wrong.
     """
     with launch.exit_on_user_error():
         load_own_toolbox_alone(args.config)
@@ -50,7 +51,7 @@ def train(args: argparse.Namespace) -> int:
                 make_work_dir(cfg)
     if args.check:
         return rehearsal.run(cfg, layout)
-    # An image is one process's; the other errors are all of theirs.
+    # One process alone meets a corrupt image. All of them have the other errors.
     with launch.exit_on_user_error((CorruptImageError,), shared=False):
         with launch.exit_on_user_error((CheckpointError, DivergedError)):
             status = _run(cfg, record, args.verbose)
@@ -59,20 +60,20 @@ def train(args: argparse.Namespace) -> int:
 
 
 def apply_command_line(cfg: Config, args: argparse.Namespace) -> Optional[str]:
-    """All that ``tools/train.py`` changes in a config: what it is asked for.
+    """Change a config as the command line of ``tools/train.py`` asks.
 
-    (On CPUs :func:`mlla_mm.engine.launch.set_up` fits a run of several processes to
-    them.)
+    Nothing else in ``tools/train.py`` changes the config. (But without GPUs
+    :func:`mlla_mm.engine.launch.set_up` adapts a run of several processes to CPUs.)
 
     Args:
-        cfg (Config): The config as it was read; changed in place.
+        cfg (Config): The config as it was read. It is changed in place.
         args (argparse.Namespace): The arguments of ``tools/train.py``.
 
     Returns:
-        str | None: What to warn of, if the total batch size is not the recipe's.
+        str | None: A warning, if the total batch size is not that of the recipe.
 
     Raises:
-        FileNotFoundError, ValueError: If something cannot be done.
+        FileNotFoundError, ValueError: If an argument cannot be applied.
     """
     options.apply_run_arguments(cfg, args)
     launch.require_restart_allowed(cfg.work_dir)
@@ -91,24 +92,24 @@ def apply_command_line(cfg: Config, args: argparse.Namespace) -> Optional[str]:
 
 
 def _record(written: Config, cfg: Config, notice: Optional[str]) -> RecordRecipeHook:
-    """Note what the run makes of its recipe."""
+    """The hook that records how the run differs from its recipe."""
     recipe = describe_recipe(written)
     if cfg.get('resume'):
-        # It starts from its checkpoint.
+        # The run starts from its checkpoint instead.
         recipe['pretrained weights'] = None
     world_size = launch.processes(cfg.launcher).world_size
     return RecordRecipeHook(recipe, describe_run(cfg, world_size), notice)
 
 
 def _run(cfg: Config, record: RecordRecipeHook, verbose: bool) -> int:
-    """Train to the end, or until SIGTERM; returns the exit status."""
+    """Train to the end, or until SIGTERM. Returns the exit status."""
     runner = build_runner(cfg, verbose)
     runner.register_hook(record)
     try:
         runner.train()
-    except Preempted as stop:
+    except Preempted:
         launch.forbid_restart(cfg.work_dir, 'it was stopped by SIGTERM.')
-        return stop.code
+        return 128 + signal.SIGTERM
     except DivergedError as error:
         launch.forbid_restart(cfg.work_dir, str(error).splitlines()[0])
         raise

@@ -1,5 +1,5 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""BatchNorm inside of convolutions, for inference."""
+"""Folding BatchNorm into convolutions, for inference."""
 
 from collections import Counter
 from typing import Optional
@@ -13,28 +13,30 @@ from ..compat.pytorch import BatchNorm, does_more_when_called
 
 
 def fuse_conv_bn(model: nn.Module) -> nn.Module:
-    """Fold every BatchNorm into the convolution before it, once, by mmcv's function.
+    """Fold every BatchNorm into the convolution before it, by mmcv's function.
 
     ::
 
         w' = w * gamma / sqrt(var + eps)
         b' = beta + (b - mean) * gamma / sqrt(var + eps)
 
-    Results differ by rounding. The model is for inference from then on.
+    The results are the same, but for rounding. After that the model is for inference
+    only.
 
-    mmcv's function goes by the order in which a module's children were made. So does
-    this one: it cannot see a ``forward`` that calls them in another order.
+    mmcv's function takes the children of a module in the order in which they were
+    created. So the check before it cannot see whether ``forward`` calls them in another
+    order.
 
     Args:
-        model (nn.Module): A model in evaluation mode; changed in place.
+        model (nn.Module): A model in evaluation mode. It is changed in place.
 
     Returns:
         nn.Module: The model.
 
     Raises:
-        ValueError: If a BatchNorm does not lie right behind a convolution that is its
-            own and nothing else, or does not use running statistics. Nothing is
-            changed then.
+        ValueError: If a BatchNorm cannot be folded: it does not follow a plain
+            convolution of its own, or it does not use running statistics. The model is
+            not changed then.
     """
     uses = Counter(
         id(module)
@@ -42,8 +44,9 @@ def fuse_conv_bn(model: nn.Module) -> nn.Module:
         if isinstance(module, nn.Conv2d)
     )
     for name, parent in model.named_modules():
-        # As mmcv's function looks for pairs.
-        conv, last = None, None
+        # mmcv's function looks for pairs in the same way.
+        conv: Optional[nn.Conv2d] = None
+        last = parent
         for child_name, child in parent.named_children():
             if isinstance(child, BatchNorm) and conv is not None:
                 problem = _problem(parent, conv, last, child, uses[id(conv)])
@@ -60,9 +63,9 @@ def fuse_conv_bn(model: nn.Module) -> nn.Module:
 
 
 def _problem(
-    parent: nn.Module, conv: nn.Conv2d, last: nn.Module, norm: nn.Module, uses: int
+    parent: nn.Module, conv: nn.Conv2d, last: nn.Module, norm: BatchNorm, uses: int
 ) -> Optional[str]:
-    """Why a BatchNorm cannot become part of the convolution that mmcv would take."""
+    """Why a BatchNorm cannot be folded into the convolution that mmcv would take."""
     if last is not conv:
         return f'a {type(last).__name__} lies between them'
     if isinstance(parent, mmcv.cnn.ConvModule):
@@ -76,7 +79,7 @@ def _problem(
     if does_more_when_called(conv) or does_more_when_called(norm):
         return 'one of them has hooks'
     if norm.training or norm.running_mean is None or norm.weight is None:
-        return 'it is in training, or lacks running statistics or a weight'
+        return 'it is in training mode, or lacks running statistics or a weight'
     if norm.num_features != conv.out_channels:
         return 'they have different numbers of channels'
     return None

@@ -1,5 +1,5 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""The numerics of MLLA. Models call the ops by the names of this module."""
+"""The numerics of MLLA. Models call the ops through this module."""
 
 from .dispatch import (
     conv_layer,

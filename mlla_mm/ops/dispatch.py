@@ -1,26 +1,30 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""The ops on PyTorch's modules: what runs for a layer.
+"""The ops on PyTorch's modules. This file chooses the implementation.
 
-An op stands for its layers' forward passes by the equation in its docstring. Either it
-calls the layers, or it reads their weights and computes the same faster:
+Each op computes the equation in its docstring from the layers that it is given. It
+either calls the layers, or reads their weights and computes the same result faster:
 
-- by ``mlla_mm.ops.triton`` on NVIDIA GPUs, for what its kernels support,
-- by ``mlla_mm.ops.eager`` for the rest.
+- with ``mlla_mm.ops.triton`` on NVIDIA GPUs, if its kernels support the tensors,
+- else with ``mlla_mm.ops.eager``.
 
-It calls them in graphs, that is what is traced, exported, compiled or counted:
-compilers fuse PyTorch's operators themselves, and other runtimes know them. And it
-calls a layer that does something else when it is called, see :func:`may_be_read`.
+Layers are called in two cases:
 
-The environment variable ``MLLA_OPS`` chooses otherwise: ``naive`` calls layers always,
-which is what :mod:`mlla_mm.ops.naive` defines; ``eager`` takes no kernels of Triton's,
-and ``fused`` those kernels or an error where they cannot run.
+- A graph is being traced, exported, compiled or counted. Compilers fuse PyTorch's
+  operators themselves, and other runtimes know only these operators.
+- Calling the layer does more than its weights say, see :func:`may_be_read`.
+
+The environment variable ``MLLA_OPS`` overrides the choice:
+
+- ``naive`` always calls the layers, which compute :mod:`mlla_mm.ops.naive`.
+- ``eager`` never runs Triton's kernels.
+- ``fused`` runs Triton's kernels, and raises an error on a device without them.
 """
 
 import functools
 import os
 from collections.abc import Callable
 from types import ModuleType
-from typing import List, Optional, Tuple, Type, Union
+from typing import Any, List, Optional, Tuple, Type, Union
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +34,7 @@ from ..compat.pytorch import does_more_when_called, has_global_hooks
 from . import eager, naive, triton
 from .tracing import is_graph
 
-# The second one is the first in evaluation mode.
+# In evaluation mode both compute the same.
 _BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
@@ -57,7 +61,7 @@ def depthwise_conv(
         y = _call_on_map(conv, x)
         y = F.silu(y) if act else y
         return x + y if residual else y
-    tensors = (x, conv.weight, conv.bias)
+    tensors = (x, *_weight_and_bias(conv))
     if ops is triton and not triton.supports_depthwise_conv(*tensors):
         ops = eager
     return ops.depthwise_conv(*tensors, residual, act)
@@ -66,7 +70,7 @@ def depthwise_conv(
 def mlla_attention(
     qk: Tensor, v: Tensor, gate: Tensor, lepe: nn.Module, num_heads: int
 ) -> Tensor:
-    """Linear attention with local position encoding, gated: the core of a MLLA block.
+    """Gated linear attention with local position encoding, the core of an MLLA block.
 
     ::
 
@@ -88,14 +92,14 @@ def mlla_attention(
         q, k = qk.chunk(2, dim=-1)
         y = naive.linear_attention(q, k, v, num_heads) + _call_on_map(lepe, v)
         return y * F.silu(gate)
-    tensors = (qk, v, gate, lepe.weight, lepe.bias)
+    tensors = (qk, v, gate, *_weight_and_bias(lepe))
     if ops is triton and not triton.supports_mlla_attention(*tensors, num_heads):
         ops = eager
     return ops.mlla_attention(*tensors, num_heads)
 
 
 def mlp(x: Tensor, fc1: nn.Module, fc2: nn.Module, drop: nn.Module) -> Tensor:
-    """Linear layer, GELU (with the error function), linear layer, with dropout.
+    """Linear layer, GELU (by the error function), linear layer, with dropout.
 
     ::
 
@@ -103,8 +107,8 @@ def mlp(x: Tensor, fc1: nn.Module, fc2: nn.Module, drop: nn.Module) -> Tensor:
 
     Args:
         x (Tensor): (..., C).
-        fc1 (nn.Module): To the hidden channels.
-        fc2 (nn.Module): Back to (..., C).
+        fc1 (nn.Module): Linear layer to the hidden channels.
+        fc2 (nn.Module): Linear layer back to C channels.
         drop (nn.Module): Dropout.
 
     Returns:
@@ -118,7 +122,7 @@ def mlp(x: Tensor, fc1: nn.Module, fc2: nn.Module, drop: nn.Module) -> Tensor:
         or fc2.bias is None
     ):
         return drop(fc2(drop(F.gelu(fc1(x)))))
-    return eager.mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+    return eager.mlp(x, *_weight_and_bias(fc1), *_weight_and_bias(fc2))
 
 
 def layer_norm(x: Tensor, norm: nn.Module) -> Tensor:
@@ -129,20 +133,20 @@ def layer_norm(x: Tensor, norm: nn.Module) -> Tensor:
         norm (nn.Module): From (..., C) to the same shape.
 
     Returns:
-        Tensor: (..., C); under autocast on CUDA float32, or half precision from a
-        kernel.
+        Tensor: (..., C). Under autocast on CUDA it is float32.
     """
     if _implementation(x) is triton and _is_layer_norm(norm):
-        tensors = (x, norm.weight, norm.bias)
+        layer: Any = norm
+        tensors = (x, layer.weight, layer.bias)
         if triton.supports_layer_norm(*tensors):
-            return triton.layer_norm(*tensors, norm.eps)
+            return triton.layer_norm(*tensors, layer.eps)
     return norm(x)
 
 
 def conv_layer(
     x: Tensor, conv: nn.Module, norm: Optional[nn.Module], act: Optional[nn.Module]
 ) -> Tensor:
-    """Convolution, BatchNorm, ReLU, each of the last two optional.
+    """Convolution, then optional BatchNorm, then optional ReLU.
 
     ::
 
@@ -159,16 +163,17 @@ def conv_layer(
     """
     fused = _implementation(x) is triton
     if fused and norm is None and _is_pointwise(conv) and may_be_read(nn.ReLU, act):
-        # In the order of channels-last memory, so that the gradient has it too.
-        weight = conv.weight.permute(0, 2, 3, 1).flatten(1)
-        tensors = (x.permute(0, 2, 3, 1), weight, conv.bias)
+        weight, bias = _weight_and_bias(conv)
+        # Channels last, as in memory, so that the gradient is channels-last, too.
+        tensors = (x.permute(0, 2, 3, 1), weight.permute(0, 2, 3, 1).flatten(1), bias)
         if triton.supports_linear_relu(*tensors):
             return triton.linear_relu(*tensors).permute(0, 3, 1, 2)
     x = conv(x)
     if fused and _is_fixed_norm(norm) and (act is None or may_be_read(nn.ReLU, act)):
-        tensors = (x, norm.running_mean, norm.running_var, norm.weight, norm.bias)
-        if triton.supports_batch_norm(*tensors):
-            return triton.batch_norm(*tensors, norm.eps, act is not None)
+        bn: Any = norm
+        inputs = (x, bn.running_mean, bn.running_var, bn.weight, bn.bias)
+        if triton.supports_batch_norm(*inputs):
+            return triton.batch_norm(*inputs, bn.eps, act is not None)
     x = x if norm is None else norm(x)
     return x if act is None else act(x)
 
@@ -176,15 +181,15 @@ def conv_layer(
 def fused_block(
     attn: Type[nn.Module], mlp: Type[nn.Module], drop_path: Type[nn.Module]
 ) -> Callable[[Callable], Callable]:
-    """Let a kernel of whole blocks stand for a block's forward pass where it can.
+    """Replace a block's forward pass by Triton's kernels for whole blocks.
 
-    It can if Triton's kernels run, and if every layer of the block may be read. Else
-    the forward pass runs.
+    They run where Triton's kernels are chosen and every layer of the block may be read.
+    Elsewhere the block's own forward pass runs.
 
     Args:
-        attn (type): What the block's ``attn`` has to be, for its layers are read too.
-        mlp (type): What ``mlp`` has to be.
-        drop_path (type): What ``drop_path`` has to be: stochastic depth with the
+        attn (type): The expected type of the block's ``attn``, whose layers are read.
+        mlp (type): The expected type of ``mlp``, whose layers are read.
+        drop_path (type): The expected type of ``drop_path``: stochastic depth with the
             attribute ``drop_prob``.
 
     Returns:
@@ -192,16 +197,20 @@ def fused_block(
         :class:`mlla_mm.models.layers.MLLABlock`.
     """
 
-    def decorate(forward: Callable[[nn.Module, Tensor], Tensor]) -> Callable:
+    def decorate(forward: Callable[[Any, Tensor], Tensor]) -> Callable:
         @functools.wraps(forward)
-        def run(block: nn.Module, x: Tensor) -> Tensor:
+        def run(block: Any, x: Tensor) -> Tensor:
             if _implementation(x) is triton and _is_readable_block(
                 block, attn, mlp, drop_path
             ):
                 parameters, num_heads = block_parameters(block), block.attn.num_heads
                 if triton.supports_mlla_block(x, parameters, num_heads):
                     eps = block.norm1.eps, block.norm2.eps
-                    scales = tuple(draw_scale(x, block.drop_path) for _ in eps)
+                    # One for the attention, and one for the MLP.
+                    scales = (
+                        draw_scale(x, block.drop_path),
+                        draw_scale(x, block.drop_path),
+                    )
                     return triton.mlla_block(x, parameters, num_heads, eps, scales)
             return forward(block, x)
 
@@ -210,8 +219,8 @@ def fused_block(
     return decorate
 
 
-def block_parameters(block: nn.Module) -> List[Optional[Tensor]]:
-    """Weight and bias of each layer of a block, in their order."""
+def block_parameters(block: Any) -> List[Optional[Tensor]]:
+    """Weight and bias of each layer of an ``MLLABlock``, in order."""
     attn, mlp = block.attn, block.mlp
     layers = (
         block.cpe1,
@@ -230,8 +239,8 @@ def block_parameters(block: nn.Module) -> List[Optional[Tensor]]:
     return [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
 
 
-def draw_scale(x: Tensor, drop_path: nn.Module) -> Optional[Tensor]:
-    """What stochastic depth multiplies the images of a map by, (N,); None for 1."""
+def draw_scale(x: Tensor, drop_path: Any) -> Optional[Tensor]:
+    """Draw the factors of stochastic depth for each image, (N,). None means 1."""
     rate = drop_path.drop_prob
     if not rate or not drop_path.training:
         return None
@@ -243,29 +252,31 @@ def may_be_read(
     kinds: Union[Type[nn.Module], Tuple[Type[nn.Module], ...]],
     *modules: Optional[nn.Module],
 ) -> bool:
-    """Whether a faster op may read the weights of modules instead of calling them.
+    """Whether an op may read the weights of modules instead of calling the modules.
 
-    Not if one has hooks, or was replaced or wrapped, e.g. by another kind of layer, for
-    LoRA, for quantisation or for a parametrisation: calling it does something else.
+    The answer is no if a module has hooks, or if it was replaced or wrapped, for
+    example for LoRA, quantisation or a parametrisation. Calling such a module does more
+    than its weights say.
 
     Args:
-        kinds (type | tuple[type]): What all modules have to be, subclasses excluded.
-        *modules (nn.Module, optional): The modules.
+        kinds (type | tuple[type]): The types that modules may have, without subclasses.
+        *modules (nn.Module, optional): The modules. The answer is no for None.
     """
     kinds = kinds if isinstance(kinds, tuple) else (kinds,)
     return not any(
-        type(module) not in kinds or does_more_when_called(module) for module in modules
+        module is None or type(module) not in kinds or does_more_when_called(module)
+        for module in modules
     )
 
 
 def _implementation(x: Tensor) -> ModuleType:
-    """Who computes; naive means that modules are called."""
+    """The module of ops that computes. ``naive`` means that layers are called."""
     if is_graph() or has_global_hooks():
         return naive
     forced = os.environ.get('MLLA_OPS', '')
     if forced not in ('', 'naive', 'eager', 'fused'):
         raise ValueError(
-            f"MLLA_OPS is '{forced}': set it to 'naive', 'eager' or 'fused', or unset "
+            f"MLLA_OPS is '{forced}'. Set it to 'naive', 'eager' or 'fused', or unset "
             'it.'
         )
     if forced == 'naive':
@@ -278,19 +289,24 @@ def _implementation(x: Tensor) -> ModuleType:
         raise ValueError(
             f"MLLA_OPS is 'fused', but Triton's kernels do not run on {x.device}: they "
             'need an NVIDIA GPU of compute capability 8.0 or more, and Triton 3.3 '
-            '(PyTorch 2.7). Unset it.'
+            '(PyTorch 2.7). Unset MLLA_OPS.'
         )
     return eager
 
 
+def _weight_and_bias(layer: Any) -> Tuple[Tensor, Tensor]:
+    """The parameters of a layer that may be read and has both."""
+    return layer.weight, layer.bias
+
+
 def _call_on_map(layer: nn.Module, x: Tensor) -> Tensor:
-    """Call a layer for (N, C, H, W) with (N, H, W, C)."""
-    # The permuted view is a channels-last tensor to PyTorch, so nothing is copied.
+    """Call a layer that expects (N, C, H, W) on a map (N, H, W, C)."""
+    # PyTorch sees the permuted view as a channels-last tensor and copies nothing.
     return layer(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
-def _is_depthwise(*convs: nn.Module) -> bool:
-    """Whether layers are the convolution that the depthwise ops compute."""
+def _is_depthwise(*convs: Any) -> bool:
+    """Whether layers are the 3x3 convolution that the depthwise ops compute."""
     return may_be_read(nn.Conv2d, *convs) and all(
         conv.bias is not None
         and conv.in_channels == conv.out_channels == conv.groups
@@ -301,8 +317,8 @@ def _is_depthwise(*convs: nn.Module) -> bool:
     )
 
 
-def _is_pointwise(conv: nn.Module) -> bool:
-    """Whether a layer is a linear one on channels."""
+def _is_pointwise(conv: Any) -> bool:
+    """Whether a layer is a 1x1 convolution with bias: a linear layer on channels."""
     return (
         may_be_read(nn.Conv2d, conv)
         and conv.bias is not None
@@ -312,7 +328,7 @@ def _is_pointwise(conv: nn.Module) -> bool:
     )
 
 
-def _is_layer_norm(*norms: nn.Module) -> bool:
+def _is_layer_norm(*norms: Any) -> bool:
     """Whether layers are LayerNorm over the last axis with weight and bias."""
     return may_be_read(nn.LayerNorm, *norms) and all(
         len(norm.normalized_shape) == 1
@@ -322,8 +338,8 @@ def _is_layer_norm(*norms: nn.Module) -> bool:
     )
 
 
-def _is_fixed_norm(norm: Optional[nn.Module]) -> bool:
-    """Whether a layer is BatchNorm by running statistics, with weight and bias."""
+def _is_fixed_norm(norm: Any) -> bool:
+    """Whether a layer is BatchNorm that uses running statistics, weight and bias."""
     return (
         may_be_read(_BATCH_NORMS, norm)
         and not norm.training
@@ -332,18 +348,18 @@ def _is_fixed_norm(norm: Optional[nn.Module]) -> bool:
     )
 
 
-def _drops_nothing(drop: nn.Module) -> bool:
-    """Whether a layer is dropout that leaves its input as it is."""
+def _drops_nothing(drop: Any) -> bool:
+    """Whether a layer is dropout that does not change its input."""
     return may_be_read(nn.Dropout, drop) and not (drop.p and drop.training)
 
 
 def _is_readable_block(
-    block: nn.Module,
+    block: Any,
     attn: Type[nn.Module],
     mlp: Type[nn.Module],
     drop_path: Type[nn.Module],
 ) -> bool:
-    """Whether weights are all that a block's layers are; shapes are looked at later."""
+    """Whether every layer of a block may be read. Shapes are compared later."""
     if not (
         may_be_read(attn, block.attn)
         and may_be_read(mlp, block.mlp)

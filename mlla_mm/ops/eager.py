@@ -1,7 +1,7 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""The ops in few passes over memory, from PyTorch's own kernels.
+"""The ops from PyTorch's own kernels, in few passes over memory.
 
-Signatures and results are those of :mod:`mlla_mm.ops.naive`.
+Signatures and results are the same as in :mod:`mlla_mm.ops.naive`.
 """
 
 from typing import Optional, Tuple
@@ -21,7 +21,7 @@ def depthwise_conv(
 ) -> Tensor:
     """See :func:`mlla_mm.ops.naive.depthwise_conv`."""
     if residual and not act and _in_full_precision(x):
-        # x + conv(x) is one convolution, whose middle weight is greater by one.
+        # x + conv(x) is a single convolution with 1 added to the middle weight.
         identity = F.pad(weight.new_ones(1, 1, 1, 1), (1, 1, 1, 1))
         return naive.depthwise_conv(x, weight + identity, bias)
     y = naive.depthwise_conv(x, weight, bias)
@@ -31,7 +31,7 @@ def depthwise_conv(
 
 
 def _in_full_precision(x: Tensor) -> bool:
-    """Whether x is multiplied as it is; half precision would round 1 + weight."""
+    """Whether x is multiplied in its own dtype. Half precision rounds 1 + weight."""
     return x.dtype not in naive.HALF and not is_autocast(x.device.type)
 
 
@@ -50,10 +50,10 @@ def mlla_attention(
 
 
 class _GatedAttention(torch.autograd.Function):
-    """(LinearAttention(q, k, v) + lepe) * SiLU(gate), with the gradient written out.
+    """(LinearAttention(q, k, v) + lepe) * SiLU(gate), with an explicit gradient.
 
-    What one pass gives again from what is kept is not kept. With the features q, k,
-    rotated q~, k~, and n tokens::
+    The backward pass computes again what takes one pass over saved tensors. With the
+    features q and k, their rotations q~ and k~, and n tokens::
 
         A = k~^T v / n      z = 1 / (q . mean(k) + eps)      y = z q~ A
     """
@@ -67,7 +67,7 @@ class _GatedAttention(torch.autograd.Function):
             z, key_mean = _normaliser(features, num_heads)
             y, kv = _attend_(lepe, _rotate(features), v, z)
             out = (y * F.silu(naive.at_least_float32(gate))).to(v.dtype)
-        # Half precision is smaller than its features.
+        # In half precision, qk takes less memory than its features.
         queries_keys = qk if qk.dtype in naive.HALF else features
         ctx.save_for_backward(queries_keys, v, y.to(v.dtype), gate, key_mean, z, kv)
         ctx.dtypes = qk.dtype, lepe.dtype
@@ -97,11 +97,11 @@ class _GatedAttention(torch.autograd.Function):
             grad_q = grad_qkv @ kv.transpose(-2, -1)
             mean_grad_kv = _mean_of_products(q, grad_qkv)
             grad_v = _merge(k @ mean_grad_kv)
-            # What goes through z: grad . y of a token and head is grad_q . q~.
+            # The gradient through z: for each token and head, grad . y is grad_q . q~.
             grad_norm = (grad_q * q).sum(-1, dtype=z.dtype).transpose(1, 2)
             grad_norm = grad_norm.mul(z).neg_()
 
-            grad_rotated = rotated  # in its memory
+            grad_rotated = rotated  # reuses the memory
             for part, x in zip(
                 _queries_keys(grad_rotated),
                 (grad_q, values @ mean_grad_kv.transpose(-2, -1)),
@@ -113,7 +113,7 @@ class _GatedAttention(torch.autograd.Function):
             grad_q.baddbmm_(grad_norm, key_mean.transpose(-2, -1))
             grad_mean = _diagonal_blocks(grad_norm.transpose(-2, -1) @ q)
             grad_k += grad_mean[:, None] / q.shape[1]
-            # The derivative of ELU + 1 is itself where it is below one.
+            # The derivative of ELU + 1 is ELU + 1 where that is below 1, and else 1.
             grad_qk = grad_features.mul_(features.clamp_max(1))
         return (
             grad_qk.to(qk_dtype),
@@ -136,7 +136,7 @@ def mlp(
 
 
 class _MLP(torch.autograd.Function):
-    """Two linear layers with GELU between, whose output is computed again."""
+    """Two linear layers with GELU between. The backward pass computes GELU again."""
 
     @staticmethod
     def forward(ctx, x, weight1, bias1, weight2, bias2) -> Tensor:
@@ -159,7 +159,7 @@ class _MLP(torch.autograd.Function):
 
 
 def _as_linear_sees(*tensors: Tensor) -> Tuple[Tensor, ...]:
-    """Tensors as autocast gives them to a linear layer."""
+    """Cast tensors as autocast does for a linear layer."""
     device = tensors[0].device.type
     if not is_autocast(device):
         return tensors
@@ -170,17 +170,17 @@ def _as_linear_sees(*tensors: Tensor) -> Tuple[Tensor, ...]:
 def _features(x: Tensor) -> Tensor:
     """ELU(x) + 1, in float32 or float64, contiguous."""
     x = naive.at_least_float32(x).contiguous()
-    # Its own kernel takes twice as long on the CPU. e^x is at least 1 + x.
+    # F.elu takes twice as long on the CPU. The maximum is right as e^x >= 1 + x.
     return torch.maximum(x + 1, x.exp().clamp_max_(1))
 
 
-def _queries_keys(x: Tensor) -> Tuple[Tensor, Tensor]:
-    """Two parts of a map (N, H, W, 2C) as views, each (N, H * W, C)."""
+def _queries_keys(x: Tensor) -> Tuple[Tensor, ...]:
+    """The two halves of a map (N, H, W, 2C) as views, each (N, H * W, C)."""
     return x.flatten(1, 2).chunk(2, dim=-1)
 
 
 def _rotate(x: Tensor, back: bool = False, out: Optional[Tensor] = None) -> Tensor:
-    """Rotate queries and keys (N, H, W, 2C) by position; ``out`` may be ``x``."""
+    """Rotate queries and keys (N, H, W, 2C) by position. ``out`` may be ``x``."""
     table = rotation(x)[:, :, None]
     out = torch.empty_like(x) if out is None else out
     pairs, out_pairs = (
@@ -191,7 +191,7 @@ def _rotate(x: Tensor, back: bool = False, out: Optional[Tensor] = None) -> Tens
 
 
 def _normaliser(features: Tensor, num_heads: int) -> Tuple[Tensor, Tensor]:
-    """z = 1 / (q . mean(k) + eps), (N, n, heads), and mean(k) as a block diagonal."""
+    """z = 1 / (q . mean(k) + eps), (N, n, heads), and mean(k) in diagonal blocks."""
     q, k = _queries_keys(features)
     key_mean = _block_diagonal(k.mean(dim=1), num_heads)
     return (q @ key_mean).add_(naive.EPS).reciprocal_(), key_mean
@@ -200,10 +200,12 @@ def _normaliser(features: Tensor, num_heads: int) -> Tuple[Tensor, Tensor]:
 def _attend_(
     lepe: Tensor, rotated: Tensor, v: Tensor, z: Tensor
 ) -> Tuple[Tensor, Tensor]:
-    """Add the attention to ``lepe``, in its memory if that is float32 and contiguous.
+    """Add the attention to ``lepe``.
+
+    The sum overwrites ``lepe`` if that is contiguous, and in float32 or float64.
 
     Returns:
-        tuple[Tensor, Tensor]: The sum (N, H, W, C), and k~^T v / n of each head.
+        tuple[Tensor, Tensor]: The sum (N, H, W, C), and k~^T v / n for each head.
     """
     num_heads = z.shape[-1]
     q, k = (_heads(x, v.dtype, num_heads) for x in _queries_keys(rotated))
@@ -225,18 +227,18 @@ def _merge(x: Tensor) -> Tensor:
 
 
 def _mean_of_products(a: Tensor, b: Tensor) -> Tensor:
-    """a^T b / n for matrices of n rows."""
+    """a^T b / n for matrices with n rows."""
     if a.dtype in naive.HALF:
-        # The sum over many tokens stays in range.
+        # Scaled before the product, so that the sum stays in range.
         scale = a.shape[-2] ** -0.5
         return (a * scale).transpose(-2, -1) @ (b * scale)
     return (a.transpose(-2, -1) @ b).div_(a.shape[-2])
 
 
 def _block_diagonal(x: Tensor, num_heads: int) -> Tensor:
-    """(N, C) -> (N, C, heads): a vector per head, zero in the other heads' channels.
+    """(N, C) -> (N, C, heads): for each head, zeros in the channels of other heads.
 
-    With it a product per head is one matrix product.
+    So the products of all heads become one matrix product.
     """
     x = x.unflatten(-1, (num_heads, -1))
     blocks = x.new_zeros(*x.shape, num_heads)
@@ -245,6 +247,6 @@ def _block_diagonal(x: Tensor, num_heads: int) -> Tensor:
 
 
 def _diagonal_blocks(x: Tensor) -> Tensor:
-    """(N, heads, C) -> (N, C): of each channel the row of its head."""
+    """(N, heads, C) -> (N, C): for each channel, take the row of its head."""
     blocks = x.unflatten(-1, (x.shape[1], -1))
     return blocks.diagonal(dim1=1, dim2=2).transpose(1, 2).flatten(1)

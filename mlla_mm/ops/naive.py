@@ -1,8 +1,8 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""The ops by their plain definitions: what every faster version has to equal.
+"""The definitions of the ops, in plain PyTorch. Every faster version must equal them.
 
-They run everywhere, in any floating-point type. Where models call their layers, in
-graphs and by ``MLLA_OPS=naive``, these are what the layers compute.
+They run on every device, in any floating-point type. In graphs, and with
+``MLLA_OPS=naive``, models call their layers, which compute the same.
 """
 
 import torch
@@ -11,9 +11,9 @@ from torch import Tensor
 
 from .rotary import rotary_embedding
 
-#: Types whose range or precision does not do for every step.
+#: Types whose range or precision is not enough for some steps.
 HALF = (torch.float16, torch.bfloat16)
-#: Added to the normaliser of the attention.
+#: The number that is added to the normaliser of the attention.
 EPS = 1e-6
 
 
@@ -36,7 +36,7 @@ def depthwise_conv(
     Returns:
         Tensor: (N, H, W, C).
     """
-    # The permuted view is a channels-last tensor to PyTorch, so nothing is copied.
+    # PyTorch sees the permuted view as a channels-last tensor and copies nothing.
     y = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=1, groups=len(weight))
     y = y.permute(0, 2, 3, 1)
     if act:
@@ -47,7 +47,7 @@ def depthwise_conv(
 def mlla_attention(
     qk: Tensor, v: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, num_heads: int
 ) -> Tensor:
-    """Linear attention with local position encoding, gated: the core of a MLLA block.
+    """Gated linear attention with local position encoding, the core of an MLLA block.
 
     ::
 
@@ -74,14 +74,15 @@ def mlla_attention(
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
     """Multi-head linear attention over all tokens of a feature map.
 
-    With q and k passed through ELU + 1, n = H * W tokens, and q~, k~ the rotated q, k::
+    Let q and k be the queries and keys after the feature map ELU + 1, q~ and k~ their
+    rotations, and n = H * W the number of tokens. Then, for each head::
 
-        y = q~ (k~^T v / n) / (q . mean_n(k) + 1e-6)        per head
+        y = q~ (k~^T v / n) / (q . mean_n(k) + 1e-6)
 
     The normaliser uses q and k before the rotation. Feature map, rotation and
-    normaliser are computed in float32 (or float64) whatever the input, since
-    q . mean_n(k) underflows in half precision; the two matrix products run in the
-    dtype of ``v``. Time and memory are linear in n (Sec. 3 of arXiv 2405.16605).
+    normaliser are computed in float32 (or float64), because q . mean_n(k) underflows in
+    half precision. The two matrix products run in the dtype of ``v``. Time and memory
+    are linear in n (Sec. 3 of arXiv 2405.16605).
 
     Args:
         q (Tensor): Queries before the feature map, (N, H, W, C).
@@ -97,10 +98,10 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
     k = F.elu(at_least_float32(k)) + 1
     q_rotated = _split_heads(rotary_embedding(q).to(v.dtype), num_heads)
     k_rotated = _split_heads(rotary_embedding(k).to(v.dtype), num_heads)
-    # An element-wise sum, since autocast would run a matrix product in half precision.
+    # No matrix product, because autocast would run it in half precision.
     norm = _split_heads(q * k.mean(dim=(1, 2), keepdim=True), num_heads)
     norm = norm.sum(dim=-1, keepdim=True) + EPS
-    # Each factor takes half of 1 / n: the sum over many tokens stays in range.
+    # Each factor is multiplied by the root of 1 / n, so that the sum stays in range.
     scale = (height * width) ** -0.5
     kv = (k_rotated * scale).transpose(-2, -1) @ (_split_heads(v, num_heads) * scale)
     y = at_least_float32(q_rotated @ kv) / norm
@@ -108,7 +109,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Half precision to float32, all else as it is."""
+    """Cast half precision to float32. Other types stay as they are."""
     return x.float() if x.dtype in HALF else x
 
 
@@ -132,7 +133,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         eps (float): Added to the variance.
 
     Returns:
-        Tensor: (..., C), float32 under autocast on CUDA.
+        Tensor: (..., C). Under autocast on CUDA it is float32.
     """
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
@@ -160,7 +161,7 @@ def batch_norm(
     eps: float,
     act: bool,
 ) -> Tensor:
-    """BatchNorm by running statistics, and ReLU if ``act``.
+    """BatchNorm by running statistics, followed by ReLU if ``act`` is True.
 
     Args:
         x (Tensor): (N, C, H, W).
@@ -181,7 +182,7 @@ def batch_norm(
 def mlp(
     x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor
 ) -> Tensor:
-    """Linear layer, GELU (with the error function), linear layer.
+    """Linear layer, GELU (by the error function), linear layer.
 
     Args:
         x (Tensor): (..., C).

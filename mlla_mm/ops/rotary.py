@@ -11,11 +11,11 @@ from .tracing import is_compiled, is_graph
 _BASE = 10000.0
 
 # (number of frequencies, device, dtype) -> (cos, sin), each (positions, frequencies).
-# One table per axis serves every image size; a table per size would take gigabytes
-# over a COCO epoch. Kept outside the modules: as buffers they would enter
-# checkpoints and MMEngine's EMA, which cannot follow a buffer that grows.
+# One table for each axis serves every image size. A table for each size would take
+# gigabytes in an epoch of COCO. The tables are not buffers of a module: checkpoints
+# would contain them, and MMEngine's EMA cannot handle a buffer that grows.
 _TABLES: Dict[Tuple[int, torch.device, torch.dtype], Tuple[Tensor, Tensor]] = {}
-# (channels, device, dtype) -> what rotation() returned last.
+# (channels, device, dtype) -> the last result of rotation().
 _ROTATIONS: Dict[Tuple[int, torch.device, torch.dtype], Tensor] = {}
 
 
@@ -24,12 +24,13 @@ def axis_tables(
 ) -> Tuple[Tensor, Tensor]:
     """Cosine and sine of ``position * 10000 ** (-j / num_freqs)``.
 
-    The tables are cached and grow to the next power of two of the longest axis seen. A
-    graph that is being recorded computes its own, so that it serves every length.
+    The tables are cached. Their length is the next power of two of the longest axis so
+    far. A graph that is being recorded computes its own tables, so that it serves every
+    length.
 
     Args:
-        length (int): Number of positions along the axis, 0 .. length - 1.
-        num_freqs (int): Number of frequencies, j = 0 .. num_freqs - 1.
+        length (int): Number of positions along the axis, from 0 to length - 1.
+        num_freqs (int): Number of frequencies, with j from 0 to num_freqs - 1.
         device (torch.device): Device of the tables.
         dtype (torch.dtype): float32 or float64.
 
@@ -49,9 +50,9 @@ def _build_tables(
     length: int, num_freqs: int, device: torch.device, dtype: torch.dtype
 ) -> Tuple[Tensor, Tensor]:
     capacity = 1 << (length - 1).bit_length()
-    # A tensor that is made under inference mode can never take part in training.
+    # A tensor that is created in inference mode can never take part in training.
     with torch.inference_mode(False), torch.no_grad():
-        # On the CPU, since not every accelerator has float64.
+        # On the CPU, because some accelerators have no float64.
         freqs = _BASE ** (-torch.arange(num_freqs, dtype=torch.float64) / num_freqs)
         angles = torch.arange(capacity, dtype=torch.float64)[:, None] * freqs
         return (
@@ -63,11 +64,11 @@ def _build_tables(
 def _tables_in_graph(
     length: int, num_freqs: int, device: torch.device, dtype: torch.dtype
 ) -> Tuple[Tensor, Tensor]:
-    """The tables in float32 alone: runtimes of exported models often lack float64.
+    """The tables from float32 alone: runtimes of exported models often lack float64.
 
-    A frequency is the sum of a multiple of 2**-12, whose product with a position is
-    exact up to 4096, and of a remainder, whose product is small. The angles are added
-    after the cosine and the sine.
+    Each frequency is split into a multiple of 2**-12 and a small remainder. The product
+    of the first with a position is exact up to position 4096, and the product with the
+    second is small. The addition theorems combine both angles.
     """
     freqs = [_BASE ** (-j / num_freqs) for j in range(num_freqs)]
     coarse = [round(freq * 4096) / 4096 for freq in freqs]
@@ -83,8 +84,8 @@ def _tables_in_graph(
 def rotation(x: Tensor) -> Tensor:
     """The rotation of :func:`rotary_embedding` as complex numbers of length one.
 
-    The last image size's is kept for each number of channels, since the blocks of a
-    stage share it.
+    For each number of channels the result for the last image size is cached, because
+    the blocks of a stage share it.
 
     Args:
         x (Tensor): float32 or float64 queries and keys (N, H, W, 2C).
@@ -114,8 +115,8 @@ def _build_rotation(
 def rotary_embedding(x: Tensor) -> Tensor:
     """Rotate channel pairs (2j, 2j + 1) by the position of their token.
 
-    With C channels and theta_j = 10000^(-j / (C/4)), the first C/4 pairs rotate by
-    row * theta_j and the last C/4 pairs by column * theta_j.
+    With C channels and theta_j = 10000^(-j / (C/4)), pair j of the first C/4 pairs
+    rotates by row * theta_j, and pair j of the last C/4 pairs by column * theta_j.
 
     Args:
         x (Tensor): float32 or float64 feature map (N, H, W, C), C a multiple of 4.
@@ -124,11 +125,12 @@ def rotary_embedding(x: Tensor) -> Tensor:
         Tensor: The rotated map, shape and dtype of ``x``.
     """
     height, width = x.shape[1:3]
-    # The image size may be a symbol; the number of channels never is.
+    # In a graph the image size may be a symbol. The number of channels is an int.
     num_freqs = int(x.shape[3]) // 4
     if is_compiled() and x.device.type == 'cpu':
-        # The compiler's loops over the real formula are not vectorised there, and have
-        # sines and exponentials in them. Complex products it leaves to PyTorch.
+        # On a CPU the compiler makes slow loops of the real formula: they are not
+        # vectorised, and compute sines and exponentials. It leaves complex products to
+        # PyTorch.
         table = _build_rotation(height, width, num_freqs, x.device, x.dtype)
         pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
         return torch.view_as_real(pairs * table).flatten(-2)

@@ -5,11 +5,11 @@ from ..compat.pytorch import TELLS_EXPORT, is_compiling, is_exporting
 
 
 def is_tracing() -> bool:
-    """Whether a graph is being recorded that shall serve every image size.
+    """Whether a graph for every image size is being recorded.
 
-    True inside ``torch.jit.trace`` (which ONNX export and MMEngine's FLOP counter use
-    too), where sizes are tensors, and ``torch.export``, where they are symbols. Python
-    branches on sizes and caches by size would fix them in the graph.
+    True inside ``torch.jit.trace``, which ONNX export and MMEngine's FLOP counter use,
+    too, and inside ``torch.export``. Sizes are then tensors or symbols. Branches on
+    sizes and caches by size would fix the sizes in the graph.
     """
     return torch.jit.is_tracing() or is_exporting()
 
@@ -17,14 +17,14 @@ def is_tracing() -> bool:
 def is_graph() -> bool:
     """Whether a graph is being recorded, also by ``torch.compile``.
 
-    That one could follow a branch, with a graph for each way.
+    ``torch.compile`` could handle branches, but would make a graph for each.
     """
     return is_tracing() or is_compiling()
 
 
 def is_compiled() -> bool:
-    """Whether ``torch.compile`` is at work, and it is not for ``torch.export``.
+    """Whether ``torch.compile`` is at work by itself, not for ``torch.export``.
 
-    False before PyTorch 2.7, where that cannot be told.
+    Always False before PyTorch 2.7, which cannot tell them apart.
     """
     return TELLS_EXPORT and is_compiling() and not is_tracing()

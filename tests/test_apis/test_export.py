@@ -13,13 +13,13 @@ from mlla_mm.models import MLLA
 from ..reference import relative_error
 
 ARCH = dict(embed_dims=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2))
-# The least that is allowed, one side odd and the other a multiple of 4 alone, larger.
+# The smallest size, one with an odd side and a multiple of 4, and a larger one.
 SIZES = [(33, 33), (52, 71), (224, 130)]
 
 
 @pytest.fixture(scope='module')
 def backbone():
-    """Two stages with a patch merging between them: exporting four takes a minute."""
+    """Two stages with a patch merging between them. Four stages take a minute."""
     torch.manual_seed(0)
     model = MLLA(ARCH, out_indices=(0, 1)).eval()
     for name, value in model.state_dict().items():
@@ -28,6 +28,14 @@ def backbone():
         elif name.endswith('running_var'):
             nn.init.uniform_(value, 0.5, 1.5)
     return select_part(model, 'backbone')
+
+
+def skip_unless_supported(format):
+    if format == 'onnx':
+        pytest.importorskip('onnx')
+        pytest.importorskip('onnxruntime')
+    elif format == 'torch-export' and not pytorch.TELLS_EXPORT:
+        pytest.skip('needs PyTorch 2.7')
 
 
 def check(part, run, sizes=SIZES):
@@ -49,12 +57,8 @@ def test_torchscript(backbone, tmp_path):
 
 @pytest.mark.parametrize('format', FORMATS)
 def test_batch_norm_in_the_convolutions(backbone, format, tmp_path):
-    """One block, so that it is quick: what exports is the model of the moment."""
-    if format == 'onnx':
-        pytest.importorskip('onnx')
-        pytest.importorskip('onnxruntime')
-    if format == 'torch-export' and not pytorch.TELLS_EXPORT:
-        pytest.skip('needs PyTorch 2.7')
+    """A fused model exports. It has one block, which is quick."""
+    skip_unless_supported(format)
     model = MLLA(ARCH, out_indices=0).eval()
     model.load_state_dict(backbone.module.state_dict(), strict=False)
     image = torch.randn(2, 3, 50, 39)
@@ -68,8 +72,9 @@ def test_batch_norm_in_the_convolutions(backbone, format, tmp_path):
 
 
 def test_onnx(backbone, tmp_path):
-    pytest.importorskip('onnx')
-    onnxruntime = pytest.importorskip('onnxruntime')
+    skip_unless_supported('onnx')
+    import onnxruntime
+
     path = tmp_path / 'model.onnx'
     error = export_model(backbone, 'onnx', path, (64, 96))
     assert 0 <= error < 1e-5
@@ -84,14 +89,12 @@ def test_onnx(backbone, tmp_path):
         return [torch.from_numpy(output) for output in outputs]
 
     check(backbone, run, [*SIZES, (1, 1), (7, 5)])
-    # Everything is in the one file.
+    # There is no second file with weights.
     assert [file.name for file in tmp_path.iterdir()] == ['model.onnx']
 
 
-@pytest.mark.skipif(
-    not pytorch.TELLS_EXPORT, reason='torch.export has what it takes from 2.7 on'
-)
 def test_torch_export(backbone, tmp_path):
+    skip_unless_supported('torch-export')
     path = tmp_path / 'model.pt2'
     error = export_model(backbone, 'torch-export', path, (64, 96))
     assert 0 <= error < 1e-5
@@ -117,7 +120,7 @@ def test_tracing_leaves_eager_execution_as_it_was(backbone, tmp_path):
 
 
 class FixedSize(nn.Module):
-    """Its trace holds for one image size."""
+    """Its trace is right for one image size only."""
 
     def __init__(self):
         super().__init__()
@@ -164,10 +167,7 @@ def test_wrong_arguments(backbone, tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize('format', FORMATS)
 def test_published_network(format, tmp_path):
-    if format == 'onnx':
-        pytest.importorskip('onnxruntime')
-    elif format == 'torch-export' and not pytorch.TELLS_EXPORT:
-        pytest.skip('torch.export has what it takes from 2.7 on')
+    skip_unless_supported(format)
     model = get_model('mlla-t').eval()
     for part in ('backbone', 'classifier'):
         path = tmp_path / f'{part}{FORMATS[format]}'

@@ -46,7 +46,7 @@ def pictures(digits_coco):
 
 @pytest.fixture
 def folder(tmp_path, pictures):
-    """Two pictures, one of them below, a file that is none, and two broken ones."""
+    """A picture, one in a folder below, two broken pictures, and a text file."""
     root = tmp_path / 'folder'
     (root / 'below').mkdir(parents=True)
     shutil.copy(pictures[0], root / 'a.png')
@@ -145,7 +145,7 @@ def test_arrays_are_what_files_are(inferencer, pictures, scope):
 
 @pytest.mark.parametrize('orientation', range(1, 9))
 def test_pictures_are_turned_as_exif_says(inferencer, tmp_path, orientation):
-    """The checks of data sets expect the same size."""
+    """The checks of datasets expect the same sizes."""
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     picture = Image.new('RGB', (48, 32))
@@ -164,13 +164,13 @@ def test_pictures_of_one_size_share_a_batch(inferencer, pictures, scope, monkeyp
     images[3] = images[3][:40]
     alone = inferencer(scope)(images, score_thr=0.1)
     sizes = []
-    forward = type(inferencer(scope)).forward
+    test_step = inferencer(scope).model.test_step
 
-    def count(self, inputs):
-        sizes.append(len(inputs))
-        return forward(self, inputs)
+    def count(data):
+        sizes.append(len(data['inputs']))
+        return test_step(data)
 
-    monkeypatch.setattr(Inferencer, 'forward', count)
+    monkeypatch.setattr(inferencer(scope).model, 'test_step', count)
     together = inferencer(scope)(images, batch_size=2, score_thr=0.1)
     # The classifier's pipeline makes all pictures alike.
     assert sizes == ([2, 2, 1] if scope == 'mmpretrain' else [2, 1, 1, 1])
@@ -190,7 +190,7 @@ def _numbers(result):
 @pytest.mark.parametrize('scope', SCOPES)
 def test_folder(inferencer, folder, scope):
     out = folder / 'out'
-    for _ in range(2):  # the second time there are results below the folder
+    for _ in range(2):  # the second time the folder contains results
         results = inferencer(scope)(folder, out_dir=out)
         assert [Path(result['input']).relative_to(folder) for result in results] == [
             Path('a.png'),
@@ -211,7 +211,7 @@ def test_folder(inferencer, folder, scope):
     assert 'Read 2 pictures and 0 frames of videos, skipped 2 files.' in lines
 
 
-# What is wrong with a picture, and how its error begins.
+# A function that makes a bad file, and the beginning of its error.
 BAD = {
     'a_zero_bytes.jpg': (bad_data.empty, 'is empty'),
     'a_text.png': (bad_data.web_page, 'is not an image'),
@@ -226,9 +226,9 @@ BAD = {
     'escapes_\x1b[31m\n.png': (bad_data.web_page, 'is not an image'),
     'not_unicode_\udcff.png': (bad_data.web_page, 'is not an image'),
 }
-# OpenCV before 4.12 fills up what is cut off, and before 4.11 reads no GIF.
+# OpenCV before 4.12 completes a cut-off picture, and before 4.11 reads no GIF.
 CUT, ANIMATED = 'a_cut_off.jpg', 'animated.jpg'
-# Names that are no good as those of results.
+# Names that would be bad names for results.
 NAMES = (
     *('....png', '...png', '..png', 'two\nlines.png', '\x1b[31m.png', '\udcff.png'),
     *('写真.png', ' .png', '100%d.png', f'{"n" * 251}.png', '[bold].png'),
@@ -241,14 +241,14 @@ ODD = {
     'palette.png': noise(40, 60, 3),
     'cmyk.jpg': noise(40, 60, 4),
 }
-# Thinner than the pipeline, the network, or what draws can do with.
+# Too thin for the pipeline, for the network, or for drawing.
 THIN = {'1x1.png': (1, 1), '1x20000.png': (20000, 1), '20000x1.png': (1, 20000)}
 
 
 @pytest.fixture
 def gallery(tmp_path):
     root = tmp_path / 'gallery'
-    (root / 'folder.jpg').mkdir(parents=True)  # whose pictures are those of a folder
+    (root / 'folder.jpg').mkdir(parents=True)  # a folder, in spite of its name
     for name, (spoil, _) in BAD.items():
         spoil(root / name)
     save(root / CUT, noise(40, 60, 3))
@@ -302,7 +302,7 @@ def test_no_picture_ends_a_run(
 
 
 def test_names_of_videos_stay_in_their_folder(inferencer, video, tmp_path):
-    """Less its suffix, '...avi' is the folder above."""
+    """Without its suffix, '...avi' is '..', the folder above."""
     shutil.copy(video, tmp_path / '...avi')
     results = inferencer('mmseg')(tmp_path / '...avi', tmp_path / 'out')
     maps = {Path(result['label_map']).resolve().parent for result in results}
@@ -313,7 +313,7 @@ def test_names_of_videos_stay_in_their_folder(inferencer, video, tmp_path):
 
 @pytest.mark.parametrize('scope', SCOPES)
 def test_a_picture_that_the_network_fails_for(inferencer, scope, tmp_path):
-    """In a batch it alone has an error, and the others what they have without it."""
+    """In a batch only this picture has an error. The others have their results."""
 
     def fail(module, inputs):
         if (inputs[0].amax((2, 3)) == inputs[0].amin((2, 3))).any():
@@ -339,7 +339,7 @@ def test_memory_that_runs_out(inferencer, tmp_path):
         (tmp_path / f'{side}.png').write_bytes(bad_data.black_png(side, side))
     save(tmp_path / 'small.png', noise(64, 64, 3))
     infer = inferencer('mmpretrain')
-    infer(tmp_path / 'small.png', tmp_path / 'out')  # what it takes without the others
+    infer(tmp_path / 'small.png', tmp_path / 'out')  # takes the usual memory
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path('/proc/self/statm').read_text().split()[0])
     limit = pages * resource.getpagesize() + 500 * 2**20
@@ -388,7 +388,7 @@ def test_drawing_keeps_colours(inferencer, tmp_path, scope):
     results = inferencer(scope)([image, tmp_path / 'red.png'], tmp_path / 'out', 1, 1.0)
     for result in results:
         blue, green, red = mmcv.imread(result['drawn'])[-5, -5].astype(int)
-        if scope == 'mmseg':  # all classes have one colour, which covers the picture
+        if scope == 'mmseg':  # the predicted class covers the picture with its colour
             assert green > red > blue and red > 20
         else:
             assert red > 150 > 50 > max(blue, green)
@@ -436,7 +436,7 @@ HEADER = b'\0\0\0\x08ftyp' + bytes(99)
 def test_names_of_videos_are_paths(
     inferencer, pictures, tmp_path, name, inside, monkeypatch
 ):
-    """FFmpeg takes some for addresses, and OpenCV crashes where one is not UTF-8."""
+    """FFmpeg reads some names as addresses, and OpenCV crashes if one is not UTF-8."""
     monkeypatch.chdir(tmp_path)
     Path(name).parent.mkdir(parents=True, exist_ok=True)
     Path(name).write_bytes(HEADER)
@@ -460,7 +460,7 @@ def test_a_drawn_video_of_an_odd_name(inferencer, video, tmp_path, monkeypatch):
 
 
 def test_nothing_is_written_through_links(inferencer, video, pictures, tmp_path):
-    """The folder of the results may be somebody else's."""
+    """Somebody else may have put links into the folder of the results."""
     victim, out = tmp_path / 'victim', tmp_path / 'out'
     victim.mkdir()
     (victim / 'thesis.txt').write_text('mine')
@@ -480,7 +480,7 @@ def test_nothing_is_written_through_links(inferencer, video, pictures, tmp_path)
 
 
 def test_results_that_cannot_be_written(inferencer, pictures, tmp_path):
-    """It is said before the work."""
+    """The error comes before the work."""
     (tmp_path / 'results.json').mkdir()
     with pytest.raises(ValueError, match='results.json is a folder'):
         inferencer('mmpretrain')(pictures[0], tmp_path)
@@ -488,7 +488,7 @@ def test_results_that_cannot_be_written(inferencer, pictures, tmp_path):
 
 
 def test_a_video_and_a_folder_of_one_name(inferencer, video, pictures, tmp_path):
-    """Frames of one, and pictures of the other, would have the same names."""
+    """Frames of the video and pictures of the folder could have the same names."""
     (tmp_path / 'in/digits').mkdir(parents=True)
     shutil.copy(video, tmp_path / 'in')
     shutil.copy(pictures[0], tmp_path / 'in/digits/000000.png')
@@ -505,7 +505,7 @@ PLAYLISTS = {
 
 @pytest.mark.parametrize('kind', PLAYLISTS)
 def test_playlists_are_no_videos(inferencer, video, tmp_path, kind):
-    """They name other files, which would be read in their place."""
+    """FFmpeg would read the files that a playlist names."""
     shutil.copy(video, tmp_path / 'digits.avi')
     playlist = tmp_path / 'film.mp4'
     playlist.write_text(PLAYLISTS[kind])
@@ -533,7 +533,7 @@ def test_kinds_of_videos(inferencer, video, tmp_path, suffix):
 
 @pytest.mark.parametrize('scale, rate', [(1, 10**6), (1, 2**32 - 1), (2**31, 1)])
 def test_video_of_an_impossible_rate(inferencer, video, tmp_path, scale, rate):
-    """With which no video can be written."""
+    """No video can be written with this rate."""
     content = video.read_bytes()
     start = content.index(b'strh') + 28
     rates = struct.pack('<II', scale, rate)
@@ -572,7 +572,7 @@ def test_averaged_weights(nano, inferencer, pictures):
     ],
 )
 def test_names_of_classes_without_meta(tmp_path, name, change, first, last):
-    """Published checkpoints do not have them; the data set of the config does."""
+    """Published checkpoints have no names. The dataset of the config has them."""
     cfg = Config.fromfile(CONFIGS / f'{name}.py')
     cfg.merge_from_dict({f'model.{key}': value for key, value in change.items()})
     torch.save(dict(state_dict=build(cfg).state_dict()), tmp_path / 'model.pth')
@@ -584,11 +584,11 @@ def test_names_of_classes_without_meta(tmp_path, name, change, first, last):
 def test_names_of_classes_are_too_few(nano, pictures, tmp_path):
     cfg, checkpoint = nano('mmpretrain')
     saved = torch.load(checkpoint)
-    saved['meta'] = dict(CLASSES=['only'])  # as mmcls wrote it
+    saved['meta'] = dict(CLASSES=['only'])  # the format of mmcls
     torch.save(saved, tmp_path / 'model.pth')
     inferencer = Inferencer(cfg, tmp_path / 'model.pth', 'cpu')
     assert list(inferencer.classes) == ['only']
-    with pytest.raises(ValueError, match='names of 1 classes are known'):
+    with pytest.raises(ValueError, match='only 1 class names are known'):
         inferencer(pictures[0])
 
 

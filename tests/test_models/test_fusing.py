@@ -19,14 +19,14 @@ def norms(model):
 
 @pytest.mark.parametrize('scope', NANO)
 def test_features_stay(scope):
-    """Within 1e-5 of their size, of backbone, neck and head."""
+    """Outputs of backbone, neck and head differ by less than 1e-5."""
     cfg = Config.fromfile(NANO[scope])
     for part in ('decode_head', 'auxiliary_head'):
         if part in cfg.model:
             cfg.model[part].norm_cfg.type = 'BN'
     model = build(cfg).eval()
     images = torch.randn(2, 3, 70, 64)
-    # A detector's heads have no BatchNorm, and want to know of objects.
+    # The heads of a detector have no BatchNorm, and need proposals.
     call = model.extract_feat if scope == 'mmdet' else partial(model, mode='tensor')
     with torch.no_grad():
         expected = call(images)
@@ -96,7 +96,7 @@ def test_what_would_compute_something_else_is_refused(problem):
     with pytest.raises(ValueError) as caught:
         fuse_conv_bn(model)
     assert problem in str(caught.value) and '1.' in str(caught.value)
-    # Also what could have been folded is as it was.
+    # Nothing was folded, not even the first BatchNorm.
     assert model.state_dict().keys() == weights.keys()
     for key, value in model.state_dict().items():
         assert torch.equal(weights[key], value)

@@ -1,5 +1,5 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""Random arguments and images: the backbone works, or says what is wrong with them."""
+"""Random arguments and images: the backbone works, or tells what is wrong."""
 
 import math
 
@@ -39,7 +39,7 @@ def archs(draw):
 OUT_INDICES = st.integers(-4, 3) | st.lists(
     st.integers(-4, 3), min_size=1, max_size=4, unique_by=lambda i: i % 4
 )
-# The second rounds to 1 in float32.
+# The last number rounds to 1 in float32.
 RATES = st.floats(0, 1, exclude_max=True) | st.just(1 - 1e-10)
 OPTIONS = dict(
     in_channels=st.integers(1, 5),
@@ -60,7 +60,7 @@ def good_arguments():
 
 @st.composite
 def bad_arguments(draw):
-    """Arguments of which one, or one entry of arch, is anything at all."""
+    """Arguments. One of them, or one entry of arch, has an arbitrary value."""
     arguments = draw(good_arguments())
     name = draw(st.sampled_from(['arch', *arguments['arch'], *OPTIONS]))
     if name in arguments['arch']:
@@ -72,7 +72,7 @@ def bad_arguments(draw):
 
 @st.composite
 def images(draw, channels):
-    """(N, C, H, W), of any size, magnitude, precision and layout in memory."""
+    """Images (N, C, H, W) of any size, magnitude, precision and memory layout."""
     sides = st.integers(1, 40) | st.sampled_from([1, 2, 4, 5, 32, 33, 150])
     shape = (draw(st.integers(1, 2)), channels, draw(sides), draw(sides))
     torch.manual_seed(draw(st.integers(0, 9)))
@@ -87,7 +87,7 @@ def images(draw, channels):
 
 
 def norms_of_one_value(model, x):
-    """The BatchNorms that get one value per channel."""
+    """The BatchNorms that get a single value for each channel."""
     found = []
 
     def look(module, inputs, output):
@@ -115,7 +115,7 @@ def check_features(model, features, x):
 
 
 def run(model, x, training):
-    """One forward and backward pass, and what has to hold for it."""
+    """Run and check one forward and one backward pass."""
     norms = norms_of_one_value(model.to(x.dtype), x)
     model.train(training)
     if any(norm.training for norm in norms):
@@ -138,14 +138,14 @@ def run(model, x, training):
 
 
 def works(data):
-    """Good arguments: it builds, and runs on images of any size."""
+    """With good arguments, the model runs on images of any size."""
     arguments = data.draw(good_arguments())
     x = data.draw(images(arguments.get('in_channels', 3)))
     run(MLLA(**arguments), x, training=data.draw(st.booleans()))
 
 
 def works_or_refuses(data):
-    """Any argument: it works as well, or there is one ValueError of one line."""
+    """With any arguments, it runs, too, or raises a ValueError of one line."""
     arguments = data.draw(bad_arguments())
     try:
         model = MLLA(**arguments)
@@ -160,27 +160,7 @@ FEW = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 MANY = settings(max_examples=500, deadline=None, database=None)
 
 
-@FEW
-@given(st.data())
-def test_works(data):
-    works(data)
-
-
-@FEW
-@given(st.data())
-def test_works_or_refuses(data):
-    works_or_refuses(data)
-
-
-@pytest.mark.slow
-@MANY
-@given(st.data())
-def test_works_often(data):
-    works(data)
-
-
-@pytest.mark.slow
-@MANY
-@given(st.data())
-def test_works_or_refuses_often(data):
-    works_or_refuses(data)
+@pytest.mark.parametrize('amount', [FEW, pytest.param(MANY, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('check', [works, works_or_refuses])
+def test_arguments(check, amount):
+    amount(given(st.data())(check))()

@@ -9,7 +9,7 @@ ARCH = dict(embed_dims=8, depths=(1, 2, 3, 1), num_heads=(1, 1, 2, 2))
 @pytest.mark.parametrize('prefix', ['', 'backbone.'])
 def test_depth_follows_the_data(prefix):
     model = MLLA(ARCH)
-    # Depths in the order in which the forward pass meets the layers.
+    # Depths follow the order of the layers in the forward pass.
     expected = {'patch_embed': 0}
     depth = 0
     for i, blocks in enumerate(ARCH['depths']):
@@ -30,6 +30,6 @@ def test_depth_follows_the_data(prefix):
 
 def test_what_follows_the_backbone_has_the_last_depth():
     assert MLLA(ARCH).get_layer_depth('head.fc.weight', 'backbone.') == (8, 9)
-    # Its own names mean nothing outside it.
+    # Without the prefix, a name is not one of the backbone's.
     name = 'layers.0.blocks.0.norm1.weight'
     assert MLLA(ARCH).get_layer_depth(name, 'backbone.') == (8, 9)

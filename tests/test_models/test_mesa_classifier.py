@@ -8,8 +8,6 @@ from mmengine.registry import MODELS, init_default_scope
 
 from mlla_mm.engine.ema import ModelEMA
 
-from .. import reference
-
 pytest.importorskip('mmpretrain')
 from mmpretrain.structures import DataSample  # noqa: E402
 
@@ -39,30 +37,6 @@ def batch(size: int = 4):
         for _ in range(size)
     ]
     return torch.randn(size, 3, 32, 32), samples
-
-
-def official_in_classifier(arch: str) -> dict:
-    renamed = {'norm': 'backbone.norm3', 'head': 'head.fc'}
-    weights = {}
-    for key, value in reference.official_weights(f'mlla-{arch}').items():
-        first, rest = key.split('.', 1)
-        weights[f'{renamed.get(first, f"backbone.{first}")}.{rest}'] = value
-    return weights
-
-
-@pytest.mark.parametrize(
-    'name, parameters',
-    [('t_8xb128', 24_392_200), ('s_8xb64', 43_015_048), ('b_8xb64', 95_983_960)],
-)
-def test_logits_equal_the_authors(name, parameters):
-    arch = name[0]
-    model = build(f'mlla-{name}_in1k').eval()
-    assert sum(p.numel() for p in model.parameters()) == parameters
-    model.load_state_dict(official_in_classifier(arch))
-    with torch.no_grad():
-        logits = model(reference.image('224x224', 1))
-    expected = reference.recorded(f'logits_mlla-{arch}_224x224')
-    assert reference.relative_error(logits, expected) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -99,7 +73,7 @@ def test_losses_are_the_definition(weight):
     teacher = ModelEMA(build_nano(), 0.5).module
     model.set_teacher(teacher)
     losses = model.loss(inputs, samples)
-    # Drop path is off here, so a second forward pass repeats the first.
+    # There is no stochastic depth, so a second forward pass gives the same.
     logits = model(inputs)
     label = 0.9 * torch.stack([s.gt_score for s in samples]) + 0.1 / 10
     expected = dict(

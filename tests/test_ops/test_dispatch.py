@@ -17,7 +17,7 @@ def depthwise(channels):
 
 @pytest.fixture
 def chosen(monkeypatch):
-    """The implementation whose attention runs."""
+    """A function that returns the implementation whose attention runs."""
     called = []
 
     def record(module, name):
@@ -61,7 +61,7 @@ def test_the_environment_chooses(monkeypatch, chosen):
 
 @pytest.mark.parametrize('available', [False, True])
 def test_the_environment_chooses_on_a_gpu(available, monkeypatch):
-    """Kernels are taken unasked; they are asked for, or done without."""
+    """The default is the kernels. The environment can require or forbid them."""
     monkeypatch.setattr(triton, 'is_available', lambda device: available)
     x = SimpleNamespace(is_cuda=True, device=torch.device('cuda'))
     monkeypatch.delenv('MLLA_OPS', raising=False)
@@ -80,14 +80,14 @@ def test_the_environment_chooses_on_a_gpu(available, monkeypatch):
 def test_nothing_is_fused_on_the_cpu(monkeypatch):
     monkeypatch.delenv('MLLA_OPS', raising=False)
     block, x = MLLABlock(8, 2), torch.randn(1, 2, 3, 8)
-    # Even where the kernels are interpreted.
+    # Even if Triton interprets the kernels.
     monkeypatch.setattr(triton, 'is_available', lambda device: True)
     monkeypatch.setattr(triton, 'mlla_block', None)
     assert dispatch._implementation(x) is eager
     assert block(x).shape == x.shape
 
 
-# In a process of its own, since Triton has to be told before it is imported.
+# In a process of its own, because Triton reads the variable when it is imported.
 FUSED = """
 import os
 from collections import Counter
@@ -137,13 +137,13 @@ OPS = [
 
 
 def test_fused_kernels_are_taken_where_they_fit(run_tool):
-    """Without gradients, with, with hooks in the blocks, and in float64."""
+    """Without gradients, with gradients, with hooks in the blocks, and in float64."""
     if not triton._has_triton():
         pytest.skip('needs Triton 3.3')
     code = f'OPS = {OPS}\n{FUSED}'
     output = run_tool('python', '-c', code, env=dict(TRITON_INTERPRET='1')).stdout
-    # Of a model with four blocks, four LayerNorms of outputs, three reductions of the
-    # resolution, and as many BatchNorms besides those of the stem.
+    # The model has four blocks, four LayerNorms for outputs, three patch mergings, and
+    # a BatchNorm in each of these besides the five of the stem.
     assert output.splitlines()[-4:] == EXPECTED_CALLS
 
 
@@ -153,13 +153,13 @@ EXPECTED_CALLS = [
     for calls in (
         [4, 0, 0, 4, 3, 8],
         [4, 0, 0, 4, 3, 0],
-        [0, 12, 4, 8, 3, 0],  # norm1 of the blocks is called
+        [0, 12, 4, 8, 3, 0],  # the blocks call norm1, which has a hook
         [0, 0, 0, 0, 0, 0],
     )
 ]
 
 
-def test_graphs_have_the_plain_definitions(monkeypatch):
+def test_graphs_have_the_plain_definitions():
     class Recorded(nn.Module):
         def __init__(self):
             super().__init__()
@@ -170,14 +170,14 @@ def test_graphs_have_the_plain_definitions(monkeypatch):
 
     x = torch.randn(1, 2, 3, 8)
     graph = torch.jit.trace(Recorded(), x).inlined_graph
-    # The sum that is part of the weights otherwise.
+    # Outside of graphs, this sum is a part of the weights.
     (end,) = graph.outputs()
     assert end.node().kind() == 'aten::add'
 
 
 @pytest.mark.parametrize('forced', ['', 'eager', 'fused'])
 def test_graphs_have_no_fused_blocks(forced, monkeypatch):
-    """Whatever the environment says, and where kernels would run."""
+    """Even if the environment asks for kernels, and if they could run."""
     monkeypatch.setenv('MLLA_OPS', forced)
     monkeypatch.setattr(triton, 'is_available', lambda device: True)
     block, x = MLLABlock(8, 2).eval(), torch.randn(1, 2, 3, 8)
@@ -192,7 +192,7 @@ def test_graphs_have_no_fused_blocks(forced, monkeypatch):
     assert not any(kind.startswith('prim::Python') for kind in kinds)
 
 
-# Which modules have an op; the package has them all.
+# The modules that have an op.
 IMPLEMENTATIONS = dict(
     depthwise_conv=(naive, eager, triton),
     mlla_attention=(naive, eager, triton),

@@ -1,5 +1,5 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""The few passes of ops.eager against the plain definitions."""
+"""The ops of ops.eager against the definitions."""
 
 import pytest
 import torch
@@ -105,7 +105,7 @@ def test_autocast():
 @pytest.mark.parametrize('grad', [False, True])
 @pytest.mark.parametrize('act', [False, True])
 def test_residual_under_autocast(act, grad):
-    """A sum in float32: 1 + weight in half precision would round what is added."""
+    """The sum is in float32, because half precision would round 1 + weight."""
     _, x, _, weight, bias = attention_arguments((2, 9, 8, 24))
     arguments = [x, weight / 50, bias / 50]
     expected = naive.depthwise_conv(*arguments, True, act)
@@ -117,7 +117,7 @@ def test_residual_under_autocast(act, grad):
 
 @pytest.mark.parametrize('grad', [False, True])
 def test_attention_under_autocast(grad):
-    """Of float32 nothing is rounded but LePE, a convolution, which is zero here."""
+    """Only the convolution LePE is rounded to half precision. Here it is zero."""
     *arguments, weight, bias = attention_arguments((2, 9, 8, 24))
     arguments += [0 * weight, 0 * bias]
     expected = naive.mlla_attention(*arguments, 3)
@@ -129,7 +129,7 @@ def test_attention_under_autocast(grad):
 
 @pytest.mark.parametrize('grad', [False, True])
 def test_mlp_under_autocast(grad):
-    """In half precision, as autocast has it for linear layers."""
+    """It runs in half precision, as linear layers do under autocast."""
     arguments = mlp_arguments((2, 9, 8, 24))
     expected = naive.mlp(*arguments)
     with torch.set_grad_enabled(grad), torch.autocast('cpu', torch.bfloat16):
@@ -139,7 +139,7 @@ def test_mlp_under_autocast(grad):
 
 
 def gradients(model, image):
-    """Of all parameters, of a loss that is no constant of the norms."""
+    """Gradients of all parameters. The norms do not make this loss constant."""
     torch.manual_seed(1)
     loss = sum((x.float() * torch.randn(x.shape)).mean() for x in model(image))
     return torch.autograd.grad(loss, list(model.parameters()))
@@ -153,7 +153,7 @@ def test_output_is_finite_where_the_normaliser_underflows():
 
 
 def test_many_tokens_stay_in_the_range_of_float16():
-    """The sum of k~^T v over tokens would not, but its mean does."""
+    """The sum of k~^T v over the tokens is out of range. Its mean is in range."""
     if torch.__version__ < '2.3':
         pytest.skip('no float16 kernels on the CPU')
     qk, v = torch.full((1, 256, 256, 16), 4.0), torch.full((1, 256, 256, 8), 8.0)
@@ -165,7 +165,7 @@ def test_many_tokens_stay_in_the_range_of_float16():
 
 
 def test_other_strides():
-    """Maps with the channels first in memory, and a gradient with its axes swapped."""
+    """Maps are channels-first in memory, and the gradient has its axes swapped."""
     shape = (2, 5, 7, 8)
     arguments = [
         x.detach().movedim(-1, 1).contiguous().movedim(1, -1).requires_grad_()
@@ -208,7 +208,7 @@ def test_rotations_of_the_last_size_alone_are_kept():
             table = rotary.rotation(torch.zeros(1, size, size + 1, 32))
     assert table.shape == (5, 6, 8)
     assert [x.shape for x in rotary._ROTATIONS.values()] == [table.shape]
-    # Made in inference mode, used in training.
+    # The table is created in inference mode, and used in training.
     qk = torch.randn(1, 5, 6, 32, requires_grad=True)
     v = torch.randn(1, 5, 6, 16)
     y = eager.mlla_attention(qk, v, v, torch.zeros(16, 1, 3, 3), torch.zeros(16), 1)

@@ -7,7 +7,7 @@ from mlla_mm.ops import linear_attention, rotary_embedding
 
 
 def token_by_token(q, k, v, num_heads):
-    """The quadratic form: every pair of tokens, head by head."""
+    """The quadratic form: every pair of tokens, for each head."""
     out = torch.empty_like(v)
     q, k = F.elu(q) + 1, F.elu(k) + 1
     q_rotated, k_rotated = rotary_embedding(q), rotary_embedding(k)

@@ -1,9 +1,9 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""The Triton kernels against the plain definitions in float64.
+"""The Triton kernels against the definitions in float64.
 
 Without a GPU, Triton interprets the kernels if ``TRITON_INTERPRET=1`` was set before it
-was imported, which other tests do and must not notice. So one test runs this file again
-in a process of its own. The interpreter is slow; hence the small shapes.
+was imported. Other tests import it without this variable. So one test runs this file
+again in a process of its own. The shapes are small because the interpreter is slow.
 """
 
 import copy
@@ -11,6 +11,8 @@ import importlib
 import os
 import pkgutil
 import sys
+from functools import partial
+from itertools import product
 from pathlib import Path
 from unittest import mock
 
@@ -35,8 +37,9 @@ if not INTERPRETED:
 
 FLOAT32, HALF = torch.float32, [torch.float16, torch.bfloat16]
 HALF_ONCE = [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
+slow = partial(pytest.param, marks=pytest.mark.slow)
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
-# What a block keeps of a dozen layers is rounded in each.
+# A block has a dozen layers, and each rounds its result.
 BLOCK_TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
 
@@ -80,7 +83,7 @@ def test_importing_the_package_does_not_import_triton(run_tool):
     )
 
 
-# Autocast's dtype, and that of the map it is given.
+# The dtype of autocast, and the dtype of the map.
 @pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason='the interpreter does not compile')
 @pytest.mark.parametrize(
@@ -93,7 +96,7 @@ def test_importing_the_package_does_not_import_triton(run_tool):
     ],
 )
 def test_compile_for_hopper(computed, given, tmp_path, monkeypatch):
-    """The compiler, which needs no GPU, takes what the interpreter takes."""
+    """The compiler accepts every kernel. It needs no GPU."""
     if not fused._has_triton():
         pytest.skip('needs Triton 3.3')
     from triton import JITFunction
@@ -146,7 +149,7 @@ def _operand_dtype_on_a_gpu(x):
 
 
 def _launch_every_kernel(dtype):
-    """In every way in which they are launched: nothing is computed."""
+    """In every way in which the ops launch them. Nothing is computed."""
     for channels, heads in ((64, 2), (96, 3)):
         block = MLLABlock(channels, heads)
         x = torch.zeros(2, 7, 9, channels, dtype=dtype).requires_grad_()
@@ -166,7 +169,7 @@ def _launch_every_kernel(dtype):
 
 
 def _source(kernel, args, options):
-    """What the compiler is given for a launch, and how many warps and stages."""
+    """The input of the compiler for a launch, and its numbers of warps and stages."""
     from triton.compiler import ASTSource
 
     values = {**dict(zip(kernel.arg_names, args)), **options}
@@ -210,7 +213,7 @@ def test_refuse_the_cpu():
 
 
 def conv_inputs(shape, dtype=FLOAT32, device='cpu'):
-    """x, weight and bias; the parameters stay float32, as under autocast."""
+    """x, weight and bias. The parameters stay float32, as under autocast."""
     channels = shape[-1]
     x = torch.randn(shape, device=device).to(dtype)
     weight = torch.randn(channels, 1, 3, 3, device=device) / 3
@@ -249,20 +252,20 @@ def batch_norm_inputs(shape, dtype=FLOAT32, device='cpu'):
 
 
 def image_scales(device='cpu'):
-    """What stochastic depth draws for two images."""
+    """Factors of stochastic depth for two images."""
     return torch.tensor([0.0, 1.25], device=device)
 
 
 def scaled(x, scale):
-    """Rows of two images times their scales."""
+    """The rows of two images, multiplied by the scales of the images."""
     return x if scale is None else x * scale.repeat_interleave(len(x) // 2)[:, None]
 
 
 def output_and_grads(function, inputs, *options):
-    """Output, then gradients of the inputs that require one."""
+    """The output, then the gradients of the inputs that require one."""
     output = function(*inputs, *options)
     generator = torch.Generator().manual_seed(1)
-    # Values that every dtype has.
+    # Every dtype can hold these values.
     upstream = torch.randn(output.shape, generator=generator).bfloat16().to(output)
     wanted = [t for t in inputs if t.requires_grad]
     return [output.detach(), *torch.autograd.grad(output, wanted, upstream)]
@@ -273,7 +276,7 @@ def in_float64(inputs):
 
 
 def assert_close(actual, expected, dtype=FLOAT32, tolerances=TOLERANCE):
-    """Largest difference against the largest value, or against 1."""
+    """Compare the largest difference with the largest value, or with 1."""
     assert len(actual) == len(expected)
     for one, other in zip(actual, expected):
         assert one.shape == other.shape
@@ -300,35 +303,28 @@ def _heads(name, options):
 # --- Depthwise convolution ---
 
 
-@pytest.mark.parametrize('act', [False, True])
-@pytest.mark.parametrize('residual', [False, True])
-def test_depthwise_conv(residual, act, device):
-    check('depthwise_conv', conv_inputs((2, 3, 5, 12), device=device), residual, act)
-
-
 @pytest.mark.parametrize(
-    'dtype', [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
+    'shape, dtype, residual, act',
+    [
+        *(
+            ((2, 3, 5, 12), FLOAT32, *flags)
+            for flags in product([False, True], repeat=2)
+        ),
+        ((1, 3, 5, 8), torch.bfloat16, True, True),
+        slow((1, 3, 5, 8), torch.float16, True, True),
+        ((1, 1, 1, 8), FLOAT32, False, False),  # one token
+        ((1, 5, 3, 4), FLOAT32, False, False),
+        ((1, 1, 7, 72), FLOAT32, False, False),  # one row, two blocks of channels
+        ((1, 10, 9, 4), FLOAT32, False, False),  # sums of several programs
+        *(
+            slow(shape, dtype, True, True)
+            for shape in [(3, 14, 14, 64), (1, 17, 23, 32), (2, 7, 7, 136)]
+            for dtype in [FLOAT32, *HALF]
+        ),
+    ],
 )
-def test_depthwise_conv_in_half_precision(dtype, device):
-    inputs = conv_inputs((1, 3, 5, 8), dtype, device)
-    check('depthwise_conv', inputs, True, True)
-
-
-# One token; one row; two blocks of channels.
-@pytest.mark.parametrize('shape', [(1, 1, 1, 8), (1, 5, 3, 4), (1, 1, 7, 72)])
-def test_depthwise_conv_of_odd_shapes(shape, device):
-    check('depthwise_conv', conv_inputs(shape, device=device))
-
-
-def test_depthwise_conv_adds_up_what_programs_find(device):
-    check('depthwise_conv', conv_inputs((1, 10, 9, 4), device=device))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('dtype', [FLOAT32, *HALF])
-@pytest.mark.parametrize('shape', [(3, 14, 14, 64), (1, 17, 23, 32), (2, 7, 7, 136)])
-def test_depthwise_conv_of_larger_shapes(shape, dtype, device):
-    check('depthwise_conv', conv_inputs(shape, dtype, device), True, True)
+def test_depthwise_conv(shape, dtype, residual, act, device):
+    check('depthwise_conv', conv_inputs(shape, dtype, device), residual, act)
 
 
 def test_depthwise_conv_under_autocast(device):
@@ -345,46 +341,31 @@ def test_depthwise_conv_under_autocast(device):
 # --- Attention ---
 
 
-# One token; heads of four and of two channels; a head across both halves of the
-# rotation; one head; dimensions that are no power of two.
 @pytest.mark.parametrize(
-    'shape, heads',
+    'shape, heads, dtype',
     [
-        ((1, 1, 1, 8), 2),
-        ((2, 1, 7, 8), 2),
-        ((1, 3, 2, 8), 4),
-        ((1, 3, 5, 24), 3),
-        ((1, 5, 2, 32), 1),
-        ((1, 2, 3, 40), 2),
+        ((1, 1, 1, 8), 2, FLOAT32),  # one token
+        ((2, 1, 7, 8), 2, FLOAT32),  # heads of four channels
+        ((1, 3, 2, 8), 4, FLOAT32),  # heads of two channels
+        ((1, 3, 5, 24), 3, FLOAT32),  # a head across both halves of the rotation
+        ((1, 5, 2, 32), 1, FLOAT32),
+        ((1, 2, 3, 40), 2, FLOAT32),  # 20 channels: not a power of two
+        ((1, 9, 17, 4), 1, FLOAT32),  # sums of several programs
+        ((1, 3, 5, 16), 2, torch.float16),
+        slow((1, 3, 5, 16), 2, torch.bfloat16),
+        *(
+            slow(shape, heads, dtype)
+            for shape, heads in [
+                ((3, 14, 14, 64), 2),
+                ((1, 17, 23, 96), 3),
+                ((1, 7, 7, 128), 4),
+                ((1, 5, 9, 64), 1),
+            ]
+            for dtype in [FLOAT32, *HALF]
+        ),
     ],
 )
-def test_mlla_attention(shape, heads, device):
-    check('mlla_attention', attention_inputs(shape, device=device), heads)
-
-
-@pytest.mark.parametrize(
-    'dtype', [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
-)
-def test_mlla_attention_in_half_precision(dtype, device):
-    check('mlla_attention', attention_inputs((1, 3, 5, 16), dtype, device), 2)
-
-
-def test_mlla_attention_adds_up_what_programs_find(device):
-    check('mlla_attention', attention_inputs((1, 9, 17, 4), device=device), 1)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('dtype', [FLOAT32, *HALF])
-@pytest.mark.parametrize(
-    'shape, heads',
-    [
-        ((3, 14, 14, 64), 2),
-        ((1, 17, 23, 96), 3),
-        ((1, 7, 7, 128), 4),
-        ((1, 5, 9, 64), 1),
-    ],
-)
-def test_mlla_attention_of_larger_shapes(shape, heads, dtype, device):
+def test_mlla_attention(shape, heads, dtype, device):
     check('mlla_attention', attention_inputs(shape, dtype, device), heads)
 
 
@@ -395,7 +376,7 @@ def test_mlla_attention_of_queries_in_half_precision_and_other_values(device):
 
 
 def test_finite_where_a_half_precision_normaliser_underflows(device):
-    # As in test_naive.py. And sums over tokens that float16 cannot hold.
+    # As in test_naive.py. Also for sums over tokens that float16 cannot hold.
     for value in (-20.0, 200.0):
         qk = torch.full((1, 3, 9, 16), value, dtype=torch.float16, device=device)
         inputs = attention_inputs((1, 3, 9, 8), torch.float16, device)
@@ -420,7 +401,7 @@ def test_not_a_number_is_not_hidden(which, device):
 
 @pytest.mark.parametrize('scaling', [False, True])
 def test_gated_conv(scaling, device):
-    """Forward and backward; the gate and its gradient are parts of wider maps."""
+    """Forward and backward. The gate and its gradient are parts of wider maps."""
     from mlla_mm.ops.triton._depthwise_conv import gated_conv, gated_conv_grad
 
     x, weight, bias = (t.detach() for t in conv_inputs((2, 3, 9, 12), device=device))
@@ -451,7 +432,7 @@ def test_conv_grad_is_added_and_written_where_asked(residual, device):
     weight, bias = (t.detach() for t in inputs[1:])
     wide = torch.randn(2, 9, 3, 20, device=device)
     added, upstream = torch.randn(2, 2, 9, 3, 12, device=device)
-    # z, in other words SiLU's input.
+    # z is the input of SiLU.
     exact = in_float64(inputs)
     z = naive.depthwise_conv(*exact)
     (grad_z,) = torch.autograd.grad(F.silu(z), z, upstream.double(), retain_graph=True)
@@ -476,7 +457,7 @@ def test_conv_grad_is_added_and_written_where_asked(residual, device):
     'dtype', [*HALF_ONCE, pytest.param(FLOAT32, marks=pytest.mark.slow)]
 )
 def test_column_sums(dtype, scaling, device, monkeypatch):
-    """Programs take several tiles each, and their sums fill several tiles."""
+    """Each program takes several tiles, and the sums of programs fill several."""
     from mlla_mm.ops.triton import _sums
 
     monkeypatch.setattr(_sums, '_NUMBERS', 32)
@@ -510,22 +491,24 @@ def test_sums_that_float16_cannot_hold_on_the_way(device):
 # --- LayerNorm ---
 
 
-# One row; numbers of channels that are no power of two; more rows than a tile has.
-@pytest.mark.parametrize('shape', [(1, 1, 1, 8), (2, 3, 5, 12), (30, 96), (1, 3, 513)])
-def test_layer_norm(shape, device):
-    check('layer_norm', norm_inputs(shape, device=device), 1e-5)
-
-
-@pytest.mark.parametrize('dtype', HALF)
-def test_layer_norm_in_half_precision(dtype, device):
-    check('layer_norm', norm_inputs((3, 5, 24), dtype, device), 1e-6)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('dtype', [FLOAT32, *HALF])
-@pytest.mark.parametrize('shape', [(2, 56, 56, 64), (3, 7, 7, 640), (2, 5, 2048)])
-def test_layer_norm_of_larger_shapes(shape, dtype, device):
-    check('layer_norm', norm_inputs(shape, dtype, device), 1e-5)
+@pytest.mark.parametrize(
+    'shape, dtype, eps',
+    [
+        ((1, 1, 1, 8), FLOAT32, 1e-5),  # one row
+        ((2, 3, 5, 12), FLOAT32, 1e-5),
+        ((30, 96), FLOAT32, 1e-5),  # more rows than a tile has
+        ((1, 3, 513), FLOAT32, 1e-5),  # not a power of two
+        ((3, 5, 24), torch.float16, 1e-6),
+        ((3, 5, 24), torch.bfloat16, 1e-6),
+        *(
+            slow(shape, dtype, 1e-5)
+            for shape in [(2, 56, 56, 64), (3, 7, 7, 640), (2, 5, 2048)]
+            for dtype in [FLOAT32, *HALF]
+        ),
+    ],
+)
+def test_layer_norm(shape, dtype, eps, device):
+    check('layer_norm', norm_inputs(shape, dtype, device), eps)
 
 
 @pytest.mark.parametrize('dtype', [FLOAT32, torch.bfloat16])
@@ -541,7 +524,7 @@ def test_layer_norm_under_autocast(dtype, device):
 
 
 def test_layer_norm_grad_is_added_to_another(device, monkeypatch):
-    """And programs take several tiles each, of a part of a wider map."""
+    """Each program takes several tiles. The map is a part of a wider one."""
     from mlla_mm.ops.triton import _layer_norm
 
     monkeypatch.setattr(_layer_norm, '_NUMBERS', 32)
@@ -558,7 +541,7 @@ def test_layer_norm_grad_is_added_to_another(device, monkeypatch):
 
 # --- Linear layers ---
 
-# Numbers of summands and of columns; none is a multiple of the largest block.
+# Numbers of summands and of columns. None is a multiple of the largest block.
 SIZES = [(96, 40), (40, 24), (24, 96)]
 # Rows of two images: the first tile ends in the second image.
 ROWS = 140
@@ -615,7 +598,7 @@ def test_gelu_linear_grad(sizes, dtype, scaling, device):
 
 
 def test_gelu_is_that_with_the_error_function(device):
-    """To seven digits, which half precision would hide: what is written is float32."""
+    """To seven digits. The kernel writes float32 here, since half precision rounds."""
     from mlla_mm.ops.triton import _linear
 
     x = torch.linspace(-12, 12, 4800, device=device).half()
@@ -652,7 +635,7 @@ def test_linear_relu(sizes, dtype, device):
 
 
 def test_linear_relu_of_maps(device):
-    """The map has any strides, as one with channels first has."""
+    """The map may have any strides. Here it is channels-first in memory."""
     x = torch.randn(2, 12, 3, 5, device=device).requires_grad_()
     _, weight, bias = linear_inputs(1, 12, 24, device=device)
 
@@ -696,18 +679,14 @@ def test_batch_norm(shape, dtype, act, device):
         assert_close([actual], expected)
 
 
-@pytest.mark.parametrize('act', [False, True])
 @torch.no_grad()
-def test_batch_norm_does_not_hide_what_is_not_a_number(act, device):
+def test_relu_does_not_hide_what_is_not_a_number(device):
     inputs = batch_norm_inputs((2, 12, 3, 5), device=device)
     inputs[0][0, 3, 1, 2] = torch.nan
-    actual = fused.batch_norm(*inputs, 1e-5, act).isnan()
-    assert torch.equal(actual, inputs[0].isnan())
-
-
-def test_linear_relu_does_not_hide_what_is_not_a_number(device):
+    for act in (False, True):
+        actual = fused.batch_norm(*inputs, 1e-5, act).isnan()
+        assert torch.equal(actual, inputs[0].isnan())
     x, weight, bias = linear_inputs(3, 8, 12, device=device)
-    x = x.detach()
     x[1, 2] = torch.nan
     actual = fused.linear_relu(x, weight, bias).isnan()
     assert actual[1].all() and actual.sum() == 12
@@ -725,14 +704,14 @@ def make_block(channels, num_heads, device='cpu', **options):
 
 
 def apply_block(block, x, scales):
-    """By the kernels."""
+    """Run a block by the kernels."""
     eps = block.norm1.eps, block.norm2.eps
     parameters = block_parameters(block)
     return fused.mlla_block(x, parameters, block.attn.num_heads, eps, scales)
 
 
 class Scaled(nn.Module):
-    """Stochastic depth by the given scales, one call after the other."""
+    """Stochastic depth that takes one of the given scales in each call."""
 
     def __init__(self, scales):
         super().__init__()
@@ -750,17 +729,16 @@ def apply_naive_block(block, x, scales):
 
 
 def block_and_grads(block, x, scales, apply=apply_block):
-    """Output, and gradients of x and of the parameters by their names."""
+    """The output, the gradient of x, and those of the parameters, sorted by name."""
     x = x.detach().requires_grad_()
     inputs = [x, *dict(sorted(block.named_parameters())).values()]
     return output_and_grads(lambda *_: apply(block, x, scales), inputs)
 
 
-def check_block(block, x, scales, computed=None):
-    """Compare with the module on plain definitions; ``computed`` is autocast's."""
+def check_block(block, x, scales, computed=FLOAT32):
+    """Compare with the definitions. ``computed`` is the dtype of autocast."""
     num_heads = block.attn.num_heads
     assert fused.supports_mlla_block(x, block_parameters(block), num_heads)
-    computed = computed or x.dtype
     with torch.autocast(x.device.type, computed, enabled=computed != FLOAT32):
         actual = block_and_grads(block, x, scales)
     parameters = dict(sorted(block.named_parameters())).values()
@@ -770,59 +748,41 @@ def check_block(block, x, scales, computed=None):
     assert_close(actual, expected, computed, BLOCK_TOLERANCE)
 
 
-# Heads of 24, 2 and 8 channels; one token; more rows than a strip has.
+# ``dtype`` is autocast's, and ``given`` that of the map.
 @pytest.mark.parametrize(
-    'shape, num_heads, scaling',
+    'shape, num_heads, scaling, dtype, given',
     [
-        ((2, 1, 3, 24), 1, True),
-        pytest.param((2, 1, 1, 8), 4, False, marks=pytest.mark.slow),
-        pytest.param((2, 9, 10, 16), 2, False, marks=pytest.mark.slow),
-        pytest.param((2, 9, 10, 16), 2, True, marks=pytest.mark.slow),
+        ((2, 1, 3, 24), 1, True, FLOAT32, FLOAT32),
+        slow((2, 1, 1, 8), 4, False, FLOAT32, FLOAT32),  # one token
+        # More rows than a strip has.
+        slow((2, 9, 10, 16), 2, False, FLOAT32, FLOAT32),
+        slow((2, 9, 10, 16), 2, True, FLOAT32, FLOAT32),
+        ((2, 2, 3, 16), 1, True, torch.float16, FLOAT32),
+        ((2, 2, 3, 16), 1, True, torch.bfloat16, torch.bfloat16),
+        slow((2, 2, 3, 16), 1, True, torch.float16, torch.float16),
+        slow((2, 2, 3, 16), 1, True, torch.bfloat16, FLOAT32),
+        *(
+            slow(shape, num_heads, True, dtype, FLOAT32)
+            for shape, num_heads in [((2, 10, 11, 96), 3), ((2, 7, 7, 128), 4)]
+            for dtype in [FLOAT32, *HALF]
+        ),
     ],
 )
-def test_block(shape, num_heads, scaling, device):
+def test_block(shape, num_heads, scaling, dtype, given, device):
     scale = image_scales(device)
     scales = (scale, scale.flip(0)) if scaling else (None, None)
-    x = torch.randn(shape, device=device)
-    check_block(make_block(shape[-1], num_heads, device), x, scales)
-
-
-@pytest.mark.parametrize(
-    'dtype, given',
-    [
-        (torch.float16, FLOAT32),
-        (torch.bfloat16, torch.bfloat16),
-        pytest.param(torch.float16, torch.float16, marks=pytest.mark.slow),
-        pytest.param(torch.bfloat16, FLOAT32, marks=pytest.mark.slow),
-    ],
-)
-def test_block_under_autocast(dtype, given, device):
-    scale = image_scales(device)
-    x = torch.randn(2, 2, 3, 16, device=device).to(given)
-    check_block(make_block(16, 1, device), x, (scale, scale.flip(0)), dtype)
+    x = torch.randn(shape, device=device).to(given)
+    check_block(make_block(shape[-1], num_heads, device), x, scales, dtype)
 
 
 @pytest.mark.parametrize(
     'dtype', [FLOAT32, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in HALF)]
 )
 def test_block_of_96_channels_without_a_bias(dtype, device):
-    """The number of channels is no power of two; a head has 32."""
+    """The number of channels is not a power of two. A head has 32."""
     block = make_block(96, 3, device, qkv_bias=False)
     x = torch.randn(1, 2, 3, 96, device=device)
     check_block(block, x, (None, image_scales(device)[1:]), dtype)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('dtype', [FLOAT32, *HALF])
-@pytest.mark.parametrize(
-    'shape, num_heads',
-    [((2, 10, 11, 96), 3), ((2, 7, 7, 128), 4)],
-)
-def test_block_of_larger_shapes(shape, num_heads, dtype, device):
-    scale = image_scales(device)
-    block = make_block(shape[-1], num_heads, device)
-    x = torch.randn(shape, device=device)
-    check_block(block, x, (scale.flip(0), scale), dtype)
 
 
 def test_block_of_any_strides(device):
@@ -897,7 +857,7 @@ def test_block_draws_stochastic_depth(device, monkeypatch):
     'use_reentrant', [False, pytest.param(True, marks=pytest.mark.slow)]
 )
 def test_block_with_checkpointing(use_reentrant, device, monkeypatch):
-    """Stochastic depth draws the same again."""
+    """Stochastic depth draws the same factors when the block runs again."""
     monkeypatch.setenv('MLLA_OPS', 'fused')
     block = make_block(8, 1, device, drop_path_rate=0.5)
     x = torch.randn(2, 1, 2, 8, device=device).requires_grad_()
@@ -925,7 +885,7 @@ def test_not_a_number_is_not_hidden_by_a_block(device):
 
 @pytest.mark.slow
 def test_model_with_stochastic_depth(device, monkeypatch):
-    """What the blocks draw is what they multiply by, in training."""
+    """In training, the blocks multiply by the factors that they draw."""
     monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
     arch = dict(embed_dims=8, depths=(1, 1, 2, 1), num_heads=(1, 2, 2, 2))
     model = MLLA(arch, drop_path_rate=0.6).to(device).train()
@@ -956,7 +916,7 @@ def test_model_with_stochastic_depth(device, monkeypatch):
         expected = features_and_grads(exact, image.double())
     for i, (one, other) in enumerate(zip(actual, expected)):
         assert one.shape == other.shape
-        # Behind the features come gradients, in which a ReLU can turn over.
+        # After the features come gradients, which change where a ReLU switches.
         tolerance = 1e-4 if i < 4 else 2e-2
         assert (one - other).norm() <= tolerance * other.norm() + 1e-6
 
@@ -965,7 +925,7 @@ def test_model_with_stochastic_depth(device, monkeypatch):
 
 
 def test_slices_of_merged_projections(device):
-    """Rows of the inputs are apart, and nothing is copied."""
+    """The rows of the inputs are not contiguous, and nothing is copied."""
     merged = torch.randn(2, 3, 5, 32, device=device).requires_grad_()
     _, _, _, weight, bias = attention_inputs((2, 3, 5, 8), device=device)
 
@@ -982,7 +942,7 @@ def test_slices_of_merged_projections(device):
 
 
 def test_any_strides(device):
-    """Channels apart, a cropped map, and a gradient that is one number."""
+    """Channels that are not contiguous, a cropped map, and an expanded gradient."""
     x, weight, bias = conv_inputs((1, 8, 5, 4), device=device)
     for view in (x.transpose(1, 3), x[:, 1:4, 1:]):
         taps = weight[:1].expand(view.shape[-1], 1, 3, 3)
@@ -1009,7 +969,7 @@ def test_parameters_of_any_strides(device):
 
 
 def test_gradients_lie_in_memory_as_the_weights_do(device):
-    """Those of a model are channels-last, and so are the buckets for its gradients."""
+    """Weights of a model are channels-last, and so are buckets for gradients."""
     weight = torch.randn(8, 1, 3, 3, device=device)
     weight = weight.to(memory_format=torch.channels_last).requires_grad_()
     x, bias = torch.randn(2, 3, 4, 8, device=device), torch.randn(8, device=device)
@@ -1058,15 +1018,14 @@ def test_every_run_gives_the_same_bits(device):
 
 def test_second_derivatives_are_refused(device):
     inputs = conv_inputs((1, 1, 2, 4), device=device)
-    y = fused.depthwise_conv(*inputs)
-    (grad,) = torch.autograd.grad(y.square().sum(), inputs[0], create_graph=True)
-    with pytest.raises(RuntimeError, match='once_differentiable'):
-        grad.sum().backward()
-    x = inputs[0]
-    y = apply_block(make_block(4, 1, device), x, (None, None))
-    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match='once_differentiable'):
-        grad.sum().backward()
+    block = make_block(4, 1, device)
+    for y in (
+        fused.depthwise_conv(*inputs),
+        apply_block(block, inputs[0], (None, None)),
+    ):
+        (grad,) = torch.autograd.grad(y.square().sum(), inputs[0], create_graph=True)
+        with pytest.raises(RuntimeError, match='once_differentiable'):
+            grad.sum().backward()
 
 
 def test_what_is_not_supported(device):

@@ -1,5 +1,5 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""Print a config with all that it inherits."""
+"""Print a config together with what it inherits."""
 
 import argparse
 from typing import Optional, Sequence

@@ -1,5 +1,5 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""Turn a checkpoint of the authors or a training into one to publish: weights alone."""
+"""Turn a checkpoint of the authors or of a training into one to publish."""
 
 import argparse
 from typing import Optional, Sequence
@@ -8,14 +8,14 @@ from typing import Optional, Sequence
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('source', help='checkpoint file')
-    parser.add_argument('destination', help='new file; its checksum is added: X-ID.pth')
     parser.add_argument(
-        '--ema', action='store_true', help='the averaged weights, not the plain ones'
+        'destination', help='new file X.pth; its checksum is added: X-ID.pth'
     )
+    parser.add_argument('--ema', action='store_true', help='take the averaged weights')
     parser.add_argument(
         '--trust-checkpoint',
         action='store_true',
-        help='load checkpoints that may run code, if you trust where they come from',
+        help='load checkpoints that may run code; only if you trust their source',
     )
     return parser.parse_args(argv)
 

@@ -1,6 +1,6 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 from collections.abc import Sequence
-from typing import List, Optional, Tuple, Union
+from typing import Any, List, Optional, Tuple, Union
 
 import torch
 from mmengine.model import BaseModule
@@ -24,7 +24,7 @@ from ..layers import MLLABlock, PatchMerging, Stem
 
 
 class Stage(nn.Module):
-    """A run of blocks at one resolution, then patch merging unless it is the last.
+    """Blocks at one resolution, followed by patch merging except in the last stage.
 
     Args:
         embed_dims (int): Number of channels of the blocks.
@@ -32,7 +32,7 @@ class Stage(nn.Module):
         drop_path_rates (Sequence[float]): Stochastic depth rate of each block.
         downsample (bool): Whether patch merging follows.
         with_cp (bool): Recompute the blocks in the backward pass. The patch merging is
-            left out: recomputing it would update its BatchNorm twice.
+            not recomputed, because that would update its BatchNorm twice.
         **block_cfg: Further arguments of :class:`MLLABlock`.
     """
 
@@ -67,46 +67,48 @@ class Stage(nn.Module):
 class MLLA(BaseModule):
     """MLLA: a linear-attention vision backbone with Mamba's block design.
 
-    A convolutional stem at stride 4, four stages of :class:`MLLABlock` joined by
-    :class:`PatchMerging`, and a LayerNorm per output. Implements `Demystify Mamba in
-    Vision: A Linear Attention Perspective <https://arxiv.org/abs/2405.16605>`_ (the
-    model is called MILA in the final paper). Parameter names are those of the official
-    checkpoints.
+    It has a convolutional stem at stride 4, four stages of :class:`MLLABlock` with
+    :class:`PatchMerging` between them, and a LayerNorm for each output. It implements
+    `Demystify Mamba in Vision: A Linear Attention Perspective
+    <https://arxiv.org/abs/2405.16605>`_, whose final version calls the model MILA.
+    Parameters have the same names as in the official checkpoints.
 
-    Attention is global: padding an image changes its features everywhere.
+    Attention is global, so padding an image changes its features everywhere.
 
     Args:
         arch (str | dict): 'tiny', 'small' or 'base' (or 't', 's', 'b'), or a dict with
-            ``embed_dims`` (int, channels of the first stage, doubled by each next one),
-            ``depths`` and ``num_heads`` (four ints each). Defaults to 'tiny'.
+            ``embed_dims`` (int, number of channels of the first stage, doubled in each
+            later one), ``depths`` and ``num_heads`` (four ints each).
+            Defaults to 'tiny'.
         in_channels (int): Number of image channels. Defaults to 3.
-        mlp_ratio (float): Hidden channels of the MLPs over their input channels.
+        mlp_ratio (float): Hidden channels of the MLPs, divided by their input channels.
             Defaults to 4.
         qkv_bias (bool): Whether the query-key projections have a bias.
             Defaults to True.
         drop_rate (float): Dropout after the stem and in the MLPs, in [0, 1).
             Defaults to 0.
-        drop_path_rate (float): Stochastic depth rate of the last block, in [0, 1); it
-            rises linearly from 0 over all blocks. Defaults to 0.
-        out_indices (int | Sequence[int]): Stages to return, 0 to 3; negative ones count
-            from the end. Stages behind the last output are kept, so that checkpoints
-            fit, but neither run nor trained. Defaults to (0, 1, 2, 3).
-        frozen_stages (int): Freeze the stem (0), or the stem and the first
-            ``frozen_stages`` stages with their norms: no gradient, evaluation mode.
-            -1 freezes nothing. Defaults to -1.
+        drop_path_rate (float): Stochastic depth rate of the last block, in [0, 1). The
+            rate of the first block is 0, and it rises linearly. Defaults to 0.
+        out_indices (int | Sequence[int]): Stages to return, 0 to 3. Negative numbers
+            count from the end. Later stages than the last output exist, so that
+            checkpoints fit, but they neither run nor train. Defaults to (0, 1, 2, 3).
+        frozen_stages (int): 0 freezes the stem, and 1 to 4 also freeze so many stages
+            with their norms: they get no gradients and stay in evaluation mode. -1
+            freezes nothing. Defaults to -1.
         norm_eval (bool): Keep BatchNorm in evaluation mode while training.
             Defaults to False.
         with_cp (bool): Recompute the blocks in the backward pass to save memory.
             Defaults to False.
         init_cfg (dict | list[dict], optional): MMEngine's initialisation config.
-            ``dict(type='Pretrained', checkpoint=PATH)`` reads the official weights and
-            ours; with ``ema=True`` the averaged ones, with ``ema=False`` the plain ones
+            ``dict(type='Pretrained', checkpoint=PATH)`` reads official weights and
+            ours. ``ema=True`` takes the averaged weights, ``ema=False`` the plain ones
             (see :class:`mlla_mm.checkpoints.pretrained.Pretrained`). None starts from
-            scratch: linear layers truncated normal with std 0.02 and bias 0, the others
-            PyTorch's defaults. Defaults to None.
+            scratch: linear layers from a truncated normal distribution with standard
+            deviation 0.02 and bias 0, other layers from PyTorch's defaults.
+            Defaults to None.
 
     Raises:
-        ValueError: If an argument does not describe a network.
+        ValueError: If an argument is not possible for a network.
 
     Examples:
         >>> import torch
@@ -119,6 +121,8 @@ class MLLA(BaseModule):
 
     arch_zoo = ARCH_ZOO
     num_stages = NUM_STAGES
+    # An nn.ModuleList of Stage. Its own type would tell nothing about its items.
+    layers: Any
 
     def __init__(
         self,
@@ -169,9 +173,9 @@ class MLLA(BaseModule):
             self.add_module(f'norm{i}', nn.LayerNorm(self.num_features[i]))
 
         self.apply(_init_linear)
-        # The layout of the maps, in which the gradients come: DistributedDataParallel
-        # lays out its buckets as the weights are. Not by self.to(), which swaps tensors
-        # of other kinds, such as pretended ones, for new ones, and may not.
+        # Maps and gradients are channels-last. DistributedDataParallel lays out its
+        # buckets for gradients like the weights. self.to() would fail for fake tensors,
+        # because it swaps them for new ones.
         for weight in self.parameters():
             if weight.dim() == 4:
                 weight.data = weight.data.to(memory_format=torch.channels_last)
@@ -182,19 +186,19 @@ class MLLA(BaseModule):
         """Features of the stages in ``out_indices``.
 
         Args:
-            x (Tensor): Images (N, in_channels, H, W), any H, W >= 1.
+            x (Tensor): Images (N, in_channels, H, W), with any H and W from 1.
 
         Returns:
-            tuple[Tensor]: For each output stage i (N, C * 2**i, H_i, W_i), where H_0 is
-            H / 4 rounded up and H_(i+1) is H_i / 2 rounded up.
+            tuple[Tensor]: For each output stage i, a map (N, C * 2**i, H_i, W_i). H_0
+            is H / 4 rounded up, and H_(i+1) is H_i / 2 rounded up.
 
         Raises:
-            ValueError: If ``x`` is empty, of another shape or no floating-point
-                tensor. In training also for a single image of at most 32 x 32 pixels:
-                BatchNorm has no variance of the one value per channel that it gets.
+            ValueError: If ``x`` is empty, has another shape or is not floating-point.
+                In training also for a single image of at most 32 x 32 pixels, because
+                BatchNorm would get one value per channel, which has no variance.
         """
         self._check_input(x)
-        # From here on maps are (N, H, W, C) in memory: linear layers and LayerNorm act
+        # From here on maps are (N, H, W, C) in memory. Linear layers and LayerNorm work
         # on the last axis, and convolutions see a channels-last tensor.
         x = self.patch_embed(x).permute(0, 2, 3, 1).contiguous()
         outs = []
@@ -202,7 +206,7 @@ class MLLA(BaseModule):
             x = stage(x)
             if i in self.out_indices:
                 out = ops.layer_norm(x, getattr(self, f'norm{i}'))
-                # Contiguous, as mmcv's compiled RoIAlign reads it without a check.
+                # mmcv's compiled RoIAlign takes maps for contiguous without a check.
                 outs.append(out.permute(0, 3, 1, 2).contiguous())
             if i == self.out_indices[-1]:
                 break
@@ -210,7 +214,7 @@ class MLLA(BaseModule):
         return tuple(outs)
 
     def train(self, mode: bool = True) -> 'MLLA':
-        """Set training mode, but for what ``frozen_stages`` and ``norm_eval`` hold."""
+        """Set training mode, unless ``frozen_stages`` or ``norm_eval`` forbid it."""
         super().train(mode)
         self._freeze_stages()
         if mode and self.norm_eval:
@@ -224,13 +228,13 @@ class MLLA(BaseModule):
 
         Args:
             param_name (str): Name of the parameter.
-            prefix (str): What its name has before the backbone's own names, as in
+            prefix (str): The part of the name before the backbone's own names, such as
                 'backbone.'. Defaults to ''.
 
         Returns:
-            tuple[int, int]: The depth, and the number of depths. The stem has depth 0
-            and the blocks 1, 2, ...; patch merging goes with the block before it.
-            Output norms and what comes after the backbone have the last depth.
+            tuple[int, int]: The depth, and the number of depths. The stem has depth 0,
+            and the blocks have 1, 2 and so on. Patch merging has the depth of the block
+            before it. Output norms and heads have the last depth.
         """
         blocks = [len(stage.blocks) for stage in self.layers]
         num_depths = sum(blocks) + 2
@@ -257,7 +261,7 @@ class MLLA(BaseModule):
             module.requires_grad_(False)
 
     def _freeze_unused(self) -> None:
-        """Spare DistributedDataParallel parameters that never get a gradient."""
+        """Freeze what never runs: DistributedDataParallel would wait for gradients."""
         last = self.out_indices[-1]
         if last < NUM_STAGES - 1:
             self.layers[last].downsample.requires_grad_(False)

@@ -1,5 +1,5 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""Classifiers on mmpretrain, which has to be installed to import this."""
+"""Classifiers built on mmpretrain. Importing this module needs mmpretrain."""
 
 from .mesa import MESAClassifier
 

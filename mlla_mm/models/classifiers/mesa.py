@@ -15,20 +15,19 @@ from ...compat.openmmlab import classification_losses
 class MESAClassifier(ImageClassifier):
     r"""Image classifier that also learns from a running average of itself.
 
-    Memory-Efficient Sharpness-Aware training
-    (`Du et al., 2022 <https://arxiv.org/abs/2205.14083>`_) as MLLA uses it: once a
+    This is Memory-Efficient Sharpness-Aware training
+    (`Du et al., 2022 <https://arxiv.org/abs/2205.14083>`_) as MLLA uses it. Once a
     teacher is set, the loss is
 
     .. math:: CE(z, y) + w \, CE(z, softmax(z_t))
 
-    with the logits :math:`z` of this model and :math:`z_t` of the teacher on the same
-    images, batch augmentations included, and the labels :math:`y`.
-    :class:`mlla_mm.engine.hooks.MESAHook` keeps the average and sets it as the teacher.
-
-    Losses are ``loss_ce``, the head's own, and with a teacher ``loss_mesa``.
+    with the labels :math:`y`, the logits :math:`z` of this model, and the logits
+    :math:`z_t` of the teacher. Both models get the same images after batch
+    augmentations. :class:`mlla_mm.engine.hooks.MESAHook` keeps the average and sets it
+    as the teacher.
 
     Args:
-        mesa_weight (float): Weight w of the teacher's term; 0 switches it off.
+        mesa_weight (float): Weight w of the teacher's term. 0 switches the term off.
             Defaults to 1.0.
         **kwargs: Arguments of mmpretrain's ``ImageClassifier``.
 
@@ -41,16 +40,16 @@ class MESAClassifier(ImageClassifier):
         if mesa_weight < 0:
             raise ValueError(f'mesa_weight must be at least 0, got {mesa_weight}.')
         self.mesa_weight = mesa_weight
-        # In a tuple it is no submodule: its parameters are neither trained nor saved
-        # nor moved with this model, and train() leaves its mode alone.
+        # In a tuple the teacher is not a submodule. So its parameters are not trained,
+        # saved or moved with this model, and train() does not change its mode.
         self._teacher: Tuple[nn.Module, ...] = ()
 
     def set_teacher(self, teacher: Optional[nn.Module]) -> None:
-        """Learn from ``teacher`` as well, or stop doing so.
+        """Set the teacher, or remove it.
 
         Args:
-            teacher (nn.Module, optional): A classifier in evaluation mode; called with
-                images, it returns logits (N, num_classes).
+            teacher (nn.Module, optional): A classifier in evaluation mode that turns
+                images into logits (N, num_classes). None removes the teacher.
         """
         self._teacher = () if teacher is None else (teacher,)
 
@@ -59,10 +58,11 @@ class MESAClassifier(ImageClassifier):
 
         Args:
             inputs (Tensor): Images (N, C, H, W), normalised and mixed.
-            data_samples (list[DataSample]): Labels or mixed label scores.
+            data_samples (list[DataSample]): Labels, or label scores of mixed images.
 
         Returns:
-            dict[str, Tensor]: ``loss_ce`` and, with a teacher, ``loss_mesa``.
+            dict[str, Tensor]: ``loss_ce``, which is the loss of the head, and with a
+            teacher ``loss_mesa``.
         """
         logits = self.head(self.extract_feat(inputs))
         losses = classification_losses(self.head, logits, data_samples)

@@ -5,20 +5,21 @@ from ... import ops
 
 
 class ConvLayer(nn.Module):
-    """Convolution, BatchNorm, ReLU, each of the last two optional.
+    """Convolution, then optional BatchNorm, then optional ReLU.
 
-    The children are named ``conv``, ``norm`` and ``act`` as in the official
-    checkpoints; what is left out is None. Padding is "same" for stride 1.
+    The children are named ``conv``, ``norm`` and ``act``, as in the official
+    checkpoints. A child that is left out is None. The padding is half of the kernel, so
+    stride 1 keeps the size of a map.
 
     Args:
         in_channels (int): Number of input channels.
         out_channels (int): Number of output channels.
-        kernel_size (int): Side of the kernel.
+        kernel_size (int): Side of the kernel, an odd number.
         stride (int): Stride. Defaults to 1.
         groups (int): Number of groups. Defaults to 1.
         bias (bool): Whether the convolution has a bias. Defaults to False.
         norm (bool): Whether BatchNorm follows. Defaults to True.
-        act (bool): Whether ReLU comes last. Defaults to True.
+        act (bool): Whether ReLU follows. Defaults to True.
     """
 
     def __init__(

@@ -22,12 +22,26 @@ class LinearAttention(nn.Module):
         self.lepe = nn.Conv2d(embed_dims, embed_dims, 3, padding=1, groups=embed_dims)
 
     def forward(self, v: Tensor, gate: Tensor) -> Tensor:
-        """Values and gate before its SiLU, (N, H, W, C) each -> (N, H, W, C)."""
+        """Attend to a map.
+
+        Args:
+            v (Tensor): Values, from which queries and keys are projected, (N, H, W, C).
+            gate (Tensor): Gate before SiLU, (N, H, W, C).
+
+        Returns:
+            Tensor: (N, H, W, C).
+        """
         return ops.mlla_attention(self.qk(v), v, gate, self.lepe, self.num_heads)
 
 
 class MLP(nn.Module):
-    """Linear, GELU (erf), dropout, linear, dropout."""
+    """Linear layer, GELU (by the error function), dropout, linear layer, dropout.
+
+    Args:
+        embed_dims (int): Number of input and output channels.
+        hidden_dims (int): Number of hidden channels.
+        drop_rate (float): Dropout rate.
+    """
 
     def __init__(self, embed_dims: int, hidden_dims: int, drop_rate: float) -> None:
         super().__init__()
@@ -54,10 +68,10 @@ class MLLABlock(nn.Module):
     Args:
         embed_dims (int): Number of channels C.
         num_heads (int): Number of attention heads, a divisor of C.
-        mlp_ratio (float): Hidden channels of the MLP over C. Defaults to 4.
+        mlp_ratio (float): Hidden channels of the MLP, divided by C. Defaults to 4.
         qkv_bias (bool): Whether the query-key projection has a bias.
             Defaults to True.
-        drop_rate (float): Dropout in the MLP. Defaults to 0.
+        drop_rate (float): Dropout rate in the MLP. Defaults to 0.
         drop_path_rate (float): Stochastic depth rate. Defaults to 0.
     """
 

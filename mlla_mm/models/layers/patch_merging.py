@@ -4,15 +4,18 @@ from torch import Tensor, nn
 from ... import ops
 from .conv import ConvLayer
 
-# Hidden channels for each input channel.
+# Number of hidden channels for each input channel.
 _EXPANSION = 8
 
 
 class PatchMerging(nn.Module):
-    """Halve the resolution and double the channels with an inverted bottleneck.
+    """Halve the resolution and double the channels, by an inverted bottleneck.
+
+    A 1x1 convolution widens the map, a 3x3 depthwise convolution with stride 2 halves
+    it, and a 1x1 convolution narrows it.
 
     Args:
-        in_channels (int): Number of input channels d; the output has 2d.
+        in_channels (int): Number of input channels d. The output has 2d channels.
     """
 
     def __init__(self, in_channels: int) -> None:

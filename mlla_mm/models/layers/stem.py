@@ -7,12 +7,12 @@ from .conv import ConvLayer
 
 
 class Stem(nn.Module):
-    """Convolutional stem of MLLA: (N, in_channels, H, W) to stride 4.
+    """Convolutional stem of MLLA, from images to a map at stride 4.
 
     Args:
         in_channels (int): Number of image channels.
         embed_dims (int): Number of output channels C, an even number.
-        drop_rate (float): Dropout after the stem. Defaults to 0.
+        drop_rate (float): Dropout rate after the stem. Defaults to 0.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) -> (N, C, ceil(H / 4), ceil(W / 4))."""
-        # The layout of all maps from here on.
+        # All maps from here on have this layout.
         x = x.contiguous(memory_format=torch.channels_last)
         x = self.conv1(ops.pad_to_multiple(x, 4))
         x = x + self.conv2(x)

@@ -1,12 +1,12 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 """Fused Triton kernels of the ops in :mod:`mlla_mm.ops.naive`, forward and backward.
 
-Importing this package does not import Triton, which need not be installed: ask
-:func:`supports_depthwise_conv` or :func:`supports_mlla_attention` before the op itself.
+Triton need not be installed, and importing this package does not import it. Before
+calling an op, ask the function ``supports_...`` of the op.
 
-The kernels compute in float32 whatever they read and write, and add up partial sums in
-a fixed order, without atomics, so that a result is the same in every run. Gradients are
-of first order.
+The kernels compute in float32, whatever the dtype of their inputs and outputs. They add
+up partial sums in a fixed order, without atomics, so that every run has the same
+result. There are gradients of first order only.
 """
 
 import functools
@@ -18,19 +18,20 @@ from torch import Tensor
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-# The first that compiles kernels with tuples made in a loop; PyTorch 2.7 brings it.
+# The first version that compiles kernels in which a loop builds a tuple. It comes with
+# PyTorch 2.7.
 _MIN_TRITON = (3, 3)
 
-# The tensor cores compute with TF32 and bfloat16 from Ampere on.
+# Ampere, whose tensor cores are the first with TF32 and bfloat16.
 _MIN_CAPABILITY = (8, 0)
 
-# A program holds a whole head, and its state, in registers.
+# A program holds a whole head and its state in registers.
 _MAX_HEAD_DIMS = 64
 
 # A program holds a whole row of LayerNorm.
 _MAX_CHANNELS = 2048
 
-# The images are an axis of the grid.
+# CUDA's limit for the axis of the grid that counts images.
 _MAX_IMAGES = 65535
 
 
@@ -41,10 +42,10 @@ def is_available(device: torch.device) -> bool:
         device (torch.device): Device of the tensors.
 
     Returns:
-        bool: True for an NVIDIA GPU of compute capability 8.0 or more with Triton 3.3
-        or newer; for the CPU if, besides, ``TRITON_INTERPRET=1`` was in the environment
-        before the first kernel was used. Triton then interprets the kernels, which is
-        meant for tests: it is slow.
+        bool: True for an NVIDIA GPU of compute capability 8.0 or more, with Triton 3.3
+        or newer. True for the CPU, with such a Triton, if ``TRITON_INTERPRET=1`` was in
+        the environment before the first kernel was used. Triton then interprets the
+        kernels, which is slow and meant for tests.
     """
     if device.type == 'cpu':
         return os.environ.get('TRITON_INTERPRET') == '1' and _has_triton()
@@ -64,10 +65,10 @@ def _has_triton() -> bool:
 
 
 def supports_depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
-    """Whether :func:`depthwise_conv` can take these tensors.
+    """Whether :func:`depthwise_conv` supports these tensors.
 
-    That is, whether the kernels are available on the device, the map is not empty and
-    has at most 65535 images, and every tensor is float32, float16 or bfloat16.
+    The kernels must be available on the device. The map must have 1 to 65535 images and
+    must not be empty. Every tensor must be float32, float16 or bfloat16.
     """
     return _fit(x, weight, bias)
 
@@ -75,10 +76,11 @@ def supports_depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
 def supports_mlla_attention(
     qk: Tensor, v: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, num_heads: int
 ) -> bool:
-    """Whether :func:`mlla_attention` can take these tensors.
+    """Whether :func:`mlla_attention` supports these tensors.
 
-    That is what :func:`supports_depthwise_conv` asks for, a multiple of four channels
-    (half of their pairs rotate by row), and heads of an even number, at most 64.
+    The conditions are those of :func:`supports_depthwise_conv`, and two more: the
+    number of channels is a multiple of four (half of the pairs of channels rotate by
+    row), and a head has an even number of channels, at most 64.
     """
     return _heads_fit(v.shape[-1], num_heads) and _fit(v, qk, gate, weight, bias)
 
@@ -99,17 +101,21 @@ def _fit(*tensors: Tensor) -> bool:
 
 
 def supports_linear_relu(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
-    """As :func:`supports_depthwise_conv`, and for at most 8192 output channels."""
+    """Whether :func:`linear_relu` supports these tensors.
+
+    The conditions are those of :func:`supports_depthwise_conv`, and at most 8192 output
+    channels.
+    """
     return len(weight) <= 4 * _MAX_CHANNELS and _fit(x, weight, bias)
 
 
 def supports_batch_norm(
     x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor
 ) -> bool:
-    """Whether :func:`batch_norm` can take these tensors.
+    """Whether :func:`batch_norm` supports these tensors.
 
-    That is what :func:`supports_depthwise_conv` asks for, at most 2048 channels, and
-    that no gradient is asked for.
+    The conditions are those of :func:`supports_depthwise_conv`, at most 2048 channels,
+    and that gradients are disabled.
     """
     return (
         not torch.is_grad_enabled()
@@ -119,9 +125,10 @@ def supports_batch_norm(
 
 
 def supports_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
-    """Whether :func:`layer_norm` can take these tensors.
+    """Whether :func:`layer_norm` supports these tensors.
 
-    That is what :func:`supports_depthwise_conv` asks for, and at most 2048 channels.
+    The conditions are those of :func:`supports_depthwise_conv`, and at most 2048
+    channels.
     """
     return x.shape[-1] <= _MAX_CHANNELS and _fit(x, weight, bias)
 
@@ -129,10 +136,11 @@ def supports_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
 def supports_mlla_block(
     x: Tensor, parameters: Sequence[Optional[Tensor]], num_heads: int
 ) -> bool:
-    """Whether :func:`mlla_block` can take these tensors.
+    """Whether :func:`mlla_block` supports these tensors.
 
-    That is what :func:`supports_mlla_attention` and :func:`supports_layer_norm` ask
-    for, and parameters of the shapes that a block has, all but the bias of ``qk``.
+    The conditions are those of :func:`supports_mlla_attention` and
+    :func:`supports_layer_norm`. The parameters must have the shapes of a block's
+    parameters. Only the bias of ``qk`` may be None.
     """
     channels = x.shape[-1]
     if not _heads_fit(channels, num_heads) or channels > _MAX_CHANNELS:
@@ -149,7 +157,7 @@ def supports_mlla_block(
 
 @functools.lru_cache
 def _block_shapes(channels: int, hidden: int) -> Tuple[Tuple[int, ...], ...]:
-    """Shapes of weight and bias of each layer of a block, in their order."""
+    """Shapes of the weight and bias of each layer of a block, in order."""
     map_, vector, square = (channels, 1, 3, 3), (channels,), (channels, channels)
     return (
         (map_, vector, vector, vector, square, vector, square, vector, map_, vector)
@@ -162,7 +170,7 @@ def _block_shapes(channels: int, hidden: int) -> Tuple[Tuple[int, ...], ...]:
 def depthwise_conv(
     x: Tensor, weight: Tensor, bias: Tensor, residual: bool = False, act: bool = False
 ) -> Tensor:
-    """:func:`mlla_mm.ops.naive.depthwise_conv` in one kernel, contiguous."""
+    """:func:`mlla_mm.ops.naive.depthwise_conv` in one kernel. Contiguous."""
     from ._depthwise_conv import DepthwiseConv
 
     return DepthwiseConv.apply(x, weight, bias, residual, act)
@@ -173,8 +181,8 @@ def mlla_attention(
 ) -> Tensor:
     """:func:`mlla_mm.ops.naive.mlla_attention` in three passes over the tokens.
 
-    ``qk``, ``v`` and ``gate`` may be slices of wider maps along the channels; the
-    output is contiguous.
+    ``qk``, ``v`` and ``gate`` may be some channels of wider maps. The output is
+    contiguous.
     """
     from ._mlla_attention import MLLAAttention
 
@@ -182,14 +190,14 @@ def mlla_attention(
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """:func:`mlla_mm.ops.naive.layer_norm` in one kernel, contiguous."""
+    """:func:`mlla_mm.ops.naive.layer_norm` in one kernel. Contiguous."""
     from ._layer_norm import LayerNorm
 
     return LayerNorm.apply(x, weight, bias, eps)
 
 
 def linear_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """:func:`mlla_mm.ops.naive.linear_relu` in one product, and its gradient."""
+    """:func:`mlla_mm.ops.naive.linear_relu` in one kernel, with gradients."""
     from ._linear import LinearReLU
 
     return LinearReLU.apply(x, weight, bias)
@@ -221,20 +229,20 @@ def mlla_block(
 
     Args:
         x (Tensor): (N, H, W, C).
-        parameters (Sequence[Tensor | None]): Those of the block, in their order:
-            weight and bias of each layer.
+        parameters (Sequence[Tensor | None]): Weight and bias of each layer of the
+            block, in order.
         num_heads (int): Number of attention heads.
-        eps (tuple[float, float]): Of both LayerNorms.
-        scales (tuple[Tensor | None, Tensor | None]): What stochastic depth multiplies
-            the branches of each image by, (N,) in float32; None for 1.
+        eps (tuple[float, float]): ``eps`` of both LayerNorms.
+        scales (tuple[Tensor | None, Tensor | None]): Factors of stochastic depth for
+            the two branches of each image, (N,) in float32. None means 1.
 
     Returns:
-        Tensor: (N, H, W, C), the dtype that x keeps when half precision is added to it.
+        Tensor: (N, H, W, C), the dtype of ``x`` promoted with that of the products.
     """
     from . import _block
 
     x = x.contiguous()
     if torch.is_grad_enabled():
         return _block.MLLABlock.apply(x, num_heads, eps, scales, *parameters)
-    weights = _block.Weights(*parameters)
+    weights = _block.Weights._make(parameters)
     return _block.forward(x, num_heads, eps, scales, weights, keep=False)[0]

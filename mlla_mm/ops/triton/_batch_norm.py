@@ -1,5 +1,5 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""BatchNorm by its running statistics, with ReLU, in one pass over a map."""
+"""BatchNorm by running statistics, and ReLU, in one pass over a map."""
 
 import torch
 import triton
@@ -20,8 +20,8 @@ def batch_norm(
     eps: float,
     act: bool,
 ) -> Tensor:
-    """See :func:`mlla_mm.ops.naive.batch_norm`; without gradients."""
-    # (N, C, H, W) in the order of its memory.
+    """See :func:`mlla_mm.ops.naive.batch_norm`. It has no gradients."""
+    # Copies nothing of a channels-last map.
     rows = x.permute(0, 2, 3, 1).contiguous()
     y = torch.empty_like(rows)
     channels = rows.shape[-1]

@@ -1,17 +1,17 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 """A whole MLLA block, forward and backward, by the kernels of this package.
 
-One autograd function in the place of a dozen: what one layer leaves for the next is
-written once, in the dtype of autocast, and the gradients of residual connections are
-added where they are needed. Products without a further step are PyTorch's.
+One autograd function replaces a dozen. The result of each layer is written once, in the
+dtype of autocast, and gradients of residual connections are added inside the kernels.
+PyTorch computes the matrix products that no other step follows.
 """
 
-from typing import List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from ...compat.pytorch import copy_all
 from ._common import computed_dtype
@@ -29,7 +29,7 @@ from ._sums import column_sums
 
 
 class Weights(NamedTuple):
-    """Parameters of a block, each layer's weight and bias; see :class:`MLLABlock`."""
+    """Weight and bias of each layer of :class:`mlla_mm.models.layers.MLLABlock`."""
 
     cpe1: Tensor
     cpe1_bias: Tensor
@@ -58,7 +58,7 @@ class Weights(NamedTuple):
 
 
 class _Products(NamedTuple):
-    """Weights and biases of the matrix products, in the dtype that these run in."""
+    """Weights and biases of the matrix products, in the dtype of the products."""
 
     in_act: Tensor
     in_act_bias: Tensor
@@ -77,14 +77,14 @@ class MLLABlock(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         x: Tensor,
         num_heads: int,
         eps: Tuple[float, float],
         scales: Tuple[Optional[Tensor], Optional[Tensor]],
         *parameters: Optional[Tensor],
     ) -> Tensor:
-        weights = Weights(*parameters)
+        weights = Weights._make(parameters)
         out, kept, products = forward(x, num_heads, eps, scales, weights, keep=True)
         ctx.save_for_backward(*kept, *products, *scales, *parameters)
         ctx.num_heads, ctx.eps = num_heads, eps
@@ -92,20 +92,20 @@ class MLLABlock(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
+    def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
         saved = ctx.saved_tensors
         kept, saved = saved[:_NUM_KEPT], saved[_NUM_KEPT:]
         count = len(_Products._fields)
         products, saved = _Products(*saved[:count]), saved[count:]
         scales, parameters = saved[:2], saved[2:]
-        weights = Weights(*parameters)
+        weights = Weights._make(parameters)
         with torch.autocast(grad.device.type, enabled=False):
             grad_x, grads = backward(
                 grad, kept, ctx.num_heads, ctx.eps, scales, weights, products
             )
         needed = zip(grads, ctx.needs_input_grad[4:])
-        grads = (grad if needs else None for grad, needs in needed)
-        return (grad_x, None, None, None, *grads)
+        wanted = [grad if needs else None for grad, needs in needed]
+        return (grad_x, None, None, None, *wanted)
 
 
 _NUM_KEPT = 10
@@ -118,12 +118,17 @@ def forward(
     scales: Sequence[Optional[Tensor]],
     w: Weights,
     keep: bool,
-) -> Tuple[Tensor, Optional[Tuple[Tensor, ...]], Optional[_Products]]:
-    """Output, and if asked for what the backward pass needs."""
+) -> Tuple[Tensor, Tuple[Optional[Tensor], ...], _Products]:
+    """The forward pass.
+
+    Returns:
+        tuple: The output, the tensors that the backward pass needs if ``keep`` says so,
+        and the parameters of the matrix products.
+    """
     dtype = computed_dtype(x)
     products = _cast(w, dtype)
     channels = x.shape[-1]
-    # Products have factors of one dtype already: autocast has nothing to cast.
+    # The factors of each product have one dtype, so autocast casts nothing.
     x1 = conv(x, w.cpe1, w.cpe1_bias, residual=True)
     u = layer_norm(x1, w.norm1, w.norm1_bias, eps[0], dtype)
     projected = F.linear(u, products.in_act, products.in_act_bias)
@@ -139,10 +144,8 @@ def forward(
     u = layer_norm(x3, w.norm2, w.norm2_bias, eps[1], dtype).view(-1, channels)
     activated, hidden = linear_gelu(u, products.fc1, products.fc1_bias, keep)
     out = linear_residual(activated, products.fc2, products.fc2_bias, x3, scales[1])
-    if not keep:
-        return out, None, None
     kept = (x, x1, projected, v, qk, y, states, x2, x3, hidden)
-    return out, kept, products
+    return out, kept if keep else (), products
 
 
 def backward(
@@ -154,7 +157,7 @@ def backward(
     w: Weights,
     products: _Products,
 ) -> Tuple[Tensor, List[Optional[Tensor]]]:
-    """Gradients of the input and, in their order, of the parameters."""
+    """Gradients of the input, and of the parameters in their order."""
     x, x1, projected, v, qk, y, states, x2, x3, hidden = kept
     dtype, channels = projected.dtype, x.shape[-1]
     inner, gate = projected.split(channels, dim=-1)
@@ -228,7 +231,7 @@ def backward(
 
 
 def _cast(w: Weights, dtype: torch.dtype) -> _Products:
-    """Parameters of the products in their dtype, all in one kernel."""
+    """Cast the parameters of the products to their dtype, all in one kernel."""
     channels = len(w.in_proj)
     wanted = [
         w.in_proj,
@@ -249,7 +252,7 @@ def _cast(w: Weights, dtype: torch.dtype) -> _Products:
     memory = torch.empty(sum(sizes), dtype=dtype, device=w.qk.device)
     parts = [part.view(t.shape) for part, t in zip(memory.split(sizes), wanted)]
     copy_all(parts, wanted)
-    # The first two pairs lie behind one another: a layer with both outputs.
+    # Two layers lie next to each other in memory, and so form one with both outputs.
     in_act = memory[: 2 * channels**2].view(2 * channels, channels)
     in_act_bias = memory[2 * channels**2 :][: 2 * channels]
     qk_bias = None if w.qk_bias is None else parts[11]

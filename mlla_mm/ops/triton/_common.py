@@ -1,6 +1,9 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 """What the kernels share: strips of a feature map, and functions of numbers."""
 
+# Triton's kernels let a tuple grow, which mypy takes for an error.
+# mypy: disable-error-code="assignment"
+
 import functools
 import math
 from typing import Dict, Tuple
@@ -10,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-#: Sizes that change from image to image must not each compile a kernel of their own.
+#: Arguments that change from image to image. No kernel is compiled for their values.
 SIZES = [
     'height',
     'width',
@@ -22,24 +25,25 @@ SIZES = [
     'rows_per_image',
 ]
 
-# Plans that are kept, for so many shapes of maps: each kernel of a call asks for one.
+# Number of shapes whose plans are cached. Every launch of a kernel needs a plan.
 _PLANS = 4096
 _LOG2_E = tl.constexpr(math.log2(math.e))
 
-# Tokens of a strip.
+# Number of tokens in a row of a strip.
 _TOKENS = 8
-# Programs that keep a GPU busy, and rows that are worth one, which reads two more.
+# Number of programs that keep a GPU busy, and the fewest rows for a program. It reads
+# two more rows than it has.
 _PROGRAMS, _LEAST_ROWS = 2048, 8
 
 
-# Triton's own two are made for kernels: on the host they take ten times as long.
+# Triton has both functions for kernels. On the host those take ten times as long.
 def ceil_div(a: int, b: int) -> int:
     """a / b, rounded up."""
     return -(-a // b)
 
 
 def power_of_two(size: int) -> int:
-    """The smallest one of at least ``size``."""
+    """The smallest power of two that is at least ``size``."""
     return 1 << (size - 1).bit_length()
 
 
@@ -50,17 +54,17 @@ def plan_strips(
     """Cut a map (N, H, W, C) for a 3x3 stencil.
 
     A program takes some channels of a strip of 8 columns and goes down its rows, so
-    that each row is read once. The cut depends on sizes alone, so that sums are taken
-    in the same order everywhere.
+    that it reads each row once. The cut depends on the sizes alone, so that sums have
+    the same order on every GPU.
 
     Args:
-        shape (tuple[int, int, int, int]): That of the map.
-        channels (int): Channels that a program takes at most.
-        numbers (int): Numbers of a row that a thread takes.
+        shape (tuple[int, int, int, int]): Shape of the map.
+        channels (int): Largest number of channels of a program.
+        numbers (int): How many numbers of a row a thread takes.
 
     Returns:
         tuple: The grid (blocks of channels, strips times runs of rows, images), and the
-        sizes that every such kernel takes.
+        arguments for sizes that these kernels share.
     """
     number, height, width, all_channels = shape
     block_c = min(channels, block_size(all_channels, least=16))
@@ -81,7 +85,7 @@ def plan_strips(
 
 @functools.lru_cache
 def plan_rows(channels: int, numbers: int) -> Dict[str, int]:
-    """Tiles of whole rows (BLOCK, C) of about so many numbers."""
+    """Arguments for tiles of whole rows (BLOCK, C), of about ``numbers`` numbers."""
     block_c = power_of_two(channels)
     return dict(
         C=channels, BLOCK=max(1, numbers // block_c), BLOCK_C=block_c, num_warps=4
@@ -89,22 +93,23 @@ def plan_rows(channels: int, numbers: int) -> Dict[str, int]:
 
 
 def block_size(size: int, least: int) -> int:
-    """A power of two that divides a size if ``least`` does, else one that covers it.
+    """The largest power of two that divides a size, if it is at least ``least``.
 
-    32 for 96 channels: blocks of 64 would be idle in part.
+    Otherwise the smallest power of two that covers the size, but at least 16. For 96
+    channels the block is 32, because a part of the blocks of 64 would be idle.
     """
     divisor = size & -size
     return divisor if divisor >= least else max(16, power_of_two(size))
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """(N, H, W, C) -> (N * H * W, C) with neighbouring channels; rarely a copy."""
+    """(N, H, W, C) -> (N * H * W, C), channels side by side. Copies only if it must."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def computed_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that a convolution or a linear layer gives for x: autocast's, if on."""
+    """The dtype of a convolution or a linear layer of x, which autocast may change."""
     device = x.device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -112,11 +117,11 @@ def computed_dtype(x: Tensor) -> torch.dtype:
 
 
 def operand_dtype(x: Tensor) -> tl.dtype:
-    """What the factors of a matrix product are, for a map.
+    """The dtype of the factors of a matrix product, for a map.
 
-    bfloat16 for itself, as those of the definition; else float32, whose product is
-    taken in TF32: as float16 numbers, sums over tokens could overflow. The interpreter
-    has no products in bfloat16.
+    It is bfloat16 for a bfloat16 map, as in the definition. Otherwise it is float32,
+    whose products are taken in TF32, because sums over tokens could overflow float16.
+    Triton's interpreter has no products in bfloat16.
     """
     return tl.bfloat16 if x.dtype == torch.bfloat16 and x.is_cuda else tl.float32
 

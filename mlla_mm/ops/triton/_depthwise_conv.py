@@ -1,28 +1,29 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""3x3 depthwise convolution with bias, and what comes right behind it.
+"""3x3 depthwise convolution with bias, and the step that follows it.
 
 With ``z = conv(x) + b``, one kernel goes down the rows of a strip and, for each row of
-z, writes one of
+z, writes one of these:
 
-- ``[x +] z`` or ``SiLU(z)``, the layer;
-- ``e SiLU'(z)``, the gradient before SiLU from the one behind it, e;
-- ``(a + z) SiLU(g)``, the position encoding added to the attention a, gated;
-- for its gradient e, times the scale of stochastic depth: ``e (a + z) SiLU'(g)`` of the
-  gate, ``e SiLU(g)`` of a and z, and the output once more, which the weight behind it
-  needs.
+- the layer: ``[x +] z`` or ``[x +] SiLU(z)``;
+- the gradient of z from the gradient e of SiLU(z): ``e SiLU'(z)``;
+- the position encoding z, added to the attention a, and gated: ``(a + z) SiLU(g)``;
+- the backward pass of the last one. If e is the gradient of the output, multiplied by
+  the factor of stochastic depth, then ``e (a + z) SiLU'(g)`` is the gradient of g, and
+  ``e SiLU(g)`` is that of a and z. The output is written again, because the gradient of
+  the next weight needs it.
 
-A row is read once and added to the three rows of z that see it, so that two sums are
-held and no row. A second kernel gives the gradients of x, weight and bias from that of
-z.
+A row is read once, and added to the three rows of z that depend on it. So the kernel
+holds sums for two rows, but no row. A second kernel computes the gradients of x, weight
+and bias from the gradient of z.
 """
 
-from typing import Optional, Tuple
+from typing import Any, Optional, Tuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from ._common import (
     SIZES,
@@ -40,8 +41,8 @@ from ._common import (
 from ._sums import add_up
 
 _LAYER, _SILU_GRAD, _GATE, _GATE_GRAD = 0, 1, 2, 3
-# Channels of a program, and numbers of a row for each thread. The gradients' kernel
-# holds ten sums for each: fewer threads have fewer of them to add up.
+# Channels of a program, and numbers of a row for each thread. The kernel of gradients
+# holds ten sums for each number, so it takes fewer threads: there is less to add up.
 _STRIP = dict(channels=64, numbers=4)
 _STRIP_OF_SUMS = dict(channels=32, numbers=8)
 
@@ -51,7 +52,7 @@ class DepthwiseConv(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         x: Tensor,
         weight: Tensor,
         bias: Tensor,
@@ -64,7 +65,7 @@ class DepthwiseConv(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> Tuple:
+    def backward(ctx: Any, grad: Tensor) -> Tuple:
         x, weight, bias = ctx.saved_tensors
         grad_z = silu_conv_grad(x, weight, bias, grad) if ctx.act else grad
         separate = grad if ctx.act and ctx.residual else None
@@ -78,7 +79,7 @@ class DepthwiseConv(torch.autograd.Function):
 def conv(
     x: Tensor, weight: Tensor, bias: Tensor, residual: bool = False, act: bool = False
 ) -> Tensor:
-    """``[x +] [SiLU](z)``, in the dtype that autocast gives the plain definition."""
+    """``[x +] [SiLU](z)``, in the same dtype as the definition under autocast."""
     dtype = computed_dtype(x)
     dtype = torch.promote_types(x.dtype, dtype) if residual else dtype
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
@@ -87,7 +88,7 @@ def conv(
 
 
 def silu_conv_grad(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor) -> Tensor:
-    """``e SiLU'(z)``: the gradient of z from that of SiLU(z)."""
+    """``e SiLU'(z)``: the gradient of z, where ``grad`` is that of SiLU(z)."""
     grad_z = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
     _run(_SILU_GRAD, x, weight, bias, grad=grad, outputs=(grad_z,))
     return grad_z
@@ -96,7 +97,7 @@ def silu_conv_grad(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor) -> Ten
 def gated_conv(
     x: Tensor, weight: Tensor, bias: Tensor, added: Tensor, gate: Tensor
 ) -> Tensor:
-    """``(a + z) SiLU(g)``."""
+    """``(a + z) SiLU(g)``, where ``added`` is a."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _run(_GATE, x, weight, bias, added=added, gate=gate, outputs=(y,))
     return y
@@ -112,13 +113,13 @@ def gated_conv_grad(
     grad_gate: Tensor,
     scale: Optional[Tensor] = None,
 ) -> Tuple[Tensor, Tensor]:
-    """Backward of :func:`gated_conv`, but for x; fills ``grad_gate``.
+    """The backward pass of :func:`gated_conv`, except for x. It fills ``grad_gate``.
 
-    ``scale`` has one number per image, float32, by which ``grad`` and the output are
-    multiplied. Defaults to None, 1.
+    ``scale`` has one number per image, in float32, and multiplies ``grad`` and the
+    output. None means 1.
 
     Returns:
-        tuple[Tensor, Tensor]: Gradient of a and z, and the output once more.
+        tuple[Tensor, Tensor]: The gradient of both a and z, and the output.
     """
     grad_z, y = (
         torch.empty(x.shape, dtype=dtype, device=x.device)
@@ -142,7 +143,7 @@ def _run(
     residual: bool = False,
     act: bool = False,
 ) -> None:
-    """Start the first kernel; what it does not use is given x in its place."""
+    """Launch the first kernel. Pointers that it does not use get x."""
     rows = as_rows(x)
     added, gate, grad = (rows if y is None else as_rows(y) for y in (added, gate, grad))
     y, second, third = (*outputs, *[outputs[0]] * (3 - len(outputs)))
@@ -179,26 +180,26 @@ def conv_grad(
     residual: bool = False,
     added: Optional[Tensor] = None,
     out: Optional[Tensor] = None,
-) -> Tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias from that of z.
+) -> Tuple[Tensor, ...]:
+    """Gradients of x, weight and bias from the gradient of z.
 
     Args:
         x (Tensor): (N, H, W, C).
         weight (Tensor): (C, 1, 3, 3).
         bias (Tensor): (C,).
         grad_z (Tensor): (N, H, W, C).
-        residual (bool): Whether x was added to z, so that its gradient is that of z as
-            well. Defaults to False.
-        added (Tensor, optional): Another gradient of x, to be added. Defaults to None.
-        out (Tensor, optional): Where the gradient of x goes, of its shape; channels
-            may be a part of a wider map's. Defaults to None, a new map.
+        residual (bool): Whether x was added to z. Then the gradient of z is added to
+            that of x. Defaults to False.
+        added (Tensor, optional): A gradient of x, which is added. Defaults to None.
+        out (Tensor, optional): Memory for the gradient of x. It may be some channels of
+            a wider map. None allocates a map. Defaults to None.
     """
     if out is None:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows, grads = as_rows(x), as_rows(grad_z)
     others = grads if added is None else as_rows(added)
     grid, sizes = plan_strips(x.shape, **_STRIP_OF_SUMS)
-    # One row per program and image, each the ten sums of all channels.
+    # A row for each program and image, with ten sums for every channel.
     sums = x.new_empty((grid[1] * grid[2], 10, x.shape[-1]), dtype=torch.float32)
     with torch.cuda.device_of(x):
         _conv_grad_kernel[grid](

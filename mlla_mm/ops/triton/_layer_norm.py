@@ -1,28 +1,30 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 """LayerNorm over the channels of a map, computed in float32.
 
-With ``h = (x - mean) / sqrt(var + eps)`` the output is ``h w + b``. PyTorch's kernel
-gives each row a block of threads, of which a row of few channels keeps busy a part;
-autocast has it read and write float32, which this one need not. Backward computes h
-again, and adds the gradient of the residual connection around the layers that follow::
+With ``h = (x - mean) / sqrt(var + eps)`` the output is ``h w + b``. PyTorch's kernel is
+slower for two reasons. It gives each row a block of threads, most of which are idle if
+there are few channels. And under autocast it reads and writes float32. The backward
+pass computes h again, and adds the gradient r of the residual connection around the
+layers that follow::
 
     dx = (g - mean(g) - h mean(g h)) / sqrt(var + eps) + r,    g = w e
 """
 
-from typing import Optional, Tuple
+from typing import Any, Optional, Tuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from ._common import SIZES, as_rows, ceil_div, load_float, plan_rows
 from ._sums import add_up
 
-# Numbers of a tile, 8 for each thread.
+# How many numbers a tile has: 8 for each thread.
 _NUMBERS = 1024
-# Programs of the backward pass, each with partial sums, and tiles that are worth one.
+# Largest number of programs of the backward pass, each of which has partial sums, and
+# the fewest tiles for a program.
 _PROGRAMS, _TILES = 1056, 8
 
 
@@ -31,17 +33,17 @@ class LayerNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor, eps: float
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float
     ) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
         ctx.eps = eps
-        # As autocast has it, unlike a block that is computed as a whole.
+        # Autocast computes LayerNorm in float32. Kernels of whole blocks do not.
         autocast = torch.is_autocast_enabled(x.device.type)
         return layer_norm(x, weight, bias, eps, torch.float32 if autocast else x.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
+    def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
         x, weight, bias = ctx.saved_tensors
         return (*layer_norm_grad(x, weight, bias, ctx.eps, grad), None)
 
@@ -49,7 +51,7 @@ class LayerNorm(torch.autograd.Function):
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> Tensor:
-    """(..., C) -> (..., C), contiguous, of a dtype."""
+    """(..., C) -> (..., C), contiguous, in the given dtype."""
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     rows = as_rows(x)
     sizes = plan_rows(rows.shape[1], _NUMBERS)
@@ -74,7 +76,7 @@ def layer_norm_grad(
     eps: float,
     grad: Tensor,
     residual: Optional[Tensor] = None,
-) -> Tuple[Tensor, Tensor, Tensor]:
+) -> Tuple[Tensor, ...]:
     """Gradients of x, weight and bias.
 
     Args:
@@ -83,7 +85,7 @@ def layer_norm_grad(
         bias (Tensor): (C,).
         eps (float): Added to the variance.
         grad (Tensor): Gradient of the output, (..., C).
-        residual (Tensor, optional): Another gradient of x, to be added, (..., C).
+        residual (Tensor, optional): A gradient of x, (..., C), which is added.
             Defaults to None.
     """
     rows, grads = as_rows(x), as_rows(grad)

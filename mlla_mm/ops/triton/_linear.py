@@ -1,29 +1,30 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""Linear layers whose output takes another step before it is written.
+"""Linear layers with one more step before the output is written.
 
-With ``z = x W^T + b``, one kernel gives
+With ``z = x W^T + b``, one kernel computes one of these:
 
 - ``ReLU(z)``;
 - ``GELU(z)``, and z itself for the gradient;
-- ``r + s z``, with the residual connection r and the scale s of an image by which
-  stochastic depth drops it;
-- for the gradient e of ``s z``, of which ``GELU(h)`` is the input and W the weight:
-  ``s (e W) GELU'(h)``, ``s GELU(h)``, by which the weight's gradient is multiplied, and
-  the sums of the former over its rows, the gradient of the bias before GELU.
+- ``r + s z``, where r is the residual connection and s is the factor of stochastic
+  depth for the image;
+- the backward pass of ``s z`` for ``x = GELU(h)``. From the gradient e of the output
+  come ``s (e W) GELU'(h)``, which is the gradient of h, ``s GELU(h)``, which the
+  gradient of W needs, and the row sums of the first, which are the gradient of the bias
+  before GELU.
 
-In half precision alone: products of float32 numbers, and those without such a step, are
-left to PyTorch.
+The kernel is for half precision. PyTorch does products in float32, and products without
+such a step.
 """
 
 import functools
-from typing import Dict, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from ...compat.pytorch import MM_TAKES_OUT_DTYPE
 from .. import naive
@@ -39,32 +40,33 @@ from ._common import (
 from ._sums import add_up, column_sums
 
 _GELU, _RESIDUAL, _GELU_GRAD, _RELU = 0, 1, 2, 3
-# Rows of a tile of the gradient, each tile with partial sums.
+# Number of rows in a tile of the backward pass. Each tile has partial sums.
 _GRAD_ROWS = 128
-_PEAK = tl.constexpr(0.3989422804014327)  # of the standard normal density
+# The largest value of the standard normal density.
+_PEAK = tl.constexpr(0.3989422804014327)
 
 
 def linear_gelu(
     x: Tensor, weight: Tensor, bias: Tensor, keep: bool
 ) -> Tuple[Tensor, Optional[Tensor]]:
-    """GELU(z), and z if it is to be kept.
+    """Compute GELU(z), and also return z if ``keep`` says so.
 
     Args:
         x (Tensor): (rows, K).
         weight (Tensor): (N, K).
         bias (Tensor): (N,).
-        keep (bool): Whether z is asked for.
+        keep (bool): Whether to return z.
 
     Returns:
-        tuple[Tensor, Tensor | None]: (rows, N) each.
+        tuple[Tensor, Tensor | None]: GELU(z) and z, each (rows, N).
     """
     if not _fits(x):
         z = F.linear(x, weight, bias)
         return F.gelu(z), z if keep else None
     y = x.new_empty(len(x), len(weight))
-    z = torch.empty_like(y) if keep else None
-    _run(_GELU, x, weight, y, z, bias=bias)
-    return y, z
+    kept = torch.empty_like(y) if keep else None
+    _run(_GELU, x, weight, y, kept, bias=bias)
+    return y, kept
 
 
 def linear_residual(
@@ -74,17 +76,18 @@ def linear_residual(
     residual: Tensor,
     scale: Optional[Tensor] = None,
 ) -> Tensor:
-    """r + s z.
+    """Compute r + s z.
 
     Args:
         x (Tensor): (rows, K).
         weight (Tensor): (N, K).
         bias (Tensor): (N,).
-        residual (Tensor): (images, ..., N), contiguous, of as many rows.
-        scale (Tensor, optional): One number per image, float32. Defaults to None, 1.
+        residual (Tensor): r, (images, ..., N), contiguous, with as many rows as x.
+        scale (Tensor, optional): s, one number per image, float32. None means 1.
+            Defaults to None.
 
     Returns:
-        Tensor: As ``residual``.
+        Tensor: Shape and dtype of ``residual``.
     """
     if not _fits(x):
         z = F.linear(x, weight, bias).view(residual.shape)
@@ -101,18 +104,19 @@ def gelu_linear_grad(
     bias: Tensor,
     scale: Optional[Tensor] = None,
 ) -> Tuple[Tensor, Tensor, Tensor]:
-    """Backward of a linear layer on GELU(h), see the top of this file.
+    """The backward pass of a linear layer on GELU(h), see the top of this file.
 
     Args:
         grad (Tensor): Gradient of the output, (rows, K).
         weight (Tensor): (K, N).
         hidden (Tensor): h, (rows, N).
-        bias (Tensor): Bias of the layer that gave h, (N,).
-        scale (Tensor, optional): One number per image, float32. Defaults to None, 1.
+        bias (Tensor): Bias of the layer whose output is h, (N,).
+        scale (Tensor, optional): s, one number per image, float32. None means 1.
+            Defaults to None.
 
     Returns:
-        tuple[Tensor, Tensor, Tensor]: Gradient of h and s GELU(h), (rows, N), and that
-        of the bias.
+        tuple[Tensor, Tensor, Tensor]: The gradient of h, (rows, N), s GELU(h),
+        (rows, N), and the gradient of ``bias``, (N,).
     """
     if not _fits(grad):
         activated = F.gelu(hidden)
@@ -126,14 +130,14 @@ def gelu_linear_grad(
     sums = hidden.new_empty((tiles, 1, hidden.shape[1]), dtype=torch.float32)
     outputs = grad_hidden, activated, sums
     _run(_GELU_GRAD, grad, weight, *outputs, other=hidden, scale=scale)
-    return grad_hidden, activated, add_up(sums, None, bias)[1]
+    return grad_hidden, activated, add_up(sums, bias)[0]
 
 
 class LinearReLU(torch.autograd.Function):
     """See :func:`mlla_mm.ops.naive.linear_relu`."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         dtype = computed_dtype(x)
         with torch.autocast(x.device.type, enabled=False):
             x, matrix = x.to(dtype), weight.to(dtype).contiguous()
@@ -145,7 +149,7 @@ class LinearReLU(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
+    def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
         rows, matrix, weight, bias, y = ctx.saved_tensors
         with torch.autocast(grad.device.type, enabled=False):
             grad = torch.ops.aten.threshold_backward(grad.reshape(y.shape), y, 0)
@@ -159,7 +163,7 @@ class LinearReLU(torch.autograd.Function):
 
 
 def _linear_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """(rows, K) -> (rows, N). cuBLAS can do it, but hides what is not a number."""
+    """(rows, K) -> (rows, N). cuBLAS has this, too, but its ReLU turns NaN into 0."""
     if not _fits(x):
         return F.linear(x, weight, bias).relu_()
     y = x.new_empty(len(x), len(weight))
@@ -168,7 +172,7 @@ def _linear_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def weight_grad(grad: Tensor, x: Tensor, like: Tensor) -> Tensor:
-    """Gradient of a linear layer's weight, in the weight's dtype."""
+    """Gradient of a linear layer's weight, in the dtype of the weight."""
     if grad.dtype == like.dtype or not (grad.is_cuda and MM_TAKES_OUT_DTYPE):
         return (grad.t() @ x).to(like.dtype)
     return torch.mm(grad.t(), x, out_dtype=like.dtype)
@@ -218,10 +222,10 @@ def _plan(mode: int, summands: int, columns: int) -> Dict[str, int]:
     block_n = min(block_size(columns, least=32), 128)
     block_m, num_warps = _GRAD_ROWS, 8
     if mode == _GELU_GRAD:
-        # The last step takes the registers of half a tile.
+        # The last step needs as many registers as half a tile.
         block_n = min(block_n, 64)
     elif mode == _GELU and summands <= 64:
-        # It takes longer than the product: more programs at once.
+        # GELU takes longer than the product, so more programs have to run at once.
         block_m, block_n, num_warps = 64, min(block_n, 64), 4
     elif mode == _RESIDUAL:
         block_m, num_warps = (64 if block_n == 128 else 128), 4

@@ -1,35 +1,36 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 """Linear attention with rotation, local position encoding and gate.
 
-For one head, with q and k behind ELU + 1, R_t the rotation of token t, n tokens::
+For one head, with q and k after ELU + 1, the rotation R_t of token t, and n tokens::
 
     A = sum_t (R_t k_t) v_t^T / n,   m = sum_t k_t / n           state, first pass
     z_t = 1 / (q_t . m + 1e-6),      y_t = z_t A^T R_t q_t       second pass
     out_t = (y_t + LePE(v)_t) SiLU(g_t)                          see _depthwise_conv.py
 
-Backward, with p the gradient of y, takes two passes as well::
+With the gradient p of y, the backward pass takes two passes over the tokens, too. The
+first one is::
 
     o_t = z_t p_t,   dq~_t = A o_t,   ds_t = -z_t p_t . y_t
     dq_t = R_t^T dq~_t + ds_t m
     dA = sum_t (R_t q_t) o_t^T / n,   dm = sum_t ds_t q_t / n
 
-and the second::
+The second one is::
 
     dk_t = R_t^T dA v_t + dm,   dv_t = dA^T R_t k_t
 
-The state is d + 1 rows of d numbers per image and head. Programs that share an image
-have partial sums of it, which the next pass adds up. It is in float32. Products are in
-bfloat16 for bfloat16, as those of the definition, else in TF32 at least: as a float16
-number the state could overflow.
+The state has d + 1 rows of d numbers for each image and head, in float32. If several
+programs share an image, each has a partial sum of the state, and the next pass adds
+them up. Products are in bfloat16 if the map is, as in the definition. Otherwise they
+are in TF32 or float32, because the state could overflow float16.
 """
 
-from typing import Dict, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from .. import naive
 from ..rotary import axis_tables
@@ -46,12 +47,12 @@ from ._depthwise_conv import conv_grad, gated_conv, gated_conv_grad
 
 _EPS = tl.constexpr(naive.EPS)
 
-# Tokens of a tile, and warps. The forward passes read no tile ahead (num_stages=1):
-# they would read the rotation ahead as well, past the nearest cache.
+# Number of tokens in a tile, and of warps. The forward passes do not read a tile ahead
+# (num_stages=1), because they would also read the rotation ahead, past the L1 cache.
 _BLOCK, _NUM_WARPS = 32, 2
-# Programs that keep a GPU busy; fewer where each has partial sums to be added.
+# Number of programs that keep a GPU busy. There are fewer if each has partial sums.
 _PROGRAMS, _PROGRAMS_OF_SUMS = 4096, 1024
-# Partial sums that every program of the next pass may add up by itself.
+# With at most so many partial sums, every program of the next pass adds them up itself.
 _MAX_PARTS = 4
 
 
@@ -60,7 +61,7 @@ class MLLAAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         qk: Tensor,
         v: Tensor,
         gate: Tensor,
@@ -75,19 +76,18 @@ class MLLAAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
+    def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
         qk, v, gate, weight, bias, y, states = ctx.saved_tensors
         grad_gate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
         grad_y, _ = gated_conv_grad(v, weight, bias, y, gate, grad, grad_gate)
         grad_qk, grad_v = linear_attention_grad(qk, v, y, states, grad_y, ctx.num_heads)
         grad_v, *grads = conv_grad(v, weight, bias, grad_y, added=grad_v)
-        grads = (grad_qk, grad_v, grad_gate, *grads)
-        needed = zip(grads, ctx.needs_input_grad)
+        needed = zip((grad_qk, grad_v, grad_gate, *grads), ctx.needs_input_grad)
         return (*(grad if needs else None for grad, needs in needed), None)
 
 
 def linear_attention(qk: Tensor, v: Tensor, num_heads: int) -> Tuple[Tensor, Tensor]:
-    """Both forward passes.
+    """Linear attention in two passes over the tokens.
 
     Args:
         qk (Tensor): Queries, then keys, before the feature map, (N, H, W, 2C).
@@ -95,8 +95,9 @@ def linear_attention(qk: Tensor, v: Tensor, num_heads: int) -> Tuple[Tensor, Ten
         num_heads (int): Number of heads.
 
     Returns:
-        tuple[Tensor, Tensor]: y, (N, H, W, C), and partial sums of A and, as its last
-        row, m: (programs, N, heads, C / heads + 1, C / heads) in float32.
+        tuple[Tensor, Tensor]: y, (N, H, W, C), and partial sums of the state,
+        (programs, N, heads, C / heads + 1, C / heads) in float32. The last row is m,
+        the other rows are A.
     """
     qk_rows, v_rows = as_rows(qk), as_rows(v)
     grid, sizes = _plan(v, num_heads, _PROGRAMS_OF_SUMS)
@@ -132,9 +133,10 @@ def linear_attention(qk: Tensor, v: Tensor, num_heads: int) -> Tuple[Tensor, Ten
 def linear_attention_grad(
     qk: Tensor, v: Tensor, y: Tensor, states: Tensor, grad: Tensor, num_heads: int
 ) -> Tuple[Tensor, Tensor]:
-    """Both passes back: gradients of ``qk`` and ``v``, contiguous.
+    """The backward pass: gradients of ``qk`` and ``v``, contiguous.
 
-    ``y`` and ``states`` are what :func:`linear_attention` gave, ``grad`` is of y.
+    ``y`` and ``states`` are the results of :func:`linear_attention`, and ``grad`` is
+    the gradient of y.
     """
     qk_rows, v_rows, grad_rows = as_rows(qk), as_rows(v), as_rows(grad)
     grid, sizes = _plan(v, num_heads, _PROGRAMS_OF_SUMS)
@@ -174,13 +176,13 @@ def linear_attention_grad(
 
 
 def _tables(v: Tensor) -> Tuple[Tensor, Tensor]:
-    """Cosine and sine for rows and columns alike, (positions, C / 4)."""
+    """Cosine and sine, (positions, C / 4), long enough for both rows and columns."""
     _, height, width, channels = v.shape
     return axis_tables(max(height, width), channels // 4, v.device, torch.float32)
 
 
 def _empty_states(v: Tensor, grid: Tuple[int, int, int]) -> Tensor:
-    """Room for the shares that programs have in a state or in its gradient."""
+    """Memory for the partial sums of a state, or of its gradient."""
     num_heads, programs, number = grid
     dims = v.shape[-1] // num_heads
     shape = (programs, number, num_heads, dims + 1, dims)
@@ -188,16 +190,16 @@ def _empty_states(v: Tensor, grid: Tuple[int, int, int]) -> Tensor:
 
 
 def _add_up_many(states: Tensor) -> Tensor:
-    """Few partial sums as they are; the sum of many, as few images have."""
+    """Return few partial sums as they are, but the sum of many partial sums."""
     return states if len(states) <= _MAX_PARTS else states.sum(0, keepdim=True)
 
 
 def _plan(
     v: Tensor, num_heads: int, programs: int
 ) -> Tuple[Tuple[int, int, int], Dict[str, object]]:
-    """The grid (heads, programs per image, images), and what every kernel is told.
+    """The grid (heads, programs per image, images), and arguments of every kernel.
 
-    It depends on sizes alone, so that sums are taken in the same order everywhere.
+    They depend on the sizes alone, so that sums have the same order on every GPU.
     """
     number, height, width, channels = v.shape
     all_tiles = ceil_div(height * width, _BLOCK)

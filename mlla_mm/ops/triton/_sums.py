@@ -1,7 +1,7 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""Sums over all rows of a map, in two steps: by programs, then over programs.
+"""Sums over all rows of a map, in two steps: in each program, then over programs.
 
-Always in the same order, without atomics.
+The order is always the same, since there are no atomics.
 """
 
 from typing import Optional, Tuple
@@ -14,23 +14,27 @@ from torch import Tensor
 from ._common import SIZES, ceil_div, load_float, plan_rows
 
 _PROGRAMS, _NUMBERS = 512, 2048
-# Programs and channels of a tile of the second step.
+# Number of programs and of channels in a tile of the second step.
 _PARTS, _COLUMNS = 256, 32
 
 
 def column_sums(
     x: Tensor, scale: Optional[Tensor] = None, like: Optional[Tensor] = None
 ) -> Tensor:
-    """Sum of the rows of x, each times the scale of its image.
+    """Sum the rows of x, each multiplied by the scale of its image.
 
-    PyTorch's reduction over the first axis of half-precision numbers takes five times
-    as long as reading them.
+    For half precision, PyTorch's sum over the first axis takes five times as long as
+    reading the numbers.
 
     Args:
         x (Tensor): (rows, C), neighbouring channels side by side.
-        scale (Tensor, optional): One number per image, float32. Defaults to None, 1.
-        like (Tensor, optional): What the sum shall look like. Defaults to None, (C,) in
-            float32.
+        scale (Tensor, optional): One number per image, float32. None means 1.
+            Defaults to None.
+        like (Tensor, optional): A tensor with the shape and dtype of the result. None
+            means (C,) in float32. Defaults to None.
+
+    Returns:
+        Tensor: The sum.
     """
     rows, channels = x.shape
     sizes = plan_rows(channels, _NUMBERS)
@@ -46,32 +50,28 @@ def column_sums(
             rows if scale is None else rows // len(scale),
             **sizes,
         )
-    return add_up(sums, None, sums[0, 0] if like is None else like)[1]
+    return add_up(sums, sums[0, 0] if like is None else like)[0]
 
 
-def add_up(
-    sums: Tensor, first: Optional[Tensor], last: Tensor
-) -> Tuple[Optional[Tensor], Tensor]:
-    """Add up what programs have found.
+def add_up(sums: Tensor, *likes: Tensor) -> Tuple[Tensor, ...]:
+    """Add up the sums of all programs.
 
     Args:
         sums (Tensor): (programs, R, C) in float32.
-        first (Tensor, optional): What the sums of the first R - 1 rows shall look like,
-            of C (R - 1) numbers, channel by channel. None if R is 1.
-        last (Tensor): What those of the last row shall look like, (C,).
+        *likes (Tensor): Tensors with the shapes and dtypes of the results. The last one
+            is for the last row, (C,). If R > 1, another one before it is for the first
+            R - 1 rows. It has C (R - 1) numbers, channel by channel.
 
     Returns:
-        tuple[Tensor | None, Tensor]: Both.
+        tuple[Tensor]: One result for each of ``likes``.
     """
     parts, rows, channels = sums.shape
-    first, last = (
-        None if x is None else torch.empty_like(x.contiguous()) for x in (first, last)
-    )
+    results = tuple(torch.empty_like(x.contiguous()) for x in likes)
     with torch.cuda.device_of(sums):
         _add_up_kernel[(ceil_div(channels, _COLUMNS), rows)](
             sums,
-            first,
-            last,
+            results[0] if rows > 1 else None,
+            results[-1],
             parts,
             C=channels,
             R=rows,
@@ -79,7 +79,7 @@ def add_up(
             COLUMNS=_COLUMNS,
             num_warps=8,
         )
-    return first, last
+    return results
 
 
 @triton.jit(do_not_specialize=SIZES)
