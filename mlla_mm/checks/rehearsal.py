@@ -480,7 +480,8 @@ def _duration(seconds: float) -> str:
 
 
 def _print_cause(stage: str, error: Exception) -> None:
-    cause = f'{type(error).__name__}: {error}'
+    unregistered = launch.unregistered_type(error)
+    cause = unregistered or f'{type(error).__name__}: {error}'
     if isinstance(error, CheckError):
         cause = str(error)
     elif isinstance(error, torch.cuda.OutOfMemoryError):
@@ -489,7 +490,7 @@ def _print_cause(stage: str, error: Exception) -> None:
             'smaller train_dataloader.batch_size with --keep-batch-size; see '
             f'docs/hardware.md. ({error})'
         )
-    elif not isinstance(error, OSError):
+    elif not (unregistered or isinstance(error, OSError)):
         traceback.print_exception(type(error), error, error.__traceback__)
     text = f'Error: check failed while {stage}: {cause}'
     print(text, file=sys.stderr, flush=True)

@@ -79,16 +79,19 @@ def exit_on_user_error(
     try:
         yield
     except Exception as error:
-        unregistered = isinstance(error, KeyError) and re.search(
-            r'is not in the \S+ registry', str(error)
-        )
+        unregistered = unregistered_type(error)
         if not (unregistered or isinstance(error, kinds)):
             raise
         is_printed = not shared or os.environ.get('LOCAL_RANK', '0') == '0'
-        # The text of a KeyError is in quotes.
-        sys.exit(
-            f'Error: {error.args[0] if unregistered else error}' if is_printed else 1
-        )
+        sys.exit(f'Error: {unregistered or error}' if is_printed else 1)
+
+
+def unregistered_type(error: Exception) -> Optional[str]:
+    """Return what MMEngine says of a ``type`` that is not registered; else None."""
+    if not isinstance(error, KeyError):
+        return None
+    text = str(error.args[0] if error.args else '')
+    return text if re.search(r'is not in the \S+ registry', text) else None
 
 
 def processes(launcher: str) -> Processes:

@@ -180,6 +180,11 @@ FAILURES = {
         {'optim_wrapper.optimizer.lr': 1e30, 'param_scheduler.warmup': 0},
         'while training at the largest scale: the loss is nan',
     ),
+    'type': (
+        'detection',
+        {'model.neck.type': 'FPNN'},
+        'while building the model, the data loaders and the metric: FPNN is not in the',
+    ),
     'checkpoint': (
         'classification',
         {'resume': True, 'load_from': 'no.pth'},
@@ -195,6 +200,8 @@ def test_failures(config, capfd, tmp_path, name):
     error = capfd.readouterr().err
     assert message in error
     assert error.count('Error: check failed while') == 1
+    # What the message says in full needs no traceback.
+    assert ('Traceback' in error) == (name == 'another best metric')
     assert not (tmp_path / 'work').exists()
 
 
