@@ -472,7 +472,7 @@ stage_speed() {
     local options=(--seconds "$(($(left) - 25))" --out "$OUT" --first "${RACE:-0}")
     [ -z "$DRY" ] || options+=(--dry)
     run speed "$(($(left) - 3))" "$PYTHON" "$HERE/speed.py" "${options[@]}"
-    grep -aE '^(#|\||SKIP|FAIL)' "$LOGS/speed.log"
+    grep -aE '^(#|\||Skipped|FAIL)' "$LOGS/speed.log"
 }
 
 # --- kernels ---
