@@ -55,7 +55,7 @@ def plot_benchmark(results: Results, title: str, out: Union[str, Path]) -> None:
         low, median, high = np.transpose(speeds)
         y = rows + (i - (len(labels) - 1) / 2) * height
         color = colors[i % len(colors)]
-        errors = (median - low, high - median)
+        errors = (median - low).tolist(), (high - median).tolist()
         bars = [speed.barh(y, median, height, xerr=errors, label=label, color=color)]
         if None not in ratios:
             bars.append(memory.barh(y, ratios, height, color=color))
@@ -138,7 +138,7 @@ def plot_accuracy_latency(
         axes.errorbar(
             latency,
             [point.top1 for point in points],
-            xerr=(latency - low, high - latency),
+            xerr=((latency - low).tolist(), (high - latency).tolist()),
             marker='*' if ours else 'o',
             markersize=12 if ours else 6,
             linewidth=2 if ours else 1.2,

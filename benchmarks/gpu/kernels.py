@@ -14,9 +14,10 @@ import time
 import traceback
 import warnings
 from collections import defaultdict
+from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 
@@ -32,7 +33,7 @@ from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
 import mlla_mm  # noqa: E402, F401  (before anything imports mmcv.ops)
 from benchmarks.cases import DTYPES, MODES, Case  # noqa: E402
-from benchmarks.meter import Call, Meter, format_settings  # noqa: E402
+from benchmarks.meter import Meter, format_settings  # noqa: E402
 from benchmarks.races import make_call, prepare_model  # noqa: E402
 from mlla_mm.models.layers import MLLABlock  # noqa: E402
 from mlla_mm.ops.triton import _depthwise_conv as depthwise  # noqa: E402
@@ -55,18 +56,17 @@ WARM_UPS, REPEATS, PROFILED = (3, 5, 2) if GPU else (1, 1, 1)
 MODELS = ('mlla-t', 'plain-t')
 
 
-class Kernel(NamedTuple):
-    """A call of ours, and PyTorch's for the same, if it is worth comparing."""
-
-    call: Call
-    reference: Optional[Call] = None
-
-
 # --- The kernels ---
 
 
 class Stage:
-    """Makes the calls of a stage; each method is a row of the table."""
+    """Makes random inputs of kernels.
+
+    Args:
+        channels (int): Number of channels C.
+        side (int): Height and width of the maps.
+        batch (int): Number of maps N.
+    """
 
     def __init__(self, channels: int, side: int, batch: int) -> None:
         self.channels = channels
@@ -74,143 +74,160 @@ class Stage:
         self.shape = (batch, side, side)
         self.num_bytes = batch * side**2 * channels * DTYPE.itemsize
 
-    def _map(self, width: int = 1) -> Tensor:
+    def map(self, width: int = 1) -> Tensor:
+        """A map (N, H, W, width * C)."""
         shape = (*self.shape, self.channels * width)
         return torch.randn(shape, device=DEVICE).to(DTYPE)
 
-    def _rows(self, width: int = 1) -> Tensor:
-        return self._map(width).view(-1, self.channels * width)
+    def maps(self, number: int) -> List[Tensor]:
+        """Several maps (N, H, W, C)."""
+        return [self.map() for _ in range(number)]
 
-    def _matrix(self, rows: int, columns: int) -> Tensor:
+    def rows(self, width: int = 1) -> Tensor:
+        """A map as a matrix (N * H * W, width * C)."""
+        return self.map(width).view(-1, self.channels * width)
+
+    def matrix(self, rows: int, columns: int) -> Tensor:
+        """A weight (rows * C, columns * C)."""
         shape = (rows * self.channels, columns * self.channels)
         return torch.randn(shape, device=DEVICE).to(DTYPE) / 8
 
-    def _vector(self, width: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
+    def vector(self, width: int = 1, dtype: torch.dtype = torch.float32) -> Tensor:
+        """A bias (width * C,)."""
         return torch.randn(self.channels * width, device=DEVICE).to(dtype)
 
-    def _taps(self) -> Tuple[Tensor, Tensor]:
+    def taps(self) -> Tuple[Tensor, Tensor]:
+        """Weight and bias of a 3x3 depthwise convolution."""
         taps = torch.randn(self.channels, 1, 3, 3, device=DEVICE) / 3
-        return taps, self._vector()
-
-    def conv_residual(self) -> Kernel:
-        x, taps = self._map(), self._taps()
-        return Kernel(lambda: depthwise.conv(x, *taps, residual=True))
-
-    def conv_silu(self) -> Kernel:
-        """Of a half of a wider map, as in the block."""
-        x, taps = self._map(2)[..., : self.channels], self._taps()
-        return Kernel(lambda: depthwise.conv(x, *taps, act=True))
-
-    def silu_conv_grad(self) -> Kernel:
-        x, taps, grad = self._map(), self._taps(), self._map()
-        return Kernel(lambda: depthwise.silu_conv_grad(x, *taps, grad))
-
-    def conv_grad(self) -> Kernel:
-        x, taps, grad = self._map(), self._taps(), self._map()
-        return Kernel(lambda: depthwise.conv_grad(x, *taps, grad, residual=True))
-
-    def gated_conv(self) -> Kernel:
-        x, taps, added, gate = self._map(), self._taps(), self._map(), self._map()
-        return Kernel(lambda: depthwise.gated_conv(x, *taps, added, gate))
-
-    def gated_conv_grad(self) -> Kernel:
-        x, taps = self._map(), self._taps()
-        others = [self._map() for _ in range(4)]  # added, gate, grad, grad_gate
-        return Kernel(lambda: depthwise.gated_conv_grad(x, *taps, *others))
-
-    def layer_norm(self) -> Kernel:
-        x, weight, bias = self._map(), self._vector(), self._vector()
-        halves = weight.to(DTYPE), bias.to(DTYPE)
-        return Kernel(
-            lambda: norm.layer_norm(x, weight, bias, EPS, DTYPE),
-            lambda: F.layer_norm(x, (self.channels,), *halves, EPS),
-        )
-
-    def layer_norm_grad(self) -> Kernel:
-        x, weight, bias = self._map(), self._vector(), self._vector()
-        grad, residual = self._map(), self._map()
-        return Kernel(
-            lambda: norm.layer_norm_grad(x, weight, bias, EPS, grad, residual)
-        )
-
-    def linear_attention(self) -> Kernel:
-        qk, v = self._map(2), self._map()
-        return Kernel(lambda: attention.linear_attention(qk, v, self.heads))
-
-    def linear_attention_grad(self) -> Kernel:
-        qk, v, grad = self._map(2), self._map(), self._map()
-        y, states = attention.linear_attention(qk, v, self.heads)
-        return Kernel(
-            lambda: attention.linear_attention_grad(qk, v, y, states, grad, self.heads)
-        )
-
-    def linear_gelu(self) -> Kernel:
-        """fc1 in inference."""
-        return self._fc1(keep=False)
-
-    def linear_gelu_keep(self) -> Kernel:
-        """fc1 in training."""
-        return self._fc1(keep=True)
-
-    def _fc1(self, keep: bool) -> Kernel:
-        x, weight, bias = self._rows(), self._matrix(4, 1), self._vector(4, DTYPE)
-        return Kernel(
-            lambda: linear.linear_gelu(x, weight, bias, keep),
-            lambda: F.gelu(F.linear(x, weight, bias)),
-        )
-
-    def linear_residual(self) -> Kernel:
-        """fc2."""
-        return self._to_residual(width=4)
-
-    def linear_residual_out(self) -> Kernel:
-        """The projection of attention's output."""
-        return self._to_residual(width=1)
-
-    def _to_residual(self, width: int) -> Kernel:
-        x, weight = self._rows(width), self._matrix(1, width)
-        bias, residual = self._vector(dtype=DTYPE), self._map()
-        rows = residual.view(-1, self.channels)
-        return Kernel(
-            lambda: linear.linear_residual(x, weight, bias, residual),
-            lambda: rows + F.linear(x, weight, bias),
-        )
-
-    def gelu_linear_grad(self) -> Kernel:
-        """Back through fc2 and GELU."""
-        grad, weight = self._rows(), self._matrix(1, 4)
-        hidden, bias = self._rows(4), self._vector(4)
-
-        def reference() -> object:
-            grad_hidden = torch.ops.aten.gelu_backward(grad @ weight, hidden)
-            return grad_hidden, F.gelu(hidden), grad_hidden.sum(0)
-
-        return Kernel(
-            lambda: linear.gelu_linear_grad(grad, weight, hidden, bias), reference
-        )
-
-    def weight_grad(self) -> Kernel:
-        """Of fc1, a product of PyTorch's."""
-        grad, x = self._rows(4), self._rows()
-        like = self._matrix(4, 1).float()
-        return Kernel(lambda: linear.weight_grad(grad, x, like), lambda: grad.t() @ x)
-
-    def column_sums(self) -> Kernel:
-        x = self._rows(2)
-        return Kernel(lambda: sums.column_sums(x), lambda: x.sum(0))
-
-    def product(self) -> Kernel:
-        """C to 2 C channels, PyTorch's, for comparison."""
-        x, weight, bias = self._rows(), self._matrix(2, 1), self._vector(2, DTYPE)
-        return Kernel(lambda: F.linear(x, weight, bias))
-
-    def add(self) -> Kernel:
-        """Three passes, PyTorch's, for comparison."""
-        a, b = self._map(), self._map()
-        return Kernel(lambda: a + b)
+        return taps, self.vector()
 
 
-KERNELS = [name for name in vars(Stage) if not name.startswith('_')]
+class Kernel(NamedTuple):
+    """A row of the table.
+
+    Attributes:
+        inputs (Callable): Makes the arguments of the calls from a :class:`Stage`.
+        call (Callable): The call of our kernel.
+        reference (Callable, optional): PyTorch's operators for the same. None if they
+            are not worth comparing.
+    """
+
+    inputs: Callable[[Stage], Sequence[Any]]
+    call: Callable[..., object]
+    reference: Optional[Callable[..., object]] = None
+
+
+def _norm_inputs(s: Stage) -> Sequence[Any]:
+    weight, bias = s.vector(), s.vector()
+    return s.map(), weight, bias, weight.to(DTYPE), bias.to(DTYPE)
+
+
+def _attention_grad_inputs(s: Stage) -> Sequence[Any]:
+    qk, v, grad = s.map(2), s.map(), s.map()
+    y, states = attention.linear_attention(qk, v, s.heads)
+    return qk, v, y, states, grad, s.heads
+
+
+def _gelu_linear_grad_by_pytorch(
+    grad: Tensor, weight: Tensor, hidden: Tensor, bias: Tensor
+) -> object:
+    grad_hidden = torch.ops.aten.gelu_backward(grad @ weight, hidden)
+    return grad_hidden, F.gelu(hidden), grad_hidden.sum(0)
+
+
+# fc1 and fc2 are the linear layers of the MLP.
+KERNELS = dict(
+    conv_residual=Kernel(
+        lambda s: (s.map(), *s.taps()),
+        partial(depthwise.conv, residual=True),
+    ),
+    # The input is a half of a wider map, as in the block.
+    conv_silu=Kernel(
+        lambda s: (s.map(2)[..., : s.channels], *s.taps()),
+        partial(depthwise.conv, act=True),
+    ),
+    silu_conv_grad=Kernel(
+        lambda s: (s.map(), *s.taps(), s.map()),
+        depthwise.silu_conv_grad,
+    ),
+    conv_grad=Kernel(
+        lambda s: (s.map(), *s.taps(), s.map()),
+        partial(depthwise.conv_grad, residual=True),
+    ),
+    # The last two inputs are what is added, and the gate.
+    gated_conv=Kernel(
+        lambda s: (s.map(), *s.taps(), *s.maps(2)),
+        depthwise.gated_conv,
+    ),
+    # The last four are the same, and the gradients of the output and of the gate.
+    gated_conv_grad=Kernel(
+        lambda s: (s.map(), *s.taps(), *s.maps(4)),
+        depthwise.gated_conv_grad,
+    ),
+    layer_norm=Kernel(
+        _norm_inputs,
+        lambda x, w, b, half_w, half_b: norm.layer_norm(x, w, b, EPS, DTYPE),
+        lambda x, w, b, half_w, half_b: F.layer_norm(x, w.shape, half_w, half_b, EPS),
+    ),
+    # The maps are the gradient of the output, and the gradient of a residual.
+    layer_norm_grad=Kernel(
+        lambda s: (s.map(), s.vector(), s.vector(), EPS, *s.maps(2)),
+        norm.layer_norm_grad,
+    ),
+    linear_attention=Kernel(
+        lambda s: (s.map(2), s.map(), s.heads),
+        attention.linear_attention,
+    ),
+    linear_attention_grad=Kernel(
+        _attention_grad_inputs,
+        attention.linear_attention_grad,
+    ),
+    # fc1 in inference, and in training, where its output is kept.
+    linear_gelu=Kernel(
+        lambda s: (s.rows(), s.matrix(4, 1), s.vector(4, DTYPE)),
+        lambda x, w, b: linear.linear_gelu(x, w, b, False),
+        lambda x, w, b: F.gelu(F.linear(x, w, b)),
+    ),
+    linear_gelu_keep=Kernel(
+        lambda s: (s.rows(), s.matrix(4, 1), s.vector(4, DTYPE)),
+        lambda x, w, b: linear.linear_gelu(x, w, b, True),
+        lambda x, w, b: F.gelu(F.linear(x, w, b)),
+    ),
+    # fc2, and the projection of attention's output.
+    linear_residual=Kernel(
+        lambda s: (s.rows(4), s.matrix(1, 4), s.vector(dtype=DTYPE), s.map()),
+        linear.linear_residual,
+        lambda x, w, b, residual: residual.flatten(0, 2) + F.linear(x, w, b),
+    ),
+    linear_residual_out=Kernel(
+        lambda s: (s.rows(), s.matrix(1, 1), s.vector(dtype=DTYPE), s.map()),
+        linear.linear_residual,
+        lambda x, w, b, residual: residual.flatten(0, 2) + F.linear(x, w, b),
+    ),
+    # Back through fc2 and GELU.
+    gelu_linear_grad=Kernel(
+        lambda s: (s.rows(), s.matrix(1, 4), s.rows(4), s.vector(4)),
+        linear.gelu_linear_grad,
+        _gelu_linear_grad_by_pytorch,
+    ),
+    # The gradient of fc1's weight, a matrix product of PyTorch's.
+    weight_grad=Kernel(
+        lambda s: (s.rows(4), s.rows(), s.matrix(4, 1).float()),
+        linear.weight_grad,
+        lambda grad, x, like: grad.t() @ x,
+    ),
+    column_sums=Kernel(
+        lambda s: (s.rows(2),),
+        sums.column_sums,
+        lambda x: x.sum(0),
+    ),
+    # PyTorch's, for comparison: C to 2 C channels, and an addition of three passes.
+    product=Kernel(
+        lambda s: (s.rows(), s.matrix(2, 1), s.vector(2, DTYPE)),
+        F.linear,
+    ),
+    add=Kernel(lambda s: s.maps(2), torch.add),
+)
 
 
 def warm(number: int, dtype: str) -> None:
@@ -224,8 +241,8 @@ def warm(number: int, dtype: str) -> None:
     stage = Stage(channels, side, 2)
     if dtype == 'bfloat16':
         with torch.no_grad():
-            for name in KERNELS:
-                getattr(stage, name)().call()
+            for kernel in KERNELS.values():
+                kernel.call(*kernel.inputs(stage))
     block = MLLABlock(channels, stage.heads).to(DEVICE)
     x = torch.randn(2, side, side, channels, device=DEVICE)
     x = x.to(getattr(torch, dtype)).requires_grad_()
@@ -256,7 +273,7 @@ def measure_kernels(bandwidth: float, deadline: float) -> Tuple[List[dict], List
         stage = Stage(channels, side, BATCH)
         tell(f'\nStage {number}: {BATCH} x {side} x {side} x {channels}, {DTYPE}')
         tell(f'{"kernel":24s}{"us":>10s}{"passes":>10s}{"PyTorch us":>12s}')
-        for name in KERNELS:
+        for name, kernel in KERNELS.items():
             if time.monotonic() > deadline:
                 tell('Out of time')
                 return rows, lines
@@ -267,10 +284,11 @@ def measure_kernels(bandwidth: float, deadline: float) -> Tuple[List[dict], List
             other = ''
             try:
                 with torch.no_grad():
-                    kernel = getattr(stage, name)()
-                    row['us'] = METER.graph_microseconds(kernel.call)
+                    inputs = kernel.inputs(stage)
+                    row['us'] = METER.graph_microseconds(partial(kernel.call, *inputs))
                     if kernel.reference is not None:
-                        row['pytorch_us'] = METER.graph_microseconds(kernel.reference)
+                        reference = partial(kernel.reference, *inputs)
+                        row['pytorch_us'] = METER.graph_microseconds(reference)
                         other = f'{row["pytorch_us"]:12.1f}'
             except Exception as error:
                 traceback.print_exc()
