@@ -13,7 +13,7 @@ from mmengine.config import Config
 
 from mlla_mm.checkpoints.reader import CheckpointError
 from mlla_mm.datasets import digits
-from mlla_mm.visualization.report import write_report
+from mlla_mm.evaluation.report import write_report
 
 from ..checkpoints import attacks
 
@@ -274,7 +274,9 @@ def test_masks_of_another_size(tmp_path, work_dir, size):
     )  # fmt: skip
     result = dict(img_path=image['img_path'], img_id=image['id'], pred_instances=found)
     (folder / 'test' / 'predictions.pkl').write_bytes(pickle.dumps([result]))
-    with pytest.raises(ValueError, match='mask is of another size .* instead of .64'):
+    with pytest.raises(
+        ValueError, match='has a mask of another size .* instead of .64'
+    ):
         write_report(cfg, folder)
 
 
