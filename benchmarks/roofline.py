@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
+from torch.utils.flop_counter import flop_registry
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -43,8 +44,6 @@ MODELS = tuple(f'{a}-{b}' for a, b in product(('mlla', 'plain'), 'tsb'))
 OPS = ('naive', 'eager', 'fused')
 FORWARD, BACKWARD = 'forward', 'backward'
 
-# Position of the first factor of a matrix product among the arguments.
-_PRODUCTS = dict(mm=0, bmm=0, addmm=1, baddbmm=1, _addmm_activation=1)
 # Operators that write a tensor without reading it.
 _OVERWRITING = ('copy_', '_foreach_copy_', 'fill_', 'zero_', '_foreach_zero_')
 _FILLING = re.compile('(new_)?(zeros|ones|full)(_like)?')
@@ -187,15 +186,12 @@ class Counter(TorchDispatchMode):
             written = set(map(id, changed))
             taken = [x for x in taken if id(x) not in written]
         flops = 0
-        base = name.rstrip('_')
-        if base in _PRODUCTS:
-            first = _PRODUCTS[base]
-            a, b = args[first : first + 2]
-            flops = 2 * a.numel() * b.shape[-1]
-        elif name == 'convolution':
-            x, weight = args[:2]
-            flops = 2 * out.numel() * weight[0].numel()
-            name = _name_convolution(name, x, weight)
+        # The registry has no in-place operators, such as addmm_.
+        count_flops = flop_registry.get(getattr(torch.ops.aten, name.rstrip('_'), None))
+        if count_flops is not None:
+            flops = count_flops(*args, **kwargs, out_val=out)
+        if name == 'convolution':
+            name = _name_convolution(name, *args[:2])
         dtype = args[1].dtype if flops else (given or taken or changed)[0].dtype
         self.add(name, count_bytes(taken) + count_bytes(given or changed), flops, dtype)
 

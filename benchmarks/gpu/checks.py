@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple, Union
 from unittest import mock
@@ -37,8 +38,9 @@ from mlla_mm.ops import triton as fused  # noqa: E402
 
 METER = Meter()
 GPU, DEVICE = METER.is_cuda, METER.device
-FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
-HALF = [FLOAT16, BFLOAT16] if GPU else [BFLOAT16]
+HALF = ('float16', 'bfloat16') if GPU else ('bfloat16',)
+TF32 = 'TF32 convolutions'
+PRECISIONS = ('float32', TF32, *HALF) if GPU else ('float32', *HALF)
 NANO = dict(embed_dims=32, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8))
 # One block a stage, of channels that are no power of two.
 WIDE = dict(embed_dims=96, depths=(1, 1, 1, 1), num_heads=(3, 6, 12, 24))
@@ -63,18 +65,16 @@ def ops(name: str) -> AbstractContextManager:
     return mock.patch.dict(os.environ, MLLA_OPS=name)
 
 
-def autocast(dtype: torch.dtype) -> AbstractContextManager:
-    half = dtype in HALF
-    return torch.autocast(DEVICE.type, dtype=dtype if half else None, enabled=half)
-
-
 def tf32(allow: bool) -> AbstractContextManager:
     """Whether convolutions may use TF32, which PyTorch allows by default."""
     return torch.backends.cudnn.flags(enabled=True, allow_tf32=allow)
 
 
-def short(dtype: Optional[torch.dtype]) -> str:
-    return str(dtype).replace('torch.', '')
+def precision(name: str) -> AbstractContextManager:
+    """The context of one of :data:`PRECISIONS`."""
+    if name in HALF:
+        return torch.autocast(DEVICE.type, dtype=getattr(torch, name))
+    return tf32(name == TF32)
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
@@ -140,7 +140,8 @@ def env() -> None:
         found = torch.cuda.get_device_properties(0)
         memory = found.total_memory / 2**30
         x, w = (
-            torch.randn(8192, 8192, device=DEVICE, dtype=BFLOAT16) for _ in range(2)
+            torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16)
+            for _ in range(2)
         )
         METER.milliseconds(lambda: x @ w, 3)  # warms up
         seconds = METER.milliseconds(lambda: x @ w, 10)[0] / 1000
@@ -155,6 +156,7 @@ def golden() -> None:
     """The authors' recorded features, in every implementation and precision."""
     from tests import reference
 
+    limits = {'float32': 1e-4, TF32: 3e-3, 'float16': 2e-2, 'bfloat16': 6e-2}
     sizes = dict(t='96x132', s='64x96', b='64x96')
     for arch in sizes if GPU else 't':
         size = sizes[arch]
@@ -165,25 +167,15 @@ def golden() -> None:
         assert not found.missing_keys, found.missing_keys
         model = model.to(DEVICE)
         x = reference.image(size, 2 if arch == 't' else 1).to(DEVICE)
-        for name in variants():
-            title = f'golden {arch} {name}'
-            with check(title), torch.no_grad(), ops(name):
-                with tf32(False):
-                    report(f'{title} float32', worst(model(x), expected), 1e-4)
-                if GPU:
-                    with tf32(True):
-                        value = worst(model(x), expected)
-                    report(f'{title} TF32 convolutions', value, 3e-3)
-                for dtype in HALF:
-                    with autocast(dtype):
-                        limit = 2e-2 if dtype == FLOAT16 else 6e-2
-                        value = worst(model(x), expected)
-                        report(f'{title} {short(dtype)}', value, limit)
+        for name, kind in product(variants(), PRECISIONS):
+            title = f'golden {arch} {name} {kind}'
+            with check(title), torch.no_grad(), ops(name), precision(kind):
+                report(title, worst(model(x), expected), limits[kind])
 
 
 def grads() -> None:
     """Gradients of a network in training against float64 and the definitions."""
-    limits = {FLOAT32: 1e-2, FLOAT16: 1e-1, BFLOAT16: 3e-1}
+    limits = dict(float32=1e-2, float16=1e-1, bfloat16=3e-1)
     cases: List[Tuple[str, Union[str, dict], Tuple[int, int]]] = [
         ('nano', NANO, (64, 96)),
         ('nano', NANO, (75, 101)),
@@ -198,11 +190,11 @@ def grads() -> None:
             expected = _gradients(copy.deepcopy(model).double(), x.double())
         model, x = model.to(DEVICE), x.to(DEVICE)
         for name in variants():
-            for dtype in (FLOAT32, *HALF):
-                title = f'{label} {name} {short(dtype)}'
+            for kind in ('float32', *HALF):
+                title = f'{label} {name} {kind}'
                 with check(title), tf32(False), ops(name):
-                    found = _gradients(model, x, dtype)
-                    report(title, error(found, expected), limits[dtype])
+                    found = _gradients(model, x, kind)
+                    report(title, error(found, expected), limits[kind])
             title = f'{label} {name} with_cp'
             with check(title), tf32(False), ops(name):
                 before = _gradients(model, x)
@@ -214,16 +206,16 @@ def grads() -> None:
                 report(title, error(found, before), 1e-3)
 
 
-def _gradients(model: nn.Module, x: Tensor, dtype: torch.dtype = FLOAT32) -> Tensor:
+def _gradients(model: nn.Module, x: Tensor, kind: str = 'float32') -> Tensor:
     """Gradients of all parameters, as a vector; statistics stay as they were."""
     model.zero_grad(set_to_none=True)
     state = {key: buffer.clone() for key, buffer in model.named_buffers()}
-    with autocast(dtype):
+    with precision(kind):
         outputs = model(x)
     generator = torch.Generator().manual_seed(1)
     weights = [torch.randn(y.shape, generator=generator) for y in outputs]
     # The sums are in the model's float64, or in float32.
-    outputs = [y.to(torch.promote_types(y.dtype, FLOAT32)) for y in outputs]
+    outputs = [y.to(torch.promote_types(y.dtype, torch.float32)) for y in outputs]
     torch.autograd.backward(outputs, [w.to(y) for w, y in zip(weights, outputs)])
     model.load_state_dict(state, strict=False)
     grads = [p.grad for p in model.parameters() if p.grad is not None]
@@ -336,8 +328,9 @@ def _compare_stand_ins() -> None:
     kept = mmcv_ext.nms(boxes, scores, 0.5, 0)
     found = mmcv_ext.nms(boxes.to(DEVICE), scores.to(DEVICE), 0.5, 0).cpu()
     report('nms, other boxes', float(not torch.equal(found, kept)), 0)
-    for dtype in HALF:  # no error
-        mmcv_ext.nms(boxes.to(DEVICE), scores.to(DEVICE, dtype), 0.5, 0)
+    for dtype in HALF:  # raises no error
+        halves = scores.to(DEVICE, getattr(torch, dtype))
+        mmcv_ext.nms(boxes.to(DEVICE), halves, 0.5, 0)
 
     def align(x: Tensor) -> List[Tensor]:
         x = x.clone().requires_grad_()
@@ -350,8 +343,8 @@ def _compare_stand_ins() -> None:
     expected = align(x)
     report('roi_align float32', worst(align(x.to(DEVICE)), expected), 1e-5)
     for dtype in HALF:
-        value = worst(align(x.to(DEVICE, dtype)), expected)
-        report(f'roi_align {short(dtype)}', value, 1e-2)
+        pooled = align(x.to(DEVICE, getattr(torch, dtype)))
+        report(f'roi_align {dtype}', worst(pooled, expected), 1e-2)
 
 
 def _compare_roi_levels(kind: str) -> None:
@@ -376,10 +369,10 @@ def _compare_roi_levels(kind: str) -> None:
     with mock.patch.object(extractor, 'map_roi_levels', record):
         extractor(maps, rois)
         for dtype in HALF:
-            extractor([feature.to(dtype) for feature in maps], rois)
+            extractor([feature.to(getattr(torch, dtype)) for feature in maps], rois)
             wrong = [s for s, bad in zip(sides, (seen[-1] != seen[0]).tolist()) if bad]
             report(
-                f'RoI levels of the {kind} head, {short(dtype)} maps',
+                f'RoI levels of the {kind} head, {dtype} maps',
                 float(len(wrong)),
                 0,
                 f'sides {wrong}' if wrong else '',

@@ -1,9 +1,9 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 """Runs beside the paper: a report in Markdown with learning curves."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional, Tuple, Union
+from typing import Dict, Optional, Tuple, Union
 
 from matplotlib.figure import Figure
 
@@ -17,44 +17,6 @@ from .runs import AVERAGED, Run, read_run
 
 REPORT_NAME = 'comparison.md'
 CURVES_NAME = 'comparison.png'
-
-
-class Result(NamedTuple):
-    """A measured metric beside the published one.
-
-    Attributes:
-        run (Run): Where it was measured.
-        evaluation (str): What was evaluated.
-        metric (str): Its published name.
-        measured (float): In percent.
-        published (float | None): None if nothing is published.
-        complete (bool): Whether the training had come to its end.
-    """
-
-    run: Run
-    evaluation: str
-    metric: str
-    measured: float
-    published: Optional[float]
-    complete: bool
-
-    @property
-    def difference(self) -> Optional[float]:
-        """float | None: Measured minus published, in points."""
-        if self.published is None:
-            return None
-        # Without rounding, 46.3 - 46.8 would not be -0.5 exactly.
-        return round(self.measured - self.published, 6)
-
-    def is_beyond(self, tolerance: float) -> bool:
-        """Whether a fully trained model differs from the paper by more than this.
-
-        Args:
-            tolerance (float): Difference in points that is accepted, up and down.
-        """
-        if self.difference is None or not self.complete:
-            return False
-        return not abs(self.difference) <= tolerance  # NaN is beyond
 
 
 def compare_with_paper(
@@ -85,10 +47,10 @@ def compare_with_paper(
     published = published_models()
     runs = [read_run(work_dir) for work_dir in work_dirs]
     models = [published.get(run.config) for run in runs]
-    results = [r for run, model in zip(runs, models) for r in _results(run, model)]
+    table, within = _results_table(runs, models, tolerance)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    sections = ['# Measured and published', _results_table(results, tolerance)]
+    sections = ['# Measured and published', table]
     trained = [(run, model) for run, model in zip(runs, models) if 'loss' in run.curves]
     if trained:
         plot_learning_curves(trained, out / CURVES_NAME)
@@ -97,7 +59,7 @@ def compare_with_paper(
     report = '\n\n'.join(sections) + '\n'
     # The folder may be another user's, and have a link of this name.
     write_whole(out / REPORT_NAME, report.encode())
-    return report, not any(result.is_beyond(tolerance) for result in results)
+    return report, within
 
 
 def plot_learning_curves(
@@ -145,39 +107,31 @@ def _metric_curves(run: Run) -> Dict[str, Curve]:
     }
 
 
-def _results(run: Run, model: Optional[PublishedModel]) -> List[Result]:
-    figures = {} if model is None else model.metrics
-    return [
-        Result(run, name, metric, measured, figures.get(metric), complete)
-        for name, metrics, complete in run.evaluations
-        for metric, measured in metrics.items()
-    ]
-
-
-def _results_table(results: Iterable[Result], tolerance: float) -> str:
-    rows = []
-    for result in results:
-        text = '-'
-        if result.difference is not None:
-            text = f'{result.difference:+.2f}'
-            if not result.complete:
-                text += ' (training not finished)'
-            elif result.is_beyond(tolerance):
-                text = f'**{text}** (beyond {tolerance:g})'
-        rows.append(
-            (
-                result.run.config,
-                result.evaluation,
-                result.metric,
-                f'{result.measured:.2f}',
-                '-' if result.published is None else f'{result.published:g}',
-                text,
-            )
-        )
+def _results_table(
+    runs: Sequence[Run], models: Sequence[Optional[PublishedModel]], tolerance: float
+) -> Tuple[str, bool]:
+    """Measured beside published metrics, and whether all are within the tolerance."""
+    rows, within = [], True
+    for run, model in zip(runs, models):
+        figures = {} if model is None else model.metrics
+        for name, metrics, complete in run.evaluations:
+            for metric, measured in metrics.items():
+                published, text = figures.get(metric), '-'
+                if published is not None:
+                    # Without rounding, 46.3 - 46.8 would not be -0.5 exactly.
+                    difference = round(measured - published, 6)
+                    text = f'{difference:+.2f}'
+                    if not complete:
+                        text += ' (training not finished)'
+                    elif not abs(difference) <= tolerance:  # NaN is beyond
+                        text = f'**{text}** (beyond {tolerance:g})'
+                        within = False
+                figure = '-' if published is None else f'{published:g}'
+                rows.append((run.config, name, metric, f'{measured:.2f}', figure, text))
     if not rows:
-        return 'Nothing has been evaluated yet.'
+        return 'Nothing has been evaluated yet.', within
     columns = ('Config', 'Evaluation', 'Metric', 'Measured', 'Published', 'Difference')
-    return markdown_table(columns, rows)
+    return markdown_table(columns, rows), within
 
 
 def _run_section(run: Run, model: Optional[PublishedModel]) -> str:

@@ -2,8 +2,14 @@
 import pytest
 import torch
 
+#: Marks of what a machine without a GPU skips.
+ON_GPU = (
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU'),
+)
+
 
 def needs_gpu(test):
     """Mark a test that a machine without a GPU skips."""
-    no_gpu = not torch.cuda.is_available()
-    return pytest.mark.gpu(pytest.mark.skipif(no_gpu, reason='needs a GPU')(test))
+    gpu, skipped = ON_GPU
+    return gpu(skipped(test))
