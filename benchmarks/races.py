@@ -313,9 +313,10 @@ def run_races(
     all_passed = True
     start = time.monotonic()
     for race, found in zip(races, results):
+        names = ' '.join(race.models)
         for case in race.cases:
             if any(results) and time.monotonic() - start > seconds:
-                print(f'\nSkipped after {seconds:g} s: {case}', flush=True)
+                print(f'\nSkipped after {seconds:g} s: {case} ({names})', flush=True)
                 continue
             try:
                 found[case] = measure_case(
@@ -324,7 +325,7 @@ def run_races(
             except (RuntimeError, ValueError) as error:
                 if not keep_going:
                     raise
-                print(f'FAIL {" ".join(race.models)}: {case}: {error}', flush=True)
+                print(f'FAIL {case} ({names}): {error}', flush=True)
                 all_passed = False
                 continue
             print(f'\n{format_case(case, found[case])}', flush=True)

@@ -150,8 +150,8 @@ def _run_section(run: Run, model: Optional[PublishedModel]) -> str:
         )
     if run.unknown:
         parts.append(
-            f'run.json is missing in {", ".join(run.unknown)}: left out, whatever ran '
-            'there. tools/train.py and tools/test.py write it.'
+            f'run.json is missing in {", ".join(run.unknown)}: left out of the report. '
+            'tools/train.py and tools/test.py write it.'
         )
     if run.deviations:
         rows = [
@@ -165,5 +165,5 @@ def _run_section(run: Run, model: Optional[PublishedModel]) -> str:
         items = (
             f'{item} {format_value(value)}' for item, value in run.recorded.items()
         )
-        parts.append(f'Of the run: {"; ".join(items)}.')
+        parts.append(f'Settings of the run: {"; ".join(items)}.')
     return '\n\n'.join(parts)
