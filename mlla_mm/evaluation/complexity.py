@@ -96,14 +96,16 @@ def count_complexity(
         flops = FlopAnalyzer(model, (image,))
         activations = ActivationAnalyzer(model, (image,))
         with torch.no_grad():
+            # First: unlike the totals, the table warns about no operator.
+            table = complexity_stats_table(
+                flops, depth, activations, show_param_shapes=False
+            )
             return Complexity(
                 shape=shape,
                 parameters=parameter_count(model)[''],
                 flops=round(flops.total()),
                 activations=round(activations.total()),
-                table=complexity_stats_table(
-                    flops, depth, activations, show_param_shapes=False
-                ),
+                table=table,
             )
 
 
