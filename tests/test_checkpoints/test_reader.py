@@ -472,7 +472,7 @@ def test_predictions(tmp_path):
         load_pickle_file(path)
     # A checkpoint's storages are elsewhere.
     path.write_bytes(pickle.dumps(Path('x')))
-    with pytest.raises(CheckpointError, match='pathlib.* Make it again') as error:
+    with pytest.raises(CheckpointError, match='pathlib.* Make the file again') as error:
         load_pickle_file(path)
     assert '--trust-checkpoint' not in str(error.value)
 
