@@ -30,8 +30,8 @@ from .unpickler import (
     Storage,
     StorageType,
     Unpickler,
-    require_booleans,
     storage_from_bytes,
+    to_memory,
 )
 
 _trusted = False
@@ -260,8 +260,8 @@ def _read(path: Path, map_location: Any) -> Any:
         if map_location is None:
             return Storage(None, kind.dtype)
         if key not in storages:
-            memory = _read_tensor(archive, f'{folder}/data/{key}')
-            require_booleans(memory, kind.dtype)
+            content = archive.read(f'{folder}/data/{key}')  # checks its CRC
+            memory = to_memory(content, kind.dtype)
             storages[key] = kind, _move(memory, map_location)
         first_kind, memory = storages[key]
         if (kind, length * kind.dtype.itemsize) != (first_kind, memory.numel()):
@@ -323,19 +323,6 @@ def _open_archive(file: BinaryIO) -> Tuple[zipfile.ZipFile, str]:
     if order in records and archive.read(order) != b'little':
         raise Refused('big-endian numbers')
     return archive, folder
-
-
-def _read_tensor(archive: zipfile.ZipFile, name: str) -> Tensor:
-    """Read a record as a tensor, uint8 of shape (N,). ``zipfile`` checks its CRC."""
-    memory = torch.empty(archive.getinfo(name).file_size, dtype=torch.uint8)
-    rest = memoryview(memory.numpy())
-    with archive.open(name) as record:
-        while len(rest):
-            count = record.readinto(rest[: 1 << 24])
-            if not count:
-                raise EOFError(f'record {printable(name)} ends too early')
-            rest = rest[count:]
-    return memory
 
 
 def _move(memory: Tensor, map_location: Any) -> Tensor:

@@ -309,27 +309,27 @@ def storage_from_bytes(data: Any) -> Storage:
     ((dtype, length),) = found
     if int.from_bytes(stream.read(8), 'little') != length:
         raise ValueError('a storage of another length than it says')
-    content = stream.read(length * dtype.itemsize)
-    memory = torch.from_numpy(np.frombuffer(bytearray(content), np.uint8))
-    require_booleans(memory, dtype)
-    return Storage(memory, dtype)
+    return Storage(to_memory(stream.read(length * dtype.itemsize), dtype), dtype)
 
 
-def require_booleans(memory: Tensor, dtype: torch.dtype) -> None:
-    """Refuse bytes other than 0 and 1 where they are said to be booleans.
+def to_memory(content: bytes, dtype: torch.dtype) -> Tensor:
+    """Copy bytes into a tensor, uint8 of shape (N,).
 
-    PyTorch adds up the bytes of a mask to learn how many elements it selects, and
-    writes as many results. Larger bytes make it write less or more than it reserved.
+    Booleans have to be 0 or 1. PyTorch adds up the bytes of a mask to learn how many
+    elements it selects. With larger bytes it writes less or more than it reserved.
 
     Args:
-        memory (Tensor): Bytes, uint8 of shape (N,).
+        content (bytes): The bytes.
         dtype (torch.dtype): What the bytes are said to be.
 
     Raises:
         ValueError: If ``dtype`` is bool and a byte is neither 0 nor 1.
     """
+    memory = torch.empty(len(content), dtype=torch.uint8)
+    memory.numpy()[:] = np.frombuffer(content, np.uint8)
     if dtype == torch.bool and (memory > 1).any():
         raise ValueError('booleans that are neither true nor false')
+    return memory
 
 
 def require_types(types: Any, *values: Any) -> None:
@@ -647,7 +647,7 @@ def _set_history(target: HistoryBuffer, state: Any) -> None:
 
 def _set_numpy_dtype(target: _Dtype, state: Any) -> None:
     """Set the byte order. All else has to be as NumPy writes it for this dtype."""
-    for dtype in map(target.dtype.newbyteorder, '<>'):
+    for dtype in (target.dtype.newbyteorder('<'), target.dtype.newbyteorder('>')):
         expected = dtype.__reduce__()[2]
         # A tensor in the state could be equal to anything.
         if list(map(type, state)) == list(map(type, expected)) and state == expected:
@@ -658,10 +658,10 @@ def _set_numpy_dtype(target: _Dtype, state: Any) -> None:
 
 def _set_numpy_array(target: np.ndarray, state: Any) -> None:
     _, shape, dtype, is_fortran, data = state
-    elements = _elements(data, dtype, shape)
-    target.__setstate__(
-        (1, shape, elements.dtype, is_fortran is True, elements.tobytes())
+    array = _elements(data, dtype, shape).reshape(
+        shape, order='F' if is_fortran is True else 'C'
     )
+    target.__setstate__(array.__reduce__()[2])
 
 
 # Steps whose value stands in the pickle itself. LONG4, for integers of more than 255
