@@ -656,7 +656,7 @@ def _set_numpy_dtype(target: _Dtype, state: Any) -> None:
     raise ValueError('a NumPy dtype with a state that it cannot have')
 
 
-def _set_numpy_array(target: np.ndarray, state: Any) -> None:
+def _set_numpy_array(target: Any, state: Any) -> None:
     _, shape, dtype, is_fortran, data = state
     array = _elements(data, dtype, shape).reshape(
         shape, order='F' if is_fortran is True else 'C'
