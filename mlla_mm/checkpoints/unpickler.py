@@ -251,14 +251,17 @@ class Unpickler:
         self._stack.append(self._names[module, name])
 
     def _call(self, called: Any, arguments: Any) -> None:
-        call = _CLASSES.get(called) if isinstance(called, type) else called
-        # No step makes functions: this one is out of the table.
-        if not isinstance(call, FunctionType) or type(arguments) is not tuple:
+        is_class = isinstance(called, type) and called in _CLASSES
+        # No step makes functions, so a function is one of the table.
+        if not is_class and not isinstance(called, FunctionType):
             raise Refused(f'a call of {printable(getattr(called, "__name__", called))}')
+        require_types(tuple, arguments)
         self._pay_for_copies(arguments)
-        if call is storage_from_bytes:  # it reads pickles, each with its own budget
+        if called is storage_from_bytes:  # it reads pickles, each with its own budget
             self._spend(500)
-        self._stack.append(call(*arguments))
+        make, types = _CLASSES[called] if is_class else (called, object)
+        require_types(types, *arguments)
+        self._stack.append(make(*arguments))
 
     def _set_state(self, state: Any) -> None:
         target = self._stack[-1]
@@ -426,10 +429,6 @@ def _encode(text: Any, encoding: Any) -> bytes:
     return text.encode('latin1')
 
 
-def _bytes() -> bytes:
-    return b''
-
-
 def _bytearray(content: Any = b'', encoding: Any = 'latin-1') -> bytearray:
     if isinstance(content, str) and encoding == 'latin-1':
         content = content.encode('latin-1')
@@ -437,48 +436,23 @@ def _bytearray(content: Any = b'', encoding: Any = 'latin-1') -> bytearray:
     return bytearray(content)
 
 
-def _complex(real: Any, imaginary: Any) -> complex:
-    require_types(float, real, imaginary)
-    return complex(real, imaginary)
-
-
-def _slice(*limits: Any) -> slice:
-    require_types((int, type(None)), *limits)
-    return slice(*limits)
-
-
 def _set(values: Any = ()) -> set:
     return set(_frozen_set(values))
 
 
 def _frozen_set(values: Any = ()) -> frozenset:
-    require_types((list, tuple), values)
     _require_keys(values)
     return frozenset(values)
 
 
 def _deque(values: Any = (), max_length: Any = None) -> list:
-    require_types((list, tuple), values)
     return list(values)
 
 
-def _dict(*content: Any) -> dict:
-    require_types(dict, *content)
-    return dict(*content)
-
-
-def _counter(*content: Any) -> Counter:
+def _counter(content: Any = ()) -> Counter:
     counter: Counter = Counter()
-    dict.update(counter, _dict(*content))  # Counter.update adds the values
+    dict.update(counter, content)  # Counter.update adds the values
     return counter
-
-
-def _ordered_dict() -> OrderedDict:
-    return OrderedDict()
-
-
-def _default_dict(factory: Any = None) -> dict:
-    return {}
 
 
 def _statistics_method(owner: Any, name: Any) -> None:
@@ -488,10 +462,6 @@ def _statistics_method(owner: Any, name: Any) -> None:
     """
     if owner is not HistoryBuffer or name not in ('min', 'max', 'current', 'mean'):
         raise Refused('builtins.getattr')
-
-
-def _history() -> HistoryBuffer:
-    return HistoryBuffer.__new__(HistoryBuffer)
 
 
 def _numpy_dtype(name: Any, align: Any = False, copy: Any = True) -> _Dtype:
@@ -527,14 +497,8 @@ def _elements(data: Any, dtype: Any, shape: Any) -> np.ndarray:
 
 
 def _size(values: Any) -> torch.Size:
-    require_types((list, tuple), values)
     _require_shape(tuple(values))
     return torch.Size(values)
-
-
-def _device(*description: Any) -> torch.device:
-    require_types((str, int), *description)
-    return torch.device(*description)
 
 
 def _tensor(
@@ -709,23 +673,25 @@ _BUILTINS: Dict[str, type] = {
         *(set, slice, str, tuple),
     )
 }
-# What a call of a class does. A class that is not called is a value.
-_CLASSES: Dict[type, Callable] = {
-    bytes: _bytes,
-    bytearray: _bytearray,
-    complex: _complex,
-    dict: _dict,
-    frozenset: _frozen_set,
-    set: _set,
-    slice: _slice,
-    Counter: _counter,
-    OrderedDict: _ordered_dict,
-    defaultdict: _default_dict,
-    deque: _deque,
-    HistoryBuffer: _history,
-    np.dtype: _numpy_dtype,
-    torch.Size: _size,
-    torch.device: _device,
+_NONE = type(None)
+# What a call of a class calls, and the types of its arguments: () allows none. A class
+# that is not called is a value.
+_CLASSES: Dict[type, Tuple[Callable, Any]] = {
+    bytes: (bytes, ()),
+    bytearray: (_bytearray, (bytes, str)),
+    complex: (complex, float),
+    dict: (dict, dict),
+    frozenset: (_frozen_set, (list, tuple)),
+    set: (_set, (list, tuple)),
+    slice: (slice, (int, _NONE)),
+    Counter: (_counter, dict),
+    OrderedDict: (OrderedDict, ()),
+    defaultdict: (lambda factory=None: {}, (type, _NONE)),
+    deque: (_deque, (list, tuple, int, _NONE)),
+    HistoryBuffer: (lambda: HistoryBuffer.__new__(HistoryBuffer), ()),
+    np.dtype: (_numpy_dtype, (str, int)),
+    torch.Size: (_size, (list, tuple)),
+    torch.device: (torch.device, (str, int)),
 }
 _HISTORY = 'mmengine.logging.history_buffer'
 # The names that a pickle may ask for, and what it gets.

@@ -313,7 +313,8 @@ def _torchvision_problems(
         what = f'torchvision does not import: {stack.import_errors.get("torchvision")}'
     elif stack.oldest_torch:
         if _release(torch) < _release(stack.oldest_torch):
-            what = f'torchvision {torchvision} needs PyTorch {stack.oldest_torch} or newer.'
+            needed = f'PyTorch {stack.oldest_torch} or newer'
+            what = f'torchvision {torchvision} needs {needed}.'
     elif expected and _release(torchvision)[:2] != _release(expected):
         what = f'torchvision {torchvision} does not go with PyTorch {torch}.'
     if what:
