@@ -89,6 +89,13 @@ LoadStorage = Callable[[StorageType, str, int], Optional[Storage]]
 """Function that returns the storage for a type, a key and a number of elements."""
 
 
+class _Stream(io.BytesIO):
+    """Bytes with short lines. Python takes quadratic time to read a long number."""
+
+    def readline(self, size: Optional[int] = None) -> bytes:
+        return super().readline(1000)
+
+
 class Unpickler:
     """Reads pickles of protocols 2 to 5 that follow each other.
 
@@ -109,7 +116,7 @@ class Unpickler:
         names: Optional[Mapping[Tuple[str, str], Callable]] = None,
         max_steps: Optional[int] = None,
     ) -> None:
-        self._stream = io.BytesIO(data)
+        self._stream = _Stream(data)
         self._max_steps = max_steps or max(MAX_STEPS, 3 * len(data))
         self._load_storage = load_storage
         self._names = {**_NAMES, **(names or {})}
@@ -127,7 +134,7 @@ class Unpickler:
         """
         self._stack: List[Any] = []
         self._marks: List[int] = []
-        self._memo: Dict[int, Any] = {}
+        self._memo: List[Any] = []
         self._steps = 0
         for opcode, argument, _ in pickletools.genops(self._stream):
             if opcode.name != 'STOP':
@@ -156,10 +163,11 @@ class Unpickler:
         stack = self._stack
         if name in _VALUES:
             stack.append(argument)
-        elif name in ('BINPUT', 'LONG_BINPUT'):
-            self._memo[argument] = stack[-1]
-        elif name == 'MEMOIZE':
-            self._memo[len(self._memo)] = stack[-1]
+        elif name in ('BINPUT', 'LONG_BINPUT', 'MEMOIZE'):
+            place = len(self._memo) if argument is None else argument
+            if place > len(self._memo):  # Python numbers the memo without gaps
+                raise ValueError('a memo that skips numbers')
+            self._memo[place : place + 1] = [stack[-1]]
         elif name in ('BINGET', 'LONG_BINGET'):
             stack.append(self._memo[argument])
         elif name == 'MARK':
@@ -213,7 +221,7 @@ class Unpickler:
         return values
 
     def _target(self, kind: type) -> Any:
-        """The container that a step fills. A tensor, say, does other things then."""
+        """Return the container that a step fills. Refuse tensors and other objects."""
         target = self._stack[-1]
         if not isinstance(target, kind):
             raise Refused(f'items of a {type(target).__name__}')
@@ -251,19 +259,19 @@ class Unpickler:
         self._stack.append(self._names[module, name])
 
     def _call(self, called: Any, arguments: Any) -> None:
+        """Call a function of the table, or what the table has for a class."""
         is_class = isinstance(called, type) and called in _CLASSES
         # No step makes functions, so a function is one of the table.
         if not is_class and not isinstance(called, FunctionType):
             raise Refused(f'a call of {printable(getattr(called, "__name__", called))}')
         require_types(tuple, arguments)
         self._pay_for_copies(arguments)
-        if called is storage_from_bytes:  # it reads pickles, each with its own budget
-            self._spend(500)
         make, types = _CLASSES[called] if is_class else (called, object)
         require_types(types, *arguments)
         self._stack.append(make(*arguments))
 
     def _set_state(self, state: Any) -> None:
+        """Set the state of the last object, if the state of its type is only data."""
         target = self._stack[-1]
         restore = _RESTORE.get(type(target))
         if restore is None or type(state) not in (tuple, dict):
@@ -273,14 +281,15 @@ class Unpickler:
         restore(target, state)
 
     def _refer_to_storage(self, reference: Any) -> None:
-        # The fourth part is the device that the tensors were on. The storages of
-        # tensors in plain pickles have a sixth part, for views.
+        """Push the storage that a reference names."""
+        # The fourth part is the device of the tensors, which does not matter. In plain
+        # pickles there is a sixth part, for views.
         _, kind, key, _, numel, *view = reference
         require_types(StorageType, kind)
         require_types(str, key)
         _require_lengths(numel)
         if self._load_storage is None or any(part is not None for part in view):
-            raise Refused('a storage' + ' of a view' * bool(view))
+            raise Refused('a storage, or a view of one')
         self._stack.append(self._load_storage(kind, key, numel))
 
 
@@ -303,7 +312,7 @@ def storage_from_bytes(data: Any) -> Storage:
     def note(kind: StorageType, key: str, length: int) -> None:
         found.append((kind.dtype, length))
 
-    # A storage takes a few dozen steps.
+    # A storage takes a few dozen steps. The outer pickle pays for all of these bytes.
     stream = Unpickler(data, note, max_steps=1000)
     for _ in range(5):
         stream.load()
@@ -364,10 +373,10 @@ def _require_bounded(
     if not isinstance(value, _CONTAINERS) or not value:
         return 0, 1
     levels, size = known.get(id(value), (1, 1))
-    # A cycle is never in `known` here: its depth grows until it is refused.
     if depth + levels > MAX_DEPTH:
         raise Refused(f'containers in containers, more than {MAX_DEPTH} deep')
     if id(value) not in known:
+        known[id(value)] = MAX_DEPTH, 1  # a cycle comes back here, and is too deep
         # The keys of a dict are no containers, or tuples of texts.
         for item in value.values() if isinstance(value, dict) else value:
             below, inside = _require_bounded(item, known, depth + 1)

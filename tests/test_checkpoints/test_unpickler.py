@@ -1,5 +1,6 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 import argparse
+import copy
 import copyreg
 import io
 import itertools
@@ -156,6 +157,7 @@ REFUSED = {
     'deep dict': (b'}' + value('a')) * 1000 + b'N' + b's' * 1000,
     'shared tuple': SHARED,
     'list of itself': b']q\x00h\x00a',
+    'long list of itself': b'](' + b'N' * 10**5 + b'eq\x00h\x00a',
     'dict of itself': b'}' + KEEP + value('a') + KEPT + b's',
     'deep key': b'}' + b')' + b'\x85' * 1000 + b'Ns',
     'shared key': b'}' + SHARED + b'Ns',
@@ -246,6 +248,8 @@ DAMAGED = {
     'nothing on the stack': b'\x85',
     'no mark': b'Nt',
     'memo of another place': KEPT,
+    'memo that skips numbers': b'Nr\xff\xff\x00\x00',
+    'long number in text': b'L' + b'9' * 10**7 + b'L\n',
     'text behind the end': b'X\xff\xff\x00\x00',
     'bytes behind the end': b'\x8e' + (1 << 62).to_bytes(8, 'little'),
     'bytearray behind the end': b'\x96' + (1 << 62).to_bytes(8, 'little'),
@@ -536,6 +540,15 @@ def test_storages_that_lie():
     torch.save([1], buffer, _use_new_zipfile_serialization=False)
     with pytest.raises(Refused, match='else than a storage'):
         storage_from_bytes(buffer.getvalue())
+
+
+@PROTOCOLS
+def test_data_stay_far_below_the_budget(protocol):
+    """A large file of the smallest parts that predictions and checkpoints have."""
+    names = {('torch.storage', '_load_from_bytes'): storage_from_bytes}
+    for part in (torch.tensor(1), np.ones(9), np.float64(1), dict(a=(1,), b={2})):
+        content = pickle.dumps([copy.copy(part) for _ in range(200)], protocol)
+        Unpickler(content, names=names, max_steps=5 * len(content) // 2).load()
 
 
 def test_storages_take_few_steps():
