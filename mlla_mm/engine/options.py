@@ -3,7 +3,6 @@
 
 import argparse
 import copy
-import textwrap
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -16,6 +15,7 @@ from ..checkpoints.pretrained import require_weights
 from ..checkpoints.reader import trust_checkpoints
 from ..compat.openmmlab import lay_out_configs_once
 from ..reproducible.resume import newest_checkpoint, seed_of
+from ..utils.text import printable
 
 
 def read_config(path: str, options: Optional[dict] = None) -> Config:
@@ -99,7 +99,7 @@ def describe_changes(written: Any, run: Any, key: str = '') -> Iterator[str]:
 
     Yields:
         str: ``KEY: OLD -> NEW`` for each value that was changed, added or removed.
-        ``-`` stands for no value. Long values are cut.
+        ``-`` stands for no value. Long values are cut in the middle.
     """
     if isinstance(written, list) and isinstance(run, list) and len(written) <= len(run):
         written, run = dict(enumerate(written)), dict(enumerate(run))
@@ -109,7 +109,7 @@ def describe_changes(written: Any, run: Any, key: str = '') -> Iterator[str]:
             yield from describe_changes(old, new, f'{key}.{name}' if key else str(name))
     elif written != run:
         old, new = (
-            '-' if value is _NOTHING else textwrap.shorten(repr(value), 100)
+            '-' if value is _NOTHING else printable(repr(value))
             for value in (written, run)
         )
         yield f'{key}: {old} -> {new}'

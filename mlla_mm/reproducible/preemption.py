@@ -214,7 +214,12 @@ def _wait_for_parents_signal(parent: int) -> None:
 
 
 def _own_buffers(runner) -> List[Tensor]:
-    """The buffers of the model and of MESAHook's averaged model, in this process."""
-    # MESAHook's, a hook of the engine, which stands above this folder.
-    averages = [hook.ema.module for hook in runner.hooks if hasattr(hook, 'ema')]
-    return [buffer for x in (runner.model, *averages) for buffer in x.buffers()]
+    """The buffers of the model, and those of hooks, which may differ by process.
+
+    A hook that has such buffers returns them by a method ``own_buffers``.
+    """
+    buffers = list(runner.model.buffers())
+    for hook in runner.hooks:
+        if hasattr(hook, 'own_buffers'):
+            buffers += hook.own_buffers()
+    return buffers

@@ -93,6 +93,21 @@ class Stopper(Hook):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+class Average(Hook):
+    """Has buffers of its own. Its attribute ``ema`` is not that of MESAHook."""
+
+    ema = None
+
+    def before_train(self, runner):
+        self.value = torch.zeros(1)
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        self.value += data_batch['inputs'].mean()
+
+    def own_buffers(self):
+        return [self.value]
+
+
 EPOCHS = dict(
     train_cfg=dict(type='SeededEpochBasedTrainLoop', max_epochs=3),
     sampler=dict(type='DefaultSampler', shuffle=True),
@@ -234,7 +249,9 @@ from mmengine.config import Config
 from mmengine.dist import barrier, get_rank
 from mlla_mm.engine import launch
 from mlla_mm.reproducible import Preempted
-from tests.test_reproducible.test_preemption import EPOCHS, Stopper, contents, train
+from tests.test_reproducible.test_preemption import (
+    EPOCHS, Average, Stopper, contents, train,
+)
 
 
 def check_buffers(folder):
@@ -253,14 +270,16 @@ cfg = Config(dict(
     launcher='pytorch', model=dict(), env_cfg=dict(dist_cfg=dict(timeout=30))
 ))
 launch.set_up(cfg)
+average = Average()
 setting = {
     **EPOCHS,
     'images': 12,
-    'hooks': [dict(type='SyncBuffersBeforeSaveHook')],
+    'hooks': [dict(type='SyncBuffersBeforeSaveHook'), average],
     'more': dict(launcher='pytorch', cfg=cfg),
 }
 expected, found = [], []
 train(folder / 'whole', expected, **setting)
+expected_average = average.value
 for stopper in (Stopper(3), Stopper(evaluation_after=6)):
     hook = stopper if get_rank() == 1 else None
     try:
@@ -273,6 +292,7 @@ for stopper in (Stopper(3), Stopper(evaluation_after=6)):
         raise AssertionError('not stopped')
 train(folder / 'stopped', found, **setting)
 assert found == expected, (found, expected)
+assert torch.equal(average.value, expected_average)
 if get_rank() == 0:
     (tensors, rest), (expected_tensors, expected_rest) = (
         contents(folder / name) for name in ('stopped', 'whole')

@@ -1,5 +1,5 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-from typing import Dict, Optional
+from typing import Dict, List, Optional
 
 import torch
 from mmengine.dist import all_reduce_params
@@ -8,6 +8,7 @@ from mmengine.logging import print_log
 from mmengine.model import BaseModel
 from mmengine.registry import HOOKS
 from mmengine.runner.amp import autocast
+from torch import Tensor
 
 from ...checkpoints.layout import EMA_KEY
 from ...compat.openmmlab import batches_of_update
@@ -110,6 +111,10 @@ class MESAHook(Hook):
 
     def after_train(self, runner) -> None:
         unwrap(runner.model).set_teacher(None)
+
+    def own_buffers(self) -> List[Tensor]:
+        """The average's buffers, which :class:`PreemptionHook` saves by process."""
+        return list(self.ema.module.buffers())
 
     def _get_decay(self, runner) -> float:
         if self.decay is not None:
