@@ -1,6 +1,7 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 """Saving when SIGTERM comes, which clusters send before they take a machine."""
 
+import functools
 import os
 import signal
 from pathlib import Path
@@ -184,21 +185,16 @@ def handle_sigterm(handler: Any) -> Any:
     return signal.signal(signal.SIGTERM, handler)
 
 
+@functools.cache  # once in a process
 def shield_workers() -> None:
     """Let processes that are forked from now on obey SIGTERM from their parent only.
 
     Clusters send SIGTERM to all processes of a job. It would end the data loaders'
     workers before the checkpoint is saved, and PyTorch would then end the training.
     ``worker_init_fn`` is too late, because the signal may come while a worker starts.
-    Nothing changes without ``sigwaitinfo`` (macOS) or with another start method.
+    Processes that are not forked, but started in another way, are not changed.
     """
-    global _shields
-    if hasattr(signal, 'sigwaitinfo') and not _shields:
-        os.register_at_fork(after_in_child=_obey_parent_alone)
-        _shields = True
-
-
-_shields = False
+    os.register_at_fork(after_in_child=_obey_parent_alone)
 
 
 def _obey_parent_alone() -> None:

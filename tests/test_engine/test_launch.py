@@ -87,7 +87,7 @@ launch.tear_down()  # nothing left to do
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='for machines without a GPU')
 def test_process_group_on_the_cpu(tmp_path, run_tool):
-    """Two processes meet through torchrun, and listen to no other machine."""
+    """torchrun starts two processes. They accept no other machine's connections."""
     script = tmp_path / 'script.py'
     script.write_text(SCRIPT.replace('{OUT}', str(tmp_path)))
     name = os.path.relpath(script, ROOT / 'tools')
@@ -145,7 +145,7 @@ def test_one_machine_listens_to_itself(first_process, launcher, variables):
     'launcher, variables',
     [
         ('pytorch', {'WORLD_SIZE': '4'}),
-        # As many tasks as there may be on one machine, on two.
+        # Two machines, with as many tasks as one machine may have.
         ('slurm', {'SLURM_STEP_NUM_NODES': '2'}),
     ],
 )
@@ -187,7 +187,7 @@ def test_a_run_that_ended_is_not_started_again(monkeypatch, tmp_path):
     launch.forbid_restart(tmp_path, 'it diverged.')
     with pytest.raises(ValueError, match='^Not started again: it diverged.$'):
         launch.require_restart_allowed(tmp_path)
-    # A later launch is the user's wish.
+    # The user has launched the run again, so it may start.
     monkeypatch.setenv('LAUNCH_TIME', str(launched + 60))
     launch.require_restart_allowed(tmp_path)
     monkeypatch.delenv('LAUNCH_TIME')

@@ -62,7 +62,7 @@ def test_weights_among_several_ways_to_start(tmp_path):
 
 
 def test_what_a_checkpoint_says_is_checked_whatever_the_config_names(tmp_path):
-    """A config of somebody else's may have MMEngine's hooks alone."""
+    """A config that does not inherit ours may have MMEngine's hooks alone."""
     torch.save(dict(meta=dict(seed=3)), tmp_path / 'epoch_1.pth')
     hook = dict(type='ResumedStateHook')
     cfg = make(work_dir=str(tmp_path))
@@ -153,7 +153,7 @@ def test_changes_of_a_config():
 
 
 def test_everything_of_ours_is_registered(tmp_path):
-    """Whatever a config imports."""
+    """Also if the config does not import mlla_mm."""
     path = tmp_path / 'a.py'
     path.write_text(
         "default_scope = 'mmpretrain'\ncustom_imports = dict(imports=['re'])"

@@ -24,7 +24,7 @@ from mlla_mm.reproducible.preemption import shield_workers
 from mlla_mm.reproducible.resume import newest_checkpoint
 
 UPDATES = 5
-"""Of an epoch."""
+"""Number of updates of an epoch."""
 
 SEED = 1
 
@@ -121,7 +121,7 @@ ITERATIONS = dict(
 
 
 def train(folder, record, stopper=None, flexible=False, **setting):
-    """Train for as long as nothing comes in between; what happened is written down."""
+    """Train, from the newest checkpoint if there is one. A hook fills the record."""
     number = setting.get('images', 2 * UPDATES)
     images = torch.rand(number, 2, generator=torch.Generator().manual_seed(0))
     dataset = [dict(inputs=image) for image in images]
@@ -171,7 +171,7 @@ def train(folder, record, stopper=None, flexible=False, **setting):
 
 
 def contents(folder):
-    """Of the newest checkpoint, as far as a run depends on it."""
+    """The parts of the newest checkpoint that a resumed run depends on."""
     checkpoint = torch.load(newest_checkpoint(folder), weights_only=False)
     tensors = {
         **checkpoint['state_dict'],
@@ -193,13 +193,13 @@ EMA = dict(type='EMAHook', momentum=0.1)
 @pytest.mark.parametrize(
     ('setting', 'stops'),
     [
-        # In the first and the last update of an epoch, and within it; the signal takes
-        # effect before the next.
+        # In the first update of an epoch, within it, and in the last. A signal takes
+        # effect before the next update.
         (EPOCHS, [Stopper(5), Stopper(7), Stopper(9)]),
         (EPOCHS, [Stopper(evaluation_after=5), Stopper(evaluation_after=10)]),
-        # The last one, and twice the same.
+        # Twice in the last evaluation.
         (EPOCHS, [Stopper(evaluation_after=15), Stopper(evaluation_after=15)]),
-        # MMEngine's average sits in the model during an evaluation.
+        # During an evaluation the model has the weights of MMEngine's average.
         ({**EPOCHS, 'hooks': [EMA]}, [Stopper(6), Stopper(evaluation_after=10)]),
         (ITERATIONS, [Stopper(2), Stopper(3), Stopper(evaluation_after=8)]),
         # In the second pass over the data; a third follows, in another order.
@@ -213,7 +213,7 @@ EMA = dict(type='EMAHook', momentum=0.1)
 def test_a_stopped_run_ends_as_if_it_had_not_been(
     tmp_path, monkeypatch, setting, stops
 ):
-    # MMEngine waits for two seconds between passes, for workers that are not here.
+    # MMEngine waits two seconds between passes for workers. This run has none.
     monkeypatch.setattr(time, 'sleep', lambda seconds: None)
     before = signal.getsignal(signal.SIGTERM)
     expected, found = [], []
@@ -239,8 +239,8 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(
     assert names[0] == names[1]
 
 
-# One of two processes is told to stop: in an update, then in an evaluation. Their
-# BatchNorm statistics differ, as their images do.
+# One of two processes gets SIGTERM: in an update, then in an evaluation. Their images
+# differ, and so do their BatchNorm statistics.
 SCRIPT = """
 import sys
 from pathlib import Path
@@ -306,7 +306,7 @@ launch.tear_down()
 
 @pytest.mark.parametrize('setting', [EPOCHS, ITERATIONS], ids=['epochs', 'iterations'])
 def test_a_flexible_runner_goes_on_with_the_next_update(tmp_path, setting):
-    """It is what a config with a ``strategy`` has, such as FSDP."""
+    """A config with a ``strategy``, such as FSDP, uses this runner."""
     ends = {}
     for name, stops in {'whole': [], 'stopped': [2, 7]}.items():
         record = []
@@ -368,7 +368,7 @@ def test_a_training_that_fails_leaves_the_signal_as_it_was(tmp_path, setting):
 
 
 def test_training_in_another_thread(tmp_path):
-    """Python lets the main thread alone handle signals."""
+    """There the hook cannot handle signals."""
     record = []
     thread = Thread(target=train, args=(tmp_path, record), kwargs=EPOCHS)
     thread.start()
@@ -393,7 +393,6 @@ def test_an_epoch_of_another_length_begins_anew(tmp_path):
     assert 'Epoch 2 begins anew: it has 5 updates, but 8' in log.read_text()
 
 
-@pytest.mark.skipif(not hasattr(signal, 'sigwaitinfo'), reason='not on this system')
 def test_workers_obey_their_parent_alone():
     shield_workers()
     others = set(multiprocessing.active_children())

@@ -30,7 +30,7 @@ def test_newest_checkpoint(tmp_path, caplog):
     for number in (9, 10, 11, 12):
         save(tmp_path / f'epoch_{number}.pth')
     assert newest_checkpoint(tmp_path) == tmp_path / 'epoch_12.pth'
-    # Cut short, and empty.
+    # Damage two checkpoints: one is cut short, one is empty.
     whole = (tmp_path / 'epoch_12.pth').read_bytes()
     (tmp_path / 'epoch_12.pth').write_bytes(whole[:-100])
     (tmp_path / 'epoch_11.pth').write_bytes(b'')
@@ -58,7 +58,7 @@ def test_epochs_and_iterations_are_compared_by_updates(tmp_path, updates):
 
 
 def test_a_checkpoint_that_is_no_file_of_the_work_dir(tmp_path):
-    """As those of FSDP, which are folders, or those of another out_dir."""
+    """FSDP saves folders, and an out_dir may be elsewhere."""
     (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'elsewhere'))
     assert newest_checkpoint(tmp_path) is None
     (tmp_path / 'elsewhere').mkdir()
@@ -66,7 +66,7 @@ def test_a_checkpoint_that_is_no_file_of_the_work_dir(tmp_path):
 
 
 def test_pipes_are_no_checkpoints(tmp_path):
-    """Who opens one waits."""
+    """Opening a pipe would wait for ever."""
     pipe, pointer = tmp_path / 'epoch_9.pth', tmp_path / 'last_checkpoint'
     os.mkfifo(pipe)
     os.mkfifo(pointer)
@@ -80,7 +80,7 @@ def test_pipes_are_no_checkpoints(tmp_path):
 
 @pytest.mark.parametrize('there', [False, True])
 def test_a_moved_run_of_other_names(tmp_path, there):
-    """MMEngine's pointer holds the whole path of before."""
+    """MMEngine's last_checkpoint names the old path."""
     old, new = tmp_path / 'old', tmp_path / 'new'
     new.mkdir()
     saved = save(new / 'ck_4.pth')
@@ -169,7 +169,7 @@ def test_a_new_run_starts_from_the_configs_weights(tmp_path):
 
 
 def assert_same_end(found: Path, expected: Path) -> None:
-    """Bit by bit: the weights, averaged weights and moments of two checkpoints."""
+    """Compare weights, averages and moments of two checkpoints bit by bit."""
     found, expected = (torch.load(x, weights_only=False) for x in (found, expected))
     for part in ('state_dict', 'state_dict_ema'):
         assert (part in found) == (part in expected)
@@ -217,7 +217,7 @@ def test_an_interrupted_run_of_epochs(run_tool, tmp_path):
 
 
 def test_counts_of_numpy_do_not_overflow():
-    """Of 8 bits, one more than 255 updates would be none."""
+    """In 8 bits, 255 + 1 would be 0."""
     meta = dict(epoch=np.uint8(255), iter=np.int16(32767))
     messages = dict(log_scalars={}, runtime_info={}, resumed_keys={})
     runner = SimpleNamespace(_resume=True, _load_from='x.pth', hooks=[])

@@ -7,6 +7,7 @@ from mmengine.hooks import Hook, RuntimeInfoHook
 from mmengine.logging import print_log
 from mmengine.model import BaseModel
 from mmengine.registry import HOOKS
+from mmengine.runner import weights_to_cpu
 from mmengine.runner.amp import autocast
 from torch import Tensor
 
@@ -74,7 +75,7 @@ class MESAHook(Hook):
                     'it was trained without MESAHook. Start from its weights with '
                     'load_from instead, or remove the hook.'
                 )
-            self.ema.load_state_dict(self._loaded)
+            self.ema.module.load_state_dict(self._loaded)
         self._loaded = None
 
     def before_train_epoch(self, runner) -> None:
@@ -107,7 +108,7 @@ class MESAHook(Hook):
         RuntimeInfoHook().after_val_epoch(runner, own)
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
-        checkpoint[EMA_KEY] = self.ema.state_dict()
+        checkpoint[EMA_KEY] = weights_to_cpu(self.ema.module.state_dict())
 
     def after_train(self, runner) -> None:
         unwrap(runner.model).set_teacher(None)
