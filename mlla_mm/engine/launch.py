@@ -22,7 +22,7 @@ from ..reproducible.resume import newest_checkpoint
 from ..utils.allocator import keep_freed_memory
 from ..utils.files import write_whole
 from ..utils.text import printable
-from .options import parts_of
+from .options import kind_of, parts_of
 
 # A file in the work_dir. It says why torchrun must not start the run again.
 _ENDED_NAME = '.ended'
@@ -300,5 +300,5 @@ def _open_store(port: int) -> None:
 def replace_sync_bn(model: Any) -> None:
     """Turn every SyncBN of a model config into BN, in place."""
     for part in parts_of(model):
-        if part.get('type') in ('SyncBN', 'MMSyncBN'):
+        if kind_of(part) in ('SyncBN', 'MMSyncBN'):
             part['type'] = 'BN'

@@ -145,9 +145,12 @@ def default_hook(cfg: Config, name: str) -> dict:
 
 
 def kind_of(part: dict) -> Optional[str]:
-    """The name of a part's ``type``, even if it is a class; None if there is none."""
+    """The name of a part's ``type``, also of a class, and without a scope like mmdet.
+
+    None if there is no type.
+    """
     kind = part.get('type')
-    return getattr(kind, '__name__', kind)
+    return kind and str(getattr(kind, '__name__', kind)).rpartition('.')[2]
 
 
 def add_hook(cfg: Config, kind: str) -> None:
@@ -250,7 +253,7 @@ def pretrained_of(part: dict) -> List[dict]:
     return [
         init_cfg
         for init_cfg in as_list(part.get('init_cfg'))
-        if isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained'
+        if isinstance(init_cfg, dict) and kind_of(init_cfg) == 'Pretrained'
     ]
 
 

@@ -106,7 +106,7 @@ def test_scaling():
             dict(type='CosineAnnealingLR', eta_min=1e-6),
         ],
         custom_hooks=[
-            dict(type='EMAHook', momentum=0.19),
+            dict(type='mmengine.EMAHook', momentum=0.19),
             dict(type='MESAHook', decay=0.81),
             dict(type='MESAHook'),
         ],

@@ -38,7 +38,10 @@ def test_launcher_errors(monkeypatch):
 def test_sync_bn_becomes_bn():
     model = ConfigDict(
         backbone=dict(norm_cfg=dict(type='SyncBN', requires_grad=True)),
-        heads=[dict(norm_cfg=dict(type='MMSyncBN')), dict(norm_cfg=dict(type='LN'))],
+        heads=[
+            dict(norm_cfg=dict(type='mmengine.MMSyncBN')),
+            dict(norm_cfg=dict(type='LN')),
+        ],
     )
     launch.replace_sync_bn(model)
     assert model.backbone.norm_cfg == dict(type='BN', requires_grad=True)

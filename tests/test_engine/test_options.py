@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.hooks import EMAHook
 
 from mlla_mm.checkpoints.reader import checkpoints_are_trusted, trust_checkpoints
 from mlla_mm.engine import options
@@ -31,6 +32,10 @@ def with_weights(path, **more) -> Config:
 
 
 def test_missing_weights_name_their_address(tmp_path):
+    scoped = with_weights(tmp_path / 'MLLA_S.pth')
+    scoped.model.backbone.init_cfg.type = 'mmengine.Pretrained'
+    with pytest.raises(FileNotFoundError, match='cloud.tsinghua.edu.cn/f/0e5d0b14'):
+        options.require_pretrained(scoped)
     with pytest.raises(FileNotFoundError, match='cloud.tsinghua.edu.cn/f/0e5d0b14'):
         options.require_pretrained(with_weights(tmp_path / 'MLLA_S.pth'))
     with pytest.raises(FileNotFoundError, match='init_cfg'):
@@ -126,6 +131,20 @@ def test_checkpoints_are_not_trusted_by_default(tmp_path):
         trust_checkpoints(False)
 
 
+@pytest.mark.parametrize(
+    'kind, name',
+    [
+        ('EMAHook', 'EMAHook'),
+        ('mmengine.EMAHook', 'EMAHook'),
+        (EMAHook, 'EMAHook'),
+        (None, None),
+        (7, '7'),
+    ],
+)
+def test_names_of_types(kind, name):
+    assert options.kind_of(dict(type=kind)) == name
+
+
 def changes_of(written, run):
     return list(options.describe_changes(written.to_dict(), run.to_dict()))
 
@@ -171,7 +190,7 @@ def test_everything_of_ours_is_registered(tmp_path):
 @pytest.mark.parametrize(
     'hook, changed',
     [
-        ('DetVisualizationHook', dict(draw=True)),
+        ('mmdet.DetVisualizationHook', dict(draw=True)),
         ('SegVisualizationHook', dict(draw=True, interval=1)),
         ('VisualizationHook', dict(enable=True, interval=1)),
     ],

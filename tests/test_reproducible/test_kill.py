@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Iterator, NamedTuple
 
 import pytest
-import torch
 
 from mlla_mm.datasets.digits import make_ade20k, make_coco, make_imagenet
-from mlla_mm.reproducible.resume import newest_checkpoint
 
 from ..processes import ROOT
+from .test_resume import assert_same_end
 
 CLASSIFICATION = 'configs/classification/mlla-nano_digits.py'
 SEGMENTATION = 'configs/segmentation/upernet_mlla-nano_digits.py'
@@ -159,30 +158,6 @@ class Run:
                 return True
             time.sleep(0.0005)
         return False
-
-
-def assert_same_end(work_dir: Path, expected_dir: Path) -> None:
-    """Compare weights, averages and moments bit by bit, and the state of the run."""
-    path, expected_path = map(newest_checkpoint, (work_dir, expected_dir))
-    assert path.name == expected_path.name
-    found, expected = (
-        torch.load(path, weights_only=False) for path in (path, expected_path)
-    )
-    for part in ('state_dict', 'state_dict_ema'):
-        assert (part in found) == (part in expected)
-        for key, value in expected.get(part, {}).items():
-            assert torch.equal(found[part][key], value), (part, key)
-    moments = found['optimizer']['state']
-    assert expected['optimizer']['state'].keys() == moments.keys()
-    for index, state in expected['optimizer']['state'].items():
-        for key, value in state.items():
-            assert torch.equal(moments[index][key], value), (index, key)
-    for key in ('epoch', 'iter', 'seed'):
-        assert found['meta'][key] == expected['meta'][key]
-    for group, expected_group in zip(
-        found['optimizer']['param_groups'], expected['optimizer']['param_groups']
-    ):
-        assert group == expected_group
 
 
 @pytest.mark.slow
