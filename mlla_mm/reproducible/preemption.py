@@ -52,6 +52,10 @@ class PreemptionHook(Hook):
     :class:`WholeCheckpointHook`. Without them the file stays, a validation is not
     repeated, and MMEngine's loop over epochs begins the epoch anew.
 
+    Buffers, such as BatchNorm's statistics, may differ between processes. Each process
+    continues with its own: those of the model, and those that other hooks return from a
+    method ``own_buffers()``, as :class:`MESAHook` does.
+
     Raises:
         Preempted: In training, on all processes, when the checkpoint is saved.
     """
@@ -210,10 +214,7 @@ def _wait_for_parents_signal(parent: int) -> None:
 
 
 def _own_buffers(runner) -> List[Tensor]:
-    """The buffers of the model, and those of hooks, which may differ by process.
-
-    A hook that has such buffers returns them by a method ``own_buffers``.
-    """
+    """The buffers of this process: those of the model and of other hooks."""
     buffers = list(runner.model.buffers())
     for hook in runner.hooks:
         if hasattr(hook, 'own_buffers'):
