@@ -111,7 +111,9 @@ def _print_meaningful(*values: Any, **kwargs) -> None:
 
 def _print_to_log_file(*values: Any, **kwargs) -> None:
     """Replace ``print``; prints nothing if there is no log file yet."""
-    logger = MMLogger.get_current_instance() if has_logger() else logging.Logger('')
+    if not has_logger():
+        return
+    logger = MMLogger.get_current_instance()
     text = ' '.join(map(str, values)).strip('\n')
     record = logger.makeRecord(logger.name, logging.INFO, '', 0, text, (), None)
     for handler in logger.handlers:

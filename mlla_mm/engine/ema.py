@@ -2,10 +2,9 @@
 """A running average of a model's weights."""
 
 import copy
-from typing import Dict
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
@@ -57,11 +56,3 @@ class ModelEMA:
             else:
                 own[key].copy_(value)
         self._average(averages, values, None)
-
-    def state_dict(self) -> Dict[str, Tensor]:
-        """The average, under the model's names, on the CPU."""
-        return {key: value.cpu() for key, value in self.module.state_dict().items()}
-
-    def load_state_dict(self, state_dict: Dict[str, Tensor]) -> None:
-        """Continue from the average of a checkpoint."""
-        self.module.load_state_dict(state_dict)

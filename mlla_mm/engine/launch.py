@@ -13,7 +13,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Dict, NamedTuple, Optional, Tuple, Type
 
-import cv2
 import torch
 from mmengine.config import Config
 from mmengine.dist import master_only
@@ -23,11 +22,10 @@ from ..reproducible.resume import newest_checkpoint
 from ..utils.allocator import keep_freed_memory
 from ..utils.files import write_whole
 from ..utils.text import printable
-from .options import parts_of
+from .options import kind_of, parts_of
 
 # A file in the work_dir. It says why torchrun must not start the run again.
 _ENDED_NAME = '.ended'
-LAUNCHERS = ('none', 'pytorch', 'slurm', 'mpi')
 # The first process listens with it from set_up to tear_down.
 _store: Optional['distributed.TCPStore'] = None
 # Seconds that processes wait for each other; PyTorch's default for gloo.
@@ -59,6 +57,7 @@ _VARIABLES: Dict[str, Tuple[str, ...]] = {
         'OMPI_COMM_WORLD_LOCAL_SIZE',
     ),
 }
+LAUNCHERS = ('none', *_VARIABLES)
 
 
 @contextmanager
@@ -153,7 +152,6 @@ def set_up(cfg: Config) -> Processes:
         share = max(1, cores // layout.local_world_size)
         threads = int(os.environ.get('OMP_NUM_THREADS', share))
         torch.set_num_threads(threads)
-        cv2.setNumThreads(0)
     if cfg.launcher != 'none':
         # MMEngine would set these to 1, with a warning.
         os.environ.setdefault('OMP_NUM_THREADS', str(threads))
@@ -194,12 +192,9 @@ def restart_checkpoint(work_dir: str) -> Optional[str]:
         str | None: The newest checkpoint, if it was saved after ``LAUNCH_TIME``. Our
         launch script sets this variable, in seconds, if restarts are asked for.
     """
-    if 'LAUNCH_TIME' not in os.environ:
-        return None
-    newest = newest_checkpoint(work_dir)
-    if newest is None or newest.stat().st_mtime < float(os.environ['LAUNCH_TIME']):
-        return None
-    return str(newest)
+    # Without restarts, the work_dir need not be searched.
+    newest = newest_checkpoint(work_dir) if 'LAUNCH_TIME' in os.environ else None
+    return str(newest) if newest and _is_of_this_launch(newest) else None
 
 
 @master_only
@@ -226,11 +221,14 @@ def require_restart_allowed(work_dir: str) -> None:
         ValueError: If :func:`forbid_restart` was called since the launch.
     """
     path = Path(work_dir) / _ENDED_NAME
-    if 'LAUNCH_TIME' not in os.environ or not path.is_file():
-        return
-    if path.stat().st_mtime >= float(os.environ['LAUNCH_TIME']):
+    if path.is_file() and _is_of_this_launch(path):
         with path.open('rb') as file:
             raise ValueError(f'Not started again: {printable(file.read(2000), 2000)}')
+
+
+def _is_of_this_launch(path: Path) -> bool:
+    """Whether a file was written after ``LAUNCH_TIME``; False without restarts."""
+    return path.stat().st_mtime >= float(os.environ.get('LAUNCH_TIME', 'inf'))
 
 
 def tear_down() -> None:
@@ -265,10 +263,8 @@ def _stay_on_one_machine(launcher: str, layout: Processes) -> None:
         alone = layout.local_world_size == layout.world_size
     if launcher == 'none' or not alone:
         return
-    names = {name for _, name in socket.if_nameindex()}
-    for loopback in names & {'lo', 'lo0'}:  # of Linux, of BSD and macOS
-        os.environ.setdefault('GLOO_SOCKET_IFNAME', loopback)
-        os.environ.setdefault('NCCL_SOCKET_IFNAME', loopback)
+    os.environ.setdefault('GLOO_SOCKET_IFNAME', 'lo')
+    os.environ.setdefault('NCCL_SOCKET_IFNAME', 'lo')
     # torchrun has opened the store already if it was not started by our scripts.
     if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') != 'True':
         os.environ['MASTER_ADDR'] = '127.0.0.1'
@@ -304,5 +300,5 @@ def _open_store(port: int) -> None:
 def replace_sync_bn(model: Any) -> None:
     """Turn every SyncBN of a model config into BN, in place."""
     for part in parts_of(model):
-        if part.get('type') in ('SyncBN', 'MMSyncBN'):
+        if kind_of(part) in ('SyncBN', 'MMSyncBN'):
             part['type'] = 'BN'

@@ -3,7 +3,6 @@
 
 import argparse
 import copy
-import textwrap
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -16,6 +15,7 @@ from ..checkpoints.pretrained import require_weights
 from ..checkpoints.reader import trust_checkpoints
 from ..compat.openmmlab import lay_out_configs_once
 from ..reproducible.resume import newest_checkpoint, seed_of
+from ..utils.text import printable
 
 
 def read_config(path: str, options: Optional[dict] = None) -> Config:
@@ -99,7 +99,7 @@ def describe_changes(written: Any, run: Any, key: str = '') -> Iterator[str]:
 
     Yields:
         str: ``KEY: OLD -> NEW`` for each value that was changed, added or removed.
-        ``-`` stands for no value. Long values are cut.
+        ``-`` stands for no value. Long values are cut in the middle.
     """
     if isinstance(written, list) and isinstance(run, list) and len(written) <= len(run):
         written, run = dict(enumerate(written)), dict(enumerate(run))
@@ -109,7 +109,7 @@ def describe_changes(written: Any, run: Any, key: str = '') -> Iterator[str]:
             yield from describe_changes(old, new, f'{key}.{name}' if key else str(name))
     elif written != run:
         old, new = (
-            '-' if value is _NOTHING else textwrap.shorten(repr(value), 100)
+            '-' if value is _NOTHING else printable(repr(value))
             for value in (written, run)
         )
         yield f'{key}: {old} -> {new}'
@@ -145,9 +145,12 @@ def default_hook(cfg: Config, name: str) -> dict:
 
 
 def kind_of(part: dict) -> Optional[str]:
-    """The name of a part's ``type``, even if it is a class; None if there is none."""
+    """The name of a part's ``type``, also of a class, and without a scope like mmdet.
+
+    None if there is no type.
+    """
     kind = part.get('type')
-    return getattr(kind, '__name__', kind)
+    return kind and str(getattr(kind, '__name__', kind)).rpartition('.')[2]
 
 
 def add_hook(cfg: Config, kind: str) -> None:
@@ -250,7 +253,7 @@ def pretrained_of(part: dict) -> List[dict]:
     return [
         init_cfg
         for init_cfg in as_list(part.get('init_cfg'))
-        if isinstance(init_cfg, dict) and init_cfg.get('type') == 'Pretrained'
+        if isinstance(init_cfg, dict) and kind_of(init_cfg) == 'Pretrained'
     ]
 
 

@@ -55,7 +55,7 @@ def describe_run(cfg: Config, world_size: int) -> Items:
             decay = recipe_decay(total) if own is None else own
         elif kind_of(hook) == 'EMAHook' and 'momentum' in hook:
             decay = 1 - hook['momentum']
-    is_amp = cfg.optim_wrapper.get('type') == 'AmpOptimWrapper'
+    is_amp = kind_of(cfg.optim_wrapper) == 'AmpOptimWrapper'
     precision = cfg.optim_wrapper.get('dtype') or 'float16'
     allows_tf32 = torch.backends.cuda.matmul.allow_tf32
     weights = [x['checkpoint'] for y in parts_of(cfg.model) for x in pretrained_of(y)]

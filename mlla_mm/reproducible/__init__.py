@@ -7,7 +7,7 @@ resumed: random numbers, data order and state follow from the number of the upda
 
 from . import loops, samplers, seeding
 from .preemption import Preempted, PreemptionHook
-from .resumed_state import ResumedStateHook
+from .resume import ResumedStateHook
 
 __all__ = [
     'Preempted',

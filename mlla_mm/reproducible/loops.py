@@ -115,6 +115,14 @@ class SeededTrainLoop(TrainLoopCounters, BaseLoop):
             )
         count_in_micro_batches(wrapper, self.micro_batches, self.iter, self.max_iters)
 
+    def _validate_if_due(self, done: int, total: int) -> None:
+        """Validate, if it is time to after ``done`` of all epochs or iterations."""
+        self.update_val_interval()
+        if self.runner.val_loop is None or done < self.val_begin:
+            return
+        if done % self.val_interval == 0 or done == total:
+            self.runner.val_loop.run()
+
     def _update(self, batch_idx: int, micro_batches: List[Any]) -> None:
         """One iteration: forward and backward of every micro-batch, then one step."""
         runner = self.runner
@@ -146,12 +154,9 @@ class SeededEpochBasedTrainLoop(SeededTrainLoop, EpochBasedTrainLoop):
     """
 
     def _train(self) -> None:
-        runner = self.runner
         while self.epoch < self.max_epochs and not self.stop_training:
             self.run_epoch()
-            self.update_val_interval()
-            if self._validates_now():
-                runner.val_loop.run()
+            self._validate_if_due(self.epoch, self.max_epochs)
 
     def run_epoch(self) -> None:
         runner = self.runner
@@ -182,11 +187,6 @@ class SeededEpochBasedTrainLoop(SeededTrainLoop, EpochBasedTrainLoop):
         hub.update_info('epoch_begun', begun)
         return 0
 
-    def _validates_now(self) -> bool:
-        if self.runner.val_loop is None or self.epoch < self.val_begin:
-            return False
-        return self.epoch % self.val_interval == 0 or self.epoch == self.max_epochs
-
     def run_iter(self, idx: int, data_batch: List[Any]) -> None:
         self._update(idx, data_batch)
 
@@ -211,18 +211,11 @@ class SeededIterBasedTrainLoop(SeededTrainLoop, IterBasedTrainLoop):
         while self.iter < self.max_iters and not self.stop_training:
             runner.model.train()
             self.run_iter(next(self.dataloader_iterator))
-            self.update_val_interval()
-            if self._validates_now():
-                runner.val_loop.run()
+            self._validate_if_due(self.iter, self.max_iters)
         runner.call_hook('after_train_epoch')
 
     def run_iter(self, data_batch: List[Any]) -> None:
         self._update(self.iter, data_batch)
-
-    def _validates_now(self) -> bool:
-        if self.runner.val_loop is None or self.iter < self.val_begin:
-            return False
-        return self.iter % self.val_interval == 0 or self.iter == self.max_iters
 
 
 def is_seeded(train_cfg: dict) -> bool:
@@ -340,12 +333,19 @@ def train_step(
     if len(micro_batches) == 1:
         seed_generators(UPDATE, *key, get_rank())
         return model.train_step(micro_batches[0], optim_wrapper=optim_wrapper)
-    means, counters = _running_statistics(model)
-    start = [value.clone() for value in means + counters]
+    statistics = [
+        buffer
+        for layer in model.modules()
+        if isinstance(layer, BatchNorm) and layer.training
+        for buffer in layer.buffers()
+    ]
+    start = [value.clone() for value in statistics]
+    # The others are the numbers of updates.
+    means = [value for value in statistics if value.is_floating_point()]
     sums = [torch.zeros_like(value) for value in means]
     logs = []
     for process, batch in zip(count(get_rank() * len(micro_batches)), micro_batches):
-        for value, first in zip(means + counters, start):
+        for value, first in zip(statistics, start):
             value.copy_(first)
         seed_generators(UPDATE, *key, process)
         logs.append(model.train_step(batch, optim_wrapper=optim_wrapper))
@@ -356,19 +356,3 @@ def train_step(
     return {
         key: torch.stack([log[key].detach() for log in logs]).mean() for key in logs[0]
     }
-
-
-def _running_statistics(model: nn.Module) -> Tuple[List[Tensor], List[Tensor]]:
-    """Means and variances, and the counters, of the BatchNorm layers that train."""
-    means: List[Tensor] = []
-    counters: List[Tensor] = []
-    for layer in model.modules():
-        if isinstance(layer, BatchNorm) and layer.training:
-            for values, value in (
-                (means, layer.running_mean),
-                (means, layer.running_var),
-                (counters, layer.num_batches_tracked),
-            ):
-                # A layer without running statistics has None.
-                values += [] if value is None else [value]
-    return means, counters

@@ -1,6 +1,7 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 """Saving when SIGTERM comes, which clusters send before they take a machine."""
 
+import functools
 import os
 import signal
 from pathlib import Path
@@ -50,6 +51,10 @@ class PreemptionHook(Hook):
     The hook is made for the training loops of this package and for
     :class:`WholeCheckpointHook`. Without them the file stays, a validation is not
     repeated, and MMEngine's loop over epochs begins the epoch anew.
+
+    Buffers, such as BatchNorm's statistics, may differ between processes. Each process
+    continues with its own: those of the model, and those that other hooks return from a
+    method ``own_buffers()``, as :class:`MESAHook` does.
 
     Raises:
         Preempted: In training, on all processes, when the checkpoint is saved.
@@ -184,21 +189,16 @@ def handle_sigterm(handler: Any) -> Any:
     return signal.signal(signal.SIGTERM, handler)
 
 
+@functools.cache  # once in a process
 def shield_workers() -> None:
     """Let processes that are forked from now on obey SIGTERM from their parent only.
 
     Clusters send SIGTERM to all processes of a job. It would end the data loaders'
     workers before the checkpoint is saved, and PyTorch would then end the training.
     ``worker_init_fn`` is too late, because the signal may come while a worker starts.
-    Nothing changes without ``sigwaitinfo`` (macOS) or with another start method.
+    Processes that are not forked, but started in another way, are not changed.
     """
-    global _shields
-    if hasattr(signal, 'sigwaitinfo') and not _shields:
-        os.register_at_fork(after_in_child=_obey_parent_alone)
-        _shields = True
-
-
-_shields = False
+    os.register_at_fork(after_in_child=_obey_parent_alone)
 
 
 def _obey_parent_alone() -> None:
@@ -214,7 +214,9 @@ def _wait_for_parents_signal(parent: int) -> None:
 
 
 def _own_buffers(runner) -> List[Tensor]:
-    """The buffers of the model and of MESAHook's averaged model, in this process."""
-    # MESAHook's, a hook of the engine, which stands above this folder.
-    averages = [hook.ema.module for hook in runner.hooks if hasattr(hook, 'ema')]
-    return [buffer for x in (runner.model, *averages) for buffer in x.buffers()]
+    """The buffers of this process: those of the model and of other hooks."""
+    buffers = list(runner.model.buffers())
+    for hook in runner.hooks:
+        if hasattr(hook, 'own_buffers'):
+            buffers += hook.own_buffers()
+    return buffers

@@ -10,11 +10,13 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, Dict, List, Optional, Pattern, Tuple, Union
 
-from mmengine.hooks import CheckpointHook
+from mmengine.hooks import CheckpointHook, Hook
 from mmengine.logging import print_log
+from mmengine.registry import HOOKS
 from torch import Tensor
 
 from ..checkpoints.reader import CheckpointError, read_checkpoint_meta
+from ..compat.openmmlab import checkpoint_of, is_resumed
 from ..utils.text import printable
 
 PREEMPTED_NAME = 'preempted_iter_{}.pth'
@@ -75,6 +77,44 @@ def seed_of(checkpoint: Union[str, Path]) -> Optional[int]:
     seed = read_checkpoint_meta(checkpoint).get('seed')
     _require_seed(seed, checkpoint)
     return seed
+
+
+@HOOKS.register_module()
+class ResumedStateHook(Hook):
+    """Check the state of a checkpoint before a run takes it over.
+
+    MMEngine trusts a checkpoint: its progress, and the names of files, which it may
+    remove later. This hook removes what no training can have written, and names of
+    files that are not this run's.
+
+    Raises:
+        CheckpointError: If a run cannot go on from the checkpoint.
+    """
+
+    # Before any other hook reads the checkpoint.
+    priority = 'HIGHEST'
+
+    def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
+        if not is_resumed(runner):
+            return
+        require_resumable(checkpoint, source_of(runner))
+        messages, meta = checkpoint['message_hub'], checkpoint['meta']
+        # They may be NumPy's integers of 8 bits, which overflow at 128 or 256.
+        meta.update(epoch=int(meta['epoch']), iter=int(meta['iter']))
+        keep_sound_state(messages, updates=meta['iter'])
+        for hook in runner.hooks:
+            if isinstance(hook, CheckpointHook):
+                keep_own_names(
+                    messages['runtime_info'],
+                    folder_of(hook, runner.work_dir),
+                    hook.filename_tmpl,
+                )
+
+
+def source_of(runner) -> str:
+    """Name the checkpoint that a runner loads, for messages."""
+    # None if MMEngine has searched the work_dir itself.
+    return checkpoint_of(runner) or f'the newest checkpoint of {runner.work_dir}'
 
 
 def require_resumable(checkpoint: Any, source: Union[str, Path]) -> None:

@@ -52,10 +52,10 @@ def test_keeping_it_accumulates_what_is_missing():
     cfg = make(auto_scale_lr=dict(enable=True, base_batch_size=16))
     assert '2 processes x 2 x 4' in settle(cfg, 2, keep=True)
     assert cfg.train_cfg.micro_batches == 4
-    # The rate is the recipe's.
+    # The learning rate stays the recipe's.
     assert cfg.optim_wrapper.optimizer.lr == 1e-4
     assert not cfg.auto_scale_lr.enable
-    # What a run writes down can be run again, also on another number of processes.
+    # The saved config can be run again, also on another number of processes.
     assert settle(cfg, 2) is None
     assert '4 processes x 2 x 2' in settle(cfg, 4, keep=True)
     assert cfg.train_cfg.micro_batches == 2
@@ -106,7 +106,7 @@ def test_scaling():
             dict(type='CosineAnnealingLR', eta_min=1e-6),
         ],
         custom_hooks=[
-            dict(type='EMAHook', momentum=0.19),
+            dict(type='mmengine.EMAHook', momentum=0.19),
             dict(type='MESAHook', decay=0.81),
             dict(type='MESAHook'),
         ],
@@ -120,7 +120,7 @@ def test_scaling():
     assert 1 - ema.momentum == pytest.approx(0.81**0.5)
     assert mesa.decay == pytest.approx(0.9)
     assert 'decay' not in following
-    # What is there now is a recipe for this batch size; MMEngine scales nothing.
+    # The config is now a recipe for this batch size. MMEngine must not scale again.
     assert cfg.auto_scale_lr == dict(enable=False, base_batch_size=8)
     assert settle(cfg, 4) is None
 

@@ -29,7 +29,7 @@ class Tiny(BaseModel):
 
 @METRICS.register_module()
 class Score(BaseMetric):
-    """Both rise with every update."""
+    """Two metrics that rise with every update."""
 
     def process(self, data_batch, data_samples):
         self.results += data_samples
@@ -131,10 +131,10 @@ def test_what_a_killed_process_left_is_removed(train, tmp_path):
     assert not part.exists()
 
 
-# What a resumed checkpoint says of its run.
+# Checkpoints whose state names files, and are then resumed.
 
-# As tools train, also with MMEngine's hook; and our hook alone, which removes and
-# publishes its own files only.
+# The hooks of our tools, with our checkpoint hook or MMEngine's. The last setting has
+# our checkpoint hook alone, which removes and publishes its own files only.
 PROTECTED = {
     'tools': dict(hooks=['ResumedStateHook']),
     "tools, MMEngine's hook": dict(hooks=['ResumedStateHook'], kind='CheckpointHook'),
@@ -151,13 +151,13 @@ def protected(request):
 
 @pytest.fixture(scope='module')
 def untouched(tmp_path_factory):
-    """What a run of one epoch saved."""
+    """The folder of a run of one epoch."""
     return tmp_path_factory.mktemp('untouched')
 
 
 @pytest.fixture
 def work(tmp_path, train, untouched):
-    """A work_dir with a checkpoint whose state the given values replace."""
+    """Makes a work_dir with a checkpoint, and changes values in its state."""
 
     def make(checkpoint=None, **state):
         if not list(untouched.glob('*.pth')):
@@ -175,7 +175,7 @@ def work(tmp_path, train, untouched):
 
 @pytest.fixture
 def others(tmp_path):
-    """A folder that is none of the run's business."""
+    """A folder that the run must not change."""
     folder = tmp_path / 'others'
     (folder / 'best_folder_epoch_1.pth').mkdir(parents=True)
     for name in ('thesis.txt', 'best_score_epoch_1.pth', 'epoch_1.pth'):
@@ -210,7 +210,7 @@ def test_the_best_checkpoint_of_others_stays(
         **BEST, **protected,
     )  # fmt: skip
     assert tree(others) == before
-    # The run's own are as ever.
+    # The run still saves its own checkpoints.
     assert (path.parent / 'best_score_epoch_3.pth').is_file()
 
 
@@ -243,7 +243,7 @@ def test_numbers_of_old_checkpoints_are_numbers(
 ):
     before = tree(others)
     path = work(keep_ckpt_ids=numbers)
-    # What a work_dir of others may have.
+    # Files that do not belong to the run.
     (path.parent / 'epoch_..').mkdir()
     for name in ('epoch_True.pth', 'epoch_1.0.pth', 'epoch_-1.pth', 'epoch_None.pth'):
         (path.parent / name).write_text('x')
@@ -254,7 +254,7 @@ def test_numbers_of_old_checkpoints_are_numbers(
 
 
 def test_links_and_folders_stay(train, work, others):
-    """Names of the run's own, but not its checkpoints."""
+    """They have names of the run's checkpoints, but are none."""
     path = work(
         keep_ckpt_ids=[0, 1, 8, 9], best_ckpt='/elsewhere/best_score_epoch_1.pth'
     )
@@ -264,7 +264,7 @@ def test_links_and_folders_stay(train, work, others):
     (own / 'epoch_9.pth').symlink_to(others / 'epoch_1.pth')
     (own / 'epoch_0.pth').symlink_to(others)
     (own / 'best_score_epoch_1.pth').symlink_to(others / 'thesis.txt')
-    # MMEngine writes to it, and what was being written is removed.
+    # MMEngine writes to the first. The hook removes the second as incomplete.
     (own / 'last_checkpoint').symlink_to(others / 'thesis.txt')
     (own / '.epoch_2.pth.part').symlink_to(others / 'thesis.txt')
     before = tree(others)
@@ -273,7 +273,7 @@ def test_links_and_folders_stay(train, work, others):
     assert (own / 'epoch_8.pth' / 'rank0.pth').is_file()
     for name in ('epoch_0.pth', 'epoch_9.pth', 'best_score_epoch_1.pth'):
         assert (own / name).is_symlink()
-    # Its own file, though an older one was to be removed first.
+    # The run's own file is removed, although it comes after the others in the list.
     assert not (own / 'epoch_1.pth').exists()
     assert (own / 'last_checkpoint').read_text() == str(own / 'epoch_3.pth')
 
@@ -296,7 +296,7 @@ def test_a_run_that_was_moved_has_its_best_checkpoint(train, work, protected):
 
 
 def test_a_resumed_run_removes_its_old_checkpoints(train, work, protected):
-    """Also those of another number of them to keep, and of names of the config's."""
+    """Also with another max_keep_ckpts, and with the names of a filename_tmpl."""
     path = work(keep_ckpt_ids=[0, 1])
     path.with_name('model-000.pth').write_text('x')
     template = dict(filename_tmpl='model-{:03d}.pth', max_keep_ckpts=1)
@@ -338,7 +338,7 @@ def test_a_published_checkpoint_cannot_be_resumed(train, work):
     torch.save(dict(state_dict=dict(weight=torch.ones(1))), path)
     with pytest.raises(CheckpointError, match='meta.epoch, .*message_hub.runtime_info'):
         train(path.parent, resume=path, hooks=['ResumedStateHook'])
-    # As weights to start from it is fine.
+    # A run can start from its weights.
     runner = train(path.parent, load_from=path, hooks=['ResumedStateHook'], epochs=1)
     assert runner.iter == 1
 

@@ -83,7 +83,9 @@ def test_compile_in_a_config_means_the_backbone(tmp_path, compile, flow):
     assert is_compiled(runner.model.backbone) == bool(compile)
     assert not is_compiled(runner.model)
     assert runner.model.steps_in_graph == 0
-    assert runner.cfg.compile == compile  # checkpoints tell it as it was written
+    assert (
+        runner.cfg.compile == compile
+    )  # checkpoints save the config as it was written
 
 
 @needs_compiler
@@ -91,7 +93,7 @@ def test_the_teacher_is_compiled_as_well(tmp_path):
     hook = MESAHook(decay=0.5)
     runner = train(tmp_path, dict(backend='eager'), hooks=[hook])
     assert is_compiled(hook.ema.module.backbone)
-    assert list(hook.ema.state_dict()) == list(runner.model.state_dict())
+    assert list(hook.ema.module.state_dict()) == list(runner.model.state_dict())
 
 
 @needs_compiler

@@ -63,7 +63,7 @@ def test_what_pycocotools_prints_goes_to_the_log_of_a_detector(scope, tmp_path, 
 
 @pytest.mark.parametrize('verbose', [False, True])
 def test_descriptions_are_for_the_log_file(verbose, tmp_path, capsys):
-    """The runner's own of environment and config; what is not known is shown."""
+    """The runner describes environment and config. Unknown messages are shown."""
     pytest.importorskip('mmpretrain')
     cfg = Config.fromfile(NANO['mmpretrain'])
     cfg.update(work_dir=str(tmp_path), experiment_name=f'console-{verbose}')

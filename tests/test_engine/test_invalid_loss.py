@@ -20,7 +20,7 @@ NAN, INF = float('nan'), float('inf')
 
 
 class Model(BaseModel):
-    """Its loss is the mean of what the images hold."""
+    """Its loss is the mean value of the images."""
 
     def __init__(self):
         super().__init__()
@@ -31,7 +31,7 @@ class Model(BaseModel):
         return dict(
             loss_value=value + 0 * self.layer.weight.sum(),
             loss_other=torch.tensor(0.5, requires_grad=True),
-            acc=torch.tensor(NAN),  # no loss: it may be what it is
+            acc=torch.tensor(NAN),  # not a loss, so it is not checked
         )
 
 
@@ -87,7 +87,7 @@ def test_the_message_names_everything(tmp_path, value):
     assert 'learning rate 0.0625,' in message
     assert 'images images/4.jpg, images/5.jpg;' in message
     assert str(tmp_path / 'invalid_loss_iter_3_rank_0.pth') in message
-    assert '--resume' not in message  # it would come to the same
+    assert '--resume' not in message  # a resumed run would diverge again
     assert 'lower learning rate' in message
 
 
@@ -129,7 +129,7 @@ def test_finite_losses_go_through(tmp_path):
 
 
 class Scaled:
-    """A runner with mixed precision, of which this test decides the loss scales."""
+    """A runner with mixed precision; the test sets its loss scale."""
 
     rank, iter = 0, 0
 
@@ -152,7 +152,7 @@ def run_scales(hook, runner, factors):
 
 def test_skipped_updates_are_no_error():
     runner = Scaled()
-    # However many, as long as some update between them goes through.
+    # Any number is fine if an update between them is not skipped.
     run_scales(StopOnInvalidLossHook(max_skipped=3), runner, [0.5, 0.5, 1] * 50)
     assert runner.iter == 150
 
@@ -172,7 +172,7 @@ def test_accumulation_in_the_optimiser_wrapper_is_seen_through():
     runner = Scaled()
     updates = iter([False, True] * 6)
     runner.optim_wrapper.should_update = lambda: next(updates)
-    # The scale changes in every other iteration, that of the update.
+    # An update takes two iterations. The scale changes in the second one.
     with pytest.raises(DivergedError):
         run_scales(StopOnInvalidLossHook(max_skipped=3), runner, [1, 0.5] * 6)
     assert runner.iter == 5
@@ -259,7 +259,7 @@ DATA = {
 
 @pytest.mark.parametrize('scope', NANO)
 def test_every_task(run_tool, scope, tmp_path):
-    """Real runs, which one update with an absurd learning rate throws off."""
+    """Real runs that diverge after one update with an absurd learning rate."""
     pytest.importorskip(scope)
     data = DATA[scope](tmp_path / 'data')
     result = run_tool(

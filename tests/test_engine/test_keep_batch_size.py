@@ -16,8 +16,8 @@ from mlla_mm.datasets.digits import make_ade20k, make_coco, make_imagenet
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
 
-# 19 images do not fill the last update. The demos' augmentations, and the choice of
-# region proposals, are drawn at random; so are these.
+# 19 images do not fill the last update. These settings are random, as are the demos'
+# augmentations and the choice of region proposals.
 DETECTION = {
     'model.backbone.drop_path_rate': 0.2,
     'train_dataloader.dataset.pipeline': [
@@ -46,8 +46,8 @@ def mesa(start: float) -> dict:
     return {'default_hooks.mesa': dict(type='MESAHook', decay=0.9, start=start)}
 
 
-# Config, what differs from it, how its data are made, processes of the recipe and of
-# the other run, what is half of the training and all of it, and modules to import.
+# Config, changes of it, function that makes its data, processes of the recipe and of
+# the other run, options for half of the training and for all of it, modules to import.
 TASKS = {
     'detection': (
         'detection/mask-rcnn_mlla-nano_fpn_digits.py',
@@ -95,7 +95,7 @@ class Recorder(Hook):
 
 
 def updates(work_dir: Path) -> tuple:
-    """The batches of every update, the first process's first, and the mean losses."""
+    """The batches of every update, in the order of processes, and the mean losses."""
     batches, losses = {}, {}
     for path in sorted(work_dir.glob('updates_*.jsonl')):
         for line in path.read_text().splitlines():
@@ -124,7 +124,7 @@ def runs(request, run_tool, once):
     def write_config(path: Path, data: Path, options: dict) -> Path:
         cfg = Config.fromfile(CONFIGS / name)
         cfg.merge_from_dict({**changes, **options})
-        # AdamW would not notice a gradient of another scale, and makes steps of noise.
+        # AdamW would hide a wrong scale of the gradient, and enlarge rounding errors.
         cfg.optim_wrapper.optimizer = dict(type='SGD', lr=0.5, weight_decay=0.01)
         cfg.merge_from_dict(
             {
@@ -171,7 +171,7 @@ def test_updates_are_made_of_the_same_images(runs):
     recipe, fewer = runs
     (expected, expected_losses), (found, losses) = updates(recipe), updates(fewer)
     assert found == expected
-    # Of 19 images, 8 an update: repeated up to whole batches, or for ever.
+    # 19 images, 8 for an update: repeated up to whole batches, or without end.
     assert len(found) in (4, 6)
     assert losses == pytest.approx(expected_losses, rel=1e-4)
 
@@ -188,7 +188,7 @@ def test_rates_and_evaluations_come_at_the_same_updates(runs):
 
 
 def vector(checkpoint: Path, part: str, statistics: bool) -> torch.Tensor:
-    """The running statistics of a checkpoint, or all else."""
+    """The running statistics of a checkpoint, or everything else."""
     values = torch.load(checkpoint, weights_only=False)[part].items()
     kept = [v.flatten().double() for k, v in values if ('running_' in k) == statistics]
     return torch.cat(kept)

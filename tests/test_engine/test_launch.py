@@ -38,7 +38,10 @@ def test_launcher_errors(monkeypatch):
 def test_sync_bn_becomes_bn():
     model = ConfigDict(
         backbone=dict(norm_cfg=dict(type='SyncBN', requires_grad=True)),
-        heads=[dict(norm_cfg=dict(type='MMSyncBN')), dict(norm_cfg=dict(type='LN'))],
+        heads=[
+            dict(norm_cfg=dict(type='mmengine.MMSyncBN')),
+            dict(norm_cfg=dict(type='LN')),
+        ],
     )
     launch.replace_sync_bn(model)
     assert model.backbone.norm_cfg == dict(type='BN', requires_grad=True)
@@ -87,7 +90,7 @@ launch.tear_down()  # nothing left to do
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='for machines without a GPU')
 def test_process_group_on_the_cpu(tmp_path, run_tool):
-    """Two processes meet through torchrun, and listen to no other machine."""
+    """torchrun starts two processes. They accept no other machine's connections."""
     script = tmp_path / 'script.py'
     script.write_text(SCRIPT.replace('{OUT}', str(tmp_path)))
     name = os.path.relpath(script, ROOT / 'tools')
@@ -145,7 +148,7 @@ def test_one_machine_listens_to_itself(first_process, launcher, variables):
     'launcher, variables',
     [
         ('pytorch', {'WORLD_SIZE': '4'}),
-        # As many tasks as there may be on one machine, on two.
+        # Two machines, with as many tasks as one machine may have.
         ('slurm', {'SLURM_STEP_NUM_NODES': '2'}),
     ],
 )
@@ -187,7 +190,7 @@ def test_a_run_that_ended_is_not_started_again(monkeypatch, tmp_path):
     launch.forbid_restart(tmp_path, 'it diverged.')
     with pytest.raises(ValueError, match='^Not started again: it diverged.$'):
         launch.require_restart_allowed(tmp_path)
-    # A later launch is the user's wish.
+    # The user has launched the run again, so it may start.
     monkeypatch.setenv('LAUNCH_TIME', str(launched + 60))
     launch.require_restart_allowed(tmp_path)
     monkeypatch.delenv('LAUNCH_TIME')

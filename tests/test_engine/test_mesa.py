@@ -96,7 +96,7 @@ def config(work_dir) -> Config:
     )
     cfg.default_hooks.mesa.decay = DECAY
     cfg.default_hooks.checkpoint = dict(type='CheckpointHook', interval=1)
-    # Ours build their data loader from a config.
+    # Our loops would need a config of the data loader.
     cfg.train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=EPOCHS)
     cfg.param_scheduler.end = EPOCHS
     cfg.optim_wrapper.optimizer.lr = RATE
@@ -147,7 +147,7 @@ def learning_rate(iteration):
 
 
 def train_by_hand(initial, preprocess):
-    """Train as recipes.md says, in plain PyTorch; losses, weights and average."""
+    """Train in plain PyTorch; return losses, weights and average."""
     model = Reference().train()
     model.load_state_dict(initial)
     teacher = copy.deepcopy(model).eval()
@@ -296,7 +296,7 @@ def test_average_starts_at_loaded_weights(tmp_path):
     path = tmp_path / 'first' / 'epoch_2.pth'
     cfg = config(tmp_path / 'second')
     cfg.load_from = str(path)
-    # So slow that the average stays where it starts.
+    # The average hardly moves from its start.
     cfg.default_hooks.mesa.decay = 1 - 1e-12
     _, observer = run(cfg, stop_after=1)
     first = checkpoint(tmp_path / 'first', 2)
@@ -367,7 +367,7 @@ def test_two_processes(tmp_path, digits_imagenet, run_tool):
         '--launcher', 'pytorch', '--cfg-options', *options, processes=2,
     )  # fmt: skip
     assert 'EMA decay 0.99999844 for a total batch size of 16.' in result.stdout
-    # 40 images are 5 batches of 2 x 4; the teacher is there in the second epoch.
+    # 40 images are 5 batches of 2 x 4. The teacher starts in the second epoch.
     teaching = [line for line in result.stdout.splitlines() if 'loss_mesa' in line]
     assert teaching
     assert all(re.search(r'Epoch\(train\) +\[2\]', line) for line in teaching)

@@ -1,10 +1,12 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 import argparse
 import copy
+import re
 
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.hooks import EMAHook
 
 from mlla_mm.checkpoints.reader import checkpoints_are_trusted, trust_checkpoints
 from mlla_mm.engine import options
@@ -30,6 +32,10 @@ def with_weights(path, **more) -> Config:
 
 
 def test_missing_weights_name_their_address(tmp_path):
+    scoped = with_weights(tmp_path / 'MLLA_S.pth')
+    scoped.model.backbone.init_cfg.type = 'mmengine.Pretrained'
+    with pytest.raises(FileNotFoundError, match='cloud.tsinghua.edu.cn/f/0e5d0b14'):
+        options.require_pretrained(scoped)
     with pytest.raises(FileNotFoundError, match='cloud.tsinghua.edu.cn/f/0e5d0b14'):
         options.require_pretrained(with_weights(tmp_path / 'MLLA_S.pth'))
     with pytest.raises(FileNotFoundError, match='init_cfg'):
@@ -61,7 +67,7 @@ def test_weights_among_several_ways_to_start(tmp_path):
 
 
 def test_what_a_checkpoint_says_is_checked_whatever_the_config_names(tmp_path):
-    """A config of somebody else's may have MMEngine's hooks alone."""
+    """A config that does not inherit ours may have MMEngine's hooks alone."""
     torch.save(dict(meta=dict(seed=3)), tmp_path / 'epoch_1.pth')
     hook = dict(type='ResumedStateHook')
     cfg = make(work_dir=str(tmp_path))
@@ -125,6 +131,20 @@ def test_checkpoints_are_not_trusted_by_default(tmp_path):
         trust_checkpoints(False)
 
 
+@pytest.mark.parametrize(
+    'kind, name',
+    [
+        ('EMAHook', 'EMAHook'),
+        ('mmengine.EMAHook', 'EMAHook'),
+        (EMAHook, 'EMAHook'),
+        (None, None),
+        (7, '7'),
+    ],
+)
+def test_names_of_types(kind, name):
+    assert options.kind_of(dict(type=kind)) == name
+
+
 def changes_of(written, run):
     return list(options.describe_changes(written.to_dict(), run.to_dict()))
 
@@ -133,13 +153,13 @@ def test_changes_of_a_config():
     written = Config(dict(a=1, b=dict(c=[1, dict(d=2)], e='x'), f=[1, 2], g=None))
     run = copy.deepcopy(written)
     assert not changes_of(written, run)
-    run.merge_from_dict({'a': 2, 'b.e': 'y' * 200, 'h': dict(i=1)})
+    run.merge_from_dict({'a': 2, 'b.e': '/folder' * 50 + '/coco', 'h': dict(i=1)})
     run.b.c[1].d = 3
     run.b.c.append(4)
     run.f = [1]
     run.pop('g')
     changes = changes_of(written, run)
-    assert changes.pop(3).startswith("b.e: 'x' -> ")
+    assert re.fullmatch(r"b.e: 'x' -> '/folder.{50,200}/coco'", changes.pop(3))
     assert changes == [
         'a: 1 -> 2',
         'b.c.1.d: 2 -> 3',
@@ -152,7 +172,7 @@ def test_changes_of_a_config():
 
 
 def test_everything_of_ours_is_registered(tmp_path):
-    """Whatever a config imports."""
+    """Also if the config does not import mlla_mm."""
     path = tmp_path / 'a.py'
     path.write_text(
         "default_scope = 'mmpretrain'\ncustom_imports = dict(imports=['re'])"
@@ -170,7 +190,7 @@ def test_everything_of_ours_is_registered(tmp_path):
 @pytest.mark.parametrize(
     'hook, changed',
     [
-        ('DetVisualizationHook', dict(draw=True)),
+        ('mmdet.DetVisualizationHook', dict(draw=True)),
         ('SegVisualizationHook', dict(draw=True, interval=1)),
         ('VisualizationHook', dict(enable=True, interval=1)),
     ],

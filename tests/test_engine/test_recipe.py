@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 from mmengine.config import Config
+from mmengine.optim import AmpOptimWrapper
 
 from mlla_mm.engine.batch_size import settle
 from mlla_mm.engine.recipe import (
@@ -62,6 +63,7 @@ def test_published_recipes(name, expected):
 def test_deviations():
     cfg = read('classification/mlla-t_8xb128_in1k')
     recipe = describe_recipe(cfg)
+    cfg.optim_wrapper.type = AmpOptimWrapper  # the class, not its name
     settle(cfg, 2, keep=True)
     record = compare(recipe, describe_run(cfg, 2))
     assert deviations(record) == ['processes', 'accumulated batches']

@@ -27,7 +27,7 @@ def test_trainings_and_tests_say_what_they_are(segmentor):
     resumed = dict(usual, resumed=True, checkpoint='iter_3.pth')
     assert records(segmentor / 'parts') == [dict(usual, length=3), resumed]
     tested = dict(usual, checkpoint='iter_5.pth', test_time_augmentation=True)
-    # A test knows its config alone.
+    # The config of a test still has the length of the training.
     assert records(segmentor / 'whole') == [usual, dict(tested, length=1200)]
 
 

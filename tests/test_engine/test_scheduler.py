@@ -35,7 +35,7 @@ def recorded(model: str) -> dict:
 def build(base: float, epoch_length: int):
     groups = [
         dict(params=[torch.nn.Parameter(torch.zeros(1))]),
-        # As layer-wise decay makes them.
+        # Layer-wise decay makes such groups.
         dict(params=[torch.nn.Parameter(torch.zeros(1))], lr=base / 2),
     ]
     wrapper = OptimWrapper(torch.optim.AdamW(groups, lr=base))
@@ -73,7 +73,7 @@ def test_rates_after_resuming_are_the_authors(model):
         wrapper, scheduler = build(*setting)
         saved = scheduler.state_dict(), wrapper.state_dict()
         saved[0].update(last_step=max(iteration - 2, 0))
-        # A resumed run builds both anew and loads their states.
+        # A resumed run builds optimiser and schedule again, and loads their states.
         wrapper, scheduler = build(*setting)
         wrapper.load_state_dict(saved[1])
         scheduler.load_state_dict(saved[0])

@@ -6,9 +6,9 @@ import json
 import pytest
 import torch
 
-# A BatchNorm that is fed 1 by the first process and 3 by the second one. Its metric
-# is the running mean that it is evaluated with. All runs of SETTINGS, one after
-# another; our hook's averages over the processes are counted.
+# A BatchNorm gets the input 1 on the first process and 3 on the second. The metric is
+# its running mean in an evaluation. The script makes all runs of SETTINGS, and counts
+# how often our hook averages over the processes.
 SCRIPT = """
 import json, sys
 from pathlib import Path
@@ -123,7 +123,7 @@ def runs(run_tool, tmp_path_factory):
 
 
 def running_mean(iterations: int) -> float:
-    """Of the average input, 2, from 0 with momentum 1/2."""
+    """The running mean for the mean input 2; it starts at 0, with momentum 1/2."""
     return 2 * (1 - 0.5**iterations)
 
 
@@ -142,7 +142,7 @@ def test_iterations(runs):
     assert evaluated == pytest.approx(expected)
     # The last one is saved regardless of the interval.
     assert saved == pytest.approx(dict(zip(('iter_2', 'iter_3'), expected)))
-    # What is saved is evaluated as it is.
+    # The saved model is the evaluated one.
     assert averages == 2
 
 
@@ -154,6 +154,6 @@ def test_evaluation_without_saving(runs):
 
 
 def test_mmengine_saves_another_model_than_it_evaluates(runs):
-    """Why the hook is there; if this fails, MMEngine's own one does."""
+    """The reason for our hook. If this test fails, MMEngine's hook suffices."""
     evaluated, saved, _ = runs["MMEngine's"]
     assert saved['iter_2'] != pytest.approx(evaluated[0])

@@ -33,7 +33,7 @@ assert TOOLBOXES & set(sys.modules) == {{{scope!r}}}
     ],
 )
 def test_toolboxes_do_without_each_other(run_tool, scope):
-    others = 'import mmdet.models, mmpretrain.models'  # the user may
+    others = 'import mmdet.models, mmpretrain.models'  # a user's module may import it
     script = SCRIPT.format(config=str(NANO[scope]), scope=scope, others=others)
     run_tool('python', '-c', script)
 
@@ -64,7 +64,7 @@ def test_what_a_config_names_is_imported(packages, tmp_path):
     box = importlib.import_module('box_a')
     assert box.box_b is not None
     assert box.box_c is None
-    # Nobody else is kept from it.
+    # Other modules may import it.
     assert importlib.import_module('of_user').box_c is not None
 
 

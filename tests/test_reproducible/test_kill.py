@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Iterator, NamedTuple
 
 import pytest
-import torch
 
 from mlla_mm.datasets.digits import make_ade20k, make_coco, make_imagenet
-from mlla_mm.reproducible.resume import newest_checkpoint
 
 from ..processes import ROOT
+from .test_resume import assert_same_end
 
 CLASSIFICATION = 'configs/classification/mlla-nano_digits.py'
 SEGMENTATION = 'configs/segmentation/upernet_mlla-nano_digits.py'
@@ -80,7 +79,7 @@ TASKS = {
 
 @pytest.fixture(scope='module')
 def command(tmp_path_factory):
-    """How a demo is trained, but for its work_dir; its data are made."""
+    """Makes the data of a demo, and returns its training command without work_dir."""
 
     def make(name: str) -> list:
         task = TASKS[name]
@@ -102,7 +101,7 @@ def command(tmp_path_factory):
 
 
 class Run:
-    """One life of a run, in a session of its own, with what it says in a file."""
+    """One start of a run, in a session of its own. A file has its output."""
 
     def __init__(self, command: list, work_dir: Path, log: Path) -> None:
         self.work_dir = work_dir
@@ -123,7 +122,7 @@ class Run:
             )
 
     def kill(self, number: int) -> int:
-        """Send a signal to all processes; the exit status, once all are gone."""
+        """Send a signal to all processes, and return the exit status of the run."""
         os.killpg(self.process.pid, number)
         return self.finish()
 
@@ -136,7 +135,7 @@ class Run:
         return status
 
     def processes(self) -> Iterator[int]:
-        """Those of the session that are alive."""
+        """The processes of the session that have not ended."""
         for folder in Path('/proc').glob('[0-9]*'):
             try:
                 # After the name, in brackets: state, parent, group, session.
@@ -161,33 +160,9 @@ class Run:
         return False
 
 
-def assert_same_end(work_dir: Path, expected_dir: Path) -> None:
-    """Bit by bit: weights, averaged weights, moments; and the state of the run."""
-    path, expected_path = map(newest_checkpoint, (work_dir, expected_dir))
-    assert path.name == expected_path.name
-    found, expected = (
-        torch.load(path, weights_only=False) for path in (path, expected_path)
-    )
-    for part in ('state_dict', 'state_dict_ema'):
-        assert (part in found) == (part in expected)
-        for key, value in expected.get(part, {}).items():
-            assert torch.equal(found[part][key], value), (part, key)
-    moments = found['optimizer']['state']
-    assert expected['optimizer']['state'].keys() == moments.keys()
-    for index, state in expected['optimizer']['state'].items():
-        for key, value in state.items():
-            assert torch.equal(moments[index][key], value), (index, key)
-    for key in ('epoch', 'iter', 'seed'):
-        assert found['meta'][key] == expected['meta'][key]
-    for group, expected_group in zip(
-        found['optimizer']['param_groups'], expected['optimizer']['param_groups']
-    ):
-        assert group == expected_group
-
-
 @pytest.mark.slow
 def test_a_run_that_is_stopped_twice(command, tmp_path):
-    """Within an epoch, by a signal for the data workers too, and while it starts."""
+    """In an epoch, by a signal to its workers too, and then at its start."""
     name = 'classification'
     arguments = [*command(name), 'train_cfg.max_epochs=3', 'train_cfg.val_interval=3']
     expected = Run(arguments, tmp_path / 'expected', tmp_path / 'expected.log')
@@ -208,8 +183,8 @@ def test_a_run_that_is_stopped_twice(command, tmp_path):
     assert_same_end(work_dir, tmp_path / 'expected')
 
 
-# How runs are killed, and how often: while they start; some updates later; while they
-# write a checkpoint. With SIGKILL, if nothing else is said.
+# How often a run is killed at each kind of moment: while it starts, some updates later,
+# while it writes a checkpoint. The signal is SIGKILL, or SIGTERM for names with TERM.
 KILLS = {'start': 3, 'updates': 5, 'save': 6, 'TERM in start': 2, 'TERM': 6}
 
 

@@ -1,5 +1,5 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""A run of 2,000 iterations with validations and checkpoints takes up no more and more.
+"""The memory of a run of 2,000 iterations does not grow without end.
 
 Images of any size come, one at a time, so that whatever is kept for each size shows.
 """

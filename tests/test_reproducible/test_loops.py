@@ -17,7 +17,7 @@ from .test_preemption import EPOCHS, ITERATIONS, SEED, train
 
 
 class Model(BaseModel):
-    """Without BatchNorm in the way of the loss, so gradients of batches add up."""
+    """Its loss does not depend on BatchNorm, so gradients of batches add up."""
 
     def __init__(self):
         super().__init__()
@@ -80,7 +80,7 @@ def test_running_statistics_are_the_mean_of_as_many_processes(model, micro_batch
 
 
 class Drawing(Model):
-    """Notes a random number for every batch."""
+    """Draws and keeps a random number for every batch."""
 
     def __init__(self):
         super().__init__()
@@ -92,7 +92,7 @@ class Drawing(Model):
 
 
 def test_random_numbers_are_those_of_as_many_processes(monkeypatch):
-    """Each update and each of the recipe's processes has its own."""
+    """They differ by update and by process of the recipe."""
 
     def draws(processes, rank):
         monkeypatch.setattr('mlla_mm.reproducible.loops.get_rank', lambda: rank)
@@ -126,7 +126,7 @@ def test_random_numbers_are_those_of_as_many_processes(monkeypatch):
 def test_seeds_and_evaluations_of_a_run(tmp_path, setting, updates, evaluations):
     record = []
     train(tmp_path, record, **setting)
-    # The last model is evaluated at any interval.
+    # The last model is evaluated at every interval.
     assert [entry[1] for entry in record if entry[0] == 'evaluation'] == evaluations
     expected = []
     for update in range(updates):
@@ -137,7 +137,7 @@ def test_seeds_and_evaluations_of_a_run(tmp_path, setting, updates, evaluations)
 
 @DATA_SAMPLERS.register_module()
 class Pairs:
-    """A batch sampler with nothing but what a data loader asks for."""
+    """A batch sampler that has only what a data loader needs."""
 
     def __init__(self, sampler, batch_size):
         self.sampler = sampler
@@ -208,7 +208,7 @@ def test_mixed_precision(model, dtype):
     )
 
 
-# Two processes with three micro-batches of their own; counts the reductions.
+# Two processes, each with three micro-batches. The script counts the reductions.
 SCRIPT = """
 import torch
 from mmengine.dist import get_rank

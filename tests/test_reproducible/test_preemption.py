@@ -24,7 +24,7 @@ from mlla_mm.reproducible.preemption import shield_workers
 from mlla_mm.reproducible.resume import newest_checkpoint
 
 UPDATES = 5
-"""Of an epoch."""
+"""Number of updates of an epoch."""
 
 SEED = 1
 
@@ -93,6 +93,21 @@ class Stopper(Hook):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+class Average(Hook):
+    """Has buffers of its own. Its attribute ``ema`` is not that of MESAHook."""
+
+    ema = None
+
+    def before_train(self, runner):
+        self.value = torch.zeros(1)
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        self.value += data_batch['inputs'].mean()
+
+    def own_buffers(self):
+        return [self.value]
+
+
 EPOCHS = dict(
     train_cfg=dict(type='SeededEpochBasedTrainLoop', max_epochs=3),
     sampler=dict(type='DefaultSampler', shuffle=True),
@@ -106,7 +121,7 @@ ITERATIONS = dict(
 
 
 def train(folder, record, stopper=None, flexible=False, **setting):
-    """Train for as long as nothing comes in between; what happened is written down."""
+    """Train, from the newest checkpoint if there is one. A hook fills the record."""
     number = setting.get('images', 2 * UPDATES)
     images = torch.rand(number, 2, generator=torch.Generator().manual_seed(0))
     dataset = [dict(inputs=image) for image in images]
@@ -156,7 +171,7 @@ def train(folder, record, stopper=None, flexible=False, **setting):
 
 
 def contents(folder):
-    """Of the newest checkpoint, as far as a run depends on it."""
+    """The parts of the newest checkpoint that a resumed run depends on."""
     checkpoint = torch.load(newest_checkpoint(folder), weights_only=False)
     tensors = {
         **checkpoint['state_dict'],
@@ -178,13 +193,13 @@ EMA = dict(type='EMAHook', momentum=0.1)
 @pytest.mark.parametrize(
     ('setting', 'stops'),
     [
-        # In the first and the last update of an epoch, and within it; the signal takes
-        # effect before the next.
+        # In the first update of an epoch, within it, and in the last. A signal takes
+        # effect before the next update.
         (EPOCHS, [Stopper(5), Stopper(7), Stopper(9)]),
         (EPOCHS, [Stopper(evaluation_after=5), Stopper(evaluation_after=10)]),
-        # The last one, and twice the same.
+        # Twice in the last evaluation.
         (EPOCHS, [Stopper(evaluation_after=15), Stopper(evaluation_after=15)]),
-        # MMEngine's average sits in the model during an evaluation.
+        # During an evaluation the model has the weights of MMEngine's average.
         ({**EPOCHS, 'hooks': [EMA]}, [Stopper(6), Stopper(evaluation_after=10)]),
         (ITERATIONS, [Stopper(2), Stopper(3), Stopper(evaluation_after=8)]),
         # In the second pass over the data; a third follows, in another order.
@@ -198,7 +213,7 @@ EMA = dict(type='EMAHook', momentum=0.1)
 def test_a_stopped_run_ends_as_if_it_had_not_been(
     tmp_path, monkeypatch, setting, stops
 ):
-    # MMEngine waits for two seconds between passes, for workers that are not here.
+    # MMEngine waits two seconds between passes for workers. This run has none.
     monkeypatch.setattr(time, 'sleep', lambda seconds: None)
     before = signal.getsignal(signal.SIGTERM)
     expected, found = [], []
@@ -224,8 +239,8 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(
     assert names[0] == names[1]
 
 
-# One of two processes is told to stop: in an update, then in an evaluation. Their
-# BatchNorm statistics differ, as their images do.
+# One of two processes gets SIGTERM: in an update, then in an evaluation. Their images
+# differ, and so do their BatchNorm statistics.
 SCRIPT = """
 import sys
 from pathlib import Path
@@ -234,7 +249,9 @@ from mmengine.config import Config
 from mmengine.dist import barrier, get_rank
 from mlla_mm.engine import launch
 from mlla_mm.reproducible import Preempted
-from tests.test_reproducible.test_preemption import EPOCHS, Stopper, contents, train
+from tests.test_reproducible.test_preemption import (
+    EPOCHS, Average, Stopper, contents, train,
+)
 
 
 def check_buffers(folder):
@@ -253,14 +270,16 @@ cfg = Config(dict(
     launcher='pytorch', model=dict(), env_cfg=dict(dist_cfg=dict(timeout=30))
 ))
 launch.set_up(cfg)
+average = Average()
 setting = {
     **EPOCHS,
     'images': 12,
-    'hooks': [dict(type='SyncBuffersBeforeSaveHook')],
+    'hooks': [dict(type='SyncBuffersBeforeSaveHook'), average],
     'more': dict(launcher='pytorch', cfg=cfg),
 }
 expected, found = [], []
 train(folder / 'whole', expected, **setting)
+expected_average = average.value
 for stopper in (Stopper(3), Stopper(evaluation_after=6)):
     hook = stopper if get_rank() == 1 else None
     try:
@@ -273,6 +292,7 @@ for stopper in (Stopper(3), Stopper(evaluation_after=6)):
         raise AssertionError('not stopped')
 train(folder / 'stopped', found, **setting)
 assert found == expected, (found, expected)
+assert torch.equal(average.value, expected_average)
 if get_rank() == 0:
     (tensors, rest), (expected_tensors, expected_rest) = (
         contents(folder / name) for name in ('stopped', 'whole')
@@ -286,7 +306,7 @@ launch.tear_down()
 
 @pytest.mark.parametrize('setting', [EPOCHS, ITERATIONS], ids=['epochs', 'iterations'])
 def test_a_flexible_runner_goes_on_with_the_next_update(tmp_path, setting):
-    """It is what a config with a ``strategy`` has, such as FSDP."""
+    """A config with a ``strategy``, such as FSDP, uses this runner."""
     ends = {}
     for name, stops in {'whole': [], 'stopped': [2, 7]}.items():
         record = []
@@ -348,7 +368,7 @@ def test_a_training_that_fails_leaves_the_signal_as_it_was(tmp_path, setting):
 
 
 def test_training_in_another_thread(tmp_path):
-    """Python lets the main thread alone handle signals."""
+    """There the hook cannot handle signals."""
     record = []
     thread = Thread(target=train, args=(tmp_path, record), kwargs=EPOCHS)
     thread.start()
@@ -373,7 +393,6 @@ def test_an_epoch_of_another_length_begins_anew(tmp_path):
     assert 'Epoch 2 begins anew: it has 5 updates, but 8' in log.read_text()
 
 
-@pytest.mark.skipif(not hasattr(signal, 'sigwaitinfo'), reason='not on this system')
 def test_workers_obey_their_parent_alone():
     shield_workers()
     others = set(multiprocessing.active_children())

@@ -33,7 +33,7 @@ MAKERS = {DET: make_coco, SEG: make_ade20k, CLS: make_imagenet}
 
 @pytest.fixture(scope='module')
 def data(once):
-    """Of all tasks; 20 images do not fill the third update, 5 no equal shares."""
+    """20 images do not fill the third update; 5 cannot be shared equally."""
 
     def fill(folder):
         for scope, make in MAKERS.items():
@@ -59,7 +59,7 @@ def config(scope: str, root: Path) -> Config:
 
 
 def run(folder: Path, tool: str, cfg: Config, processes: int, *arguments) -> Path:
-    """Run a tool with a config; returns the work_dir."""
+    """Run a tool with a config, and return the work_dir."""
     folder.mkdir()
     cfg.dump(folder / 'config.py')
     command = [
@@ -77,7 +77,7 @@ def run(folder: Path, tool: str, cfg: Config, processes: int, *arguments) -> Pat
 
 
 def record(folder: Path, cfg: Config, total_batch: int, processes: int) -> List[dict]:
-    """Train; returns for each update the records of the processes."""
+    """Train, and return the records of the processes for each update."""
     cfg.train_dataloader.batch_size = total_batch // processes
     cfg.custom_imports.imports.append('tests.recorder')
     cfg.custom_hooks = [dict(type='UpdateRecorder')]
@@ -106,8 +106,8 @@ def mean_losses(update: List[dict]) -> Dict[str, float]:
     }
 
 
-# Dropout differs between processes by intent, and the demo's weights of classes make
-# a loss a mean over the weights of the process's own pixels.
+# Dropout is meant to differ between processes. With the demo's class weights, a loss
+# would be a mean over the weights of the process's own pixels.
 PLAIN_HEAD = dict(
     dropout_ratio=0.0,
     loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False, _delete_=True),
@@ -121,7 +121,7 @@ TASKS = {
             'train_cfg.max_iters': 10,
         },
     ),
-    # The average teaches in the second half.
+    # The average is the teacher in the second half.
     'classification': (
         CLS,
         {
@@ -177,7 +177,7 @@ def test_updates_on_any_number_of_processes(data, tmp_path, task):
 
 
 def shard_alone(cfg: Config, weights: dict, part: dict, process: int, number: int):
-    """Losses and gradients of one process's batch, without any other."""
+    """Losses and gradients of one process's batch, in one process."""
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         model = build(cfg)
         model.load_state_dict(weights)
@@ -246,19 +246,19 @@ def without_arrays(value):
 def evaluated_config(scope: str, root: Path) -> Config:
     cfg = config(scope, root)
     if scope == DET:
-        # So that a model that has learnt nothing finds something.
+        # With a low threshold, a model with random weights detects something.
         cfg.model.test_cfg.rcnn.score_thr = 0.0
     if scope == CLS:
-        # Other batches are other sums; their last bits are no matter of processes.
+        # Larger batches can change the last bits, which is not what this tests.
         cfg.val_dataloader.batch_size = cfg.test_dataloader.batch_size = 1
     return cfg
 
 
 @pytest.fixture(scope='module')
 def evaluated(data, nano, once):
-    """The data sets, and models of random weights that are right now and then.
+    """The data sets, and models of random weights that predict some images right.
 
-    The detector is because some of its detections become the truth.
+    For the detector, some of its detections are made the truth.
     """
     weights = {scope: nano(scope)[1] for scope in data}
 
@@ -308,7 +308,7 @@ def with_truth(content: dict, found: List[dict]) -> dict:
     ],
 )
 def test_evaluation_on_any_number_of_processes(evaluated, tmp_path, scope, count):
-    """Every metric and prediction of tools/test.py, to the last digit."""
+    """All metrics and predictions of tools/test.py are equal to the last digit."""
     data, weights = evaluated
     cfg = evaluated_config(scope, data[scope])
     expected, found = (
@@ -335,7 +335,7 @@ def test_test_time_augmentation_on_any_number_of_processes(evaluated, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize('scope', [DET, SEG, CLS])
 def test_validation_on_any_number_of_processes(evaluated, tmp_path, scope):
-    """While training, at a rate of zero: the weights stay those of the checkpoint."""
+    """In training with a learning rate of 0, which keeps the checkpoint's weights."""
     data, weights = evaluated
     cfg = evaluated_config(scope, data[scope])
     values, _ = evaluate(tmp_path / 'test', scope, cfg, weights[scope], 2)
@@ -345,7 +345,7 @@ def test_validation_on_any_number_of_processes(evaluated, tmp_path, scope):
     cfg.train_cfg.update(
         {'max_iters': 2} if scope == SEG else {'max_epochs': 1}, val_interval=1
     )
-    # It keeps the statistics of BatchNorm.
+    # This keeps the statistics of BatchNorm.
     cfg.custom_imports.imports.append('tests.recorder')
     cfg.custom_hooks = [dict(type='UpdateRecorder')]
     expected, *others = (

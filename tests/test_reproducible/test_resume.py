@@ -30,7 +30,7 @@ def test_newest_checkpoint(tmp_path, caplog):
     for number in (9, 10, 11, 12):
         save(tmp_path / f'epoch_{number}.pth')
     assert newest_checkpoint(tmp_path) == tmp_path / 'epoch_12.pth'
-    # Cut short, and empty.
+    # Damage two checkpoints: one is cut short, one is empty.
     whole = (tmp_path / 'epoch_12.pth').read_bytes()
     (tmp_path / 'epoch_12.pth').write_bytes(whole[:-100])
     (tmp_path / 'epoch_11.pth').write_bytes(b'')
@@ -58,7 +58,7 @@ def test_epochs_and_iterations_are_compared_by_updates(tmp_path, updates):
 
 
 def test_a_checkpoint_that_is_no_file_of_the_work_dir(tmp_path):
-    """As those of FSDP, which are folders, or those of another out_dir."""
+    """FSDP saves folders, and an out_dir may be elsewhere."""
     (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'elsewhere'))
     assert newest_checkpoint(tmp_path) is None
     (tmp_path / 'elsewhere').mkdir()
@@ -66,7 +66,7 @@ def test_a_checkpoint_that_is_no_file_of_the_work_dir(tmp_path):
 
 
 def test_pipes_are_no_checkpoints(tmp_path):
-    """Who opens one waits."""
+    """Opening a pipe would wait for ever."""
     pipe, pointer = tmp_path / 'epoch_9.pth', tmp_path / 'last_checkpoint'
     os.mkfifo(pipe)
     os.mkfifo(pointer)
@@ -80,7 +80,7 @@ def test_pipes_are_no_checkpoints(tmp_path):
 
 @pytest.mark.parametrize('there', [False, True])
 def test_a_moved_run_of_other_names(tmp_path, there):
-    """MMEngine's pointer holds the whole path of before."""
+    """MMEngine's last_checkpoint names the old path."""
     old, new = tmp_path / 'old', tmp_path / 'new'
     new.mkdir()
     saved = save(new / 'ck_4.pth')
@@ -168,27 +168,36 @@ def test_a_new_run_starts_from_the_configs_weights(tmp_path):
     assert cfg.load_from == 'w.pth'
 
 
-def assert_same_end(found: Path, expected: Path) -> None:
-    """Bit by bit: the weights, averaged weights and moments of two checkpoints."""
-    found, expected = (torch.load(x, weights_only=False) for x in (found, expected))
+def assert_same_end(work_dir: Path, expected_dir: Path) -> None:
+    """Compare weights, averages and moments bit by bit, and the state of the run."""
+    path, expected_path = map(newest_checkpoint, (work_dir, expected_dir))
+    assert path.name == expected_path.name
+    found, expected = (
+        torch.load(path, weights_only=False) for path in (path, expected_path)
+    )
     for part in ('state_dict', 'state_dict_ema'):
         assert (part in found) == (part in expected)
         for key, value in expected.get(part, {}).items():
             assert torch.equal(found[part][key], value), (part, key)
-    moments = expected['optimizer']['state']
-    assert moments
-    for index, state in found['optimizer']['state'].items():
+    moments = found['optimizer']['state']
+    assert expected['optimizer']['state'].keys() == moments.keys()
+    for index, state in expected['optimizer']['state'].items():
         for key, value in state.items():
-            assert torch.equal(value, moments[index][key])
+            assert torch.equal(moments[index][key], value), (index, key)
+    for key in ('epoch', 'iter', 'seed'):
+        assert found['meta'][key] == expected['meta'][key]
+    for group, expected_group in zip(
+        found['optimizer']['param_groups'], expected['optimizer']['param_groups']
+    ):
+        assert group == expected_group
 
 
 def test_an_interrupted_run_ends_as_if_it_had_not_been(segmentor):
     """Also with another number of workers; augmentation and drop path are random."""
-    last = [newest_checkpoint(segmentor / name) for name in ('parts', 'whole')]
-    assert [path.name for path in last] == ['iter_5.pth'] * 2
+    assert_same_end(segmentor / 'parts', segmentor / 'whole')
+    assert newest_checkpoint(segmentor / 'parts').name == 'iter_5.pth'
     steps = [entry['step'] for entry in logged(segmentor / 'parts') if 'loss' in entry]
     assert steps == [1, 2, 3, 4, 5]
-    assert_same_end(*last)
 
 
 @pytest.mark.slow
@@ -213,11 +222,11 @@ def test_an_interrupted_run_of_epochs(run_tool, tmp_path):
     resumed = train('interrupted', 4, 0, '--resume')  # which removes the older one
     expected = train('uninterrupted', 4, 1, '--seed', seed)
     assert resumed.name == expected.name != interrupted.name
-    assert_same_end(resumed, expected)
+    assert_same_end(resumed.parent, expected.parent)
 
 
 def test_counts_of_numpy_do_not_overflow():
-    """Of 8 bits, one more than 255 updates would be none."""
+    """In 8 bits, 255 + 1 would be 0."""
     meta = dict(epoch=np.uint8(255), iter=np.int16(32767))
     messages = dict(log_scalars={}, runtime_info={}, resumed_keys={})
     runner = SimpleNamespace(_resume=True, _load_from='x.pth', hooks=[])

@@ -61,7 +61,7 @@ def act_as(monkeypatch):
 @pytest.mark.parametrize('kind', ['DefaultSampler', 'InfiniteSampler'])
 @pytest.mark.parametrize('processes', [1, 2, 4])
 def test_an_augmentation_is_seeded_with_the_place_of_its_image(act_as, kind, processes):
-    """In the order of all processes: no two images of a run share a seed."""
+    """No two images of a run have the same seed."""
     endless = kind == 'InfiniteSampler'
     images = 10
     places = {}
@@ -129,7 +129,7 @@ def test_skipping(kind, seen):
 
 
 def test_skipping_with_an_endless_sampler_of_mmdet():
-    """Its type says nothing, and it remembers where it is."""
+    """Nothing in its type says that it is endless, and it keeps its position."""
     pytest.importorskip('mmdet.datasets')
     dataset = ConcatDataset([list(range(5)), list(range(4))])
     kind = dict(type='mmdet.MultiSourceSampler', batch_size=2, source_ratio=[1, 1])
@@ -146,7 +146,7 @@ def test_skipping_with_an_endless_sampler_of_mmdet():
 
 
 def test_one_seed_for_all_when_none_is_given():
-    """Otherwise an image could be seen twice in a pass, and another not at all."""
+    """With several seeds, a pass could have an image twice and lack another."""
     sampler = SharedSampler(list(range(16)), dict(type='DefaultSampler'), 4)
     assert sorted(sampler) == list(range(16))
     other = SharedSampler(list(range(16)), dict(type='DefaultSampler'), 4)

@@ -58,7 +58,7 @@ def test_all_generators_follow_the_key():
 
 
 def test_pytorch_gets_all_of_its_64_bits():
-    """Of 32 bits, two of 100,000 updates would be alike with a chance of 69 %."""
+    """With 32 bits, two of 100,000 updates would be equal with a chance of 69 %."""
     seeds = []
     for number in range(64):
         seed_generators(UPDATE, 0, number)
@@ -78,7 +78,7 @@ def test_augmentations_follow_the_draw():
     first = images[Draw(4, (SAMPLE, 0, 0, 7))]
     assert images[Draw(4, (SAMPLE, 0, 0, 7))] == first
     assert images[Draw(4, (SAMPLE, 0, 1, 7))] != first
-    # Another index goes on where the generators are.
+    # A plain index does not seed the generators.
     seed_generators(3)
     draw()
     expected = draw()
@@ -90,7 +90,7 @@ def test_augmentations_follow_the_draw():
 @pytest.mark.filterwarnings('ignore:Skipped')
 @pytest.mark.parametrize('kind', ['draws', 'plain indices'])
 def test_every_corrupt_image_gets_a_replacement_of_its_own(kind):
-    """It depends on the draw alone, and is another one in every epoch."""
+    """The replacement depends on the draw alone, and differs between epochs."""
     images = dataset(skip_corrupt_images=True)
     found = []
     for epoch in (0, 1) if kind == 'draws' else (0,):
@@ -104,9 +104,9 @@ def test_every_corrupt_image_gets_a_replacement_of_its_own(kind):
         found += samples
     names = Counter(name for name, _ in found)
     assert all(name % 2 == 0 for name in names)
-    # Of 500: hardly any twice.
+    # There are 500 sound images, so few are drawn twice.
     assert len(names) > 0.8 * len(found)
-    # Nor do they share what their augmentations draw.
+    # Their augmentations have different random numbers.
     assert len({numbers for _, numbers in found}) == len(found)
 
 

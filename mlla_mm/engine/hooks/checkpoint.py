@@ -61,6 +61,7 @@ class _OwnFiles:
             self.rmtree(filepath)
 
     def rmtree(self, dir_path: str) -> None:
+        """Warn instead of removing: this hook saves no folders."""
         print_log(
             f'{printable(dir_path)} is not removed: it is not a checkpoint file of '
             'this run. Remove it if you do not need it.',

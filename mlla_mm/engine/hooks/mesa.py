@@ -1,5 +1,5 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-from typing import Dict, Optional
+from typing import Dict, List, Optional
 
 import torch
 from mmengine.dist import all_reduce_params
@@ -7,7 +7,9 @@ from mmengine.hooks import Hook, RuntimeInfoHook
 from mmengine.logging import print_log
 from mmengine.model import BaseModel
 from mmengine.registry import HOOKS
+from mmengine.runner import weights_to_cpu
 from mmengine.runner.amp import autocast
+from torch import Tensor
 
 from ...checkpoints.layout import EMA_KEY
 from ...compat.openmmlab import batches_of_update
@@ -73,7 +75,7 @@ class MESAHook(Hook):
                     'it was trained without MESAHook. Start from its weights with '
                     'load_from instead, or remove the hook.'
                 )
-            self.ema.load_state_dict(self._loaded)
+            self.ema.module.load_state_dict(self._loaded)
         self._loaded = None
 
     def before_train_epoch(self, runner) -> None:
@@ -106,10 +108,14 @@ class MESAHook(Hook):
         RuntimeInfoHook().after_val_epoch(runner, own)
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
-        checkpoint[EMA_KEY] = self.ema.state_dict()
+        checkpoint[EMA_KEY] = weights_to_cpu(self.ema.module.state_dict())
 
     def after_train(self, runner) -> None:
         unwrap(runner.model).set_teacher(None)
+
+    def own_buffers(self) -> List[Tensor]:
+        """The average's buffers, which :class:`PreemptionHook` saves by process."""
+        return list(self.ema.module.buffers())
 
     def _get_decay(self, runner) -> float:
         if self.decay is not None:

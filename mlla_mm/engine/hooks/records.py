@@ -9,7 +9,7 @@ from typing import Optional
 from mmengine.dist import is_main_process, master_only
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
-from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.model import BaseTTAModel
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop
 
@@ -91,9 +91,7 @@ class RecordRunHook(Hook):
 
     @master_only
     def before_run(self, runner) -> None:
-        cfg, model = runner.cfg, runner.model
-        if is_model_wrapper(model):
-            model = model.module
+        cfg = runner.cfg
         loop = cfg.get('train_cfg') or {}
         by_epoch = 'max_iters' not in loop
         checkpoint = checkpoint_of(runner)
@@ -104,7 +102,9 @@ class RecordRunHook(Hook):
             length=loop.get('max_epochs' if by_epoch else 'max_iters'),
             resumed=is_resumed(runner),
             checkpoint=Path(checkpoint).name if checkpoint else None,
-            test_time_augmentation=isinstance(model, BaseTTAModel),
+            test_time_augmentation=any(
+                isinstance(module, BaseTTAModel) for module in runner.model.modules()
+            ),
             averaged_weights=any(
                 isinstance(hook, UseEMAWeightsHook) for hook in runner.hooks
             ),

@@ -9,8 +9,8 @@ from mmengine.registry import HOOKS
 
 from ...checkpoints.layout import EMA_KEY, check_fit, describe, find_weights
 from ...checkpoints.reader import CheckpointError
-from ...compat.openmmlab import checkpoint_of
 from ...models.fusing import fuse_conv_bn
+from ...reproducible.resume import source_of
 
 
 def unwrap(model: Any) -> Any:
@@ -37,8 +37,7 @@ class CheckWeightsHook(Hook):
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
         own = unwrap(runner.model).state_dict()
         if describe(own) is not None:
-            newest = f'the newest checkpoint of {runner.work_dir}'
-            source = checkpoint_of(runner) or newest
+            source = source_of(runner)
             check_fit(own, find_weights(checkpoint, source, ema=False), source)
 
 
