@@ -6,8 +6,9 @@ import json
 import numpy as np
 import pytest
 from mmengine.registry import DATASETS, DefaultScope
+from PIL import Image
 
-from mlla_mm.checks.data import check_split, require_data
+from mlla_mm.checks.data import check_split, check_splits, require_data
 
 from .. import bad_data
 from ..bad_data import (  # fmt: skip
@@ -93,6 +94,14 @@ COCO_ERRORS = {
                   'coco.json', 'no images', FORMAT),
     'no file_name': (change('images', file_name=None),
                      'coco.json', 'images', 'file_name', 'number 1.', FORMAT),
+    'number as file_name': (change('images', file_name=1),
+                            'coco.json', 'images', 'file_name', 'number 1.', FORMAT),
+    'list as id': (annotate(image_id=[1]),
+                   'coco.json', 'annotations', 'image_id', 'number 1.', FORMAT),
+    'null as area': (lambda root: write(json.dumps(coco_content()).replace(
+        '"area": 400', '"area": null'))(root), 'coco.json', 'area', 'number 0', FORMAT),
+    'not UTF-8': (lambda root: (root / 'coco.json').write_bytes(b'{"\xff": 1}'),
+                  'coco.json', 'UTF-8', 'again'),
     'no bbox': (annotate(bbox=None), 'coco.json', 'bbox', 'number 1.', FORMAT),
     'no area': (annotate(area=None), 'coco.json', 'area', 'number 1.', FORMAT),
     'no image folder': (rename('images', 'pictures'), 'images', 'not found', PREFIX),
@@ -271,10 +280,11 @@ def test_labels_that_are_classes(masks):
 # Class folders.
 
 
-def write_list(text):
+def write_list(content):
     def apply(root):
         (root / 'meta').mkdir()
-        (root / 'meta/train.txt').write_text(text)
+        raw = content if isinstance(content, bytes) else content.encode()
+        (root / 'meta/train.txt').write_bytes(raw)
 
     return apply
 
@@ -289,6 +299,7 @@ FOLDER_ERRORS = {
         lambda root: (root / 'train/.cache').mkdir(),
         'train', '11', '10 classes', '.cache, 0, 1 and 8 more', 'num_classes'),
     'empty list': (write_list(''), LIST, 'empty', LINES),
+    'not UTF-8': (write_list(b'0/\xff.png 0'), LIST, 'UTF-8', LINES),
     'no labels': (write_list('0/image.png 0\n1/image.png\n'),
                   LIST, 'label from 0 to 9', 'line 2.', LINES),
     'labels out of range': (write_list('0/image.png 0\n1/image.png 10\n'),
@@ -346,6 +357,47 @@ def test_good_data(coco, masks, folders):
         cfg = config(scope, root)
         assert check_split(cfg, 'train') == check_split(cfg, 'val') == []
         assert check_split(cfg, 'test') is not None  # of other data, which lack
-    cfg.train_dataloader.dataset = dict(type='Mine', data_root='nowhere')
+
+
+def test_data_sets_without_a_check(folders):
+    cfg = config(CLS, folders)
+    cfg.train_dataloader.dataset = dict(type='CIFAR10', data_root='nowhere')
+    assert check_split(cfg, 'train') is None
+    require_data(cfg, 'train')
+    assert check_splits(cfg) == []
+    cfg.val_dataloader.dataset.type = 'ImageNett'
+    with pytest.raises(KeyError, match='ImageNett is not in the'):
+        check_splits(cfg)
+    cfg.val_dataloader.dataset = cfg.train_dataloader.dataset
+    with pytest.raises(ValueError, match='There is no check for the data sets of'):
+        check_splits(cfg)
+
+
+def test_class_folders_without_labels(folders):
+    """Their folders are no classes, so they need not be those of the validation."""
+    cfg = config(CLS, folders)
+    cfg.train_dataloader.dataset = dict(
+        type='CustomDataset', data_root=str(folders), data_prefix='train'
+    )
+    (folders / 'train/3').rename(folders / 'train/x')
+    (finding,) = check_splits(cfg)
+    assert_says(finding.problem, 'in only one of train and val: 3, x')
+    cfg.train_dataloader.dataset.with_label = False
+    assert check_splits(cfg) == []
+
+
+@pytest.mark.parametrize('backend', ['cv2', 'pillow'])
+def test_images_are_read_as_in_training(folders, backend):
+    """Pillow reads TIFF files of 32 bits, and OpenCV does not."""
+    path = folders / 'train/3/image.png'
+    Image.new('I', (8, 8)).save(path, format='TIFF')
+    cfg = config(CLS, folders)
+    cfg.train_dataloader.dataset.pipeline[0].imdecode_backend = backend
+    found = [finding.problem for finding in check_split(cfg, 'train')]
+    assert len(found) == (backend == 'cv2')
+    assert_says(found, *['3/image.png cannot be decoded by OpenCV'] * len(found))
+
+
+def test_missing_data():
     with pytest.raises(ValueError, match='nowhere'):
         require_data(config(CLS, 'nowhere'), 'train')
