@@ -60,7 +60,7 @@ class Finding(NamedTuple):
 
 
 class _UnusableError(Exception):
-    """Ends the check of a data set with its one argument, the last :class:`Finding`."""
+    """Ends the check of a data set. Its argument is the last :class:`Finding`."""
 
 
 class _Source(NamedTuple):
@@ -87,25 +87,6 @@ class _Source(NamedTuple):
     backend: str = 'cv2'
 
 
-def check_split(cfg: Config, split: str, look: str = PIXELS) -> Optional[List[Finding]]:
-    """Check the data set of a data loader.
-
-    Args:
-        cfg (Config): The config, whose ``custom_imports`` have been imported.
-        split (str): 'train', 'val' or 'test'.
-        look (str): How closely to look, one of :data:`LOOKS`. Defaults to 'pixels'.
-
-    Returns:
-        list[Finding] | None: What is wrong; empty if nothing is. None if the config has
-        no such data loader, or if there is no check for its data set.
-
-    Raises:
-        ValueError: If the config of the data set is wrong.
-    """
-    source = _source(cfg, split, look)
-    return None if source is None else list(_findings(source))
-
-
 def check_splits(
     cfg: Config, look: str = PIXELS, num_images: Optional[Mapping[str, int]] = None
 ) -> List[Finding]:
@@ -124,14 +105,42 @@ def check_splits(
         ValueError: If the config is wrong, or if there is no check for either data set.
     """
     check_config(cfg)
-    counts = num_images or {}
-    found = [_source(cfg, split, look, counts.get(split)) for split in ('train', 'val')]
-    sources = [source for source in found if source is not None]
-    if not sources:
+    findings = check_data(cfg, 'train', 'val', look=look, num_images=num_images)
+    if findings is None:
         raise ValueError(
             f'There is no check for the data sets of {cfg.filename}. There are checks '
             'for CocoDataset, BaseSegDataset, CustomDataset and their subclasses.'
         )
+    return findings
+
+
+def check_data(
+    cfg: Config,
+    *splits: str,
+    look: str = PIXELS,
+    num_images: Optional[Mapping[str, int]] = None,
+) -> Optional[List[Finding]]:
+    """Check the data sets of some data loaders.
+
+    Args:
+        cfg (Config): The config, whose ``custom_imports`` have been imported.
+        *splits (str): 'train', 'val' or 'test'.
+        look (str): As in :func:`check_splits`. Defaults to 'pixels'.
+        num_images (dict, optional): Expected numbers of images by split.
+            Defaults to None.
+
+    Returns:
+        list[Finding] | None: What is wrong; empty if nothing is. None if there is no
+        check for any of the data sets.
+
+    Raises:
+        ValueError: If the config of a data set is wrong.
+    """
+    counts = num_images or {}
+    found = [_source(cfg, split, look, counts.get(split)) for split in splits]
+    sources = [source for source in found if source is not None]
+    if not sources:
+        return None
     findings = [finding for source in sources for finding in _findings(source)]
     return findings + list(_check_same_classes(sources))
 
@@ -148,16 +157,15 @@ def require_data(cfg: Config, *splits: str) -> None:
     Raises:
         ValueError: Names the first thing that is wrong.
     """
-    for split in splits:
-        findings = check_split(cfg, split, NAMES) or []
-        fatal = [finding for finding in findings if finding.fatal]
-        if fatal:
-            more = f' ({len(fatal) - 1} more findings)' if len(fatal) > 1 else ''
-            raise ValueError(f'{fatal[0].problem}. {fatal[0].fix}{more}')
+    findings = check_data(cfg, *splits, look=NAMES) or []
+    fatal = [finding for finding in findings if finding.fatal]
+    if fatal:
+        more = f' ({len(fatal) - 1} more findings)' if len(fatal) > 1 else ''
+        raise ValueError(f'{fatal[0].problem}. {fatal[0].fix}{more}')
 
 
 def _source(
-    cfg: Config, split: str, look: str, num_images: Optional[int] = None
+    cfg: Config, split: str, look: str, num_images: Optional[int]
 ) -> Optional[_Source]:
     """The data set of a data loader, or None if there is no check for it."""
     config = innermost_dataset(cfg.get(f'{split}_dataloader'))

@@ -388,7 +388,7 @@ class _WatchHook(Hook):
 
     def before_train(self, runner) -> None:
         self.stage = self.training
-        # A resumed best score may be higher than any now: no best one would be saved.
+        # With the better score of a resumed run, no best checkpoint would be saved.
         known = runner.message_hub.runtime_info
         for key in [key for key in known if key.startswith('best_')]:
             known.pop(key)

@@ -8,7 +8,7 @@ import pytest
 from mmengine.registry import DATASETS, DefaultScope
 from PIL import Image
 
-from mlla_mm.checks.data import check_split, check_splits, require_data
+from mlla_mm.checks.data import check_data, check_splits, require_data
 
 from .. import bad_data
 from ..bad_data import (  # fmt: skip
@@ -158,7 +158,7 @@ def test_boxes_of_no_size_are_left_out_and_reported(coco):
     annotate(bbox=[4, 4, 0, 20])(coco)
     cfg = config(DET, coco)
     require_data(cfg, 'train')
-    (finding,) = check_split(cfg, 'train')
+    (finding,) = check_data(cfg, 'train')
     assert_says(finding.problem, 'no width or height', f'{coco}/coco.json: id 1')
     with DefaultScope.overwrite_default_scope(DET):
         cfg.train_dataloader.dataset.filter_cfg = None
@@ -182,17 +182,17 @@ IMAGE_FINDINGS = {
 def test_images_of_coco(coco, case):
     spoil, *words = IMAGE_FINDINGS[case]
     spoil(coco / 'images/1.jpg')
-    (finding,) = check_split(config(DET, coco), 'train')
+    (finding,) = check_data(config(DET, coco), 'train')
     assert_says(finding.problem, f'1 images in {coco}/images', *words)
-    found = check_split(config(DET, coco), 'train', 'files')
+    found = check_data(config(DET, coco), 'train', look='files')
     assert found == ([finding] if case == 'zero bytes' else [])
-    assert check_split(config(DET, coco), 'train', 'names') == []
+    assert check_data(config(DET, coco), 'train', look='names') == []
 
 
 @pytest.mark.parametrize('orientation', [2, 3, 4])
 def test_images_that_are_turned_within_their_frame(coco, orientation):
     turn(orientation)(coco / 'images/1.jpg')
-    assert check_split(config(DET, coco), 'train') == []
+    assert check_data(config(DET, coco), 'train') == []
 
 
 # Label maps.
@@ -261,7 +261,7 @@ MASK_FINDINGS = {
 def test_label_maps(masks, case):
     spoil, problem = MASK_FINDINGS[case]
     spoil(masks)
-    (finding,) = check_split(config(SEG, masks), 'train')
+    (finding,) = check_data(config(SEG, masks), 'train')
     assert_says(finding.problem, problem, f'1 images in {masks}/images')
     assert finding.fatal == (case != 'empty')
 
@@ -272,7 +272,7 @@ def test_labels_that_are_classes(masks):
     labels(HEIGHT, WIDTH, value=255)(masks)
     save(masks / 'maps/2.png', np.full((HEIGHT, WIDTH), 11, np.uint8))
     cfg.train_dataloader.dataset.reduce_zero_label = False
-    above, unlabelled = check_split(cfg, 'train')
+    above, unlabelled = check_data(cfg, 'train')
     assert_says(above.problem, 'labels above 10: 0.jpg, 2.jpg', f'{masks}/images')
     assert_says(unlabelled.problem, 'no labelled pixel: 1.jpg')
 
@@ -320,7 +320,7 @@ def test_images_of_class_folders(folders):
     (folders / 'train/3/image.png').unlink()
     empty(folders / 'train/4/image.png')
     (folders / 'train/5/\x1b[31m\n.png').write_bytes(b'')
-    without, of_no_bytes = check_split(config(CLS, folders), 'train')
+    without, of_no_bytes = check_data(config(CLS, folders), 'train')
     assert_says(without.problem, 'without an image', f'{folders}/train: 3')
     assert_says(of_no_bytes.problem, f'{folders}/train', '4/image.png is empty')
     assert_says(of_no_bytes.problem, r'5/\x1b[31m\n.png is empty')
@@ -341,7 +341,7 @@ def test_files_of_strangers(tmp_path, monkeypatch, scope, spoil, tmp_path_factor
     }[scope]
     make(tmp_path)
     getattr(bad_data, spoil)(tmp_path / name)
-    found = check_split(config(scope, tmp_path), 'train')
+    found = check_data(config(scope, tmp_path), 'train')
     assert not marker.exists()
     (finding,) = found
     if scope == SEG and spoil in ('pipe', 'endless', 'link_to_nothing'):
@@ -355,14 +355,14 @@ def test_files_of_strangers(tmp_path, monkeypatch, scope, spoil, tmp_path_factor
 def test_good_data(coco, masks, folders):
     for scope, root in ((DET, coco), (SEG, masks), (CLS, folders)):
         cfg = config(scope, root)
-        assert check_split(cfg, 'train') == check_split(cfg, 'val') == []
-        assert check_split(cfg, 'test') is not None  # of other data, which lack
+        assert check_data(cfg, 'train') == check_data(cfg, 'val') == []
+        assert check_data(cfg, 'test') is not None  # of other data, which lack
 
 
 def test_data_sets_without_a_check(folders):
     cfg = config(CLS, folders)
     cfg.train_dataloader.dataset = dict(type='CIFAR10', data_root='nowhere')
-    assert check_split(cfg, 'train') is None
+    assert check_data(cfg, 'train') is None
     require_data(cfg, 'train')
     assert check_splits(cfg) == []
     cfg.val_dataloader.dataset.type = 'ImageNett'
@@ -382,6 +382,8 @@ def test_class_folders_without_labels(folders):
     (folders / 'train/3').rename(folders / 'train/x')
     (finding,) = check_splits(cfg)
     assert_says(finding.problem, 'in only one of train and val: 3, x')
+    with pytest.raises(ValueError, match='in only one of train and val: 3, x'):
+        require_data(cfg, 'train', 'val')
     cfg.train_dataloader.dataset.with_label = False
     assert check_splits(cfg) == []
 
@@ -393,7 +395,7 @@ def test_images_are_read_as_in_training(folders, backend):
     Image.new('I', (8, 8)).save(path, format='TIFF')
     cfg = config(CLS, folders)
     cfg.train_dataloader.dataset.pipeline[0].imdecode_backend = backend
-    found = [finding.problem for finding in check_split(cfg, 'train')]
+    found = [finding.problem for finding in check_data(cfg, 'train')]
     assert len(found) == (backend == 'cv2')
     assert_says(found, *['3/image.png cannot be decoded by OpenCV'] * len(found))
 

@@ -14,7 +14,7 @@ from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 
-from mlla_mm.checks.data import check_split
+from mlla_mm.checks.data import check_data
 from mlla_mm.datasets.corrupt_images import CorruptImageError
 from mlla_mm.engine import options
 from mlla_mm.reproducible.seeding import SAMPLE, Draw, SeededDataset
@@ -305,7 +305,7 @@ def test_unusual_images(tmp_path, recipe, case, scope):
         dataset.pipeline = full.train_dataloader.dataset.pipeline
     # Our detection configs leave out images below 32 pixels in training.
     dataset.pop('filter_cfg', None)
-    assert check_split(cfg, 'train') == []
+    assert check_data(cfg, 'train') == []
     with DefaultScope.overwrite_default_scope(scope):
         dataset = SeededDataset(dataset)
         draw = Draw(0, (SAMPLE, 0, 0, 0))
