@@ -1,23 +1,24 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 """Published accuracy over latency measured here: MLLA among mmpretrain's models."""
 
+import argparse
 import json
-import platform
-import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Callable, Dict, List, NamedTuple, Tuple, Union
+from typing import Callable, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import nn
 
+import mlla_mm
 from mlla_mm.evaluation.markdown import markdown_table
 from mlla_mm.evaluation.published import METRICS, published_models
 
-from .latency import Spread, measure_latency, spread, unsteady_note
+from .meter import Meter, Spread, spread, unsteady_note
+from .plots import plot_accuracy_latency
 
-#: Trained on ImageNet-1K alone, at 224x224, in three sizes each.
+#: Models in three sizes each, trained on ImageNet-1K alone, at 224x224.
 DEFAULT_MODELS = (
     'mlla-t_8xb128_in1k',
     'mlla-s_8xb64_in1k',
@@ -47,7 +48,7 @@ class Candidate(NamedTuple):
         name (str): Its name in our metafile or in mmpretrain's model zoo.
         family (str): Its kind of network.
         top1 (float): Published ImageNet-1K top-1 accuracy in percent.
-        build (Callable): Makes it, in evaluation mode and without weights.
+        build (Callable): Builds it, in evaluation mode, with random weights.
     """
 
     name: str
@@ -65,7 +66,7 @@ class Measured(NamedTuple):
         top1 (float): Published ImageNet-1K top-1 accuracy in percent.
         parameters (int): Number of parameters.
         latency (float): Median time per image in milliseconds.
-        quartiles (tuple[float, float]): What bounds the middle half of the samples, in
+        quartiles (tuple[float, float]): Bounds of the middle half of the samples, in
             milliseconds per image.
     """
 
@@ -78,13 +79,13 @@ class Measured(NamedTuple):
 
 
 def find_candidate(name: str) -> Candidate:
-    """Look a model up in our metafiles, then in mmpretrain's model zoo.
+    """Look up a model in our metafiles, then in mmpretrain's model zoo.
 
     Args:
         name (str): E.g. 'mlla-t_8xb128_in1k' or 'swin-tiny_16xb64_in1k'.
 
     Raises:
-        ValueError: If neither has it, or no top-1 accuracy of it is published.
+        ValueError: If neither has the model, or its top-1 accuracy is not published.
     """
     from mmpretrain.apis import ModelHub, get_model
 
@@ -102,7 +103,7 @@ def find_candidate(name: str) -> Candidate:
 
 def measure_candidates(
     candidates: Sequence[Candidate],
-    device: str,
+    device: Optional[str],
     batch_size: int,
     shape: Tuple[int, int] = (224, 224),
     repeats: int = 20,
@@ -111,101 +112,96 @@ def measure_candidates(
 
     Args:
         candidates (Sequence[Candidate]): The classifiers.
-        device (str): Where to run them, e.g. 'cuda'.
+        device (str, optional): The device, e.g. 'cuda'. None: the GPU if there is one.
         batch_size (int): Images per call; the latency is divided by it.
         shape (tuple[int, int]): Height and width of the images. Defaults to 224x224,
             for which the accuracies are published.
         repeats (int): Samples of each. Defaults to 20.
 
     Raises:
-        ValueError: If the device does not exist, a number is not positive, or a model
+        ValueError: If the device cannot be used, a number is not positive, or a model
             does not run on such images.
     """
     if batch_size < 1 or min(shape) < 1:
         raise ValueError(
             f'Batch size and shape must be positive, got {batch_size}, {shape}.'
         )
-    try:
-        images = torch.rand(batch_size, 3, *shape, device=device)
-    except (AssertionError, RuntimeError) as error:
-        raise ValueError(
-            f'Images cannot be put on device {device!r}: {error}'
-        ) from error
-    models = {c.name: c.build().to(device) for c in candidates}
+    meter = Meter(device)
+    images = torch.rand(batch_size, 3, *shape, device=meter.device)
+    models = {c.name: c.build().to(meter.device) for c in candidates}
     with torch.no_grad():
         for name, model in models.items():
-            _try_out(name, model, images)
-        found = measure_latency(
-            {name: partial(model, images) for name, model in models.items()}, repeats
-        )
+            # Before anything is measured: images may be too small.
+            try:
+                model(images)
+            except (AssertionError, RuntimeError) as error:
+                raise ValueError(
+                    f'{name} does not run on images {tuple(images.shape)}: {error}'
+                ) from error
+        calls = {name: partial(model, images) for name, model in models.items()}
+        samples = meter.samples(calls, repeats)
     measured = []
     for candidate in candidates:
-        times = [x * 1000 / batch_size for x in found[candidate.name].times]
-        low, median, high = spread(times)
-        parameters = sum(p.numel() for p in models[candidate.name].parameters())
-        measured.append(
-            Measured(*candidate[:3], parameters, median, (low, high)),
+        low, median, high = spread(
+            [seconds * 1000 / batch_size for seconds in samples[candidate.name]]
         )
+        parameters = sum(p.numel() for p in models[candidate.name].parameters())
+        measured.append(Measured(*candidate[:3], parameters, median, (low, high)))
     return measured
-
-
-def _try_out(name: str, model: nn.Module, images: torch.Tensor) -> None:
-    """Fail before anything is measured, e.g. on images that are too small."""
-    try:
-        model(images)
-    except (AssertionError, RuntimeError) as error:
-        raise ValueError(
-            f'{name} does not run on images {tuple(images.shape)}: {error}'
-        ) from error
-
-
-def save_measured(
-    measured: Sequence[Measured], settings: Dict[str, object], out: Union[str, Path]
-) -> None:
-    """Save the numbers with what they were measured on.
-
-    Args:
-        measured (Sequence[Measured]): The numbers.
-        settings (dict): How they were measured.
-        out (str | Path): JSON file to write.
-    """
-    content = dict(settings, models=[point._asdict() for point in measured])
-    Path(out).write_text(json.dumps(content, indent=2) + '\n')
-
-
-def describe_device(device: str) -> str:
-    """Name of a device, for a picture's title."""
-    if torch.device(device).type == 'cuda':
-        return torch.cuda.get_device_name(device)
-    return f'{_cpu_name()}, threads: {torch.get_num_threads()}'
-
-
-def _cpu_name() -> str:
-    """Model of the CPU where Linux tells it, else the architecture."""
-    information = Path('/proc/cpuinfo')
-    if information.is_file():
-        found = re.search(r'^model name\s*: (.+)$', information.read_text(), re.M)
-        if found:
-            return found[1]
-    return f'{platform.machine()} CPU'
 
 
 def format_measured(measured: Sequence[Measured]) -> str:
     """Set the numbers in a Markdown table, and name those that are unsteady."""
     columns = ('Model', 'Params', 'Top-1', 'ms per image', 'middle half', 'images/s')
-    rows = [
-        (
-            point.name,
-            f'{point.parameters / 1e6:.1f} M',
-            f'{point.top1:.1f}',
-            f'{point.latency:.4g}',
-            ' to '.join(f'{bound:.4g}' for bound in point.quartiles),
-            f'{1000 / point.latency:.4g}',
+    rows, spreads = [], {}
+    for point in measured:
+        low, high = point.quartiles
+        spreads[point.name] = Spread(low, point.latency, high)
+        rows.append(
+            (
+                point.name,
+                f'{point.parameters / 1e6:.1f} M',
+                f'{point.top1:.1f}',
+                f'{point.latency:.4g}',
+                f'{low:.4g} to {high:.4g}',
+                f'{1000 / point.latency:.4g}',
+            )
         )
-        for point in measured
-    ]
-    spreads = {
-        point.name: Spread(point.quartiles[0], point.latency, point.quartiles[1])
-        for point in measured
-    }
     return markdown_table(columns, rows) + unsteady_note(spreads)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure, print, and write a table and a picture.
+
+    Args:
+        args (argparse.Namespace): The arguments of
+            ``tools/analysis_tools/plot_accuracy_latency.py``.
+
+    Raises:
+        ValueError: If an argument is wrong.
+    """
+    meter = Meter(args.device)
+    batch_size = args.batch_size
+    if batch_size is None:
+        batch_size = 64 if torch.cuda.is_available() else 1
+    candidates = [find_candidate(name) for name in args.models or DEFAULT_MODELS]
+    measured = measure_candidates(
+        candidates, args.device, batch_size, args.shape, args.repeats
+    )
+    record = dict(
+        device=meter.device_name(),
+        dtype='float32',
+        batch_size=batch_size,
+        shape=args.shape,
+        samples=args.repeats,
+        torch=torch.__version__,
+        mlla_mm=mlla_mm.__version__,
+        models=[point._asdict() for point in measured],
+    )
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / TABLE_NAME).write_text(json.dumps(record, indent=2) + '\n')
+    height, width = args.shape
+    title = f'{record["device"]}, float32, batch {batch_size}, {height}x{width}'
+    plot_accuracy_latency(measured, title, out / PICTURE_NAME)
+    print(f'{title}\n\n{format_measured(measured)}\n\nSaved in {out}')

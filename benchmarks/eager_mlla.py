@@ -1,5 +1,5 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""MLLA by PyTorch's operators: what the fused kernels are raced against."""
+"""MLLA by PyTorch's operators, to be raced against the fused kernels."""
 
 import os
 from typing import Tuple
@@ -13,20 +13,20 @@ _VARIABLE = 'MLLA_OPS'
 
 
 class EagerMLLA(MLLA):
-    """MLLA by the ops of ``mlla_mm.ops.eager`` alone, whatever the device's default.
+    """MLLA that runs the ops of ``mlla_mm.ops.eager`` on any device.
 
-    The forward pass sets the environment variable ``MLLA_OPS`` to 'eager', and leaves
-    it as it was; the environment is that of all threads. With ``with_cp`` the blocks
-    are recomputed after that, by the default. A graph that is being recorded has the
-    plain definitions, like that of :class:`MLLA`.
+    The forward pass sets the environment variable ``MLLA_OPS`` to 'eager' for the whole
+    process, and restores it at its end. With ``with_cp`` blocks are recomputed later,
+    in the backward pass, by the device's default ops. A graph that is being recorded
+    gets the plain definitions, as for :class:`MLLA`.
 
-    Arguments, parameters and their names are those of :class:`MLLA`, and so are the
-    outputs. It is not in the registry.
+    Arguments, parameters, their names and the outputs are those of :class:`MLLA`. The
+    class is not in the registry.
     """
 
     def forward(self, x: Tensor) -> Tuple[Tensor, ...]:
         """Features of the stages in ``out_indices``, see :meth:`MLLA.forward`."""
-        if is_graph():  # which has no environment
+        if is_graph():  # a graph cannot hold environment variables
             return super().forward(x)
         before = os.environ.get(_VARIABLE)
         os.environ[_VARIABLE] = 'eager'

@@ -1,26 +1,34 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""Peak memory of a training step, counted by PyTorch's allocators."""
+"""Peak memory of a config's training step, on a synthetic batch."""
 
 import copy
-from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
+from collections.abc import Iterator
+from typing import Any, Dict, NamedTuple, Optional, Tuple
 
 import torch
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
-from torch import nn
-from torch.profiler import ProfilerActivity, profile
+from torch import Tensor
 
 from mlla_mm.checks.largest_size import pin_scales
 from mlla_mm.engine.ema import ModelEMA
 from mlla_mm.engine.launch import replace_sync_bn
 
-OBJECTS = 10
-"""Objects in every synthetic image of a detector."""
+from .meter import Meter, module_bytes
+
+# Objects in every synthetic image of a detector.
+_OBJECTS = 10
 
 
 class Measured(NamedTuple):
-    """Peak memory of a training step in bytes, and what the step was of."""
+    """Peak memory of a training step in bytes, and the batch of the step.
+
+    Attributes:
+        bytes (int): Peak memory.
+        batch_size (int): Images.
+        size (tuple[int, int]): Width and height of the images.
+    """
 
     bytes: int
     batch_size: int
@@ -36,23 +44,25 @@ def measure_config(
 ) -> Measured:
     """Measure a config's training step on a synthetic batch of the recipe's size.
 
-    Two optimiser steps on one device, the GPU if there is one: weights, gradients,
-    optimiser states, activations, and the averaged weights of a MESA teacher.
+    Two optimiser steps are made on one device, the GPU if there is one. Counted are
+    weights, gradients, optimiser states, activations, and the averaged weights of a
+    MESA teacher.
 
     Args:
         cfg (Config): A detector's, segmentor's or classifier's config.
-        batch_size (int, optional): Images. Defaults to None: the config's of a process.
+        batch_size (int, optional): Images. Defaults to None: as many as the config
+            gives a process.
         size (tuple[int, int], optional): Width and height. Defaults to None: the
             largest of the training pipeline.
-        with_cp (bool): Recompute the backbone's blocks. Defaults to False.
+        with_cp (bool): Whether to recompute the backbone's blocks. Defaults to False.
         amp (str, optional): 'float16' or 'bfloat16', on a GPU. Defaults to None:
             float32.
 
     Raises:
-        ValueError: For mixed precision without a GPU.
+        ValueError: If mixed precision is asked for without a GPU.
     """
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    if amp and device == 'cpu':
+    meter = Meter()
+    if amp and not meter.is_cuda:
         raise ValueError(f'amp={amp!r} needs a GPU, and torch sees none. Leave it out.')
     cfg = copy.deepcopy(cfg)
     init_default_scope(cfg.default_scope)
@@ -65,59 +75,21 @@ def measure_config(
         wrapper.update(dtype=amp, loss_scale='dynamic')
     batch_size = batch_size or cfg.train_dataloader.batch_size
     size = size or largest_size(cfg)
-    batch = _BATCHES[cfg.default_scope](cfg, batch_size, size)
+    batch = synthetic_batch(cfg, batch_size, size)
 
-    model = MODELS.build(cfg.model).to(device).train()
+    model = MODELS.build(cfg.model).to(meter.device).train()
+    resident = module_bytes(model)
     if hasattr(model, 'set_teacher'):
         teacher = ModelEMA(model, 0.5).module
         model.set_teacher(teacher)
+        resident += module_bytes(teacher)
     optim_wrapper = build_optim_wrapper(model, wrapper)
 
     def steps() -> None:
-        for _ in range(2):  # the first one makes the optimiser's states
+        for _ in range(2):  # the first step creates the optimiser's states
             model.train_step(copy.deepcopy(batch), optim_wrapper)
 
-    resident = module_bytes(model)
-    if hasattr(model, 'set_teacher'):
-        resident += module_bytes(teacher)
-    return Measured(peak_bytes(steps, device, resident), batch_size, size)
-
-
-def peak_bytes(function: Callable[[], Any], device: str, resident: int = 0) -> int:
-    """Peak memory of tensors while a function runs.
-
-    Args:
-        function (callable): What is measured.
-        device (str): 'cpu', where the profiler's record of every allocation is added
-            up, or 'cuda', where the allocator keeps the maximum itself.
-        resident (int): Bytes of tensors that were there before; only for the CPU, whose
-            record starts with the function. Defaults to 0.
-    """
-    if device == 'cuda':
-        torch.cuda.reset_peak_memory_stats()
-        function()
-        return torch.cuda.max_memory_allocated()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        function()
-    events = record.profiler.kineto_results.events()
-    allocations = [event for event in events if event.name() == '[memory]']
-    allocations.sort(key=_start)
-    current = peak = 0
-    for event in allocations:
-        current += event.nbytes()
-        peak = max(peak, current)
-    return resident + peak
-
-
-def _start(event: Any) -> int:
-    # PyTorch before 2.3 counts in microseconds.
-    return event.start_ns() if hasattr(event, 'start_ns') else event.start_us()
-
-
-def module_bytes(module: nn.Module) -> int:
-    """Bytes of a module's parameters and buffers."""
-    tensors = [*module.parameters(), *module.buffers()]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return Measured(meter.peak_bytes(steps, resident), batch_size, size)
 
 
 def largest_size(cfg: Config) -> Tuple[int, int]:
@@ -125,71 +97,66 @@ def largest_size(cfg: Config) -> Tuple[int, int]:
     fixed = cfg.model.get('data_preprocessor', {}).get('size')
     if fixed:
         return fixed[1], fixed[0]
-    found = []
     pipeline = copy.deepcopy(cfg.train_dataloader.dataset.pipeline)
     pin_scales(pipeline)
-    _collect_sizes(pipeline, found)
-    return found[-1]
+    *_, last = _resize_sizes(pipeline)
+    return last
 
 
-def _collect_sizes(config: Any, found: list) -> None:
+def _resize_sizes(config: Any) -> Iterator[Tuple[int, int]]:
+    """Width and height of every resize in a pipeline, the longer side first."""
     if isinstance(config, dict):
-        scale = config.get('scale', config.get('scales'))
-        if scale is not None and 'Resize' in config.get('type', ''):
-            scale = scale[0] if 'scales' in config else scale
-            pair = scale if isinstance(scale, (list, tuple)) else (scale, scale)
-            found.append((max(pair), min(pair)))
+        if 'Resize' in config.get('type', ''):
+            scale = config['scales'][0] if 'scales' in config else config.get('scale')
+            if scale is not None:
+                pair = scale if isinstance(scale, (list, tuple)) else (scale, scale)
+                yield max(pair), min(pair)
         config = list(config.values())
     if isinstance(config, (list, tuple)):
         for value in config:
-            _collect_sizes(value, found)
+            yield from _resize_sizes(value)
 
 
-def _detection_batch(cfg: Config, batch_size: int, size: Tuple[int, int]) -> dict:
-    from mmdet.testing import demo_mm_inputs
+def synthetic_batch(
+    cfg: Config, batch_size: int, size: Tuple[int, int]
+) -> Dict[str, Any]:
+    """Random images with random labels, as a model's ``train_step`` takes them.
 
+    Args:
+        cfg (Config): A detector's, segmentor's or classifier's config.
+        batch_size (int): Images.
+        size (tuple[int, int]): Width and height of the images.
+    """
     width, height = size
-    return demo_mm_inputs(
-        batch_size,
-        image_shapes=[(3, height, width)] * batch_size,
-        num_items=[OBJECTS] * batch_size,
-        num_classes=cfg.model.roi_head.bbox_head.num_classes,
-        with_mask=True,
-    )
+    if cfg.default_scope == 'mmdet':
+        from mmdet.testing import demo_mm_inputs
 
+        return demo_mm_inputs(
+            batch_size,
+            image_shapes=[(3, height, width)] * batch_size,
+            num_items=[_OBJECTS] * batch_size,
+            num_classes=cfg.model.roi_head.bbox_head.num_classes,
+            with_mask=True,
+        )
 
-def _segmentation_batch(cfg: Config, batch_size: int, size: Tuple[int, int]) -> dict:
-    from mmengine.structures import PixelData
-    from mmseg.structures import SegDataSample
+    def integers(limit: int, *shape: int) -> Tensor:
+        return torch.randint(limit, (batch_size, *shape))
 
-    width, height = size
-    samples = []
-    for _ in range(batch_size):
-        labels = torch.randint(cfg.model.decode_head.num_classes, (1, height, width))
-        sample = SegDataSample(metainfo=dict(img_shape=(height, width)))
-        sample.gt_sem_seg = PixelData(data=labels)
-        samples.append(sample)
-    return dict(inputs=_images(batch_size, size), data_samples=samples)
+    images = torch.randint(256, (batch_size, 3, height, width), dtype=torch.uint8)
+    if cfg.default_scope == 'mmseg':
+        from mmengine.structures import PixelData
+        from mmseg.structures import SegDataSample
 
+        samples = []
+        for labels in integers(cfg.model.decode_head.num_classes, 1, height, width):
+            sample = SegDataSample(metainfo=dict(img_shape=(height, width)))
+            sample.gt_sem_seg = PixelData(data=labels)
+            samples.append(sample)
+        return dict(inputs=list(images), data_samples=samples)
 
-def _classification_batch(cfg: Config, batch_size: int, size: Tuple[int, int]) -> dict:
     from mmpretrain.structures import DataSample
 
-    labels = torch.randint(cfg.model.head.num_classes, (batch_size,)).tolist()
-    samples = [DataSample().set_gt_label(label) for label in labels]
-    return dict(inputs=torch.stack(_images(batch_size, size)), data_samples=samples)
-
-
-def _images(batch_size: int, size: Tuple[int, int]) -> list:
-    width, height = size
-    return [
-        torch.randint(256, (3, height, width), dtype=torch.uint8)
-        for _ in range(batch_size)
-    ]
-
-
-_BATCHES: Dict[str, Callable] = {
-    'mmdet': _detection_batch,
-    'mmseg': _segmentation_batch,
-    'mmpretrain': _classification_batch,
-}
+    labels = integers(cfg.model.head.num_classes).tolist()
+    return dict(
+        inputs=images, data_samples=[DataSample().set_gt_label(x) for x in labels]
+    )

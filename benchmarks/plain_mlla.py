@@ -1,11 +1,11 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""MLLA assembled op by op as it is defined: what faster assemblies are raced against.
+"""MLLA assembled op by op as it is defined: the reference of the races.
 
-Only the parameters are taken from the modules of :class:`MLLA`, never their forward
-passes. Whatever makes those faster leaves this one as it is.
+It takes the parameters from the modules of :class:`MLLA`, but never calls their forward
+passes. What makes those faster does not change this assembly.
 """
 
-from typing import Tuple
+from typing import Any, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mlla_mm.models import MLLA
+from mlla_mm.models.backbones.mlla import Stage
+from mlla_mm.models.layers import (
+    MLP,
+    ConvLayer,
+    LinearAttention,
+    MLLABlock,
+    PatchMerging,
+    Stem,
+)
 from mlla_mm.ops import pad_to_multiple
 
 _EPS = 1e-6
@@ -22,20 +31,20 @@ _BASE = 10000.0
 class PlainMLLA(MLLA):
     """MLLA by its plain definition, laid out like the authors' implementation.
 
-    Tokens (N, L, C) go from block to block and become maps around every depthwise
-    convolution; each projection is a product of its own; every block and call builds
-    its rotation table; heads are split and merged by permutations; and the normaliser
-    is a matrix product. Under float16 autocast that product can underflow, which
-    :class:`MLLA` avoids: this model is for comparisons, not for training runs.
+    Blocks take and give tokens (N, L, C), which become maps around every depthwise
+    convolution. Each projection is a product of its own. Every block builds its
+    rotation table in every call. Heads are split and merged by permutations. The
+    normaliser is a matrix product. That product can underflow under float16 autocast,
+    which :class:`MLLA` avoids: this class is for comparisons, not for training runs.
 
-    Arguments, parameters and their names are those of :class:`MLLA`, and so are the
-    outputs. It is not in the registry.
+    Arguments, parameters, their names and the outputs are those of :class:`MLLA`. The
+    class is not in the registry.
     """
 
-    def __init__(self, *args, **kwargs) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):  # as PyTorch makes it
+            if isinstance(module, nn.Conv2d):  # the layout of a new nn.Conv2d
                 weight = module.weight.data
                 module.weight.data = weight.clone(memory_format=torch.contiguous_format)
 
@@ -45,18 +54,21 @@ class PlainMLLA(MLLA):
         x = _stem(self.patch_embed, x)
         outs = []
         for i, stage in enumerate(self.layers):
-            size = x.shape[2:]
+            height, width = x.shape[2:]
+            size = height, width
             x = _to_tokens(x)
+            assert isinstance(stage, Stage)
             for block in stage.blocks:
                 if stage.with_cp and x.requires_grad:
                     x = checkpoint(_block, block, x, size, use_reentrant=False)
                 else:
                     x = _block(block, x, size)
             if i in self.out_indices:
-                out = _layer_norm(getattr(self, f'norm{i}'), x)
+                out = _layer_norm(self.get_submodule(f'norm{i}'), x)
                 outs.append(_to_map(out, size).contiguous())
             if i == self.out_indices[-1]:
                 break
+            assert stage.downsample is not None
             x = _merge_patches(stage.downsample, _to_map(x, size))
         return tuple(outs)
 
@@ -71,42 +83,43 @@ def _to_map(x: Tensor, size: Tuple[int, int]) -> Tensor:
     return x.reshape(len(x), *size, -1).permute(0, 3, 1, 2)
 
 
-def _linear(module: nn.Module, x: Tensor) -> Tensor:
+def _linear(module: nn.Linear, x: Tensor) -> Tensor:
     return F.linear(x, module.weight, module.bias)
 
 
 def _layer_norm(module: nn.Module, x: Tensor) -> Tensor:
+    assert isinstance(module, nn.LayerNorm)
     return F.layer_norm(x, module.normalized_shape, module.weight, module.bias)
 
 
-def _conv_layer(layer: nn.Module, x: Tensor, norm: bool = True, act: bool = True):
-    """Convolution, then BatchNorm, then ReLU, on (N, C, H, W)."""
+def _conv_layer(layer: nn.Module, x: Tensor) -> Tensor:
+    """Convolution, then BatchNorm and ReLU if the layer has them, on (N, C, H, W)."""
+    assert isinstance(layer, ConvLayer)
     conv = layer.conv
     x = F.conv2d(
         x, conv.weight, conv.bias, conv.stride, conv.padding, groups=conv.groups
     )
-    if norm:
+    if layer.norm is not None:
         x = layer.norm(x)
-    return F.relu(x, inplace=True) if act else x
+    return x if layer.act is None else F.relu(x, inplace=True)
 
 
-def _stem(stem: nn.Module, x: Tensor) -> Tensor:
+def _stem(stem: Stem, x: Tensor) -> Tensor:
     """(N, in_channels, H, W) -> (N, C, ceil(H / 4), ceil(W / 4))."""
     x = _conv_layer(stem.conv1, pad_to_multiple(x, 4))
-    x = x + _conv_layer(stem.conv2[1], _conv_layer(stem.conv2[0], x), act=False)
-    return stem.drop(
-        _conv_layer(stem.conv3[1], _conv_layer(stem.conv3[0], x), act=False)
-    )
+    x = x + _conv_layer(stem.conv2[1], _conv_layer(stem.conv2[0], x))
+    return stem.drop(_conv_layer(stem.conv3[1], _conv_layer(stem.conv3[0], x)))
 
 
-def _merge_patches(merging: nn.Module, x: Tensor) -> Tensor:
+def _merge_patches(merging: PatchMerging, x: Tensor) -> Tensor:
     """(N, d, H, W) -> (N, 2d, ceil(H / 2), ceil(W / 2))."""
-    expand, reduce, project = merging.conv
-    x = _conv_layer(expand, pad_to_multiple(x, 2), norm=False)
-    return _conv_layer(project, _conv_layer(reduce, x, norm=False), act=False)
+    x = pad_to_multiple(x, 2)
+    for layer in merging.conv:
+        x = _conv_layer(layer, x)
+    return x
 
 
-def _depthwise_conv(conv: nn.Module, x: Tensor, size: Tuple[int, int]) -> Tensor:
+def _depthwise_conv(conv: nn.Conv2d, x: Tensor, size: Tuple[int, int]) -> Tensor:
     """3x3 depthwise convolution of tokens (N, L, C)."""
     x = _to_map(x, size)
     x = F.conv2d(x, conv.weight, conv.bias, padding=1, groups=x.shape[1])
@@ -115,6 +128,7 @@ def _depthwise_conv(conv: nn.Module, x: Tensor, size: Tuple[int, int]) -> Tensor
 
 def _block(block: nn.Module, x: Tensor, size: Tuple[int, int]) -> Tensor:
     """(N, L, C) -> (N, L, C)."""
+    assert isinstance(block, MLLABlock)
     x = x + _depthwise_conv(block.cpe1, x, size)
     shortcut = x
     x = _layer_norm(block.norm1, x)
@@ -126,12 +140,12 @@ def _block(block: nn.Module, x: Tensor, size: Tuple[int, int]) -> Tensor:
     return x + block.drop_path(_mlp(block.mlp, _layer_norm(block.norm2, x)))
 
 
-def _mlp(mlp: nn.Module, x: Tensor) -> Tensor:
+def _mlp(mlp: MLP, x: Tensor) -> Tensor:
     x = mlp.drop(F.gelu(_linear(mlp.fc1, x)))
     return mlp.drop(_linear(mlp.fc2, x))
 
 
-def _attention(attn: nn.Module, v: Tensor, size: Tuple[int, int]) -> Tensor:
+def _attention(attn: LinearAttention, v: Tensor, size: Tuple[int, int]) -> Tensor:
     """Linear attention with local position encoding, (N, L, C) -> (N, L, C)."""
     batch, tokens, channels = v.shape
 
@@ -157,23 +171,26 @@ def _attention(attn: nn.Module, v: Tensor, size: Tuple[int, int]) -> Tensor:
 def _rotary_embedding(x: Tensor) -> Tensor:
     """Rotate channel pairs of (N, H, W, C) as complex numbers.
 
-    PyTorch has no complex arithmetic in half precision worth the name, so it is done in
-    float32; on a CPU it is faster than the same in real numbers.
+    The rotation is done in float32, because PyTorch has little complex arithmetic in
+    half precision. On a CPU complex numbers are faster here than real ones.
     """
     pairs = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))
-    table = _rotation_table(x.shape[1:], pairs)
+    _, height, width, channels = x.shape
+    table = _rotation_table(height, width, channels, pairs)
     rotated = torch.view_as_real(torch.view_as_complex(pairs) * table)
     return rotated.flatten(-2).to(x.dtype)
 
 
-def _rotation_table(shape: Tuple[int, int, int], like: Tensor) -> Tensor:
+def _rotation_table(height: int, width: int, channels: int, like: Tensor) -> Tensor:
     """exp(i angle) for each position and channel pair, complex (H, W, C / 2)."""
-    height, width, channels = shape
     num_freqs = channels // 4
-    options = dict(dtype=like.dtype, device=like.device)
-    freqs = _BASE ** (-torch.arange(num_freqs, **options) / num_freqs)
-    rows = torch.arange(height, **options)[:, None, None] * freqs
-    columns = torch.arange(width, **options)[None, :, None] * freqs
+
+    def arange(end: int) -> Tensor:
+        return torch.arange(end, dtype=like.dtype, device=like.device)
+
+    freqs = _BASE ** (-arange(num_freqs) / num_freqs)
+    rows = arange(height)[:, None, None] * freqs
+    columns = arange(width)[None, :, None] * freqs
     map_shape = (height, width, num_freqs)
     angles = torch.cat([rows.expand(map_shape), columns.expand(map_shape)], dim=-1)
     return torch.polar(torch.ones_like(angles), angles)

@@ -1,11 +1,11 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""Time that a GPU needs for a model at least, kernel by kernel, counted without a GPU.
+"""The least time that a GPU needs for a model, counted kernel by kernel without a GPU.
 
-A kernel takes as long as its bytes at the rate of the memory, its products at that of
-the tensor cores, or its launch, whichever is longest. Its bytes are those of the
-tensors that it takes and of those that it gives, each once and as a whole, though a
-kernel may read a part, or read twice. Most real kernels are slower, and small maps come
-from a cache: it is a bound to compare measured times and assemblies with.
+The time of a kernel is the longest of three: its bytes at the rate of the memory, its
+matrix products at the rate of the tensor cores, and its launch. Its bytes are those of
+all tensors that it takes and gives, each counted once and whole, although a real kernel
+may read a part, or read twice. Most real kernels are slower, and small maps come from a
+cache. The count is a bound to compare measured times and assemblies with.
 """
 
 import argparse
@@ -20,21 +20,23 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional, Tuple
+from types import ModuleType
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
+from torch.utils.flop_counter import flop_registry
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import mlla_mm  # noqa: E402, F401  (before anything imports mmcv.ops)
-from benchmarks import races  # noqa: E402
+from benchmarks import cases, models  # noqa: E402
+from benchmarks.cases import Case  # noqa: E402
 from benchmarks.pretended_cuda import backward, pretended_cuda  # noqa: E402
-from benchmarks.races import Case  # noqa: E402
 from mlla_mm.evaluation.markdown import markdown_table  # noqa: E402
 from mlla_mm.ops import naive, triton  # noqa: E402
 
@@ -42,24 +44,22 @@ MODELS = tuple(f'{a}-{b}' for a, b in product(('mlla', 'plain'), 'tsb'))
 OPS = ('naive', 'eager', 'fused')
 FORWARD, BACKWARD = 'forward', 'backward'
 
-# Where the factors of matrix products are among the arguments.
-_PRODUCTS = dict(mm=0, bmm=0, addmm=1, baddbmm=1, _addmm_activation=1)
-# What is written without having been read.
+# Operators that write a tensor without reading it.
 _OVERWRITING = ('copy_', '_foreach_copy_', 'fill_', 'zero_', '_foreach_zero_')
 _FILLING = re.compile('(new_)?(zeros|ones|full)(_like)?')
 _EMPTY = re.compile('(new_)?empty(_like|_strided|_permuted)*')
 
 
 class Kernel(NamedTuple):
-    """What a kernel does.
+    """The work of a kernel.
 
     Attributes:
         stage (str): 'forward' or 'backward'.
         name (str): Operator of PyTorch, or name of a Triton kernel.
-        bytes (int): Of all tensors that it reads or writes.
-        flops (int): Of matrix products and convolutions, two for a multiplication and
-            its addition.
-        dtype (torch.dtype): Of the factors.
+        bytes (int): Bytes of all tensors that it reads or writes.
+        flops (int): Operations of matrix products and convolutions. A multiplication
+            and its addition count two.
+        dtype (torch.dtype): Dtype of the factors.
     """
 
     stage: str
@@ -70,7 +70,7 @@ class Kernel(NamedTuple):
 
 
 class GPU(NamedTuple):
-    """How fast a GPU is; those of an H100 by default.
+    """Speed of a GPU. The defaults are those of an H100.
 
     Attributes:
         bandwidth (float): Bytes per second that a kernel reads and writes.
@@ -78,7 +78,7 @@ class GPU(NamedTuple):
         half (float): Operations per second of products in half precision.
             Defaults to 6e14.
         single (float): The same in float32. Defaults to 4.5e13.
-        launch (float): Seconds that any kernel takes. Defaults to 2.2e-6.
+        launch (float): Seconds that any kernel takes at least. Defaults to 2.2e-6.
     """
 
     bandwidth: float = 2.7e12
@@ -112,7 +112,7 @@ def add_up(kernels: Sequence[Kernel], gpu: GPU) -> Total:
 
 
 def add_up_by_name(kernels: Sequence[Kernel], gpu: GPU) -> Dict[Tuple[str, str], Total]:
-    """Sums of each stage and name, those that take longest first."""
+    """Sums of each stage and name, the longest time first."""
     groups = defaultdict(list)
     for kernel in kernels:
         groups[kernel.stage, kernel.name].append(kernel)
@@ -123,13 +123,14 @@ def add_up_by_name(kernels: Sequence[Kernel], gpu: GPU) -> Dict[Tuple[str, str],
 class Counter(TorchDispatchMode):
     """Lists the kernels that operators on CUDA tensors start within the context.
 
-    An operator is a kernel, but for the gradients of a convolution: one each. Views and
-    new memory are none. Triton's kernels are listed within :func:`recorded_kernels`; of
-    their products, those of linear layers count, the small ones of attention do not.
+    An operator counts as one kernel, and each gradient of a convolution as one. Views
+    and new memory are no kernels. Triton's kernels are listed within
+    :func:`recorded_kernels`. Of their products, those of linear layers count; the small
+    products of attention do not.
 
     Attributes:
         kernels (list[Kernel]): What was counted.
-        stage (str): What the next kernels belong to. Defaults to 'forward'.
+        stage (str): The stage of the next kernels. Defaults to 'forward'.
     """
 
     def __init__(self) -> None:
@@ -142,12 +143,12 @@ class Counter(TorchDispatchMode):
         self._is_entered = True
         return super().__enter__()
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: Any) -> None:
         self._is_entered = False
         super().__exit__(*error)
 
     def add(self, name: str, size: int, flops: int, dtype: torch.dtype) -> None:
-        """List a kernel of the present stage, if within the context."""
+        """List a kernel of the current stage, if the context is entered."""
         if self._is_entered:
             self.kernels.append(Kernel(self.stage, name, size, flops, dtype))
 
@@ -161,9 +162,20 @@ class Counter(TorchDispatchMode):
             self._add_operator(func, name, args, kwargs, out)
         return out
 
-    def _add_operator(self, func, name, args, kwargs, out) -> None:
+    def _add_operator(
+        self, func: Any, name: str, args: Sequence, kwargs: dict, out: Any
+    ) -> None:
         taken, given = _tensors((args, kwargs)), _tensors(out)
-        changed = _changed(func, args, kwargs)
+        # Arguments that the operator writes to.
+        declared = func._schema.arguments
+        named = dict(zip((argument.name for argument in declared), args), **kwargs)
+        changed = _tensors(
+            [
+                named.get(argument.name)
+                for argument in declared
+                if argument.alias_info is not None and argument.alias_info.is_write
+            ]
+        )
         memory = {_memory(x) for x in taken}
         is_view = not changed and all(_memory(x) in memory for x in given)
         if is_view or not any(x.is_cuda for x in taken + given):
@@ -174,27 +186,28 @@ class Counter(TorchDispatchMode):
             written = set(map(id, changed))
             taken = [x for x in taken if id(x) not in written]
         flops = 0
-        base = name.rstrip('_')
-        if base in _PRODUCTS:
-            first = _PRODUCTS[base]
-            a, b = args[first : first + 2]
-            flops = 2 * a.numel() * b.shape[-1]
-        elif name == 'convolution':
-            x, weight = args[:2]
-            flops = _convolution_flops(out, weight)
-            name = _name_convolution(name, x, weight)
+        # The registry has no in-place operators, such as addmm_.
+        count_flops = flop_registry.get(getattr(torch.ops.aten, name.rstrip('_'), None))
+        if count_flops is not None:
+            flops = count_flops(*args, **kwargs, out_val=out)
+        if name == 'convolution':
+            name = _name_convolution(name, *args[:2])
         dtype = args[1].dtype if flops else (given or taken or changed)[0].dtype
         self.add(name, count_bytes(taken) + count_bytes(given or changed), flops, dtype)
 
-    def _add_convolution_backward(self, out, grad, x, weight, *options) -> None:
+    def _add_convolution_backward(
+        self,
+        out: Sequence[Optional[Tensor]],
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        *options: Any,
+    ) -> None:
         name = _name_convolution('convolution_backward', x, weight)
-        flops = _convolution_flops(grad, weight)
-        of_x, of_weight, of_bias = out
-        for given, taken, products in (
-            (of_x, [grad, weight], flops),
-            (of_weight, [grad, x], flops),
-            (of_bias, [grad], 0),
-        ):
+        flops = 2 * grad.numel() * weight[0].numel()
+        # The gradients of the input, the weight and the bias.
+        sources = (([grad, weight], flops), ([grad, x], flops), ([grad], 0))
+        for given, (taken, products) in zip(out, sources):
             if given is not None:
                 self.add(name, count_bytes([*taken, given]), products, weight.dtype)
 
@@ -203,25 +216,12 @@ def _tensors(tree: object) -> List[Tensor]:
     return [x for x in tree_flatten(tree)[0] if isinstance(x, Tensor)]
 
 
-def _changed(func, args: Sequence, kwargs: dict) -> List[Tensor]:
-    """Arguments that an operator writes to."""
-    declared = func._schema.arguments
-    given = dict(zip((argument.name for argument in declared), args), **kwargs)
-    return _tensors(
-        [
-            given.get(argument.name)
-            for argument in declared
-            if argument.alias_info is not None and argument.alias_info.is_write
-        ]
-    )
-
-
 def _memory(x: Tensor) -> int:
     return x.untyped_storage()._cdata
 
 
 def count_bytes(tensors: Sequence[Tensor]) -> int:
-    """Bytes of tensors: each part of the memory once, what is expanded unexpanded."""
+    """Bytes of tensors. Shared memory counts once, and expanded tensors unexpanded."""
     sizes = {}
     for x in tensors:
         numbers = math.prod(
@@ -232,10 +232,6 @@ def count_bytes(tensors: Sequence[Tensor]) -> int:
     return sum(sizes.values())
 
 
-def _convolution_flops(y: Tensor, weight: Tensor) -> int:
-    return 2 * y.numel() * weight[0].numel()
-
-
 def _name_convolution(name: str, x: Tensor, weight: Tensor) -> str:
     """Such as 'convolution 3x3 depthwise'."""
     kernel = 'x'.join(map(str, weight.shape[2:]))
@@ -244,9 +240,9 @@ def _name_convolution(name: str, x: Tensor, weight: Tensor) -> str:
 
 
 class _Recorded:
-    """Stands for a Triton kernel: its launches are listed and do nothing."""
+    """Replaces a Triton kernel: its launches are listed, and nothing is computed."""
 
-    def __init__(self, kernel: object, name: str, counter: Counter) -> None:
+    def __init__(self, kernel: Any, name: str, counter: Counter) -> None:
         self._names = kernel.arg_names
         self._name = name
         self._counter = counter
@@ -254,7 +250,7 @@ class _Recorded:
     def __getitem__(self, grid: Tuple[int, ...]) -> Callable[..., None]:
         return self._launch
 
-    def _launch(self, *args, **kwargs) -> None:
+    def _launch(self, *args: Any, **kwargs: Any) -> None:
         given = dict(zip(self._names, args), **kwargs)
         tensors = _tensors(list(given.values()))
         if not all(x.is_cuda for x in tensors):
@@ -266,31 +262,33 @@ class _Recorded:
         self._counter.add(self._name, count_bytes(tensors), flops, tensors[0].dtype)
 
 
+def triton_kernels() -> Iterator[Tuple[ModuleType, str, Any]]:
+    """Module, name and function of every Triton kernel."""
+    for info in pkgutil.iter_modules(triton.__path__):
+        module = importlib.import_module(f'{triton.__name__}.{info.name}')
+        for name, kernel in list(vars(module).items()):
+            if name.endswith('_kernel'):
+                yield module, name, kernel
+
+
 @contextlib.contextmanager
 def recorded_kernels(counter: Counter) -> Iterator[None]:
-    """Have launches of Triton kernels listed by a counter, on the pretended device."""
+    """Let a counter list the launches of Triton kernels on the pretended device."""
 
     def is_available(device: torch.device) -> bool:
         return device.type == 'cuda' and triton._has_triton()
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(triton, 'is_available', is_available))
-        for module in _kernel_modules() if triton._has_triton() else ():
-            for name, kernel in list(vars(module).items()):
-                if name.endswith('_kernel'):
-                    recorded = _Recorded(kernel, name, counter)
-                    stack.enter_context(mock.patch.object(module, name, recorded))
+        for module, name, kernel in triton_kernels() if triton._has_triton() else ():
+            recorded = _Recorded(kernel, name, counter)
+            stack.enter_context(mock.patch.object(module, name, recorded))
         yield
-
-
-def _kernel_modules() -> Iterator[object]:
-    for module in pkgutil.iter_modules(triton.__path__):
-        yield importlib.import_module(f'{triton.__name__}.{module.name}')
 
 
 @contextlib.contextmanager
 def counted(ops: str = 'fused') -> Iterator[Counter]:
-    """A pretended device, and a counter for it, which counts where it is entered.
+    """A pretended device, and a counter for it. The counter counts where it is entered.
 
     Args:
         ops (str): Which implementation of the ops runs, 'naive', 'eager' or 'fused'.
@@ -306,8 +304,8 @@ def count_model(name: str, case: Case, ops: str = 'fused') -> List[Kernel]:
     """Kernels of a call of a model.
 
     Args:
-        name (str): One of :data:`benchmarks.races.MODELS`.
-        case (Case): What it does.
+        name (str): One of :data:`benchmarks.models.MODELS`.
+        case (Case): What the model does.
         ops (str): Which implementation of the ops runs, 'naive', 'eager' or 'fused'.
             Defaults to 'fused'.
 
@@ -316,21 +314,22 @@ def count_model(name: str, case: Case, ops: str = 'fused') -> List[Kernel]:
     """
     training = case.mode == 'train'
     dtype = getattr(torch, case.dtype)
-    enabled = dtype in naive.HALF
-    autocast = dict(
-        device_type='cuda', dtype=dtype if enabled else None, enabled=enabled
-    )
+    half = dtype in naive.HALF
+
+    def autocast() -> torch.autocast:
+        return torch.autocast('cuda', dtype=dtype if half else None, enabled=half)
+
     with counted(ops) as counter:
-        # Without numbers, which take long to draw; rates of stochastic depth are 0.
+        # On this device no random numbers are drawn, which would take long. The rates
+        # of stochastic depth are 0.
         with torch.device('cuda'):
-            model = races.build_model(name, case.task == 'classification')
+            model = models.build_model(name, case.task == 'classification')
         model.train(training)
         images = torch.randn(case.batch_size, 3, *case.shape, device='cuda')
         with torch.set_grad_enabled(training):
-            with torch.autocast(**autocast):
-                # What the first call leaves to others is not a part of one.
-                model(images)
-            with counter, torch.autocast(**autocast):
+            with autocast():
+                model(images)  # not counted: the first call fills caches
+            with counter, autocast():
                 outputs = model(images)
         if training:
             outputs = [outputs] if isinstance(outputs, Tensor) else outputs
@@ -363,30 +362,8 @@ def format_totals(kernels: Sequence[Kernel], gpu: GPU) -> str:
     )
 
 
-def save_totals(kernels: Sequence[Kernel], gpu: GPU, settings: dict, out: Path) -> None:
-    """Save the sums in JSON.
-
-    Args:
-        kernels (Sequence[Kernel]): What was counted.
-        gpu (GPU): What it runs on.
-        settings (dict): What else the numbers depend on.
-        out (Path): File to write.
-    """
-    operators = [
-        dict(stage=stage, name=name, **part._asdict())
-        for (stage, name), part in add_up_by_name(kernels, gpu).items()
-    ]
-    found = dict(
-        settings,
-        gpu=gpu._asdict(),
-        total=add_up(kernels, gpu)._asdict(),
-        operators=operators,
-    )
-    out.write_text(json.dumps(found, indent=2) + '\n')
-
-
-def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
     parser.add_argument('model', choices=MODELS)
     parser.add_argument(
         '--ops',
@@ -400,18 +377,18 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser.add_argument(
         '--shape',
         default='224x224',
-        help=f'{", ".join(races.PRESETS)}, or HEIGHTxWIDTH. A classifier for '
+        help=f'{", ".join(cases.PRESETS)}, or HEIGHTxWIDTH. A classifier for '
         '224x224, else the backbone (default: 224x224)',
     )
     parser.add_argument(
         '--dtype',
-        choices=races.DTYPES,
+        choices=cases.DTYPES,
         default='bfloat16',
         help='half precision: by autocast (default: bfloat16)',
     )
     parser.add_argument(
         '--mode',
-        choices=races.MODES,
+        choices=cases.MODES,
         default='infer',
         help='train: forward and backward (default: infer)',
     )
@@ -432,12 +409,12 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser.add_argument('--json', type=Path, metavar='FILE', help='save the sums here')
     args = parser.parse_args(argv)
     try:
-        (args.case,) = races.make_cases(
+        (args.case,) = cases.make_cases(
             [args.shape], [args.batch_size], [args.mode], [args.dtype]
         )
     except ValueError as error:
         parser.error(str(error))
-    if args.case.shape == races.PRESETS['classification']:
+    if args.case.shape == cases.PRESETS['classification']:
         args.case = args.case._replace(task='classification')
     if min(args.bandwidth, args.tflops or 1) <= 0 or args.launch < 0:
         parser.error(
@@ -462,8 +439,19 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     print(f'{args.model}, {args.ops}: {args.case}')
     print(format_totals(kernels, gpu))
     if args.json:
-        settings = dict(model=args.model, ops=args.ops, **args.case._asdict())
-        save_totals(kernels, gpu, settings, args.json)
+        operators = [
+            dict(stage=stage, name=name, **part._asdict())
+            for (stage, name), part in add_up_by_name(kernels, gpu).items()
+        ]
+        found = dict(
+            model=args.model,
+            ops=args.ops,
+            **args.case._asdict(),
+            gpu=gpu._asdict(),
+            total=add_up(kernels, gpu)._asdict(),
+            operators=operators,
+        )
+        args.json.write_text(json.dumps(found, indent=2) + '\n')
 
 
 if __name__ == '__main__':

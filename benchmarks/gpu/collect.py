@@ -1,5 +1,5 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""Gather results of run.sh: few files come back from some GPU machines.
+"""Gather the results of run.sh in few files.
 
 collect.py metric FOLDER NAME   print a metric of the newest evaluation in FOLDER
 collect.py demos FOLDER OUT     rows of FOLDER/*.jsonl as one list in OUT/demos.json
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def print_metric(folder: Path, name: str) -> None:
-    """MMEngine writes the metrics of a test into TIME/TIME.json."""
+    """Print a metric of the newest test. MMEngine writes it into TIME/TIME.json."""
     for path in sorted(folder.glob('*/*.json'), reverse=True):
         for line in reversed(path.read_text().splitlines()):
             metrics = json.loads(line)
@@ -21,6 +21,7 @@ def print_metric(folder: Path, name: str) -> None:
 
 
 def merge_demos(folder: Path, out: Path) -> None:
+    """Write the rows of all demos into one file."""
     rows = [
         json.loads(line)
         for path in sorted(folder.glob('*.jsonl'))

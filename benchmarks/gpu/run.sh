@@ -233,8 +233,8 @@ stage_correctness() {
     export OMP_NUM_THREADS
     # The demos, which may run beside, take longest.
     start marked_gpu tests_ops 4 tests/test_ops
-    start marked_gpu tests_others 2 tests/test_evaluation tests/test_engine \
-        tests/test_models tests/test_utils tests/test_configs
+    start marked_gpu tests_others 2 tests/test_benchmarks tests/test_engine \
+        tests/test_models tests/test_reproducible tests/test_configs
     start run checks_golden 200 nice "$PYTHON" "$HERE/checks.py" golden grads shapes
     start run checks_models 200 nice "$PYTHON" "$HERE/checks.py" models inout
     start run checks_graphs 200 nice "$PYTHON" "$HERE/checks.py" graphs
@@ -472,7 +472,7 @@ stage_speed() {
     local options=(--seconds "$(($(left) - 25))" --out "$OUT" --first "${RACE:-0}")
     [ -z "$DRY" ] || options+=(--dry)
     run speed "$(($(left) - 3))" "$PYTHON" "$HERE/speed.py" "${options[@]}"
-    grep -aE '^(#|\||SKIP|FAIL)' "$LOGS/speed.log"
+    grep -aE '^(#|\||Skipped|FAIL)' "$LOGS/speed.log"
 }
 
 # --- kernels ---

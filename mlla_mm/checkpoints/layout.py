@@ -1,5 +1,5 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""What MLLA checkpoints look like, and what tells that one does not fit a model."""
+"""The layouts of MLLA checkpoints, and errors for weights that do not fit a model."""
 
 import re
 from collections import OrderedDict
@@ -15,22 +15,21 @@ from ..utils.text import printable
 from .reader import CheckpointError
 
 EMA_KEY = 'state_dict_ema'
-"""Where a checkpoint holds averaged weights beside the plain ones.
+"""The key of the averaged weights in a checkpoint of the authors or of this package.
 
-The authors' training and ours agree on it. MMEngine's EMAHook has it the other way
-round, with the averaged weights in ``state_dict`` and the plain ones in
-``ema_state_dict``.
+MMEngine's EMAHook differs: it saves the averaged weights under ``state_dict`` and the
+plain ones under ``ema_state_dict``.
 """
 
 _PLAIN_KEYS = ('state_dict', 'model')
-# Of MLLA alone: Swin has 'attn.qkv'.
+# Only MLLA has such names: Swin has 'attn.qkv'. One digit keeps the number of stages,
+# which is the highest one plus one, small.
 _BLOCK = re.compile(
-    # No more stages than a network has: the highest one says how many there are.
     r'^(?P<prefix>.*?)layers\.(?P<stage>[0-9])\.blocks\.\d+\.attn\.qk\.weight$'
 )
-# Rotation tables of the authors' files: functions of the image size alone.
+# The authors' files contain rotation tables, which can be computed.
 _ROTATIONS = re.compile(r'\.rope\.rotations$')
-# The authors' classifier, without prefix, and ours.
+# Names in the authors' classifier, which has no prefix, and in ours.
 _CLASSIFIER_NAMES = {'norm.': 'backbone.norm3.', 'head.': 'head.fc.'}
 _TASKS = {
     'detector': ('rpn_head.', 'roi_head.', 'bbox_head.'),
@@ -46,10 +45,10 @@ _CONFIGS = {
 
 
 class Network(NamedTuple):
-    """What the names and shapes of weights tell about an MLLA.
+    """An MLLA, as the names and shapes of its weights describe it.
 
     Attributes:
-        prefix (str): What precedes the backbone's own names, '' or 'backbone.'.
+        prefix (str): Text before the backbone's own names, '' or 'backbone.'.
         embed_dims (int): Channels of the first stage.
         depths (tuple[int]): Blocks of each stage.
         task (str): 'detector', 'segmentor', 'classifier' or 'backbone'.
@@ -62,7 +61,7 @@ class Network(NamedTuple):
 
     @property
     def size(self) -> Optional[str]:
-        """'t', 's' or 'b' of a published network, else None."""
+        """'t', 's' or 'b' if this is a published network, else None."""
         return name_size(self.embed_dims, self.depths)
 
     def __str__(self) -> str:
@@ -72,40 +71,46 @@ class Network(NamedTuple):
 
 
 def describe(weights: Mapping[str, Tensor]) -> Optional[Network]:
-    """Recognise an MLLA by its weights; None if there is none."""
+    """Recognise an MLLA by its weights. Return None for other weights."""
     blocks = [match for match in map(_BLOCK.match, weights) if match]
     if not blocks or weights[blocks[0].string].dim() != 2:
         return None
     stages = [int(block['stage']) for block in blocks]
-    task = 'backbone'
-    for name, prefixes in _TASKS.items():
-        if any(key.startswith(prefixes) for key in weights):
-            task = name
-            break
+    tasks = [
+        task
+        for task, prefixes in _TASKS.items()
+        if any(key.startswith(prefixes) for key in weights)
+    ]
     return Network(
         prefix=blocks[0]['prefix'],
+        # Each stage has twice the channels of the one before.
         embed_dims=weights[blocks[0].string].shape[-1] >> stages[0],
         depths=tuple(stages.count(stage) for stage in range(max(stages) + 1)),
-        task=task,
+        task=tasks[0] if tasks else 'backbone',
     )
 
 
 def find_weights(
     checkpoint: Any, source: str, ema: Optional[bool] = None
 ) -> Mapping[str, Tensor]:
-    """The weights of a checkpoint, wherever it holds them.
+    """Find the weights in a checkpoint.
+
+    OpenMMLab and this package save them under ``state_dict``, the authors' classifiers
+    under ``model``, and others at the top level. Averaged weights are under
+    ``state_dict_ema``.
 
     Args:
-        checkpoint: What the file holds: weights under ``state_dict`` (OpenMMLab and
-            this package), ``model`` (the authors' classifiers), or at the top level;
-            averaged ones under ``state_dict_ema``.
-        source (str): The file, for errors.
-        ema (bool, optional): Whether to take the averaged weights. None takes the
-            plain ones, but does not choose for a checkpoint of this package that has
-            both; the authors' files have a recipe that does. Defaults to None.
+        checkpoint (Any): Content of the file.
+        source (str): Name of the file, for errors.
+        ema (bool, optional): Whether to take the averaged weights. None takes the plain
+            weights, and is an error if a checkpoint of this package has both. (In the
+            authors' files, the plain ones are the published ones.) Defaults to None.
+
+    Returns:
+        Mapping[str, Tensor]: Weights by name.
 
     Raises:
-        CheckpointError: If there are none, or if a choice is missing.
+        CheckpointError: If there are no weights, or if ``ema`` has to be given.
     """
     content = checkpoint if isinstance(checkpoint, Mapping) else {}
     if ema is None and {'state_dict', EMA_KEY} <= content.keys():
@@ -117,8 +122,8 @@ def find_weights(
     found = [content[key] for key in keys if isinstance(content.get(key), Mapping)]
     if not found and ema:
         raise CheckpointError(
-            f"{source} holds no averaged weights ('{EMA_KEY}'): it was saved by a "
-            'training without them. Take the plain ones.'
+            f"{source} holds no averaged weights ('{EMA_KEY}'), because its training "
+            'made none. Take the plain weights.'
         )
     weights = found[0] if found else content
     are_tensors = all(isinstance(value, Tensor) for value in weights.values())
@@ -131,7 +136,7 @@ def find_weights(
 
 
 def has_names(weights: Any) -> bool:
-    """Whether a value is a mapping whose keys are all text that can be printed."""
+    """Whether a value is a mapping and all its keys are printable text."""
     return isinstance(weights, Mapping) and all(
         isinstance(key, str) and key.isprintable() for key in weights
     )
@@ -140,36 +145,46 @@ def has_names(weights: Any) -> bool:
 def to_own_names(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Give the weights of an MLLA the names that they have in this package.
 
-    The prefix ``module.`` of distributed training is removed, and so are rotation
-    tables. The authors' classifier becomes ours: ``backbone.`` before the names,
-    ``norm`` as ``norm3`` and ``head`` as ``head.fc``. Others have our names already.
+    The prefix ``module.`` of distributed training and the rotation tables are removed.
+    In the authors' classifier, ``norm`` becomes ``backbone.norm3``, ``head`` becomes
+    ``head.fc``, and other names get ``backbone.`` in front. Their detectors and
+    segmentors have our names already.
+
+    Args:
+        weights (Mapping[str, Tensor]): Weights by name. They are not changed.
+
+    Returns:
+        Mapping[str, Tensor]: The same tensors by their new names.
     """
-    if all(key.startswith('module.') for key in weights):
-        weights = _renamed(weights, methodcaller('removeprefix', 'module.'))
-    if 'backbone.head.weight' in weights:
-        weights = _renamed(weights, methodcaller('removeprefix', 'backbone.'))
-    weights = _renamed(weights, str)
-    for key in [key for key in weights if _ROTATIONS.search(key)]:
-        del weights[key]
-    network = describe(weights)
+    result = OrderedDict(
+        (key, value) for key, value in weights.items() if not _ROTATIONS.search(key)
+    )
+    if all(key.startswith('module.') for key in result):
+        result = _renamed(result, methodcaller('removeprefix', 'module.'))
+    if 'backbone.head.weight' in result:
+        result = _renamed(result, methodcaller('removeprefix', 'backbone.'))
+    network = describe(result)
     if network and not network.prefix and network.task == 'classifier':
-        weights = _renamed(weights, _to_own_classifier)
-    return weights
+        result = _renamed(result, _to_own_classifier)
+    if hasattr(weights, METADATA):
+        setattr(result, METADATA, getattr(weights, METADATA))
+    return result
 
 
 def to_own_layout(checkpoint: Any, source: str) -> Any:
-    """Turn any checkpoint of an MLLA into one with ``state_dict`` and our names.
+    """Turn a checkpoint of an MLLA into one with ``state_dict`` and our names.
 
     Args:
-        checkpoint: What a file holds.
-        source (str): The file, for errors.
+        checkpoint (Any): Content of a file.
+        source (str): Name of the file, for errors.
 
     Returns:
-        A dict with ``state_dict``, maybe ``state_dict_ema``, and whatever else there
-        was. A checkpoint of another network is returned as it is.
+        A dict with ``state_dict``, with ``state_dict_ema`` if there are averaged
+        weights, and with all other content. A checkpoint of another network is returned
+        unchanged.
 
     Raises:
-        CheckpointError: If the averaged weights are none.
+        CheckpointError: If ``state_dict_ema`` contains anything but weights.
     """
     try:
         weights = find_weights(checkpoint, source, ema=False)
@@ -193,17 +208,18 @@ def check_fit(
     source: str,
     fresh: Optional[re.Pattern] = None,
 ) -> None:
-    """Refuse weights that do not fit.
+    """Refuse weights that do not fit a model.
 
     Args:
-        own (Mapping[str, Tensor]): The model's state dict.
-        weights (Mapping[str, Tensor]): What is to be loaded into it.
-        source (str): The file, for the error.
-        fresh (re.Pattern, optional): Names that may be missing. BatchNorm's counters
-            (``num_batches_tracked``) may be in any case, as in PyTorch.
+        own (Mapping[str, Tensor]): State dict of the model.
+        weights (Mapping[str, Tensor]): Weights that are to be loaded.
+        source (str): Name of the file, for the error.
+        fresh (re.Pattern, optional): Names that the weights may lack. They may always
+            lack the counters of BatchNorm (``num_batches_tracked``), as in PyTorch.
+            Defaults to None.
 
     Raises:
-        CheckpointError: If names or shapes differ. The message lists the first
+        CheckpointError: If names or shapes differ. The message lists the first five
             differences and says what to do.
     """
     problems: Dict[str, str] = {}
@@ -221,7 +237,7 @@ def check_fit(
             )
     if not problems:
         return
-    # Shapes tell more than names.
+    # Different shapes first: they tell more than missing names.
     shown = sorted(problems, key=lambda key: key not in own or key not in weights)[:5]
     lines = '\n'.join(f'    {printable(key)}: {problems[key]}' for key in shown)
     raise CheckpointError(
@@ -232,11 +248,8 @@ def check_fit(
 
 def _renamed(
     weights: Mapping[str, Tensor], rename: Callable[[str], str]
-) -> Mapping[str, Tensor]:
-    result = OrderedDict((rename(key), value) for key, value in weights.items())
-    if hasattr(weights, METADATA):
-        setattr(result, METADATA, getattr(weights, METADATA))
-    return result
+) -> 'OrderedDict[str, Tensor]':
+    return OrderedDict((rename(key), value) for key, value in weights.items())
 
 
 def _to_own_classifier(key: str) -> str:
@@ -252,24 +265,27 @@ def _way_out(
     source: str,
     problems: List[str],
 ) -> str:
+    """Say what the user can do about weights that do not fit."""
     model, file = describe(own), describe(weights)
-    if file is None:
-        return 'The file holds no MLLA.'
+    if file is None or model is None:
+        return 'The file holds no MLLA.' if file is None else 'The model has no MLLA.'
     if (file.embed_dims, file.depths) != (model.embed_dims, model.depths):
         text = f'The file holds {file}; the model is {model}. '
         if file.size is None:
-            return text + "Give the backbone's arch the file's numbers."
+            return text + "Set the backbone's arch to the numbers of the file."
         return text + (
             f'Use a config of that size, {_CONFIGS[model.task]}/*mlla-{file.size}*.py, '
             f"or set the backbone's arch to '{file.size}'."
         )
     start = (
-        'To start from its backbone alone: --cfg-options load_from=None '
+        'To use only its backbone: --cfg-options load_from=None '
         'model.backbone.init_cfg.type=Pretrained '
         f'model.backbone.init_cfg.checkpoint={source}'
     )
     if model.prefix and file.task != model.task:
         return f'The file holds a {file.task}, the model is a {model.task}. {start}'
     if model.prefix and not any(key.startswith(model.prefix) for key in problems):
-        return f'The backbone fits; is it another number of classes? {start}'
-    return "Check the backbone's arguments against the file's, or fetch it again."
+        return (
+            f'The backbone fits; the file may have another number of classes. {start}'
+        )
+    return "Check the backbone's arguments, or fetch the file again."

@@ -1,5 +1,5 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""A checkpoint for others: the weights alone, under a name that tells them apart."""
+"""Makes a checkpoint for others: only weights, with a checksum in the file name."""
 
 import hashlib
 import io
@@ -12,8 +12,8 @@ from ..utils.files import write_whole
 from .layout import describe, find_weights, to_own_names
 from .reader import CheckpointError, load_checkpoint_file
 
-#: What is kept of a checkpoint's ``meta``: the names and colours of the classes, as
-#: MMEngine saves them and as older toolboxes did, and which training it was.
+#: Keys of ``meta`` that are kept: names and colours of the classes (as MMEngine and as
+#: older toolboxes save them), and how far the training was.
 PUBLISHED_META = (
     *('dataset_meta', 'CLASSES', 'PALETTE'),
     *('epoch', 'iter', 'mmengine_version'),
@@ -28,25 +28,25 @@ def publish(
 ) -> Path:
     """Write the weights of any MLLA checkpoint in this package's layout.
 
-    The file holds ``state_dict`` and, of OpenMMLab's checkpoints, what
-    :data:`PUBLISHED_META` names of ``meta`` (for inference: the names of the classes).
-    The config, a program that MMEngine would execute, is left out: publish it beside
-    the file. The authors' classifiers become ours. As in OpenMMLab, the first 8 digits
-    of the file's SHA-256 go at the end of its name.
+    The new file contains ``state_dict`` and the keys :data:`PUBLISHED_META` of
+    ``meta``, among them the class names for inference. It does not contain the config,
+    because MMEngine would execute it; publish the config as a file of its own. As in
+    OpenMMLab, the file name ends in the first 8 digits of the file's SHA-256.
 
     Args:
         source (str | Path): A checkpoint of the authors or of this package.
-        destination (str | Path): Path of the new file, which ends in .pth.
-        ema (bool): Take the averaged weights, not the plain ones. Defaults to False.
-        trust (bool, optional): See
-            :func:`mlla_mm.checkpoints.reader.load_checkpoint_file`.
+        destination (str | Path): Path of the new file. It ends in .pth.
+        ema (bool): Whether to take the averaged weights instead of the plain ones.
+            Defaults to False.
+        trust (bool, optional): Whether the source may run code, see
+            :func:`mlla_mm.checkpoints.reader.load_checkpoint_file`. Defaults to None.
 
     Returns:
-        Path: The file, DESTINATION-SHA256.pth.
+        Path: The new file, DESTINATION-SHA256.pth.
 
     Raises:
         FileNotFoundError: If there is no ``source``.
-        ValueError: If ``destination`` ends otherwise.
+        ValueError: If ``destination`` does not end in .pth.
         CheckpointError: If ``source`` is no checkpoint of an MLLA.
     """
     destination = Path(destination)

@@ -1,9 +1,9 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""How MMEngine loads checkpoints here: without running code, whoever published them.
+"""Makes MMEngine load checkpoints without running the code in them.
 
-Importing this module replaces MMEngine's loading schemes, which execute pickles, in
-all that goes through ``CheckpointLoader``: ``load_from``, resuming, ``Pretrained``
-initialisation of any module, inferencers.
+MMEngine's own loading schemes execute pickles. Importing this module replaces them for
+everything that uses ``CheckpointLoader``: ``load_from``, resuming, the ``Pretrained``
+initialisation of any module, and inferencers.
 """
 
 from collections.abc import Mapping
@@ -31,20 +31,26 @@ from .reader import (
 # MMEngine logs what follows 'load_from_' in the names of these functions.
 @CheckpointLoader.register_scheme(prefixes='', force=True)
 def load_from_local(filename: Union[str, Path], map_location: Any = None) -> Any:
-    """Read a local file; an MLLA of the authors' gets our layout and names.
+    """Read a local file. A checkpoint of the authors' MLLA gets our layout and names.
 
-    Tensors go to the CPU if ``map_location`` is None, wherever they were saved.
+    If ``map_location`` is None, the tensors go to the CPU.
     """
-    checkpoint = load_checkpoint_file(filename, map_location or 'cpu')
+    checkpoint = load_checkpoint_file(filename, map_location)
     if not checkpoints_are_trusted():
         _remove_programs(checkpoint)
-    _require_names(checkpoint, filename)
+    content = checkpoint if isinstance(checkpoint, Mapping) else {}
+    if not has_names(content.get('state_dict', content)):
+        # MMEngine would fail far from here.
+        raise CheckpointError(
+            f'{filename} holds no weights: expected names and tensors, at the top '
+            "level or under 'state_dict'."
+        )
     return to_own_layout(checkpoint, str(filename))
 
 
 @CheckpointLoader.register_scheme(prefixes=['http://', 'https://'], force=True)
 def load_from_http(filename: str, map_location: Any = None) -> Any:
-    """Read a file from the web, or from PyTorch's cache if it was fetched before."""
+    """Read a file from the web, through PyTorch's cache."""
     return load_from_local(fetch_checkpoint(filename), map_location)
 
 
@@ -81,18 +87,13 @@ def load_from_mmcls(filename: str, map_location: Any = None) -> Any:
     checkpoint = load_from_http(get_mmcls_models()[_name(filename)], map_location)
     weights = find_weights(checkpoint, filename)
     prefix = 'backbone.'
-    return dict(
-        state_dict={
-            key[len(prefix) :]: value
-            for key, value in weights.items()
-            if key.startswith(prefix)
-        }
-    )
+    own = {k[len(prefix) :]: v for k, v in weights.items() if k.startswith(prefix)}
+    return dict(state_dict=own)
 
 
 @CheckpointLoader.register_scheme(prefixes='pavi://', force=True)
 def load_from_pavi(filename: str, map_location: Any = None) -> Any:
-    """Refuse what MMEngine's own scheme would execute.
+    """Refuse pavi://, because MMEngine's own scheme for it executes pickles.
 
     Raises:
         ValueError: Always.
@@ -106,31 +107,16 @@ def _name(address: str) -> str:
     return address.split('://', 1)[1]
 
 
-def _require_names(checkpoint: Any, filename: Union[str, Path]) -> None:
-    """Refuse weights without names, which end in errors deep inside of MMEngine."""
-    content = checkpoint if isinstance(checkpoint, Mapping) else {}
-    if not has_names(content.get('state_dict', content)):
-        raise CheckpointError(
-            f'{filename} holds no weights: expected names and tensors, at the top '
-            "level or under 'state_dict'."
-        )
-
-
 def _remove_programs(checkpoint: Any) -> None:
-    """Remove the configs that a checkpoint carries as text.
+    """Remove the configs, which a checkpoint contains as text.
 
-    MMEngine executes the text as Python: when resuming, and in an inferencer that is
-    given no config.
+    MMEngine executes such a text as Python when it resumes, and in an inferencer that
+    has no other config.
     """
-    if not isinstance(checkpoint, Mapping):
-        return
-    for path, keys in {
-        ('meta',): ('config', 'cfg'),
-        ('message_hub', 'runtime_info'): ('cfg',),
-    }.items():
-        holder = checkpoint
-        for key in path:
-            holder = holder.get(key) if isinstance(holder, Mapping) else None
+    content = checkpoint if isinstance(checkpoint, dict) else {}
+    hub = content.get('message_hub')
+    runtime = hub.get('runtime_info') if isinstance(hub, dict) else None
+    for holder, keys in ((content.get('meta'), ('config', 'cfg')), (runtime, ('cfg',))):
         if isinstance(holder, dict):
             for key in keys:
                 holder.pop(key, None)

@@ -1,18 +1,23 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""A reader of pickles that makes data of them, and can do nothing else.
+"""A pickle reader that builds data and can do nothing else.
 
-A pickle is a program: it names functions and classes, and calls them. Python's reader
-imports what is named. This one knows the steps that plain data and tensors need, and a
-table of names; both are below, and whatever they do not have is refused. What a pickle
-calls is always code of this module, which looks at its arguments first.
+A pickle is a program for a small stack machine: it names functions and classes, and
+calls them. Python's own reader imports whatever is named. This reader takes the steps
+from :func:`pickletools.genops` of the standard library, which only decodes them. It
+carries out the steps that data and tensors need, and looks up names in a fixed table.
+Every other step and name is refused. All functions in the table stand in this module
+and check their arguments before they build anything.
+
+Two limits keep a small file from using up time or memory: :data:`MAX_STEPS` bounds the
+work, :data:`MAX_DEPTH` the nesting.
 """
 
+import io
 import math
-import pickle
+import pickletools
 import re
-import struct
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, Dict, List, Optional, Tuple
@@ -25,33 +30,37 @@ from torch import Tensor, nn
 from ..compat.pytorch import METADATA
 from ..utils.text import printable
 
-#: What one pickle may cost: its steps, of which dear ones count several times, and what
-#: they copy; three times its bytes, if that is more. A tensor takes 150. It bounds the
-#: objects of what it holds, written out, too.
+#: Budget of one pickle, in steps; three times the pickle's bytes if that is more.
+#: Expensive steps count several times (a tensor takes about 150), and so do the bytes
+#: and items that a step copies. The written-out content has at most MAX_STEPS objects.
 MAX_STEPS = 10_000_000
-#: Containers in containers. Python's own code fails, or crashes, at some hundreds.
+#: How files of PyTorch before 1.6 begin.
+OLD_FORMAT = b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.'
+#: Largest depth of containers in containers. Python code that prints or copies such
+#: containers fails, or crashes, at some hundreds.
 MAX_DEPTH = 100
-# A seed has 8. Python takes quadratic time to print an integer.
-_MAX_INT_BYTES = 128
+# Limits of dict keys and set items. Python computes the hash of a number modulo
+# 2**61 - 1, so a file could choose larger numbers that all have the same hash.
+_MAX_KEY = 1 << 60
+_MAX_KEY_LENGTH = 4096
+_MAX_KEYS = 8
+# Limits of tensor and array shapes. NumPy 1 has 32 axes at most.
 _MAX_LENGTH = 1 << 48
 _MAX_AXES = 32
-# Elements that calls may copy, as a multiple of the pickle's bytes. Arrays are copied
-# twice, and the shortest reference to a short word is two bytes long.
-_MAX_COPIES = 10
 
 
 class Refused(Exception):
-    """A pickle asks for more than data; says for what."""
+    """A pickle asks for more than data. The message names what it asks for."""
 
 
 @dataclass
 class Storage:
-    """Memory that tensors share.
+    """Memory that several tensors may share.
 
     Attributes:
-        memory (Tensor, optional): Its bytes, uint8 of shape (N,). None if tensors are
-            not to be read.
-        dtype (torch.dtype): Of the tensors that do not say theirs.
+        memory (Tensor, optional): The bytes, uint8 of shape (N,). None means that
+            tensors are not read; they become None.
+        dtype (torch.dtype): Type of the numbers in it.
     """
 
     memory: Optional[Tensor]
@@ -60,42 +69,44 @@ class Storage:
 
 @dataclass(frozen=True)
 class StorageType:
-    """What a class such as ``torch.FloatStorage`` is in a pickle."""
+    """What a pickle gets for a class such as ``torch.FloatStorage``."""
 
     dtype: torch.dtype
 
 
 @dataclass
 class _Dtype:
-    """A NumPy dtype in the making.
+    """A NumPy dtype whose byte order may still change.
 
-    NumPy's own would change under the arrays that use it when its state is set, and
-    believes a size that is wrong.
+    A pickle makes a dtype first and sets its byte order afterwards. Doing this to
+    NumPy's own object would change all arrays that use the object.
     """
 
-    name: str
-    order: str = '='
-
-    def made(self) -> np.dtype:
-        return np.dtype(self.name).newbyteorder(self.order)
+    dtype: np.dtype
 
 
-LoadStorage = Callable[[StorageType, str, int], Storage]
-"""Makes the storage of a type, a key and a number of elements."""
+LoadStorage = Callable[[StorageType, str, int], Optional[Storage]]
+"""Function that returns the storage for a type, a key and a number of elements."""
+
+
+class _Stream(io.BytesIO):
+    """Bytes with short lines. Python takes quadratic time to read a long number."""
+
+    def readline(self, size: Optional[int] = None) -> bytes:
+        return super().readline(1000)
 
 
 class Unpickler:
-    """Reads pickles of protocols 2 to 5, one behind the other.
+    """Reads pickles of protocols 2 to 5 that follow each other.
 
     Args:
         data (bytes): The pickles.
-        load_storage (Callable): Makes the storages that they refer to. None allows
-            none. Defaults to None.
-        names (Mapping, optional): What to find under names, (module, name), beside
-            the table of this module. Their values are called if they are functions.
-            Defaults to None.
-        max_steps (int, optional): Most steps of a pickle. None means MAX_STEPS.
-            Defaults to None.
+        load_storage (Callable, optional): Function that returns the storages of
+            tensors. None refuses tensors. Defaults to None.
+        names (Mapping, optional): Functions that a pickle may call in addition to
+            those of this module, by (module, name). Defaults to None.
+        max_steps (int, optional): Budget of each pickle. None means
+            :data:`MAX_STEPS`, or three times the bytes. Defaults to None.
     """
 
     def __init__(
@@ -105,501 +116,372 @@ class Unpickler:
         names: Optional[Mapping[Tuple[str, str], Callable]] = None,
         max_steps: Optional[int] = None,
     ) -> None:
-        self._data = data
+        self._stream = _Stream(data)
         self._max_steps = max_steps or max(MAX_STEPS, 3 * len(data))
-        self._position = 0
-        self._copied = 0
         self._load_storage = load_storage
-        self._names = {**_NAMES, **names} if names else _NAMES
-        self._calls = _CALLS
-        if names:
-            self._calls = {**_CALLS, **{id(call): call for call in names.values()}}
+        self._names = {**_NAMES, **(names or {})}
 
     def load(self) -> Any:
         """Read the next pickle.
 
         Returns:
-            What it holds: containers in containers at most MAX_DEPTH deep, and without
-            cycles.
+            The content. Its containers are nested at most MAX_DEPTH deep and contain
+            no cycles.
 
         Raises:
-            Refused: If it asks for more than data.
+            Refused: If the pickle asks for more than data.
             Exception: Of any kind, if the pickle is damaged.
         """
         self._stack: List[Any] = []
         self._marks: List[int] = []
         self._memo: List[Any] = []
         self._steps = 0
-        while True:
-            opcode = self.read(1)
-            if opcode == pickle.STOP:
-                content = self._stack.pop()
-                _require_bounded(content)
-                return content
-            self._spend(_COSTS.get(opcode, 1))
-            self._step(opcode)
+        for opcode, argument, _ in pickletools.genops(self._stream):
+            if opcode.name != 'STOP':
+                self._spend(_COSTS.get(opcode.name, 1))
+                self._step(opcode.name, argument)
+        content = self._stack.pop()
+        _require_bounded(content, {})
+        return content
+
+    def read(self, count: int) -> bytes:
+        """Take the bytes behind the last pickle.
+
+        Args:
+            count (int): Number of bytes.
+
+        Raises:
+            EOFError: If there are fewer.
+        """
+        data = self._stream.read(count)
+        if len(data) < count:
+            raise EOFError('the pickle ends too early')
+        return data
+
+    def _step(self, name: str, argument: Any) -> None:
+        """Carry out a step. :mod:`pickletools` explains what each one does."""
+        stack = self._stack
+        if name in _VALUES:
+            stack.append(argument)
+        elif name in ('BINPUT', 'LONG_BINPUT', 'MEMOIZE'):
+            place = len(self._memo) if argument is None else argument
+            if place > len(self._memo):  # Python numbers the memo without gaps
+                raise ValueError('a memo that skips numbers')
+            self._memo[place : place + 1] = [stack[-1]]
+        elif name in ('BINGET', 'LONG_BINGET'):
+            stack.append(self._memo[argument])
+        elif name == 'MARK':
+            self._marks.append(len(stack))
+        elif name in _CONSTANTS:
+            stack.append(_CONSTANTS[name])
+        elif name in _EMPTY:
+            stack.append(_EMPTY[name]())
+        elif name in ('TUPLE', 'TUPLE1', 'TUPLE2', 'TUPLE3'):
+            stack.append(tuple(self._pop(name)))
+        elif name in ('APPEND', 'APPENDS'):
+            items = self._pop(name)
+            self._target(list).extend(items)
+        elif name in ('SETITEM', 'SETITEMS'):
+            items = self._pop(name)
+            target = self._target(dict)
+            self._pay_for_keys(items[::2], target)
+            for key, value in zip(items[::2], items[1::2]):
+                target[key] = value
+        elif name == 'ADDITEMS':
+            items = self._pop(name)
+            self._pay_for_keys(items, self._target(set))
+            stack[-1].update(items)
+        elif name == 'FROZENSET':
+            items = self._pop(name)
+            self._pay_for_copies([items])
+            stack.append(_frozen_set(items))
+        elif name == 'GLOBAL':
+            self._find(*argument.split(' ', 1))
+        elif name == 'STACK_GLOBAL':
+            self._find(*self._pop(name))
+        elif name in ('REDUCE', 'NEWOBJ'):  # a class is called as a function is
+            self._call(*self._pop(name))
+        elif name == 'BUILD':
+            self._set_state(*self._pop(name))
+        elif name == 'BINPERSID':
+            self._refer_to_storage(*self._pop(name))
+        elif name == 'PROTO':
+            if not 2 <= argument <= 5:
+                raise Refused(f'protocol {argument} of pickle')
+        elif name != 'FRAME':
+            raise Refused(f'pickle.{name}, a step that plain data do not need')
+
+    def _pop(self, name: str) -> List[Any]:
+        """Take from the stack what a step needs: a fixed number, or since the mark."""
+        start = len(self._stack) - _TAKES[name] if name in _TAKES else self._marks.pop()
+        if start < 0:
+            raise IndexError('the stack is empty')
+        values = self._stack[start:]
+        del self._stack[start:]
+        return values
+
+    def _target(self, kind: type) -> Any:
+        """Return the container that a step fills. Refuse tensors and other objects."""
+        target = self._stack[-1]
+        if not isinstance(target, kind):
+            raise Refused(f'items of a {type(target).__name__}')
+        return target
 
     def _spend(self, steps: int) -> None:
         self._steps += steps
         if self._steps > self._max_steps:
             raise Refused(f'more than {self._max_steps:,} steps')
 
-    def read(self, count: int) -> bytes:
-        """Take the next bytes.
+    def _pay_for_keys(self, keys: Sequence[Any], target: Collection) -> None:
+        """Check new keys of a dict or set, and pay for collisions in its hash table.
 
-        Raises:
-            EOFError: If there are fewer.
+        Numbers can be chosen such that each one collides with many others. The hash of
+        a text is random.
         """
-        end = self._position + count
-        if end > len(self._data):
-            raise EOFError('the pickle ends too early')
-        data = self._data[self._position : end]
-        self._position = end
-        return data
+        _require_keys(keys)
+        count = sum(not isinstance(key, str) for key in keys)
+        self._spend(count * (2 * len(target) + count) // 200)
 
-    def _step(self, opcode: bytes) -> None:
-        push = self._stack.append
-        if opcode in _CONSTANTS:
-            push(_CONSTANTS[opcode])
-        elif opcode in _EMPTY:
-            push(_EMPTY[opcode]())
-        elif opcode in _NUMBERS:
-            push(self._number(_NUMBERS[opcode]))
-        elif opcode in _TEXTS:
-            size, convert = _TEXTS[opcode]
-            push(convert(self.read(self._number(size))))
-        elif opcode in _TUPLES:
-            push(self._pop(_TUPLES[opcode]))
-        elif opcode in _PUT:
-            self._put(self._number(_PUT[opcode]))
-        elif opcode in _GET:
-            push(self._memo[self._number(_GET[opcode])])
-        elif opcode in self._STEPS:
-            self._STEPS[opcode](self)
-        else:
-            raise Refused(f'{_opcode_name(opcode)}, a step that plain data do not need')
-
-    def _number(self, form: str) -> Any:
-        return struct.unpack(form, self.read(struct.calcsize(form)))[0]
-
-    def _pop(self, count: int) -> Tuple:
-        """Take the last values from the stack."""
-        if count > len(self._stack):
-            raise IndexError('the stack is empty')
-        values = tuple(self._stack[-count:])
-        del self._stack[-count:]
-        return values
-
-    def _pop_mark(self) -> List[Any]:
-        """Take what is on the stack since the last mark."""
-        start = self._marks.pop()
-        values = self._stack[start:]
-        del self._stack[start:]
-        return values
-
-    def _protocol(self) -> None:
-        version = self._number('<B')
-        if not 2 <= version <= 5:
-            raise Refused(f'protocol {version} of pickle')
-
-    def _frame(self) -> None:
-        self._number('<Q')  # its length, for readers of streams
-
-    def _mark(self) -> None:
-        self._marks.append(len(self._stack))
-
-    def _memoize(self) -> None:
-        self._memo.append(self._stack[-1])
-
-    def _put(self, number: int) -> None:
-        # Python counts them.
-        if number > len(self._memo):
-            raise ValueError('a memo that skips numbers')
-        self._memo[number : number + 1] = [self._stack[-1]]
-
-    def _tuple(self) -> None:
-        self._stack.append(tuple(self._pop_mark()))
-
-    def _append(self) -> None:
-        self._extend(self._pop(1))
-
-    def _appends(self) -> None:
-        self._extend(self._pop_mark())
-
-    def _extend(self, values: Iterable[Any]) -> None:
-        self._target(list).extend(values)
-
-    def _set_item(self) -> None:
-        self._set_pairs(self._pop(2))
-
-    def _set_items(self) -> None:
-        self._set_pairs(self._pop_mark())
-
-    def _set_pairs(self, pairs: Iterable[Any]) -> None:
-        target = self._target(dict)
-        for key, value in zip(pairs[::2], pairs[1::2]):
-            self._pay_for_key(key, len(target))
-            target[_key(key)] = value
-
-    def _add_items(self) -> None:
-        items = self._pop_mark()
-        target = self._target(set)
-        for item in items:
-            self._pay_for_key(item, len(target))
-            target.add(_key(item))
-
-    def _frozen_set(self) -> None:
-        items = self._pop_mark()
-        self._pay_for_copy(items)
-        self._stack.append(frozenset(map(_key, items)))
-
-    def _pay_for_key(self, key: Any, size: int) -> None:
-        # Numbers can be chosen such that each meets many others in the table.
-        if not isinstance(key, str):
-            self._spend(size // 100)
-
-    def _pay_for_copy(self, container: Any) -> None:
-        """As if all its items were keys, and numbers."""
-        self._spend(10 * len(container) + len(container) ** 2 // 200)
-
-    def _target(self, *kinds: type) -> Any:
-        """What is changed. A tensor, say, does other things with items."""
-        target = self._stack[-1]
-        if not isinstance(target, kinds):
-            raise Refused(f'items of a {type(target).__name__}')
-        return target
-
-    def _global(self) -> None:
-        names = []
-        for _ in range(2):
-            end = self._data.index(b'\n', self._position)
-            names.append(self.read(end - self._position).decode())
-            self.read(1)
-        self._find(*names)
-
-    def _stack_global(self) -> None:
-        self._find(*self._pop(2))
+    def _pay_for_copies(self, values: Iterable[Any]) -> None:
+        """Pay for what is copied. Copies of one text could fill any memory."""
+        for value in values:
+            if isinstance(value, _CONTAINERS):  # as if all items were keys, and numbers
+                self._spend(10 * len(value) + len(value) ** 2 // 200)
+            elif isinstance(value, (str, bytes, bytearray)):
+                self._spend(len(value))
+            elif isinstance(value, np.ndarray):
+                self._spend(value.nbytes)
 
     def _find(self, module: Any, name: Any) -> None:
-        if not (isinstance(module, str) and isinstance(name, str)):
-            raise ValueError('a name that is no text')
+        require_types(str, module, name)
         if (module, name) not in self._names:
             raise Refused(printable(f'{module}.{name}'))
         self._stack.append(self._names[module, name])
 
-    def _reduce(self) -> None:
-        called, args = self._pop(2)
-        call = self._calls.get(id(called))
-        if call is None or not isinstance(args, tuple):
+    def _call(self, called: Any, arguments: Any) -> None:
+        """Call a function of the table, or what the table has for a class."""
+        is_class = isinstance(called, type) and called in _CLASSES
+        # No step makes functions, so a function is one of the table.
+        if not is_class and not isinstance(called, FunctionType):
             raise Refused(f'a call of {printable(getattr(called, "__name__", called))}')
-        self._count_copies(args)
-        if call is storage_from_bytes:  # pickles of their own
-            self._spend(500)
-        self._stack.append(call(*args))
+        require_types(tuple, arguments)
+        self._pay_for_copies(arguments)
+        make, types = _CLASSES[called] if is_class else (called, object)
+        require_types(types, *arguments)
+        self._stack.append(make(*arguments))
 
-    def _build(self) -> None:
-        """Set the state of an object, of those kinds whose state is data alone."""
-        (state,) = self._pop(1)
+    def _set_state(self, state: Any) -> None:
+        """Set the state of the last object, if the state of its type is only data."""
         target = self._stack[-1]
-        for kind, restore in _RESTORE.items():
-            if isinstance(target, kind) and type(state) in (tuple, dict):
-                # The state first, which pays for looking at its items.
-                self._count_copies((state,))
-                self._count_copies(state.values() if type(state) is dict else state)
-                restore(target, state)
-                return
-        raise Refused(f'setting the state of a {type(target).__name__}')
+        restore = _RESTORE.get(type(target))
+        if restore is None or type(state) not in (tuple, dict):
+            raise Refused(f'setting the state of a {type(target).__name__}')
+        self._pay_for_copies([state])
+        self._pay_for_copies(state.values() if type(state) is dict else state)
+        restore(target, state)
 
-    def _count_copies(self, values: Iterable[Any]) -> None:
-        """Bound what calls copy: the same text, again and again, fills any memory."""
-        for value in values:
-            if isinstance(value, _CONTAINERS):
-                self._pay_for_copy(value)
-            elif isinstance(value, (str, bytes, bytearray)):
-                self._copied += len(value)
-            elif isinstance(value, np.ndarray):
-                self._copied += value.nbytes
-        if self._copied > _MAX_COPIES * len(self._data):
-            raise Refused('the same content again and again')
-
-    def _persistent(self) -> None:
-        # Where it was saved does not matter. PyTorch's older format adds a view.
-        ((_, kind, key, _, numel, *view),) = self._pop(1)
-        if not isinstance(kind, StorageType) or type(key) is not str:
-            raise ValueError('a reference to something else than a storage')
-        if self._load_storage is None or any(part is not None for part in view):
-            raise Refused('a storage' + ' of a view' * bool(view))
+    def _refer_to_storage(self, reference: Any) -> None:
+        """Push the storage that a reference names."""
+        # The fourth part is the device of the tensors, which does not matter. In plain
+        # pickles there is a sixth part, for views.
+        _, kind, key, _, numel, *view = reference
+        require_types(StorageType, kind)
+        require_types(str, key)
         _require_lengths(numel)
+        if self._load_storage is None or any(part is not None for part in view):
+            raise Refused('a storage, or a view of one')
         self._stack.append(self._load_storage(kind, key, numel))
 
-    _STEPS: Dict[bytes, Callable] = {
-        pickle.PROTO: _protocol,
-        pickle.FRAME: _frame,
-        pickle.MARK: _mark,
-        pickle.MEMOIZE: _memoize,
-        pickle.TUPLE: _tuple,
-        pickle.APPEND: _append,
-        pickle.APPENDS: _appends,
-        pickle.SETITEM: _set_item,
-        pickle.SETITEMS: _set_items,
-        pickle.ADDITEMS: _add_items,
-        pickle.FROZENSET: _frozen_set,
-        pickle.GLOBAL: _global,
-        pickle.STACK_GLOBAL: _stack_global,
-        pickle.REDUCE: _reduce,
-        # A class with arguments; here both call our code.
-        pickle.NEWOBJ: _reduce,
-        pickle.BUILD: _build,
-        pickle.BINPERSID: _persistent,
-    }
 
-
-def storage_from_bytes(data: bytes) -> Storage:
-    """``torch.storage._load_from_bytes``, by which plain pickles hold tensors.
+def storage_from_bytes(data: Any) -> Storage:
+    """Read a storage as plain pickles hold it (``torch.storage._load_from_bytes``).
 
     Args:
-        data (bytes): One storage, as ``torch.save`` wrote it before PyTorch 1.6: five
-            pickles, the number of elements (int64), and the elements.
+        data (bytes): A storage in the file format of PyTorch before 1.6: five pickles,
+            the number of elements (int64), and the elements.
 
     Raises:
-        Refused: If it asks for more.
-        Exception: Of any kind, if it is damaged.
+        Refused: If the bytes ask for more.
+        Exception: Of any kind, if the bytes are damaged.
     """
-    # A few dozen steps make a reference to a storage.
-    stream = Unpickler(_of(bytes, data)[0], _claimed, max_steps=1000)
-    magic, version, _, storage, keys = (stream.load() for _ in range(5))
-    if _of(int, magic, version) != (0x1950A86A20F9469CFC6C, 1001):
-        raise ValueError('a storage in another format')
-    if not isinstance(storage, _Claim) or len(_of(list, keys)[0]) != 1:
+    require_types(bytes, data)
+    if not data.startswith(OLD_FORMAT):
+        raise Refused('a storage in another format')
+    found: List[Tuple[torch.dtype, int]] = []
+
+    def note(kind: StorageType, key: str, length: int) -> None:
+        found.append((kind.dtype, length))
+
+    # A storage takes a few dozen steps. The outer pickle pays for all of these bytes.
+    stream = Unpickler(data, note, max_steps=1000)
+    for _ in range(5):
+        stream.load()
+    if len(found) != 1:
         raise Refused('something else than a storage')
-    length, dtype = storage.length, storage.dtype
+    ((dtype, length),) = found
     if int.from_bytes(stream.read(8), 'little') != length:
         raise ValueError('a storage of another length than it says')
-    content = stream.read(length * dtype.itemsize)
-    memory = torch.empty(len(content), dtype=torch.uint8)
-    memory.numpy()[:] = np.frombuffer(content, np.uint8)
-    require_booleans(memory, dtype)
-    return Storage(memory, dtype)
+    return Storage(to_memory(stream.read(length * dtype.itemsize), dtype), dtype)
 
 
-@dataclass
-class _Claim:
-    """What a reference says of a storage."""
+def to_memory(content: bytes, dtype: torch.dtype) -> Tensor:
+    """Copy bytes into a tensor, uint8 of shape (N,).
 
-    length: int
-    dtype: torch.dtype
-
-
-def _claimed(kind: StorageType, key: str, length: int) -> _Claim:
-    return _Claim(length, kind.dtype)
-
-
-def require_booleans(memory: Tensor, dtype: torch.dtype) -> None:
-    """Refuse bytes that are no booleans where booleans are claimed.
-
-    PyTorch reserves memory for as many results as a mask has ones, and counts them by
-    adding its bytes.
+    Booleans have to be 0 or 1. PyTorch adds up the bytes of a mask to learn how many
+    elements it selects. With larger bytes it writes less or more than it reserved.
 
     Args:
-        memory (Tensor): Bytes, uint8 of shape (N,).
-        dtype (torch.dtype): What they are said to be.
+        content (bytes): The bytes.
+        dtype (torch.dtype): What the bytes are said to be.
 
     Raises:
         ValueError: If ``dtype`` is bool and a byte is neither 0 nor 1.
     """
+    memory = torch.empty(len(content), dtype=torch.uint8)
+    memory.numpy()[:] = np.frombuffer(content, np.uint8)
     if dtype == torch.bool and (memory > 1).any():
         raise ValueError('booleans that are neither true nor false')
+    return memory
 
 
-def _require_bounded(content: Any) -> None:
-    """Refuse cycles, and nesting that Python cannot print, compare or copy.
+def require_types(types: Any, *values: Any) -> None:
+    """Refuse values of other types than the given one, or ones."""
+    for value in values:
+        if not isinstance(value, types):
+            raise Refused(f'a value of type {type(value).__name__} as argument')
 
-    A list of twice the same list, of twice the same list and so on is small in a file
-    and doubles with every level when it is written out.
+
+def _require_bounded(
+    value: Any, known: Dict[int, Tuple[int, int]], depth: int = 0
+) -> Tuple[int, int]:
+    """Refuse content that Python cannot print, compare or copy.
+
+    Cycles and deep nesting are two cases. A list that holds one list twice, which holds
+    another list twice and so on is the third: every level doubles what is printed.
+
+    Args:
+        value (Any): The content, or a part of it.
+        known (dict): Results for the containers that were looked at, by ``id``.
+        depth (int): Number of containers around the value. Defaults to 0.
+
+    Returns:
+        tuple[int, int]: Levels of containers below and including the value, and the
+        number of objects in it.
     """
-    bounds: Dict[int, Tuple[int, int]] = {}  # depth and size of what is done
-    ancestors = set()
-    if isinstance(content, _PARTS):
+    if isinstance(value, _PARTS):
         raise Refused('a part of a tensor or an array by itself')
-    todo = [content] if isinstance(content, _CONTAINERS) else []
-    total = 0
-    while todo:
-        node = todo[-1]
-        if id(node) in bounds:
-            todo.pop()
-            continue
-        # The keys of a dict hold nothing.
-        items = node.values() if isinstance(node, dict) else node
-        if any(isinstance(item, _PARTS) for item in items):
-            raise Refused('a part of a tensor or an array by itself')
-        inner = [item for item in items if isinstance(item, _CONTAINERS) and item]
-        if id(node) in ancestors:  # for the second time, with all below it done
-            ancestors.remove(id(node))
-            below = [bounds[id(item)] for item in inner]
-            depth = 1 + max((depth for depth, _ in below), default=0)
-            size = len(node) + sum(size for _, size in below)
-            if depth > MAX_DEPTH:
-                raise Refused(f'containers in containers, more than {MAX_DEPTH} deep')
-            if size > MAX_STEPS:
-                raise Refused(f'more than {MAX_STEPS:,} objects, written out')
-            bounds[id(node)] = depth, size
-            continue
-        ancestors.add(id(node))
-        total += len(node)
-        if total > MAX_STEPS:
-            raise Refused(f'more than {MAX_STEPS:,} objects')
-        if any(id(item) in ancestors for item in inner):
-            raise Refused('a container that contains itself')
-        todo.extend(item for item in inner if id(item) not in bounds)
+    if not isinstance(value, _CONTAINERS) or not value:
+        return 0, 1
+    levels, size = known.get(id(value), (1, 1))
+    if depth + levels > MAX_DEPTH:
+        raise Refused(f'containers in containers, more than {MAX_DEPTH} deep')
+    if id(value) not in known:
+        known[id(value)] = MAX_DEPTH, 1  # a cycle comes back here, and is too deep
+        # The keys of a dict are no containers, or tuples of texts.
+        for item in value.values() if isinstance(value, dict) else value:
+            below, inside = _require_bounded(item, known, depth + 1)
+            levels, size = max(levels, 1 + below), size + inside
+        if size > MAX_STEPS:
+            raise Refused(f'more than {MAX_STEPS:,} objects, written out')
+        known[id(value)] = levels, size
+    return levels, size
 
 
-# Without deque and defaultdict: nested deeply, they crash Python when they go.
+# Without deque and defaultdict: Python crashes when it frees deeply nested ones. Both
+# are read as list and dict.
 _CONTAINERS = (list, tuple, dict, set, frozenset)
 # What tensors and arrays are made of is no content.
 _PARTS = (Storage, StorageType, _Dtype, FunctionType)
 
 
-def _opcode_name(opcode: bytes) -> str:
-    names = (name for name in pickle.__all__ if getattr(pickle, name) == opcode)
-    return f'pickle.{next(names, opcode.hex())}'
-
-
 def _require_lengths(*values: Any) -> None:
-    """Refuse what cannot be a size, a stride or an offset."""
+    """Refuse values that cannot be a size, a stride or an offset."""
     for value in values:
         if type(value) is not int or not 0 <= value < _MAX_LENGTH:
             raise ValueError('a size, stride or offset that is none')
 
 
 def _require_shape(*shapes: Any) -> None:
-    """Refuse what cannot be sizes or strides."""
+    """Refuse values that cannot be the sizes or strides of all axes."""
     for shape in shapes:
         if type(shape) not in (tuple, torch.Size) or len(shape) > _MAX_AXES:
             raise ValueError('a shape that is none')
         _require_lengths(*shape)
 
 
-def _key(value: Any) -> Any:
-    """A key of a dict or an item of a set that is looked up quickly.
+def _require_keys(keys: Iterable[Any]) -> None:
+    """Refuse dict keys and set items other than texts, numbers and tuples of texts.
 
-    Python's hash of text is another one in every process. That of a number is the
-    number itself: with many of the same hash a dict takes quadratic time.
+    Tuples and text are short, because their hash takes time, and for tuples anew each
+    time. NaN is refused because it never equals itself.
     """
-    if type(value) is tuple and len(value) <= _MAX_KEYS:
-        if all(type(x) is str and len(x) <= _MAX_KEY_LENGTH for x in value):
-            return value
-    elif isinstance(value, (int, float)):
-        # NaN is no key twice.
-        if abs(value) < _MAX_KEY or abs(value) == math.inf:
-            return value
-    elif isinstance(value, (str, bytes)):
-        if len(value) <= _MAX_KEY_LENGTH:
-            return value
-    elif value is None:
-        return value
-    raise Refused(f'a key of type {type(value).__name__}, or too large a key')
+    for key in keys:
+        if type(key) is tuple:
+            fine = len(key) <= _MAX_KEYS and all(
+                type(x) is str and len(x) <= _MAX_KEY_LENGTH for x in key
+            )
+        elif isinstance(key, (int, float)):
+            fine = abs(key) < _MAX_KEY or abs(key) == math.inf
+        elif isinstance(key, (str, bytes)):
+            fine = len(key) <= _MAX_KEY_LENGTH
+        else:
+            fine = key is None
+        if not fine:
+            raise Refused(f'a key of type {type(key).__name__}, or too large a key')
 
 
-_MAX_KEY = 1 << 60
-_MAX_KEY_LENGTH = 4096
-_MAX_KEYS = 8
-
-
-def _int(data: bytes) -> int:
-    if len(data) > _MAX_INT_BYTES:
-        raise Refused(f'an integer of {len(data)} bytes')
-    return int.from_bytes(data, 'little', signed=True)
-
-
-def _text(data: bytes) -> str:
-    return data.decode('utf-8', 'surrogatepass')
-
-
-def _encode(text: str, encoding: str) -> bytes:
-    """``_codecs.encode``, of which pickles use this for bytes."""
+def _encode(text: Any, encoding: Any) -> bytes:
+    """``_codecs.encode``, with which protocol 2 writes bytes."""
+    require_types(str, text, encoding)
     if encoding != 'latin1':
         raise Refused(f'the encoding {printable(encoding)}')
     return text.encode('latin1')
 
 
-def _bytes() -> bytes:
-    return b''
-
-
-def _bytearray(content: Any = b'', encoding: str = 'latin-1') -> bytearray:
+def _bytearray(content: Any = b'', encoding: Any = 'latin-1') -> bytearray:
     if isinstance(content, str) and encoding == 'latin-1':
         content = content.encode('latin-1')
-    if not isinstance(content, bytes):  # a number asks for memory
-        raise Refused(f'a bytearray of {printable(content)}')
+    require_types(bytes, content)  # a number would ask for so much memory
     return bytearray(content)
 
 
-def _complex(real: float, imaginary: float) -> complex:
-    return complex(*_of(float, real, imaginary))
-
-
-def _slice(*limits: Optional[int]) -> slice:
-    return slice(*_of((int, type(None)), *limits))
-
-
 def _set(values: Any = ()) -> set:
-    return set(map(_key, *_of((list, tuple), values)))
+    return set(_frozen_set(values))
 
 
 def _frozen_set(values: Any = ()) -> frozenset:
-    return frozenset(map(_key, *_of((list, tuple), values)))
+    _require_keys(values)
+    return frozenset(values)
 
 
 def _deque(values: Any = (), max_length: Any = None) -> list:
-    return list(*_of((list, tuple), values))
+    return list(values)
 
 
-def _dict(*content: Any) -> dict:
-    return dict(*_of(dict, *content))
-
-
-def _counter(*content: Any) -> Counter:
-    counter = Counter()
-    dict.update(counter, *_of(dict, *content))  # its own update adds
+def _counter(content: Any = ()) -> Counter:
+    counter: Counter = Counter()
+    dict.update(counter, content)  # Counter.update adds the values
     return counter
 
 
-def _ordered_dict() -> OrderedDict:
-    return OrderedDict()
-
-
-def _default_dict(factory: Any = None) -> dict:
-    return {}
-
-
-def _of(kinds: Any, *values: Any) -> Tuple:
-    """Values, of which none is of another type."""
-    for value in values:
-        if not isinstance(value, kinds):
-            raise Refused(f'a value of type {type(value).__name__} as argument')
-    return values
-
-
 def _statistics_method(owner: Any, name: Any) -> None:
-    """``getattr``, which HistoryBuffers call for methods that the class has anyway."""
+    """``getattr``, with which protocol 2 writes the methods of a HistoryBuffer.
+
+    The class has these methods anyway, so none is returned.
+    """
     if owner is not HistoryBuffer or name not in ('min', 'max', 'current', 'mean'):
         raise Refused('builtins.getattr')
-
-
-def _history() -> HistoryBuffer:
-    return HistoryBuffer.__new__(HistoryBuffer)
 
 
 def _numpy_dtype(name: Any, align: Any = False, copy: Any = True) -> _Dtype:
     # Numbers, booleans and text; no objects, records or dates.
     if type(name) is not str or not re.fullmatch('[biufcSU][1-9][0-9]{0,8}', name):
         raise Refused('a NumPy array of something else than numbers or text')
-    np.dtype(name)  # raises an error for numbers of a size that there is not
-    return _Dtype(name)
+    return _Dtype(np.dtype(name))
 
 
 def _numpy_array(kind: Any, shape: Any, dtype: Any) -> np.ndarray:
-    """An array that its state will fill."""
+    """An array that its state fills."""
     return np.empty(0)
 
 
@@ -612,77 +494,39 @@ def _numpy_scalar(dtype: Any, data: Any) -> np.generic:
 
 
 def _elements(data: Any, dtype: Any, shape: Any) -> np.ndarray:
-    """The elements of an array, in a row, in memory of their own."""
+    """The elements of an array as one row, in their own memory."""
     if not isinstance(dtype, _Dtype) or not isinstance(data, (bytes, bytearray)):
         raise Refused('a NumPy array of objects')
     _require_shape(shape)
-    made = dtype.made()
-    if math.prod(shape) * made.itemsize != len(data):
+    if math.prod(shape) * dtype.dtype.itemsize != len(data):
         raise ValueError(f'a NumPy array that {len(data)} bytes do not fill')
-    if made.kind == 'b' and data.strip(b'\0\1'):
+    if dtype.dtype.kind == 'b' and data.strip(b'\0\1'):
         raise ValueError('booleans that are neither true nor false')
-    return np.frombuffer(bytearray(data), made)
+    return np.frombuffer(bytearray(data), dtype.dtype)
 
 
 def _size(values: Any) -> torch.Size:
-    shape = tuple(*_of((list, tuple), values))
-    _require_shape(shape)
-    return torch.Size(shape)
+    _require_shape(tuple(values))
+    return torch.Size(values)
 
 
-def _device(*description: Any) -> torch.device:
-    return torch.device(*_of((str, int), *description))
-
-
-def _tensor(storage: Storage, offset: int, size: Tuple, stride: Tuple) -> Any:
-    return _view(storage, offset, size, stride, False)
-
-
-def _tensor_v2(
-    storage: Storage,
-    offset: int,
-    size: Tuple,
-    stride: Tuple,
-    requires_grad: bool,
-    backward_hooks: Any,  # none, always
+def _tensor(
+    storage: Any,
+    offset: Any,
+    size: Any,
+    stride: Any,
+    requires_grad: Any = False,
+    backward_hooks: Any = None,  # always empty
     metadata: Any = None,
-) -> Any:
-    if metadata:
-        raise Refused('a view that negates or conjugates')
-    return _view(storage, offset, size, stride, requires_grad)
-
-
-_NUMBERS_OF_TENSORS = r'torch\.(u?int(8|16|32|64)|float(16|32|64)|bfloat16|float8_\w+)'
-
-
-def _tensor_v3(
-    storage: Storage,
-    offset: int,
-    size: Tuple,
-    stride: Tuple,
-    requires_grad: bool,
-    backward_hooks: Any,
-    dtype: torch.dtype,
-    metadata: Any = None,
-) -> Any:
-    """A tensor of a dtype that has no class of storages."""
-    name = str(*_of(torch.dtype, dtype))
-    if metadata or not re.fullmatch(_NUMBERS_OF_TENSORS, name):
-        raise Refused(f'a tensor of {name}')
-    return _view(storage, offset, size, stride, requires_grad, dtype)
-
-
-def _view(
-    storage: Storage,
-    offset: int,
-    size: Tuple,
-    stride: Tuple,
-    requires_grad: bool,
     dtype: Optional[torch.dtype] = None,
 ) -> Optional[Tensor]:
-    """A tensor of a storage, all within it; None if storages are not read."""
-    if not isinstance(storage, Storage):
-        raise ValueError('a tensor without a storage')
+    """``_rebuild_tensor`` and ``_rebuild_tensor_v2``: a view of a storage.
+
+    The result is None if storages are not read.
+    """
+    require_types(Storage, storage)
+    if metadata:
+        raise Refused('a view that negates or conjugates')
     dtype = dtype or storage.dtype
     _require_shape(size, stride)
     _require_lengths(offset)
@@ -693,8 +537,7 @@ def _view(
     available = storage.memory.numel() // dtype.itemsize
     elements = math.prod(size)
     last = offset + sum((n - 1) * step for n, step in zip(size, stride))
-    # These would be the same ones again: a number in a file could fill any memory when
-    # the tensor is copied.
+    # Such a tensor repeats elements (expand). A copy of it can be of any size.
     if elements > available:
         raise Refused('a tensor of more elements than its storage has')
     if offset > available or (elements and last >= available):
@@ -702,41 +545,66 @@ def _view(
     if math.prod(n or 1 for n in size) >= _MAX_LENGTH:
         raise ValueError('an empty tensor of too many elements')
     tensor = torch.empty((0,), dtype=dtype, device=storage.memory.device)
+    # Not a view of `memory`, which could not be trained.
     tensor.set_(storage.memory.untyped_storage(), offset, size, stride)
     return tensor.requires_grad_(requires_grad)
 
 
+_NUMBERS = r'torch\.(u?int(8|16|32|64)|float(16|32|64)|bfloat16|float8_\w+)'
+
+
+def _tensor_v3(
+    storage: Any,
+    offset: Any,
+    size: Any,
+    stride: Any,
+    requires_grad: Any,
+    backward_hooks: Any,
+    dtype: Any,
+    metadata: Any = None,
+) -> Optional[Tensor]:
+    """``_rebuild_tensor_v3``: a view of bytes, for dtypes without a storage class."""
+    require_types(torch.dtype, dtype)
+    if not re.fullmatch(_NUMBERS, str(dtype)):
+        raise Refused(f'a tensor of {dtype}')
+    return _tensor(storage, offset, size, stride, requires_grad, None, metadata, dtype)
+
+
 def _parameter(
-    data: Optional[Tensor], requires_grad: bool, backward_hooks: Any
+    data: Any, requires_grad: Any, backward_hooks: Any
 ) -> Optional[nn.Parameter]:
-    return None if data is None else nn.Parameter(*_of(Tensor, data), requires_grad)
+    require_types((Tensor, type(None)), data)
+    return None if data is None else nn.Parameter(data, requires_grad)
 
 
 def _set_dict(target: dict, state: Any) -> None:
-    """An argparse.Namespace has its values here, a yacs config its internals."""
-    values = {key: x for key, x in _of(dict, state)[0].items() if key[:2] != '__'}
-    dict.update(target, values)
+    """Add the values of an argparse.Namespace, without the internals of yacs."""
+    require_types(dict, state)
+    dict.update(target, {key: x for key, x in state.items() if key[:2] != '__'})
 
 
 def _set_ordered_dict(target: OrderedDict, state: Any) -> None:
-    """PyTorch keeps the versions of modules beside their weights."""
-    if METADATA in _of(dict, state)[0]:
-        (of_modules,) = _of(dict, state[METADATA])
-        # Anew, so that nothing that is looked at changes later.
-        by_module = OrderedDict()
-        setattr(target, METADATA, by_module)
-        for name, versions in of_modules.items():
-            # Modules that share many of them would multiply.
-            if len(*_of(dict, versions)) > _MAX_KEYS:
-                raise Refused('a module of many versions')
-            by_module[name] = dict(versions)
-            _of((int, type(None)), *versions.values())
+    """Set the versions of modules, which PyTorch keeps beside their weights."""
+    require_types(dict, state)
+    modules = state.get(METADATA, {})
+    require_types(dict, modules)
+    require_types(dict, *modules.values())
+    for versions in modules.values():
+        require_types((int, type(None)), *versions.values())
+        # Modules that share a large dict would multiply it.
+        if len(versions) > _MAX_KEYS:
+            raise Refused('a module of many versions')
+    # A copy, because the pickle could change the original after this check.
+    copied = OrderedDict((name, dict(versions)) for name, versions in modules.items())
+    if METADATA in state:
+        setattr(target, METADATA, copied)
 
 
 def _set_history(target: HistoryBuffer, state: Any) -> None:
-    (max_length,) = _of(int, state['max_length'])
-    logs, counts = _of(np.ndarray, state['_log_history'], state['_count_history'])
-    # Otherwise it is none that a training has written.
+    max_length = state['max_length']
+    logs, counts = state['_log_history'], state['_count_history']
+    require_types(int, max_length)
+    require_types(np.ndarray, logs, counts)
     if max_length < 1 or not logs.shape == counts.shape == (logs.size,):
         raise ValueError('a HistoryBuffer without a history')
     if logs.dtype.kind not in 'biuf' or counts.dtype.kind not in 'biuf':
@@ -751,127 +619,100 @@ def _set_history(target: HistoryBuffer, state: Any) -> None:
 
 
 def _set_numpy_dtype(target: _Dtype, state: Any) -> None:
-    # The byte order alone; sizes and flags say what the name does.
-    version, order, base, names, fields, size, alignment, flags = state
-    if base is not None or names is not None or fields is not None:
-        raise Refused('a NumPy array of objects or records')
-    _of(int, version, size, alignment, flags)
-    made = np.dtype(target.name)
-    by_name = (made.itemsize, made.alignment, made.flags)
-    numbers = made.kind not in 'SU' and (-1, -1, made.flags)
-    if (size, alignment, flags) not in (by_name, numbers):
-        raise ValueError('a NumPy dtype of another size')
-    if _of(str, order)[0] not in ('<', '>', '|', '='):
-        raise ValueError('a byte order that is none')
-    target.order = order
+    """Set the byte order. All else has to be as NumPy writes it for this dtype."""
+    for dtype in (target.dtype.newbyteorder('<'), target.dtype.newbyteorder('>')):
+        expected = dtype.__reduce__()[2]
+        # A tensor in the state could be equal to anything.
+        if list(map(type, state)) == list(map(type, expected)) and state == expected:
+            target.dtype = dtype
+            return
+    raise ValueError('a NumPy dtype with a state that it cannot have')
 
 
-def _set_numpy_array(target: np.ndarray, state: Any) -> None:
+def _set_numpy_array(target: Any, state: Any) -> None:
     _, shape, dtype, is_fortran, data = state
-    elements = _elements(data, dtype, shape)
-    target.__setstate__(
-        (1, shape, elements.dtype, is_fortran is True, elements.tobytes())
+    array = _elements(data, dtype, shape).reshape(
+        shape, order='F' if is_fortran is True else 'C'
     )
+    target.__setstate__(array.__reduce__()[2])
 
 
-_CONSTANTS = {pickle.NONE: None, pickle.NEWTRUE: True, pickle.NEWFALSE: False}
-_EMPTY = {
-    pickle.EMPTY_LIST: list,
-    pickle.EMPTY_TUPLE: tuple,
-    pickle.EMPTY_DICT: dict,
-    pickle.EMPTY_SET: set,
+# Steps whose value stands in the pickle itself. LONG4, for integers of more than 255
+# bytes, is missing: Python takes quadratic time to print them.
+_VALUES = frozenset(
+    (
+        *('BININT', 'BININT1', 'BININT2', 'LONG1', 'BINFLOAT'),
+        *('SHORT_BINUNICODE', 'BINUNICODE', 'BINUNICODE8'),
+        *('SHORT_BINBYTES', 'BINBYTES', 'BINBYTES8', 'BYTEARRAY8'),
+    )
+)
+_CONSTANTS = {'NONE': None, 'NEWTRUE': True, 'NEWFALSE': False}
+_EMPTY: Dict[str, Callable] = {
+    'EMPTY_LIST': list,
+    'EMPTY_TUPLE': tuple,
+    'EMPTY_DICT': dict,
+    'EMPTY_SET': set,
 }
-_NUMBERS = {
-    pickle.BININT: '<i',
-    pickle.BININT1: '<B',
-    pickle.BININT2: '<H',
-    pickle.BINFLOAT: '>d',
+# How many values a step takes from the stack. Other steps take all since the last mark.
+_TAKES = {
+    **dict.fromkeys(('TUPLE1', 'APPEND', 'BUILD', 'BINPERSID'), 1),
+    **dict.fromkeys(('TUPLE2', 'SETITEM', 'STACK_GLOBAL', 'REDUCE', 'NEWOBJ'), 2),
+    'TUPLE3': 3,
 }
-# The form of the length, and what the bytes become.
-_TEXTS: Dict[bytes, Tuple[str, Callable]] = {
-    pickle.LONG1: ('<B', _int),
-    pickle.LONG4: ('<I', _int),
-    pickle.SHORT_BINUNICODE: ('<B', _text),
-    pickle.BINUNICODE: ('<I', _text),
-    pickle.BINUNICODE8: ('<Q', _text),
-    pickle.SHORT_BINBYTES: ('<B', bytes),
-    pickle.BINBYTES: ('<I', bytes),
-    pickle.BINBYTES8: ('<Q', bytes),
-    pickle.BYTEARRAY8: ('<Q', bytearray),
-}
-_TUPLES = {pickle.TUPLE1: 1, pickle.TUPLE2: 2, pickle.TUPLE3: 3}
-_PUT = {pickle.BINPUT: '<B', pickle.LONG_BINPUT: '<I'}
-_GET = {pickle.BINGET: '<B', pickle.LONG_BINGET: '<I'}
-
 # Steps that take more time or memory than others.
 _COSTS = {
-    **dict.fromkeys([*_EMPTY, *_TUPLES, pickle.TUPLE, pickle.BINPERSID], 3),
-    **dict.fromkeys([pickle.EMPTY_SET, pickle.FROZENSET, pickle.BUILD], 10),
-    **dict.fromkeys([pickle.REDUCE, pickle.NEWOBJ], 20),
+    **dict.fromkeys([*_EMPTY, 'TUPLE', 'TUPLE1', 'TUPLE2', 'TUPLE3', 'BINPERSID'], 3),
+    **dict.fromkeys(['EMPTY_SET', 'FROZENSET', 'BUILD'], 10),
+    **dict.fromkeys(['REDUCE', 'NEWOBJ'], 20),
 }
 
-# OrderedDict before dict, of which it is one.
 _RESTORE: Dict[type, Callable] = {
-    OrderedDict: _set_ordered_dict,
     dict: _set_dict,
+    Counter: _set_dict,
+    OrderedDict: _set_ordered_dict,
     HistoryBuffer: _set_history,
     _Dtype: _set_numpy_dtype,
     np.ndarray: _set_numpy_array,
 }
 
-_BUILTINS = {
+_BUILTINS: Dict[str, type] = {
     kind.__name__: kind
     for kind in (
         *(bool, bytearray, bytes, complex, dict, float, frozenset, int, list),
         *(set, slice, str, tuple),
     )
 }
-# What is called for a class, which is a value otherwise.
-_CLASSES: Dict[type, Callable] = {
-    bytes: _bytes,
-    bytearray: _bytearray,
-    complex: _complex,
-    dict: _dict,
-    frozenset: _frozen_set,
-    set: _set,
-    slice: _slice,
-    Counter: _counter,
-    OrderedDict: _ordered_dict,
-    defaultdict: _default_dict,
-    deque: _deque,
-    HistoryBuffer: _history,
-    np.dtype: _numpy_dtype,
-    torch.Size: _size,
-    torch.device: _device,
+_NONE = type(None)
+# What a call of a class calls, and the types of its arguments: () allows none. A class
+# that is not called is a value.
+_CLASSES: Dict[type, Tuple[Callable, Any]] = {
+    bytes: (bytes, ()),
+    bytearray: (_bytearray, (bytes, str)),
+    complex: (complex, float),
+    dict: (dict, dict),
+    frozenset: (_frozen_set, (list, tuple)),
+    set: (_set, (list, tuple)),
+    slice: (slice, (int, _NONE)),
+    Counter: (_counter, dict),
+    OrderedDict: (OrderedDict, ()),
+    defaultdict: (lambda factory=None: {}, (type, _NONE)),
+    deque: (_deque, (list, tuple, int, _NONE)),
+    HistoryBuffer: (lambda: HistoryBuffer.__new__(HistoryBuffer), ()),
+    np.dtype: (_numpy_dtype, (str, int)),
+    torch.Size: (_size, (list, tuple)),
+    torch.device: (torch.device, (str, int)),
 }
 _HISTORY = 'mmengine.logging.history_buffer'
-_FUNCTIONS: Dict[Tuple[str, str], Callable] = {
-    ('_codecs', 'encode'): _encode,
-    ('torch._utils', '_rebuild_tensor'): _tensor,
-    ('torch._utils', '_rebuild_tensor_v2'): _tensor_v2,
-    ('torch._utils', '_rebuild_tensor_v3'): _tensor_v3,
-    ('torch._utils', '_rebuild_parameter'): _parameter,
-    # Python 2's name for it is also that of pickles in protocol 2, torch.save's.
-    **{(name, 'getattr'): _statistics_method for name in ('builtins', '__builtin__')},
-    # NumPy 1 and 2.
-    **{
-        (f'numpy.{core}.{module}', name): function
-        for core in ('core', '_core')
-        for module, name, function in (
-            ('multiarray', '_reconstruct', _numpy_array),
-            ('multiarray', 'scalar', _numpy_scalar),
-            ('numeric', '_frombuffer', _numpy_from_buffer),
-        )
-    },
-}
 # The names that a pickle may ask for, and what it gets.
 _NAMES: Dict[Tuple[str, str], Any] = {
-    **_FUNCTIONS,
     **{('builtins', name): kind for name, kind in _BUILTINS.items()},
+    # Protocol 2, which torch.save uses, writes Python 2's names.
     **{('__builtin__', name): kind for name, kind in _BUILTINS.items()},
-    # Python 2's names, which protocol 2 writes.
     ('__builtin__', 'long'): int,
     ('__builtin__', 'unicode'): str,
+    ('builtins', 'getattr'): _statistics_method,
+    ('__builtin__', 'getattr'): _statistics_method,
+    ('_codecs', 'encode'): _encode,
     **{
         ('collections', kind.__name__): kind
         for kind in (Counter, OrderedDict, defaultdict, deque)
@@ -901,21 +742,30 @@ _NAMES: Dict[Tuple[str, str], Any] = {
         ).items()
     },
     ('torch.storage', 'UntypedStorage'): StorageType(torch.uint8),
+    ('torch._utils', '_rebuild_tensor'): _tensor,
+    ('torch._utils', '_rebuild_tensor_v2'): _tensor,
+    ('torch._utils', '_rebuild_tensor_v3'): _tensor_v3,
+    ('torch._utils', '_rebuild_parameter'): _parameter,
     ('numpy', 'ndarray'): np.ndarray,
     ('numpy', 'dtype'): np.dtype,
+    # Of NumPy 1 and 2.
+    **{
+        (f'numpy.{core}.{module}', name): function
+        for core in ('core', '_core')
+        for module, name, function in (
+            ('multiarray', '_reconstruct', _numpy_array),
+            ('multiarray', 'scalar', _numpy_scalar),
+            ('numeric', '_frombuffer', _numpy_from_buffer),
+        )
+    },
     (_HISTORY, 'HistoryBuffer'): HistoryBuffer,
     **{
         (_HISTORY, f'HistoryBuffer.{name}'): None
         for name in ('min', 'max', 'current', 'mean')
     },
-    # Their values, without these packages.
+    # Configs become dicts, so that these packages are not needed.
     ('yacs.config', 'CfgNode'): dict,
     ('argparse', 'Namespace'): dict,
     ('mmcv.utils.config', 'ConfigDict'): dict,
     ('mmengine.config.config', 'ConfigDict'): dict,
-}
-# By identity: a pickle may choose the hash and the equality of what it calls.
-_CALLS: Dict[int, Callable] = {
-    **{id(kind): call for kind, call in _CLASSES.items()},
-    **{id(function): function for function in _FUNCTIONS.values()},
 }

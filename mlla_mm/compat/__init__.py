@@ -1,6 +1,6 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""What other packages have no public name for, each with the versions it is for.
+"""Versions and private names of other packages.
 
-The rest of the package touches private names of other packages through these modules
-alone. Nothing of ours is imported from outside this folder.
+Only this folder uses private names of other packages, and it says for which versions.
+It imports nothing from the other folders of this package.
 """

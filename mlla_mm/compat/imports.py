@@ -1,8 +1,8 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""Which modules do not import, and why.
+"""Finds modules that do not import, and the reasons.
 
-Run as a script it is the process that tries. It imports the standard library alone,
-because what it looks for is a broken environment.
+A process of its own runs this file as a script and imports the modules. The file itself
+imports only the standard library, because it has to work in a broken environment.
 """
 
 import importlib
@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 
 @dataclass
@@ -21,10 +21,10 @@ class ImportFailure:
     """A module that does not import.
 
     Args:
-        module (str): Its name.
-        error (str): Type and text of the error that everything began with.
-        not_found (str, optional): The package that is not there, if that is the error.
-            Defaults to None.
+        module (str): Name of the module.
+        error (str): Type and text of the first error in the chain of causes.
+        not_found (str, optional): The missing package, if this is the error. Defaults
+            to None.
         raised_in (list[str]): Packages that were being imported, the innermost first.
             Defaults to an empty list.
     """
@@ -32,43 +32,49 @@ class ImportFailure:
     module: str
     error: str
     not_found: Optional[str] = None
-    raised_in: list[str] = field(default_factory=list)
+    raised_in: List[str] = field(default_factory=list)
 
 
-def find_import_failures(modules: Sequence[str]) -> list[ImportFailure]:
-    """Import modules one after the other, in processes of their own.
+def find_import_failures(modules: Sequence[str]) -> List[ImportFailure]:
+    """Import modules in other processes, one after the other.
 
-    What fails after another module did may fail because of that one, half imported, so
-    it gets a new process.
+    A module that failed is half imported and may cause the next failures. So modules
+    that fail later with another error are tried again in a new process.
 
     Args:
-        modules (Sequence[str]): Names of modules. The first comes before all others in
-            every process.
+        modules (Sequence[str]): Names of modules. Every process imports the first one
+            first.
 
     Returns:
-        list[ImportFailure]: Those that do not import.
+        list[ImportFailure]: The modules that do not import.
     """
-    failures, left = [], list(modules)
+    failures: List[ImportFailure] = []
+    left = list(modules)
     while left:
         failed, not_reached = _try_in_process(modules[0], left)
         if not failed:
             break
-        # With the same error it has the same reason.
+        # The same error has the same reason.
         failures += [f for f in failed if f.error == failed[0].error]
         left = [f.module for f in failed if f.error != failed[0].error] + not_reached
     return failures
 
 
 def one_line(text: str) -> str:
-    """The beginning of a message, without its line breaks."""
+    """The first 300 characters of a message, without line breaks."""
     return ' '.join(text.split())[:300]
 
 
 def _try_in_process(
-    first: str, modules: list[str]
-) -> tuple[list[ImportFailure], list[str]]:
-    """Import modules until one ends Python: failures, and the rest."""
-    # Not by its path: that would put this folder where Python looks for modules.
+    first: str, modules: List[str]
+) -> Tuple[List[ImportFailure], List[str]]:
+    """Import modules in a process until one ends it.
+
+    Returns:
+        tuple[list[ImportFailure], list[str]]: The failures, and the modules that were
+        not tried.
+    """
+    # `python PATH` would make Python look for modules in the folder of this file.
     code = f'import runpy; runpy.run_path({__file__!r}, run_name="__main__")'
     result = subprocess.run(
         [sys.executable, '-c', code, first, *modules],
@@ -85,30 +91,27 @@ def _try_in_process(
     return failures, not_reached[1:]
 
 
-def _try_to_import(name: str) -> Optional[dict]:
-    """Import a module; returns the failure's fields, or None."""
+def _try_to_import(name: str) -> Optional[Dict[str, Any]]:
+    """Import a module. Return the fields of a failure, or None."""
     try:
         importlib.import_module(name)
+        return None
     except (Exception, SystemExit) as error:
-        while error.__cause__:
-            error = error.__cause__
-        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-        packages = [_package(frame.f_globals.get('__name__', '')) for frame in frames]
-        found = not isinstance(error, ModuleNotFoundError) or error.name is None
-        return dict(
-            error=f'{type(error).__name__}: {one_line(str(error))}',
-            not_found=None if found else _package(error.name),
-            raised_in=list(dict.fromkeys(reversed(packages))),
-        )
-    return None
-
-
-def _package(module: str) -> str:
-    return module.split('.')[0]
+        cause: BaseException = error
+    while cause.__cause__:
+        cause = cause.__cause__
+    frames = [frame for frame, _ in traceback.walk_tb(cause.__traceback__)]
+    modules = [frame.f_globals.get('__name__', '') for frame in reversed(frames)]
+    missing = cause.name if isinstance(cause, ModuleNotFoundError) else None
+    return dict(
+        error=f'{type(cause).__name__}: {one_line(str(cause))}',
+        not_found=missing.split('.')[0] if missing else None,
+        raised_in=list(dict.fromkeys(module.split('.')[0] for module in modules)),
+    )
 
 
 def _main() -> None:
-    # Whatever the modules print must not come between the results.
+    # Keep what the modules print out of the results.
     results = os.fdopen(os.dup(1), 'w')
     os.dup2(2, 1)
     first, *modules = sys.argv[1:]

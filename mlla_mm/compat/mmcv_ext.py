@@ -1,47 +1,58 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 """A stand-in for ``mmcv._ext``, mmcv's compiled extension.
 
-Installing mmcv from the package index gives, as a rule, a build without compiled ops,
-and ``import mmcv.ops`` (hence ``import mmdet``) then fails with
-``No module named 'mmcv._ext'``. :func:`install` puts a module of that name in place. It
-computes what Mask R-CNN and the common dense detectors need with torchvision's kernels
-and plain PyTorch, on the CPU and on GPUs; every other op raises when it is called.
+mmcv from the package index usually has no compiled ops. Then ``import mmcv.ops``, and
+so ``import mmdet``, fails with ``No module named 'mmcv._ext'``. :func:`install` makes a
+module of this name. With torchvision's kernels and plain PyTorch, it computes the ops
+of Mask R-CNN and of common dense detectors, on the CPU and on GPUs. Every other op
+raises an error when it is called.
 """
 
 import importlib
-import importlib.abc
 import importlib.util
 import sys
 import types
 import warnings
+from importlib.abc import Loader
 from importlib.machinery import ModuleSpec, PathFinder
-from typing import Any, Callable
+from typing import Any, Callable, Tuple
 
 import torch
 from torch import Tensor
 
 _NAME = 'mmcv._ext'
-_NOT_COMPILED = 'not compiled'
 
 
 def install() -> bool:
-    """Put the stand-in in ``sys.modules`` unless a compiled ``mmcv._ext`` loads.
+    """Put the stand-in in ``sys.modules``, unless the compiled ``mmcv._ext`` loads.
 
-    It must run before anything imports ``mmcv.ops``. Running it again changes nothing.
-    A compiled extension that does not load (it was built for another PyTorch) is
-    replaced too, with a warning that gives the reason.
+    Call this before anything imports ``mmcv.ops``. A second call changes nothing. The
+    stand-in also replaces a compiled extension that does not load because it was built
+    for another PyTorch; then a warning gives the reason.
 
     Returns:
-        bool: Whether the stand-in is active. It is not where the compiled extension
-        loads, nor where mmcv is not installed.
+        bool: Whether the stand-in is active. It is not if the compiled extension loads,
+        or if mmcv is not installed.
     """
     if is_stand_in():
         return True
-    if importlib.util.find_spec('mmcv') is None or _compiled_loads():
+    mmcv = importlib.util.find_spec('mmcv')
+    if mmcv is None or _compiled_loads(mmcv):
         return False
-    spec = ModuleSpec(_NAME, _StandInLoader(), origin=__file__)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = _StandIn(_NAME, __doc__)
+    # MMEngine calls find_spec('mmcv._ext'), and mmcv asks for the loader.
+    module.__spec__ = ModuleSpec(_NAME, Loader(), origin=__file__)
+    for function in (
+        nms,
+        softnms,
+        roi_align_forward,
+        roi_align_backward,
+        sigmoid_focal_loss_forward,
+        sigmoid_focal_loss_backward,
+        get_compiler_version,
+        get_compiling_cuda_version,
+    ):
+        setattr(module, function.__name__, function)
     sys.modules[_NAME] = module
     return True
 
@@ -50,27 +61,26 @@ def is_stand_in() -> bool:
     """Tell whether ``mmcv._ext`` is the stand-in.
 
     Returns:
-        bool: True after :func:`install` put it in place, False where ``mmcv._ext`` is
-        the compiled extension or has not been imported.
+        bool: True if :func:`install` has put it in place. False if ``mmcv._ext`` is the
+        compiled extension, or was not imported.
     """
     return isinstance(sys.modules.get(_NAME), _StandIn)
 
 
-def _compiled_loads() -> bool:
-    """Import the compiled extension if there is one."""
+def _compiled_loads(mmcv: ModuleSpec) -> bool:
+    """Import the compiled extension of mmcv, if there is one."""
     if _NAME in sys.modules:
         return True
-    # find_spec('mmcv._ext') would import mmcv, and with it OpenCV, only to look.
-    locations = importlib.util.find_spec('mmcv').submodule_search_locations
-    if PathFinder.find_spec(_NAME, locations) is None:
+    # find_spec('mmcv._ext') would import mmcv and OpenCV.
+    if PathFinder.find_spec(_NAME, mmcv.submodule_search_locations) is None:
         return False
-    importlib.import_module('mmcv')  # its own errors are not the extension's
+    importlib.import_module('mmcv')  # errors of mmcv itself are raised here
     try:
         importlib.import_module(_NAME)
     except (ImportError, OSError) as error:
         warnings.warn(
-            f"mmcv's compiled ops do not load ({error}); torchvision's are used in "
-            f'their place. They were probably built for another PyTorch than '
+            f"mmcv's compiled ops do not load ({error}), so torchvision's are used. "
+            'They were probably built for another PyTorch than '
             f'{torch.__version__}. To rebuild them:\n{_commands()}',
             stacklevel=3,
         )
@@ -79,48 +89,23 @@ def _compiled_loads() -> bool:
 
 
 class _StandIn(types.ModuleType):
-    """The module that answers to ``mmcv._ext``."""
+    """The module ``mmcv._ext``. Each op that it lacks is a function that raises."""
 
     def __getattr__(self, name: str) -> Callable:
-        # hasattr(module, '__path__') and its like decide how Python treats a module.
+        # Python looks for names such as __path__, which must not be there.
         if name.startswith('__'):
             raise AttributeError(f'module {_NAME!r} has no attribute {name!r}')
-        return _missing_op(name)
 
+        def missing(*args: Any, **kwargs: Any) -> None:
+            raise NotImplementedError(_missing_message(f'The op {name!r}'))
 
-class _StandInLoader(importlib.abc.Loader):
-    """Makes the module; gives it a ``__spec__`` that ``find_spec`` accepts."""
-
-    def create_module(self, spec: ModuleSpec) -> _StandIn:
-        return _StandIn(spec.name, __doc__)
-
-    def exec_module(self, module: _StandIn) -> None:
-        for function in (
-            nms,
-            softnms,
-            roi_align_forward,
-            roi_align_backward,
-            sigmoid_focal_loss_forward,
-            sigmoid_focal_loss_backward,
-            get_compiler_version,
-            get_compiling_cuda_version,
-        ):
-            setattr(module, function.__name__, function)
-
-
-def _missing_op(name: str) -> Callable:
-    """Make the function that stands for an op which only compiled mmcv has."""
-
-    def missing(*args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError(_missing_message(f'The op {name!r}'))
-
-    missing.__name__ = name
-    return missing
+        missing.__name__ = name
+        return missing
 
 
 def _commands() -> str:
     """Commands that install compiled mmcv."""
-    # Imported late: nothing may come between the package's import and install().
+    # Imported here so that nothing else is imported before install().
     from .stack import compiled_mmcv_commands
 
     return compiled_mmcv_commands()
@@ -134,44 +119,44 @@ def _missing_message(what: str) -> str:
 
 
 def get_compiler_version() -> str:
-    """Say that no compiler was used; mmcv's environment report prints it."""
-    return _NOT_COMPILED
+    """Return 'not compiled', for the environment report of mmcv."""
+    return 'not compiled'
 
 
 def get_compiling_cuda_version() -> str:
-    """Say that no CUDA compiler was used; mmcv's environment report prints it."""
-    return _NOT_COMPILED
+    """Return 'not compiled', for the environment report of mmcv."""
+    return 'not compiled'
 
 
 def _torchvision_ops() -> Any:
-    """Import torchvision, which registers its kernels, and return their namespace."""
+    """Import torchvision, and return the namespace of its kernels."""
     try:
         import torchvision.ops  # noqa: F401
     except (ImportError, RuntimeError) as error:
-        # A torchvision for another PyTorch fails with a RuntimeError (operator
-        # torchvision::nms does not exist).
+        # The RuntimeError is "operator torchvision::nms does not exist", of a
+        # torchvision for another PyTorch.
         raise ImportError(
-            "Without mmcv's compiled ops, NMS and RoIAlign need a torchvision that "
-            f'goes with PyTorch {torch.__version__}, and importing torchvision failed: '
-            f'{error}. `python -m mlla_mm.utils.collect_env` names the version to '
-            'install.'
+            'NMS and RoIAlign need a torchvision for PyTorch '
+            f'{torch.__version__}, and importing torchvision failed: {error}. `python '
+            '-m mlla_mm.utils.collect_env` names the version to install.'
         ) from error
     return torch.ops.torchvision
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
-    """Raise half precision to float32.
+    """Convert half precision to float32.
 
-    The kernels lack bfloat16 (and NMS lacks float16 on the CPU), and a coordinate above
-    256 is off by a pixel in bfloat16 arithmetic, one above 2048 in float16.
+    The kernels do not support bfloat16, and NMS does not support float16 on the CPU.
+    Coordinates are also inexact: above 256 in bfloat16 and above 2048 in float16, the
+    error reaches a pixel.
     """
     return tensor.float() if tensor.dtype in (torch.half, torch.bfloat16) else tensor
 
 
 def _as_float32(value: float) -> float:
-    """Round a threshold as compiled mmcv does, which passes it as a C++ float.
+    """Round a threshold to float32, as compiled mmcv does.
 
-    Overlaps that equal the threshold would be decided differently otherwise.
+    It matters for overlaps that are equal to the threshold.
     """
     return torch.tensor(value, dtype=torch.float32).item()
 
@@ -182,11 +167,11 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Ten
     Args:
         boxes (Tensor): Boxes ``(x1, y1, x2, y2)`` in pixels, of shape (N, 4).
         scores (Tensor): Scores of shape (N, ).
-        iou_threshold (float): A box that overlaps a better one by more is dropped.
-        offset (int): 0, or 1 where a box is ``x2 - x1 + 1`` pixels wide.
+        iou_threshold (float): A box is dropped if its IoU with a better box is larger.
+        offset (int): 1 if a box is ``x2 - x1 + 1`` pixels wide, 0 if ``x2 - x1``.
 
     Returns:
-        Tensor: Indices of the kept boxes, int64, best score first.
+        Tensor: Indices of the kept boxes, int64, of shape (K, ), best score first.
     """
     boxes = _at_least_float32(boxes)
     if offset:
@@ -205,23 +190,23 @@ def softnms(
     method: int,
     offset: int,
 ) -> Tensor:
-    """Soft NMS (Bodla et al., ICCV 2017): overlapped boxes lose score, not life.
+    """Soft NMS (Bodla et al., ICCV 2017): overlapping boxes get lower scores.
 
-    The arrays are rearranged as in compiled mmcv (the best box is swapped to the front,
-    the last one fills the place of a dropped one), so equal scores are taken in the
-    same order.
+    Boxes are rearranged as in compiled mmcv: the best one is swapped to the front, and
+    the last one takes the place of a dropped one. So boxes with equal scores are taken
+    in the same order.
 
     Args:
         boxes (Tensor): Boxes ``(x1, y1, x2, y2)`` in pixels, of shape (N, 4), CPU.
         scores (Tensor): Scores of shape (N, ).
-        dets (Tensor): Receives the K kept boxes and their new scores in its first K
-            rows, of shape (N, 5).
-        iou_threshold (float): Overlap from which methods 0 and 1 reduce a score.
-        sigma (float): Width of method 2's Gaussian.
-        min_score (float): A box whose score falls below it is dropped.
-        method (int): 0 drops the score to 0, 1 multiplies it by ``1 - IoU``, 2 by
+        dets (Tensor): Output of shape (N, 5). Its first K rows become the kept boxes
+            and their new scores.
+        iou_threshold (float): Methods 0 and 1 reduce a score from this IoU on.
+        sigma (float): Width of the Gaussian of method 2.
+        min_score (float): A box is dropped if its score falls below this.
+        method (int): 0 sets the score to 0, 1 multiplies it by ``1 - IoU``, and 2 by
             ``exp(-IoU^2 / sigma)``.
-        offset (int): 0, or 1 where a box is ``x2 - x1 + 1`` pixels wide.
+        offset (int): 1 if a box is ``x2 - x1 + 1`` pixels wide, 0 if ``x2 - x1``.
 
     Returns:
         Tensor: Indices of the kept boxes, int64, of shape (K, ).
@@ -259,7 +244,7 @@ def _overlaps(box: Tensor, others: Tensor, offset: int) -> Tensor:
 def _softnms_decay(
     overlaps: Tensor, iou_threshold: float, sigma: float, method: int
 ) -> Tensor:
-    """What soft NMS multiplies the scores by, of shape (N, )."""
+    """Factors that soft NMS multiplies the scores by, of shape (N, )."""
     if method == 2:
         return torch.exp(-(overlaps * overlaps) / sigma)
     reduced = 1 - overlaps if method == 1 else torch.zeros_like(overlaps)
@@ -267,10 +252,10 @@ def _softnms_decay(
 
 
 def _fill_from_the_end(keep: Tensor) -> Tensor:
-    """Order of an array after each dropped entry was replaced by the last one left.
+    """Order of the entries after each dropped one was replaced by the last one.
 
     Args:
-        keep (Tensor): Which entries stay, bool, of shape (N, ).
+        keep (Tensor): Whether an entry stays, bool, of shape (N, ).
 
     Returns:
         Tensor: Indices of the K entries that stay, of shape (K, ).
@@ -300,14 +285,14 @@ def roi_align_forward(
         input (Tensor): Features of shape (N, C, H, W).
         rois (Tensor): Image index and ``(x1, y1, x2, y2)`` in input pixels, of shape
             (K, 5).
-        output (Tensor): Receives the result, of shape
-            (K, C, aligned_height, aligned_width).
+        output (Tensor): Output of shape (K, C, aligned_height, aligned_width).
         argmax_y (Tensor): Unused; for max pooling.
         argmax_x (Tensor): Unused; for max pooling.
         aligned_height (int): Number of bins along y.
         aligned_width (int): Number of bins along x.
         spatial_scale (float): Feature pixels per input pixel.
-        sampling_ratio (int): Samples per bin and side; 0 means one per feature pixel.
+        sampling_ratio (int): Samples per bin along each axis. 0 means one per feature
+            pixel.
         pool_mode (int): 1, average pooling.
         aligned (bool): Whether pixel centres lie at half-integer coordinates.
 
@@ -350,7 +335,7 @@ def roi_align_backward(
         rois (Tensor): As in :func:`roi_align_forward`.
         argmax_y (Tensor): Unused; for max pooling.
         argmax_x (Tensor): Unused; for max pooling.
-        grad_input (Tensor): Is added to, of shape (N, C, H, W).
+        grad_input (Tensor): The gradient is added to it, of shape (N, C, H, W).
         aligned_height (int): As in :func:`roi_align_forward`.
         aligned_width (int): As in :func:`roi_align_forward`.
         spatial_scale (float): As in :func:`roi_align_forward`.
@@ -399,11 +384,11 @@ def sigmoid_focal_loss_forward(
 
     Args:
         input (Tensor): Logits of shape (N, C).
-        target (Tensor): Class of each sample, int64, of shape (N, ); C means
+        target (Tensor): Class of each sample, int64, of shape (N, ). C means
             background.
-        weight (Tensor): Weight of each class, of shape (C, ), or empty for none. With
-            weights no sample may be background.
-        output (Tensor): Receives the losses, of shape (N, C).
+        weight (Tensor): Weight of each class, of shape (C, ). Empty means no weights.
+            With weights, no sample may be background.
+        output (Tensor): Output, the losses, of shape (N, C).
         gamma (float): Focusing exponent.
         alpha (float): Weight of the positive term.
     """
@@ -427,7 +412,7 @@ def sigmoid_focal_loss_backward(
         input (Tensor): Logits of shape (N, C).
         target (Tensor): As in :func:`sigmoid_focal_loss_forward`.
         weight (Tensor): As in :func:`sigmoid_focal_loss_forward`.
-        grad_input (Tensor): Receives the derivative, of shape (N, C).
+        grad_input (Tensor): Output, the derivative, of shape (N, C).
         gamma (float): Focusing exponent.
         alpha (float): Weight of the positive term.
     """
@@ -438,8 +423,8 @@ def sigmoid_focal_loss_backward(
     grad_input.copy_(_select_and_weight(own, others, target, weight))
 
 
-def _probabilities(input: Tensor) -> tuple:
-    """Sigmoid of the logits and the logarithms of it and of one minus it."""
+def _probabilities(input: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
+    """The sigmoid p of the logits, log(p) and log(1 - p)."""
     prob = _at_least_float32(input).sigmoid()
     tiny = torch.finfo(torch.float32).tiny
     return prob, prob.clamp(min=tiny).log(), (1 - prob).clamp(min=tiny).log()
@@ -448,7 +433,7 @@ def _probabilities(input: Tensor) -> tuple:
 def _select_and_weight(
     own: Tensor, others: Tensor, target: Tensor, weight: Tensor
 ) -> Tensor:
-    """Take ``own`` at each sample's class and ``others`` elsewhere, then weight."""
+    """Take ``own`` at each sample's class and ``others`` elsewhere, and weight them."""
     classes = torch.arange(own.shape[1], device=own.device)
     values = torch.where(target[:, None] == classes, own, others)
     return values * weight[target][:, None] if weight.numel() else values

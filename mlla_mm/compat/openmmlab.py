@@ -1,8 +1,8 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 """Private names of the OpenMMLab packages.
 
-"Both" are mmengine 0.10.7 and onedl-mmengine 0.10.12, and the toolboxes that go with
-them: see :mod:`mlla_mm.compat.versions`.
+"Both" means mmengine 0.10.7 and onedl-mmengine 0.10.12, with the toolboxes of
+:mod:`mlla_mm.compat.versions`.
 """
 
 import functools
@@ -17,37 +17,36 @@ from mmengine.logging import MMLogger
 from mmengine.model.weight_init import update_init_info
 from mmengine.optim import OptimWrapper
 from torch import Tensor, nn
-from yapf.yapflib import yapf_api
 
 
 def checkpoint_of(runner) -> Optional[str]:
-    """The checkpoint that a runner starts from or resumes, if it was named. Both."""
+    """The checkpoint that a runner starts from or resumes, or None. Both."""
     return runner._load_from
 
 
 def is_resumed(runner) -> bool:
-    """Whether a runner goes on with another run. Both."""
+    """Whether a runner continues another run. Both."""
     return bool(runner._resume)
 
 
 def batches_of_update(wrapper: OptimWrapper) -> int:
-    """Batches of an update, as the optimiser wrapper counts. Both."""
+    """Number of batches that an optimiser wrapper accumulates per update. Both."""
     return wrapper._accumulative_counts
 
 
 def count_in_micro_batches(
     wrapper: OptimWrapper, micro_batches: int, updates: int, max_updates: int
 ) -> None:
-    """Let an optimiser wrapper make an update of so many batches. Both.
+    """Let an optimiser wrapper accumulate several batches per update. Both.
 
     Args:
         wrapper (OptimWrapper): The wrapper.
-        micro_batches (int): Batches of an update.
-        updates (int): Updates that were made.
-        max_updates (int): Updates of the whole run.
+        micro_batches (int): Number of batches per update.
+        updates (int): Number of updates that were made.
+        max_updates (int): Number of updates of the whole run.
     """
     wrapper._accumulative_counts = micro_batches
-    # It looks through the module for BatchNorm, to warn of what is done right here.
+    # With the model it would warn of BatchNorm, which our loops handle.
     module = nn.Identity()
     wrapper.initialize_count_status(
         module, updates * micro_batches, max_updates * micro_batches
@@ -55,47 +54,56 @@ def count_in_micro_batches(
 
 
 class TrainLoopCounters:
-    """Names for what MMEngine's two training loops count with. Both."""
+    """Public names for the counters of MMEngine's two training loops. Both."""
+
+    _iter: int
+    _epoch: int
+    _decide_current_val_interval: Callable[[], None]
+    dataloader: Any
+    dataloader_iterator: Any
 
     def count_update(self) -> None:
-        """One more update is made."""
+        """Count one more update."""
         self._iter += 1
 
     def count_epoch(self) -> None:
-        """One more epoch is over."""
+        """Count one more epoch."""
         self._epoch += 1
 
     def update_val_interval(self) -> None:
-        """Follow ``dynamic_intervals``."""
+        """Set the validation interval that ``dynamic_intervals`` gives for now."""
         self._decide_current_val_interval()
 
     def load_from_pass(self, number: int) -> None:
-        """Begin to load anew, in a pass over the data counted from 0.
+        """Restart the data loader in a given pass over the data.
 
-        mmengine 0.10.7 has already begun, from the start of the first pass.
+        mmengine 0.10.7 has started it already, in the first pass.
+
+        Args:
+            number (int): The pass, counted from 0.
         """
         self.dataloader_iterator = type(self.dataloader_iterator)(self.dataloader)
         self.dataloader_iterator._epoch = number
 
 
 def note_init_info(module: nn.Module, text: str) -> None:
-    """Note how a module's parameters were initialised, where MMEngine asks. Both."""
+    """Record how a module was initialised, if MMEngine records it. Both."""
     if hasattr(module, '_params_init_info'):
         update_init_info(module, init_info=text)
 
 
 class CheckpointHookSteps(CheckpointHook):
-    """MMEngine's hook with names for its steps, for subclasses. Both."""
+    """MMEngine's hook, with public methods that subclasses override. Both."""
 
     def saving(self) -> AbstractContextManager:
-        """What surrounds the saving of a checkpoint."""
+        """The context in which a checkpoint is saved."""
         raise NotImplementedError
 
     def saved_usual(self, runner) -> None:
-        """A checkpoint of an epoch or iteration was saved, and old ones removed."""
+        """Called after a checkpoint of an epoch or iteration, not of the best model."""
 
     def publishes(self, path: Optional[str]) -> bool:
-        """Whether a file is to be published at the end."""
+        """Whether to publish a file at the end of training."""
         raise NotImplementedError
 
     def _save_checkpoint_with_step(self, runner, step, meta) -> None:
@@ -115,11 +123,16 @@ class CheckpointHookSteps(CheckpointHook):
 
 @contextmanager
 def acting_as(rank: int, world_size: int) -> Iterator[None]:
-    """Let samplers be built for another process than this one. Both.
+    """Build samplers for another process than this one. Both.
 
-    They all ask ``get_dist_info`` when they are built, and take no rank as argument.
+    Samplers call ``get_dist_info`` when they are built, and have no argument for the
+    rank.
+
+    Args:
+        rank (int): Rank that the samplers get.
+        world_size (int): Number of processes that the samplers get.
     """
-    utils = import_module('mmengine.dist.utils')
+    utils: Any = import_module('mmengine.dist.utils')
     own = utils.get_rank, utils.get_world_size
     utils.get_rank = lambda group=None: rank
     utils.get_world_size = lambda group=None: world_size
@@ -130,14 +143,15 @@ def acting_as(rank: int, world_size: int) -> Iterator[None]:
 
 
 def lay_out_configs_once() -> None:
-    """Let YAPF lay out a config's text once in this process.
+    """Make YAPF format the text of a config only once in this process.
 
-    It takes a second or more. MMEngine writes the text in four places when a run
-    starts, and in every checkpoint. mmengine 0.10.7 imports YAPF's function once, the
-    fork whenever it calls it.
+    It takes a second or more, and MMEngine does it four times when a run starts, and
+    for every checkpoint. mmengine 0.10.7 imports YAPF's function at its top, and the
+    fork before every call.
     """
-    config = import_module('mmengine.config.config')
-    owner = config if hasattr(config, 'FormatCode') else yapf_api
+    owner: Any = import_module('mmengine.config.config')
+    if not hasattr(owner, 'FormatCode'):
+        owner = import_module('yapf.yapflib.yapf_api')
     lay_out = owner.FormatCode
     if hasattr(lay_out, '__wrapped__'):
         return
@@ -153,12 +167,16 @@ def lay_out_configs_once() -> None:
 
 
 def replace_print(module: str, print_: Callable[..., None]) -> None:
-    """Let what a module prints go elsewhere.
+    """Replace ``print`` in a module.
 
-    MMEngine's ``logger`` (both) and pycocotools (2.0) print what can be had no other
-    way.
+    MMEngine's ``logger`` (both) and pycocotools (2.0) print results that nothing else
+    returns.
+
+    Args:
+        module (str): Name of the module.
+        print_ (Callable): Called in place of ``print``.
     """
-    import_module(module).print = print_
+    setattr(import_module(module), 'print', print_)  # noqa: B010
 
 
 def has_logger() -> bool:
@@ -167,5 +185,5 @@ def has_logger() -> bool:
 
 
 def classification_losses(head: Any, logits: Tensor, data_samples: list) -> dict:
-    """Losses of an mmpretrain head (1.2.0, 1.3.6) for logits that are there."""
+    """Losses of an mmpretrain head (1.2.0, 1.3.6) for given logits."""
     return head._get_loss(logits, data_samples)

@@ -1,10 +1,7 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""What differs between the supported versions of PyTorch, and private names of it.
+"""Differences between the supported versions of PyTorch, and its private names.
 
-All names are of PyTorch 2.1 to 2.11, but where it says otherwise.
-
-The two sets of OpenMMLab packages run the same code; which of them is installed, and
-what is wrong with it, tells :mod:`mlla_mm.compat.stack`.
+Unless noted, the names exist in PyTorch 2.1 to 2.11.
 """
 
 from collections.abc import Sequence
@@ -13,37 +10,42 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import batchnorm, module
 
-#: What all kinds of BatchNorm are, and InstanceNorm is not.
+#: Base class of all kinds of BatchNorm, but not of InstanceNorm.
 BatchNorm = batchnorm._BatchNorm
 
-#: The attribute of a state dict with the versions of the modules, by which some of them
-#: adapt old weights.
+#: Attribute of a state dict that holds the versions of the modules. Some modules need
+#: their version to adapt old weights.
 METADATA = '_metadata'
 
-#: Whether a module can tell that torch.export is at work.
-TELLS_EXPORT = torch.__version__ >= (2, 7)
+_VERSION = tuple(map(int, torch.__version__.split('.')[:2]))
 
-#: Whether ONNX export goes through torch.export unless told otherwise.
-EXPORTS_ONNX_THROUGH_EXPORT = torch.__version__ >= (2, 9)
+#: Whether a module can know that torch.export traces it.
+TELLS_EXPORT = _VERSION >= (2, 7)
+
+#: Whether ONNX export uses torch.export by default.
+EXPORTS_ONNX_THROUGH_EXPORT = _VERSION >= (2, 9)
 
 #: Whether a matrix product on CUDA can have a wider dtype than its factors.
-MM_TAKES_OUT_DTYPE = torch.__version__ >= (2, 8)
+MM_TAKES_OUT_DTYPE = _VERSION >= (2, 8)
 
 if hasattr(torch.compiler, 'is_compiling'):
     is_compiling = torch.compiler.is_compiling
 else:
     from torch._dynamo import is_compiling  # noqa: F401
 
-#: Whether torch.compile can be used. PyTorch 2.1 takes more than eight minutes to trace
-#: even the smallest MLLA.
-COMPILES = torch.__version__ >= (2, 2)
+#: Whether torch.compile is usable. PyTorch 2.1 needs more than eight minutes to trace
+#: the smallest MLLA.
+COMPILES = _VERSION >= (2, 2)
 
 
 def require_compiler(option: str) -> None:
-    """Refuse an option that needs torch.compile where that cannot be used.
+    """Refuse an option that needs torch.compile if PyTorch is too old for it.
+
+    Args:
+        option (str): Name of the option, for the error.
 
     Raises:
-        ValueError: If so.
+        ValueError: If PyTorch is older than 2.2.
     """
     if not COMPILES:
         raise ValueError(
@@ -53,27 +55,30 @@ def require_compiler(option: str) -> None:
 
 
 def is_exporting() -> bool:
-    """Whether torch.export is at work; False where that cannot be told."""
-    # Not is_exporting(), which torch.compile takes to be true.
+    """Whether torch.export traces the model. False if PyTorch cannot tell."""
+    # torch.compile replaces a call of torch's own is_exporting() by True.
     return TELLS_EXPORT and torch.compiler._is_exporting_flag
 
 
 def is_autocast(device_type: str) -> bool:
-    """Whether autocast is on for a kind of device."""
+    """Whether autocast is on for a device type, 'cpu' or 'cuda'."""
     if device_type == 'cpu':
         return torch.is_autocast_cpu_enabled()
     return torch.is_autocast_enabled()
 
 
 def autocast_dtype(device_type: str) -> torch.dtype:
-    """What autocast casts to."""
+    """The dtype that autocast casts to on a device type, 'cpu' or 'cuda'."""
     if device_type == 'cpu':
         return torch.get_autocast_cpu_dtype()
     return torch.get_autocast_gpu_dtype()
 
 
 def does_more_when_called(layer: nn.Module) -> bool:
-    """Whether a module has hooks, or a forward pass set on it alone."""
+    """Whether calling a module does more than its class's ``forward``.
+
+    This is so if it has hooks, or a ``forward`` that was set on this object.
+    """
     return bool(
         layer._forward_hooks
         or layer._forward_pre_hooks
@@ -84,7 +89,7 @@ def does_more_when_called(layer: nn.Module) -> bool:
 
 
 def has_global_hooks() -> bool:
-    """Whether every call of every module is watched, as FLOP counters do."""
+    """Whether hooks watch every call of every module, as FLOP counters do."""
     return bool(
         module._global_forward_hooks
         or module._global_forward_pre_hooks
@@ -94,5 +99,5 @@ def has_global_hooks() -> bool:
 
 
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Copy many tensors in one kernel."""
-    torch._foreach_copy_(targets, sources)
+    """Copy many tensors to others of the same shapes, with one kernel."""
+    torch._foreach_copy_(list(targets), list(sources))

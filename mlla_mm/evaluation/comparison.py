@@ -1,13 +1,15 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 """Runs beside the paper: a report in Markdown with learning curves."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional, Tuple, Union
+from typing import Dict, Optional, Tuple, Union
+
+from matplotlib.figure import Figure
 
 from ..engine.recipe import format_value
 from ..utils.files import write_whole
-from ..visualization.curves import draw_curves
+from ..visualization.curves import Curve, draw_curves
 from ..visualization.sheet import save_figure
 from .markdown import markdown_table
 from .published import METRICS, PublishedModel, published_models
@@ -17,52 +19,14 @@ REPORT_NAME = 'comparison.md'
 CURVES_NAME = 'comparison.png'
 
 
-class Result(NamedTuple):
-    """A measured metric beside the published one.
-
-    Attributes:
-        run (Run): Where it was measured.
-        evaluation (str): What was evaluated.
-        metric (str): Its published name.
-        measured (float): In percent.
-        published (float | None): None if nothing is published.
-        complete (bool): Whether the training had come to its end.
-    """
-
-    run: Run
-    evaluation: str
-    metric: str
-    measured: float
-    published: Optional[float]
-    complete: bool
-
-    @property
-    def difference(self) -> Optional[float]:
-        """float | None: Measured minus published, in points."""
-        if self.published is None:
-            return None
-        # 46.3 - 46.8 is -0.5, not a little more or less.
-        return round(self.measured - self.published, 6)
-
-    def is_beyond(self, tolerance: float) -> bool:
-        """Whether a fully trained model is not what the paper says.
-
-        Args:
-            tolerance (float): Difference in points that is accepted, up and down.
-        """
-        if self.published is None or not self.complete:
-            return False
-        return not abs(self.difference) <= tolerance  # NaN is beyond
-
-
 def compare_with_paper(
     work_dirs: Sequence[Union[str, Path]],
     out: Union[str, Path],
     tolerance: float = 0.5,
 ) -> Tuple[str, bool]:
-    """Set runs beside the paper, and save a report and their learning curves.
+    """Compare runs with the paper, and save a report and their learning curves.
 
-    Published figures are looked up by the name of the run's config.
+    The name of a run's config tells which published figures belong to it.
 
     Args:
         work_dirs (Sequence[str | Path]): The runs' work_dirs.
@@ -71,8 +35,8 @@ def compare_with_paper(
             Defaults to 0.5.
 
     Returns:
-        tuple[str, bool]: The report, and whether every result of a fully trained model
-        that the paper has too is within the tolerance.
+        tuple[str, bool]: The report, and whether all results of fully trained models
+        are within the tolerance, as far as the paper has these results.
 
     Raises:
         FileNotFoundError: If a work_dir has no run.
@@ -83,19 +47,19 @@ def compare_with_paper(
     published = published_models()
     runs = [read_run(work_dir) for work_dir in work_dirs]
     models = [published.get(run.config) for run in runs]
-    results = [r for run, model in zip(runs, models) for r in _results(run, model)]
+    table, within = _results_table(runs, models, tolerance)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    sections = ['# Measured and published', _results_table(results, tolerance)]
+    sections = ['# Measured and published', table]
     trained = [(run, model) for run, model in zip(runs, models) if 'loss' in run.curves]
     if trained:
         plot_learning_curves(trained, out / CURVES_NAME)
         sections.append(f'![Learning curves]({CURVES_NAME})')
     sections += [_run_section(run, model) for run, model in zip(runs, models)]
     report = '\n\n'.join(sections) + '\n'
-    # The folder may be somebody else's, and what is there a link.
+    # The folder may be another user's, and have a link of this name.
     write_whole(out / REPORT_NAME, report.encode())
-    return report, not any(result.is_beyond(tolerance) for result in results)
+    return report, within
 
 
 def plot_learning_curves(
@@ -108,14 +72,12 @@ def plot_learning_curves(
             or None.
         out (str | Path): Picture file to write.
     """
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(10, 3.6 * len(runs)), layout='constrained')
     axes = figure.subplots(len(runs), 2, squeeze=False)
     for (left, right), (run, model) in zip(axes, runs):
-        curves = {**run.curves, **_metric_curves(run)}
-        metrics = list(_metric_curves(run))
-        draw_curves(left, right, curves, metrics)
+        metric_curves = _metric_curves(run)
+        metrics = list(metric_curves)
+        draw_curves(left, right, {**run.curves, **metric_curves}, metrics)
         for line, metric in zip(right.get_lines(), metrics):
             if model is not None and metric in model.metrics:
                 value = model.metrics[metric]
@@ -129,67 +91,47 @@ def plot_learning_curves(
             right.text(0.5, 0.5, 'not validated yet', ha='center', va='center')
         right.set(ylabel='validation (%)')
         title = f'{run.config}: {run.progress}'
-        # A dollar sign in the name of a config begins no formula.
+        # The name of a config may have a dollar sign, which would begin a formula.
         left.set_title(title, fontsize=10, loc='left', parse_math=False)
     save_figure(figure, out, dpi=120)
 
 
-def _metric_curves(run: Run) -> Dict[str, List[Tuple[float, float]]]:
+def _metric_curves(run: Run) -> Dict[str, Curve]:
     """The main metrics in percent by their published names."""
-    curves = {}
-    for logged, metric in METRICS.items():
-        if metric.name.endswith(('AP50', 'AP75')):
-            continue
-        for prefix, suffix in (('', ''), ('ema_', AVERAGED)):
-            if prefix + logged in run.curves:
-                curves[metric.name + suffix] = [
-                    (step, value * metric.scale)
-                    for step, value in run.curves[prefix + logged]
-                ]
-    return curves
+    return {
+        metric.name + suffix: [(x, y * metric.scale) for x, y in run.curves[logged]]
+        for name, metric in METRICS.items()
+        if not metric.name.endswith(('AP50', 'AP75'))
+        for logged, suffix in ((name, ''), (f'ema_{name}', AVERAGED))
+        if logged in run.curves
+    }
 
 
-def _results(run: Run, model: Optional[PublishedModel]) -> List[Result]:
-    figures = {} if model is None else model.metrics
-    return [
-        Result(
-            run,
-            evaluation.name,
-            metric,
-            measured,
-            figures.get(metric),
-            evaluation.complete,
-        )
-        for evaluation in run.evaluations
-        for metric, measured in evaluation.metrics.items()
-    ]
-
-
-def _results_table(results: Iterable[Result], tolerance: float) -> str:
-    rows = [
-        (
-            result.run.config,
-            result.evaluation,
-            result.metric,
-            f'{result.measured:.2f}',
-            '-' if result.published is None else f'{result.published:g}',
-            _difference_text(result, tolerance),
-        )
-        for result in results
-    ]
+def _results_table(
+    runs: Sequence[Run], models: Sequence[Optional[PublishedModel]], tolerance: float
+) -> Tuple[str, bool]:
+    """Measured beside published metrics, and whether all are within the tolerance."""
+    rows, within = [], True
+    for run, model in zip(runs, models):
+        figures = {} if model is None else model.metrics
+        for name, metrics, complete in run.evaluations:
+            for metric, measured in metrics.items():
+                published, text = figures.get(metric), '-'
+                if published is not None:
+                    # Without rounding, 46.3 - 46.8 would not be -0.5 exactly.
+                    difference = round(measured - published, 6)
+                    text = f'{difference:+.2f}'
+                    if not complete:
+                        text += ' (training not finished)'
+                    elif not abs(difference) <= tolerance:  # NaN is beyond
+                        text = f'**{text}** (beyond {tolerance:g})'
+                        within = False
+                figure = '-' if published is None else f'{published:g}'
+                rows.append((run.config, name, metric, f'{measured:.2f}', figure, text))
     if not rows:
-        return 'Nothing has been evaluated yet.'
+        return 'Nothing has been evaluated yet.', within
     columns = ('Config', 'Evaluation', 'Metric', 'Measured', 'Published', 'Difference')
-    return markdown_table(columns, rows)
-
-
-def _difference_text(result: Result, tolerance: float) -> str:
-    if result.difference is None:
-        return '-'
-    text = f'{result.difference:+.2f}'
-    if not result.complete:
-        return f'{text} (training not finished)'
-    return f'**{text}** (beyond {tolerance:g})' if result.is_beyond(tolerance) else text
+    return markdown_table(columns, rows), within
 
 
 def _run_section(run: Run, model: Optional[PublishedModel]) -> str:
@@ -208,8 +150,8 @@ def _run_section(run: Run, model: Optional[PublishedModel]) -> str:
         )
     if run.unknown:
         parts.append(
-            f'run.json is missing in {", ".join(run.unknown)}: left out, whatever ran '
-            'there. tools/train.py and tools/test.py write it.'
+            f'run.json is missing in {", ".join(run.unknown)}: left out of the report. '
+            'tools/train.py and tools/test.py write it.'
         )
     if run.deviations:
         rows = [
@@ -223,5 +165,5 @@ def _run_section(run: Run, model: Optional[PublishedModel]) -> str:
         items = (
             f'{item} {format_value(value)}' for item, value in run.recorded.items()
         )
-        parts.append(f'Of the run: {"; ".join(items)}.')
+        parts.append(f'Settings of the run: {"; ".join(items)}.')
     return '\n\n'.join(parts)

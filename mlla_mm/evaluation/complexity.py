@@ -10,7 +10,6 @@ from mmengine.analysis import ActivationAnalyzer, FlopAnalyzer, parameter_count
 from mmengine.analysis.print_helper import complexity_stats_table
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
-from torch import nn
 
 from ..engine.launch import replace_sync_bn
 from .published import PublishedModel
@@ -26,15 +25,15 @@ IMAGE_SHAPES: Dict[str, Shape] = {
 
 
 class Complexity(NamedTuple):
-    """What a model costs.
+    """The cost of a model.
 
     Attributes:
         shape (tuple[int, int]): Height and width of the image.
-        parameters (int): Number of parameters, those of auxiliary heads included.
+        parameters (int): Number of parameters, with those of auxiliary heads.
         flops (int): Multiply-adds of one image in evaluation.
         activations (int): Output elements of convolutions, linear layers and matrix
             products.
-        table (str): The three by module.
+        table (str): Parameters, FLOPs and activations by module.
     """
 
     shape: Shape
@@ -49,10 +48,11 @@ def count_complexity(
 ) -> Complexity:
     """Count what a config's model costs on one image, with MMEngine's analyzers.
 
-    As in the published counts, a multiplication with an addition is one FLOP, and
-    element-wise operations, NMS and RoIAlign are none. A detector with proposals is
-    counted on as many as it makes, 1000 on an image of the paper's size: all go through
-    the box head, 100 through the mask head. Auxiliary heads work in training only.
+    As in the published counts, a multiplication with an addition is one FLOP.
+    Element-wise operations, NMS and RoIAlign do not count. A detector is counted on as
+    many proposals as it makes, 1000 on an image of the paper's size: all go through the
+    box head, 100 through the mask head. Auxiliary heads work in training only, and have
+    no FLOPs here.
 
     Args:
         cfg (Config): Config with a ``model``; no weights are loaded.
@@ -72,18 +72,31 @@ def count_complexity(
         raise ValueError(
             f'No image size is known for default_scope {scope!r}: give one (--shape).'
         )
-    shape = tuple(shape or IMAGE_SHAPES[scope])
+    height, width = shape or IMAGE_SHAPES[scope]
+    shape = height, width
     if min(shape) < 1:
         raise ValueError(f'The image size must be positive, got {shape}.')
+    model_cfg = copy.deepcopy(cfg.model)
+    replace_sync_bn(model_cfg)  # SyncBN has no kernel on the CPU
     with DefaultScope.overwrite_default_scope(scope):
-        model = _build(cfg)
+        model = MODELS.build(model_cfg).eval()
+        if torch.cuda.is_available():
+            model.cuda()
         if scope == 'mmdet':
-            model.forward = partial(model.forward, data_samples=_data_samples(shape))
+            from mmdet.structures import DetDataSample
+
+            # Without these a detector makes no proposals.
+            sizes = dict.fromkeys(
+                ('img_shape', 'ori_shape', 'pad_shape', 'batch_input_shape'), shape
+            )
+            sample = DetDataSample(metainfo=dict(sizes, scale_factor=(1.0, 1.0)))
+            model.forward = partial(model.forward, data_samples=[sample])
         device = next(model.parameters()).device
-        image = torch.rand(1, 3, *shape, device=device)
+        image = torch.rand(1, 3, height, width, device=device)
         flops = FlopAnalyzer(model, (image,))
         activations = ActivationAnalyzer(model, (image,))
         with torch.no_grad():
+            # First: unlike the totals, the table warns about no operator.
             table = complexity_stats_table(
                 flops, depth, activations, show_param_shapes=False
             )
@@ -94,32 +107,6 @@ def count_complexity(
                 activations=round(activations.total()),
                 table=table,
             )
-
-
-def _build(cfg: Config) -> nn.Module:
-    """The model in evaluation mode, on the GPU if there is one."""
-    model_cfg = copy.deepcopy(cfg.model)
-    # SyncBatchNorm has no kernel on the CPU.
-    replace_sync_bn(model_cfg)
-    model = MODELS.build(model_cfg).eval()
-    return model.cuda() if torch.cuda.is_available() else model
-
-
-def _data_samples(shape: Shape) -> list:
-    """What a detector has to know of one image to make proposals."""
-    from mmdet.structures import DetDataSample
-
-    return [
-        DetDataSample(
-            metainfo=dict(
-                img_shape=shape,
-                ori_shape=shape,
-                pad_shape=shape,
-                batch_input_shape=shape,
-                scale_factor=(1.0, 1.0),
-            )
-        )
-    ]
 
 
 #: Columns of :func:`complexity_row`.
@@ -146,11 +133,8 @@ def complexity_row(
         published (PublishedModel, optional): The paper's figures; None if there are
             none for this model and image size.
     """
-    paper_parameters = paper_flops = None
-    if published is not None:
-        paper_parameters = published.paper_parameters
-        paper_flops = published.paper_flops
-    difference = paper_flops and f'{100 * (counted.flops / paper_flops - 1):+.2f} %'
+    paper_parameters = published and published.paper_parameters
+    paper_flops = published and published.paper_flops
     height, width = counted.shape
     return [
         name,
@@ -159,6 +143,6 @@ def complexity_row(
         f'{paper_parameters / 1e6:g} M' if paper_parameters else '-',
         f'{counted.flops / 1e9:.2f} G',
         f'{paper_flops / 1e9:g} G' if paper_flops else '-',
-        difference or '-',
+        f'{100 * (counted.flops / paper_flops - 1):+.2f} %' if paper_flops else '-',
         f'{counted.activations / 1e6:.1f} M',
     ]

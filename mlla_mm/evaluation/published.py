@@ -1,5 +1,5 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""What is published about our configs, from ``configs/*/metafile.yml``."""
+"""Published figures of our configs, from ``configs/*/metafile.yml``."""
 
 from pathlib import Path
 from typing import Dict, NamedTuple, Optional
@@ -7,7 +7,7 @@ from typing import Dict, NamedTuple, Optional
 from mmengine.fileio import load
 
 _PACKAGE = Path(__file__).parents[1]
-# A wheel carries configs and their index in the package; a clone has them beside it.
+# A wheel has configs and their index inside the package, a clone beside the package.
 _INSTALLED = _PACKAGE / '.mim'
 REPOSITORY = _INSTALLED if _INSTALLED.is_dir() else _PACKAGE.parent
 
@@ -17,8 +17,7 @@ class Metric(NamedTuple):
 
     Attributes:
         name (str): Its name in the metafiles.
-        scale (float): What a logged value is multiplied by to get the published unit,
-            percent.
+        scale (float): Factor from the logged value to percent, the published unit.
     """
 
     name: str
@@ -36,7 +35,7 @@ METRICS: Dict[str, Metric] = {
     'mIoU': Metric('mIoU', 1),
     'accuracy/top1': Metric('Top 1 Accuracy', 1),
 }
-#: What follows a metric's name with multi-scale and flip test-time augmentation.
+#: Appended to the name of a metric with multi-scale and flip test-time augmentation.
 MULTI_SCALE = '(ms+flip)'
 
 
@@ -48,10 +47,10 @@ class PublishedModel(NamedTuple):
         config (Path): Its config file.
         parameters (int): Number of parameters, counted on our model.
         flops (int): Multiply-adds, counted on our model.
-        paper_parameters (float | None): The paper's rounded number, None if there is
-            none.
-        paper_flops (float | None): Likewise.
-        metrics (dict[str, float]): Published results in percent by name; empty if
+        paper_parameters (float | None): The paper's rounded number of parameters. None
+            if the paper has no number.
+        paper_flops (float | None): The paper's rounded number of FLOPs, or None.
+        metrics (dict[str, float]): Published results in percent by name. Empty if
             there are none.
     """
 
@@ -69,7 +68,7 @@ def published_models(repository: Path = REPOSITORY) -> Dict[str, PublishedModel]
 
     Args:
         repository (Path): Folder with ``model-index.yml`` and ``configs/``. Defaults to
-            the clone that this package lies in, or what its wheel brought.
+            the clone of this package, or the files that its wheel installed.
 
     Returns:
         dict[str, PublishedModel]: The entries by name, in the order of the files.
@@ -80,28 +79,23 @@ def published_models(repository: Path = REPOSITORY) -> Dict[str, PublishedModel]
     index = repository / 'model-index.yml'
     if not index.is_file():
         raise FileNotFoundError(
-            f'The published figures are in metafiles that {index} names, and it is not '
-            "there. Clone the repository and install it with 'pip install -e .'."
+            f'{index} is missing, which names the files of published figures. Clone '
+            "the repository and install it with 'pip install -e .'."
         )
-    models = [
-        _published_model(entry, repository)
-        for metafile in load(index)['Import']
-        for entry in load(repository / metafile)['Models']
-    ]
-    return {model.name: model for model in models}
-
-
-def _published_model(entry: dict, repository: Path) -> PublishedModel:
-    metadata = entry['Metadata']
-    metrics: Dict[str, float] = {}
-    for result in entry.get('Results') or []:
-        metrics.update(result['Metrics'])
-    return PublishedModel(
-        name=entry['Name'],
-        config=repository / entry['Config'],
-        parameters=metadata['Parameters'],
-        flops=metadata['FLOPs'],
-        paper_parameters=metadata.get('Paper Parameters'),
-        paper_flops=metadata.get('Paper FLOPs'),
-        metrics=metrics,
-    )
+    models = {}
+    for metafile in load(index)['Import']:
+        for entry in load(repository / metafile)['Models']:
+            metadata = entry['Metadata']
+            metrics: Dict[str, float] = {}
+            for result in entry.get('Results') or []:
+                metrics.update(result['Metrics'])
+            models[entry['Name']] = PublishedModel(
+                name=entry['Name'],
+                config=repository / entry['Config'],
+                parameters=metadata['Parameters'],
+                flops=metadata['FLOPs'],
+                paper_parameters=metadata.get('Paper Parameters'),
+                paper_flops=metadata.get('Paper FLOPs'),
+                metrics=metrics,
+            )
+    return models

@@ -1,5 +1,5 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""What a work_dir tells about its run: curves, evaluations, recipe."""
+"""The run in a work_dir: its curves, evaluations and recipe."""
 
 import math
 import re
@@ -14,14 +14,14 @@ from ..visualization.curves import Curve, read_logs
 from .published import METRICS, MULTI_SCALE
 
 AVERAGED = ' (averaged weights)'
-"""What follows the name of a metric of a running average's weights."""
+"""Appended to the name of a metric that was measured with averaged weights."""
 
 
 class Evaluation(NamedTuple):
     """Metrics of one model.
 
     Attributes:
-        name (str): Which model, and when it was evaluated.
+        name (str): The model or the checkpoint that was evaluated.
         metrics (dict[str, float]): Values in percent by their published names.
         complete (bool): Whether the model was trained to the end of its schedule.
     """
@@ -32,7 +32,7 @@ class Evaluation(NamedTuple):
 
 
 class Deviation(NamedTuple):
-    """An item in which a run is not its recipe's."""
+    """An item in which a run differs from its recipe."""
 
     item: str
     recipe: Any
@@ -40,20 +40,22 @@ class Deviation(NamedTuple):
 
 
 class Run(NamedTuple):
-    """A training with its tests, as far as it has got.
+    """A training with its tests, finished or not.
 
     Attributes:
         work_dir (Path): Its work_dir.
         config (str): Name of its config, without suffix.
-        progress (str): How far the training is.
+        progress (str): How far the training has come.
         evaluations (list[Evaluation]): The last validation of the training, and the
             newest test of every checkpoint.
         curves (dict[str, list[tuple]]): Logged values (step, value) by name. Empty if
             nothing was trained here.
         deviations (list[Deviation]): From the recipe, over all resumptions.
-        recorded (dict[str, Any]): What the recipe does not say: versions, seed, ….
+        recorded (dict[str, Any]): Settings that the recipe leaves open, such as
+            versions and the seed.
         unrecorded (list[str]): Trainings that left no record of their recipe.
-        unknown (list[str]): Log folders that are left out, as they have no run.json.
+        unknown (list[str]): Log folders that are left out because they have no
+            run.json.
     """
 
     work_dir: Path
@@ -68,9 +70,9 @@ class Run(NamedTuple):
 
 
 class _Session(NamedTuple):
-    """A time-stamped folder: one start of the training or the test tool.
+    """A time-stamped folder, which one start of the training or the test tool made.
 
-    What follows ``folder`` is described at :class:`RecordRunHook`.
+    The fields after ``folder`` are described at :class:`RecordRunHook`.
     """
 
     folder: Path
@@ -83,61 +85,72 @@ class _Session(NamedTuple):
     averaged_weights: bool
 
     def reaches(self, step: int) -> bool:
-        """Whether a training is at its end after so many of its units."""
+        """Whether a training has ended after this number of epochs or iterations."""
         return self.length is None or step >= self.length
 
     @property
     def scalars(self) -> Path:
-        """Path: Log of training and validation; a test has none."""
+        """Path: Log of training and validation. A test has no such file."""
         return self.folder / 'vis_data' / 'scalars.json'
 
 
 def read_run(work_dir: Union[str, Path]) -> Run:
-    """Read the newest run of a work_dir, be it finished, running or interrupted.
+    """Read the newest run of a work_dir: finished, running or interrupted.
 
     Args:
-        work_dir (str | Path): Where `tools/train.py` or `tools/test.py` wrote to. A
-            training that resumes another is read as one with it; what was before a
-            training from the start is left out.
+        work_dir (str | Path): Where ``tools/train.py`` or ``tools/test.py`` wrote to. A
+            training and those that resume it are read as one run. Whatever is older
+            than the last training from the start is left out.
 
     Returns:
-        Run: What is known of it.
+        Run: The run.
 
     Raises:
         FileNotFoundError: If there is no run.
-        ValueError: If what the run left there is damaged or something else.
+        ValueError: If a file of the run is damaged, or of another kind.
     """
     work_dir = Path(work_dir)
-    found = _sessions(work_dir)
-    sessions = _newest_run(found)
+    records = sorted(work_dir.glob(f'*/vis_data/{RUN_NAME}'))
+    if not records:
+        raise FileNotFoundError(
+            f'No run in {work_dir}: it has no TIME/vis_data/{RUN_NAME}, which '
+            'tools/train.py and tools/test.py write. Of a run without it, evaluate a '
+            f'checkpoint again: tools/test.py CONFIG CHECKPOINT --work-dir {work_dir}'
+        )
+    found = [_session(path) for path in records]
+    # The run begins with the last training that did not resume another.
+    first = max(
+        (i for i, s in enumerate(found) if s.scalars.exists() and not s.resumed),
+        default=0,
+    )
+    sessions = found[first:]
     trainings = [session for session in sessions if session.scalars.exists()]
     curves = read_logs(session.scalars for session in trainings)
-    # Tests do not know how the training was shortened, say.
+    # A test does not know the length of a training that was shortened.
     trained = (trainings or sessions)[-1]
-    evaluations = {}
+    evaluations: List[Evaluation] = []
     progress = 'no training here'
     if trainings:
         validation = _validation(curves, trained)
+        if validation is not None:
+            evaluations.append(validation)
         if validation is not None and validation.complete:
             progress = f'finished, {trained.length} {trained.unit}s'
         else:
-            step = _last_step(curves, trained.unit)
+            step = curves.get(_UNITS[trained.unit], [(0, 0)])[-1][1]
+            step = int(step) if math.isfinite(step) else 0
             progress = (
                 f'running or interrupted, {trained.unit} {step} of {trained.length}'
             )
-        if validation is not None:
-            evaluations[validation.name] = validation
-    for session in sessions:
-        test = _test(session, trained)
-        if test is not None:
-            # Another test of the same checkpoint takes the place of an older one.
-            evaluations[(test.name, *test.metrics)] = test
+    # A test replaces an older one of the same checkpoint and metrics.
+    tests = [_test(session, trained) for session in sessions]
+    newest = {(test.name, *test.metrics): test for test in tests if test is not None}
     known = {session.folder for session in found}
     return Run(
         work_dir=work_dir,
         config=sessions[-1].config,
         progress=progress,
-        evaluations=list(evaluations.values()),
+        evaluations=[*evaluations, *newest.values()],
         curves=curves,
         unknown=[
             printable(path.parent.name)
@@ -146,18 +159,6 @@ def read_run(work_dir: Union[str, Path]) -> Run:
         ],
         **_records(trainings),
     )
-
-
-def _sessions(work_dir: Path) -> List[_Session]:
-    """Every session that says what it is, oldest first."""
-    records = sorted(work_dir.glob(f'*/vis_data/{RUN_NAME}'))
-    if not records:
-        raise FileNotFoundError(
-            f'No run in {work_dir}: it has no TIME/vis_data/{RUN_NAME}, which '
-            'tools/train.py and tools/test.py write. Of a run without it, evaluate a '
-            f'checkpoint again: tools/test.py CONFIG CHECKPOINT --work-dir {work_dir}'
-        )
-    return [_session(path) for path in records]
 
 
 # The types that a value of run.json may have.
@@ -170,7 +171,7 @@ _TYPES = {
     'test_time_augmentation': (bool,),
     'averaged_weights': (bool,),
 }
-# What logs call them.
+# The name of each unit in logs.
 _UNITS = {'epoch': 'epoch', 'iteration': 'iter'}
 
 
@@ -188,24 +189,10 @@ def _session(path: Path) -> _Session:
 
 
 def _shown(value: Any) -> Any:
-    """A value of a record, whose texts a terminal shows as they are."""
+    """A value of a record, whose texts cannot control a terminal."""
     if isinstance(value, list):
         return [_shown(part) for part in value]
     return printable(value, limit=1000) if isinstance(value, str) else value
-
-
-def _newest_run(sessions: Sequence[_Session]) -> Sequence[_Session]:
-    """The sessions from the last training on that did not resume another."""
-    first = 0
-    for i, session in enumerate(sessions):
-        if session.scalars.exists() and not session.resumed:
-            first = i
-    return sessions[first:]
-
-
-def _last_step(curves: Dict[str, Curve], unit: str) -> int:
-    step = curves.get(_UNITS[unit], [(0, 0)])[-1][1]
-    return int(step) if math.isfinite(step) else 0
 
 
 def _validation(curves: Dict[str, Curve], training: _Session) -> Optional[Evaluation]:
@@ -223,16 +210,13 @@ def _validation(curves: Dict[str, Curve], training: _Session) -> Optional[Evalua
 
 
 def _test(session: _Session, training: _Session) -> Optional[Evaluation]:
-    """What `tools/test.py` logged in a session, None if it did not."""
+    """What ``tools/test.py`` logged in a session; None if it logged nothing."""
     log = session.folder / f'{session.folder.name}.json'
     values = read_record(log) if log.exists() else None
     if values is None or session.checkpoint is None:
         return None
-    suffix = ''
-    if session.test_time_augmentation:
-        suffix += MULTI_SCALE
-    if session.averaged_weights:
-        suffix += AVERAGED
+    suffix = MULTI_SCALE if session.test_time_augmentation else ''
+    suffix += AVERAGED if session.averaged_weights else ''
     step = re.fullmatch(r'(?:epoch|iter)_([0-9]{1,18})\.pth', session.checkpoint)
     return Evaluation(
         f'test of {session.checkpoint}',
@@ -244,13 +228,13 @@ def _test(session: _Session, training: _Session) -> Optional[Evaluation]:
 def published_metrics(
     values: Dict[str, float], prefix: str = '', suffix: str = ''
 ) -> Dict[str, float]:
-    """Logged values in the published unit under their published names.
+    """Metrics in the published unit, under their published names.
 
     Args:
-        values (dict[str, float]): Values by logged name; others than metrics, and what
-            is no number, are left out.
-        prefix (str): What the logged names have before them. Defaults to ''.
-        suffix (str): What the published names get after them. Defaults to ''.
+        values (dict[str, float]): Values by logged name. What is no metric or no number
+            is left out.
+        prefix (str): Prefix of the logged names. Defaults to ''.
+        suffix (str): Suffix for the published names. Defaults to ''.
     """
     return {
         metric.name + suffix: values[prefix + name] * metric.scale
@@ -283,7 +267,7 @@ def _records(trainings: Sequence[_Session]) -> Dict[str, Any]:
 
 
 def _recipe(path: Path) -> Optional[Dict[str, Dict[str, Any]]]:
-    """A record of :func:`mlla_mm.engine.recipe.compare`, None if it is cut short."""
+    """A record of :func:`mlla_mm.engine.recipe.compare`; None if its end is missing."""
     record = read_record(path)
     if record is None:
         return None

@@ -1,8 +1,7 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""What a bug report needs, and what is wrong with the installation.
+"""Prints what a bug report needs, and what is wrong with the installation.
 
-``python -m mlla_mm.utils.collect_env`` prints it, and ends with status 1 where there
-are problems.
+Run ``python -m mlla_mm.utils.collect_env``. The exit status is 1 if there are problems.
 """
 
 import os
@@ -11,12 +10,13 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Dict, List
 
 from ..compat.imports import find_import_failures
 from ..compat.stack import Stack, collect_stack, find_problems
 from ..version import __version__
 
-# Nothing else may be imported here: it may be what is broken.
+# Import nothing else here: it may be broken.
 
 _NOT_INSTALLED = 'not installed'
 _BROKEN = 'does not import'
@@ -25,6 +25,12 @@ _RUNS_IMPORT = (
     *('mlla_mm', 'mmengine.runner', 'mmcv.ops', 'mmcv.transforms'),
     *('mmdet.apis', 'mmseg.apis', 'mmpretrain.apis'),
 )
+_LIBRARIES = {
+    'PyTorch': 'torch',
+    'torchvision': 'torchvision',
+    'NumPy': 'numpy',
+    'OpenCV': 'cv2',
+}
 
 
 def main() -> int:
@@ -33,7 +39,7 @@ def main() -> int:
     Returns:
         int: Exit status, 1 where there are problems.
     """
-    # Nothing imports without PyTorch, and that is told anyway.
+    # Without PyTorch nothing imports, and another problem says so.
     modules = _RUNS_IMPORT if find_spec('torch') else ()
     with ThreadPoolExecutor(1) as pool:
         failures = pool.submit(find_import_failures, modules)
@@ -41,13 +47,11 @@ def main() -> int:
         table = format_table(collect_env(stack))
         stack.failures = failures.result()
     problems = find_problems(stack)
-    print(table)
-    print()
-    print(format_problems(problems))
+    print(f'{table}\n\n{format_problems(problems)}')
     return int(bool(problems))
 
 
-def collect_env(stack: Stack) -> dict[str, str]:
+def collect_env(stack: Stack) -> Dict[str, str]:
     """Describe the running environment.
 
     Args:
@@ -56,7 +60,16 @@ def collect_env(stack: Stack) -> dict[str, str]:
     Returns:
         dict[str, str]: Values by label, in the order to print.
     """
-    rows = {'mlla_mm': __version__, **_version_rows(stack)}
+    rows = {
+        'mlla_mm': __version__,
+        'Platform': platform.platform(),
+        'Python': platform.python_version(),
+    }
+    for label, name in _LIBRARIES.items():
+        rows[label] = stack.versions.get(name, _BROKEN)
+    for package, found in stack.packages.items():
+        texts = [f'{version} ({name})' for name, version in found.items()]
+        rows[package] = ' and '.join(texts) or _NOT_INSTALLED
     rows['mmcv ops'] = _ops_row(stack)
     if 'torch' in stack.versions:
         rows.update(_device_rows())
@@ -65,8 +78,8 @@ def collect_env(stack: Stack) -> dict[str, str]:
     return rows
 
 
-def format_table(rows: dict[str, str]) -> str:
-    """Set labels and values in two aligned columns.
+def format_table(rows: Dict[str, str]) -> str:
+    """Write labels and values in two aligned columns.
 
     Args:
         rows (dict[str, str]): Values by label.
@@ -78,35 +91,19 @@ def format_table(rows: dict[str, str]) -> str:
     return '\n'.join(f'{label:<{width}}  {value}' for label, value in rows.items())
 
 
-def format_problems(problems: list[str]) -> str:
+def format_problems(problems: List[str]) -> str:
     """Number the problems.
 
     Args:
         problems (list[str]): As from :func:`mlla_mm.compat.stack.find_problems`.
 
     Returns:
-        str: The problems, or that there are none.
+        str: The numbered problems, or 'No problem found.'.
     """
     if not problems:
         return 'No problem found.'
     numbered = (f'{i}. {text}' for i, text in enumerate(problems, 1))
     return 'Problems found:\n\n' + '\n\n'.join(numbered)
-
-
-def _version_rows(stack: Stack) -> dict[str, str]:
-    rows = {'Platform': platform.platform(), 'Python': platform.python_version()}
-    libraries = {
-        'PyTorch': 'torch',
-        'torchvision': 'torchvision',
-        'NumPy': 'numpy',
-        'OpenCV': 'cv2',
-    }
-    for label, name in libraries.items():
-        rows[label] = stack.versions.get(name, _BROKEN)
-    for package, found in stack.packages.items():
-        texts = [f'{version} ({name})' for name, version in found.items()]
-        rows[package] = ' and '.join(texts) or _NOT_INSTALLED
-    return rows
 
 
 def _ops_row(stack: Stack) -> str:
@@ -120,12 +117,12 @@ def _ops_row(stack: Stack) -> str:
         ext = import_module('mmcv._ext')
         compiler, cuda = ext.get_compiler_version(), ext.get_compiling_cuda_version()
         return f'compiled ({compiler}, CUDA {cuda})'
-    except Exception:  # the problems tell
+    except Exception:  # find_problems says why
         return _BROKEN
 
 
-def _device_rows() -> dict[str, str]:
-    """Devices and threads, as PyTorch sees them."""
+def _device_rows() -> Dict[str, str]:
+    """Devices and threads that PyTorch uses."""
     import torch
 
     rows = {
@@ -149,13 +146,13 @@ def _device_rows() -> dict[str, str]:
     return rows
 
 
-def _compiler_rows() -> dict[str, str]:
-    """Compilers, as MMEngine finds them; they matter to who compiles mmcv."""
+def _compiler_rows() -> Dict[str, str]:
+    """The compilers that MMEngine finds. They are needed to compile mmcv."""
     try:
         from mmengine.utils.dl_utils import collect_env as mmengine_collect_env
 
         found = mmengine_collect_env()
-    except Exception:  # the problems tell
+    except Exception:  # find_problems says why
         return {}
     labels = ('GCC', 'MSVC', 'CUDA_HOME', 'NVCC')
     return {label: str(found[label]) for label in labels if label in found}

@@ -1,5 +1,5 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""Files: whether they can be read, and how they are written whole or not at all."""
+"""Checks files before they are read, and writes files whole or not at all."""
 
 import hashlib
 import os
@@ -15,25 +15,25 @@ _LONGEST_NAME = 240
 
 
 def write_whole(path: Union[str, Path], content: Content) -> None:
-    """Write a file such that no part of it is ever seen under its name.
+    """Write a file so that nobody ever sees a part of it under its name.
 
     Args:
-        path (str | Path): The file; a folder that is not there is made.
+        path (str | Path): The file. Its folder is made if it is missing.
         content (bytes | memoryview): What to write.
 
     Raises:
-        OSError: If it cannot be written. What was there before is still there.
+        OSError: If the file cannot be written. An older file is then still there.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = part_of(path)
     try:
-        # Not through a link that somebody left there.
+        # A link that somebody left there must not be followed.
         part.unlink(missing_ok=True)
         with part.open('xb') as file:
             file.write(content)
             file.flush()
-            # On the disk before its name is, or a power cut leaves the name alone.
+            # Without this, a power cut could leave the name of an empty file.
             os.fsync(file.fileno())
         part.replace(path)
     finally:
@@ -41,7 +41,7 @@ def write_whole(path: Union[str, Path], content: Content) -> None:
 
 
 def part_of(path: Path) -> Path:
-    """Where :func:`write_whole` collects a file; killed in between, it leaves this."""
+    """Path of the unfinished file of :func:`write_whole`, which may be left behind."""
     name = path.name
     if len(os.fsencode(name)) > _LONGEST_NAME:
         name = hashlib.sha256(os.fsencode(name)).hexdigest()
@@ -49,7 +49,7 @@ def part_of(path: Path) -> Path:
 
 
 def file_problem(path: Union[str, Path]) -> Optional[str]:
-    """What keeps a file of any kind from being read, or None."""
+    """Why a file cannot be read, as the end of a sentence, or None if it can."""
     try:
         check_regular_file(path)
         with open(path, 'rb') as file:
@@ -58,16 +58,16 @@ def file_problem(path: Union[str, Path]) -> Optional[str]:
         return error.problem
     except OSError as error:
         return f'cannot be opened ({error.strerror})'
-    except ValueError as error:  # a name that no file has
+    except ValueError as error:  # no file can have such a name
         return f'cannot be opened ({describe_error(error)})'
 
 
 class NotRegularFileError(OSError):
-    """A path of a pipe, device, socket or folder, where a file is to be read.
+    """The path is a pipe, device, socket or folder, not a file.
 
     Args:
         path (str | Path): The path.
-        problem (str): What it is, to stand behind the path.
+        problem (str): What the path is, as the end of a sentence.
     """
 
     def __init__(self, path: Union[str, Path], problem: str) -> None:
@@ -76,11 +76,11 @@ class NotRegularFileError(OSError):
 
 
 def check_regular_file(path: Union[str, Path]) -> None:
-    """Refuse what may have no end, or may never begin.
+    """Refuse everything but regular files. Reading a pipe or device may never end.
 
     Raises:
-        NotRegularFileError: If the path is of no regular file.
-        OSError: If there is nothing, or if it may not be looked at.
+        NotRegularFileError: If the path is not a regular file.
+        OSError: If the path does not exist, or access is denied.
     """
     mode = os.stat(path).st_mode
     if stat.S_ISDIR(mode):

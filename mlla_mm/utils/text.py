@@ -1,28 +1,28 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""Words of strangers in our messages: names of files, and what is in files."""
+"""Makes text of strangers, such as file names, safe to print in messages."""
 
 from pathlib import PurePath
 from typing import Any
 
-#: For paths, which a message gives whole: no system has longer ones.
+#: Limit that keeps paths whole: no system has longer ones.
 PATH_LIMIT = 4096
 
 
 def printable(value: Any, limit: int = 200) -> str:
-    """What a message says for a value that a stranger chose.
+    """Make one line of printable text from a value that a stranger chose.
 
-    It is one line, and nothing in it moves a terminal's cursor, changes its colours or
-    turns the direction of writing: characters that are not printable are escaped.
+    Characters that are not printable are escaped. So the text cannot move the cursor of
+    a terminal, change its colours or reverse the direction of writing.
 
     Args:
-        value (Any): Of a str, bytes, path, number, bool or None the text counts; of
-            anything else only its type is named, because a text of its own may be long
-            or take code of its own.
-        limit (int): Most characters of the text to keep, half of them from its end,
-            where a path has its file's name. Defaults to 200.
+        value (Any): A str, bytes, path, number, bool or None. For any other value only
+            its type is named, because making its text may take long or run its code.
+        limit (int): Number of characters to keep. Half of them are from the end, where
+            a path has the name of its file. Defaults to 200.
 
     Returns:
-        str: The text, with ``...`` for what is left out. Escapes make it longer.
+        str: The text, with ``...`` in place of what is left out. Escapes make it
+        longer.
 
     Examples:
         >>> printable('a\\nb')
@@ -31,12 +31,12 @@ def printable(value: Any, limit: int = 200) -> str:
         '<list>'
     """
     if isinstance(value, bytes):
-        # Not all of a long one. A character has at most four bytes.
+        # A character has at most four bytes, so the rest is not needed.
         if len(value) > 8 * limit:
             value = value[: 4 * limit] + value[-4 * limit :]
         text = value.decode('utf-8', 'backslashreplace')
     elif isinstance(value, int) and value.bit_length() > 1024:
-        # Python refuses to write out the longest, and takes long for others.
+        # Python takes long to write out such a number, or refuses to.
         return f'<int of {value.bit_length()} bits>'
     elif isinstance(value, (str, PurePath, int, float, complex, type(None))):
         text = str(value)
@@ -45,16 +45,13 @@ def printable(value: Any, limit: int = 200) -> str:
     if len(text) > limit:
         tail = limit // 2
         text = f'{text[: limit - tail]}...{text[len(text) - tail :]}'
-    return ''.join(c if c.isprintable() else _escaped(c) for c in text)
+    escaped = (c.encode('unicode_escape').decode('ascii') for c in text)
+    return ''.join(c if c.isprintable() else e for c, e in zip(text, escaped))
 
 
 def describe_error(error: BaseException) -> str:
-    """Type and text of an error, on one line."""
+    """Type and text of an error in one line of printable text."""
     text = ' '.join(str(error).split())
     return printable(
         f'{type(error).__name__}: {text}' if text else type(error).__name__
     )
-
-
-def _escaped(character: str) -> str:
-    return character.encode('unicode_escape').decode('ascii')

@@ -4,20 +4,21 @@
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Dict, List, Sequence, Tuple, Union
+from typing import Dict, List, Sequence, Tuple, Union
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ..utils.records import is_number, read_record_lines
 from ..utils.text import printable
 from .sheet import save_figure
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
 Curve = List[Tuple[float, float]]
 
 
 def read_scalars(work_dir: Union[str, Path]) -> Dict[str, Curve]:
-    """Read what MMEngine's LocalVisBackend logged, resumed runs in one.
+    """Read what MMEngine's LocalVisBackend logged; resumed runs become one run.
 
     Args:
         work_dir (str | Path): The run's work_dir.
@@ -28,7 +29,7 @@ def read_scalars(work_dir: Union[str, Path]) -> Dict[str, Curve]:
 
     Raises:
         FileNotFoundError: If nothing was logged there.
-        ValueError: If a log is damaged, or something else.
+        ValueError: If a file is damaged, or no log.
     """
     logs = sorted(Path(work_dir).glob('*/vis_data/scalars.json'))
     if not logs:
@@ -39,16 +40,16 @@ def read_scalars(work_dir: Union[str, Path]) -> Dict[str, Curve]:
 
 
 def read_logs(logs: Iterable[Path]) -> Dict[str, Curve]:
-    """Read scalars.json files as one run, each resuming the one before.
+    """Read scalars.json files as one run, in which each resumes the one before.
 
     Args:
         logs (Iterable[Path]): The files, oldest first.
 
     Returns:
-        dict[str, list[tuple]]: As :func:`read_scalars`.
+        dict[str, list[tuple]]: See :func:`read_scalars`.
 
     Raises:
-        ValueError: As :func:`read_scalars`.
+        ValueError: If a file is damaged, or no log.
     """
     points: Dict[str, Dict[float, float]] = {}
     for log in logs:
@@ -85,42 +86,36 @@ def plot_curves(
     if missing:
         there = [printable(name) for name in curves]
         raise ValueError(f'Not logged in {work_dir}: {missing}; there: {there}')
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(10, 3.6), layout='constrained')
-    draw_curves(*figure.subplots(1, 2), curves, metrics)
+    left, right = figure.subplots(1, 2)
+    draw_curves(left, right, curves, metrics)
     save_figure(figure, out, dpi=120)
 
 
 def draw_curves(
-    left: 'Axes', right: 'Axes', curves: Dict[str, Curve], metrics: Sequence[str]
+    left: Axes, right: Axes, curves: Dict[str, Curve], metrics: Sequence[str]
 ) -> None:
     """Draw the training loss on the left and validation metrics on the right.
 
     Args:
         left (Axes): Matplotlib's axes for the loss.
-        right (Axes): And for the metrics.
-        curves (dict[str, list[tuple]]): As from :func:`read_scalars`.
+        right (Axes): Matplotlib's axes for the metrics.
+        curves (dict[str, list[tuple]]): See :func:`read_scalars`.
         metrics (Sequence[str]): Names of curves to draw as metrics.
     """
-    from matplotlib.ticker import MaxNLocator
-
     left.plot(*zip(*curves['loss']))
     left.set(xlabel='iteration', ylabel='training loss', ylim=(0, None))
     for name in metrics:
-        # As many points as a long training has would be a thick line.
+        # The markers of a long training would run together.
         marker = 'o' if len(curves[name]) <= 40 else None
         right.plot(*zip(*curves[name]), marker=marker, label=name)
     right.set(ylabel='validation')
     if metrics:
-        right.set(xlabel=_step_unit(curves, metrics[0]))
+        # Metrics are logged by epoch if the run is, else by iteration.
+        last_step = curves[metrics[0]][-1][0]
+        by_epoch = 'epoch' in curves and curves['epoch'][-1][1] == last_step
+        right.set(xlabel='epoch' if by_epoch else 'iteration')
         right.legend()
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-
-
-def _step_unit(curves: Dict[str, Curve], metric: str) -> str:
-    """Metrics of epoch-based runs are logged by epoch, those of others by iteration."""
-    last_epoch = curves['epoch'][-1][1] if 'epoch' in curves else None
-    return 'epoch' if curves[metric][-1][0] == last_epoch else 'iteration'

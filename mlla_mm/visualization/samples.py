@@ -3,8 +3,9 @@
 
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING, Set, Union
+from typing import Set, Union
 
+from matplotlib.axes import Axes
 from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
 from mmengine.structures import BaseDataElement
@@ -21,17 +22,14 @@ from .sheet import (
     spread,
 )
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
 
 def training_sheet(
     cfg: Config, out: Union[str, Path], num_images: int = 8, repeat: bool = False
 ) -> None:
-    """Save a sheet of training pictures, as stored beside augmented with labels.
+    """Save a sheet of training pictures: as stored, and augmented with labels.
 
-    Shown is what the data set's pipeline makes. What the data preprocessor does with a
-    batch comes after it: normalisation, padding, Mixup and CutMix.
+    The sheet shows what the data set's pipeline makes. It does not show what the data
+    preprocessor does with a batch afterwards: normalisation, padding, Mixup and CutMix.
 
     Args:
         cfg (Config): Config of any of the three tasks; its training set is drawn.
@@ -41,8 +39,8 @@ def training_sheet(
             over the data set. Defaults to False.
 
     Raises:
-        ValueError: If the config's task is not one of the three, or there is nothing
-            to draw.
+        ValueError: If the config's task is not one of the three, or ``num_images`` is
+            less than 1.
     """
     if cfg.get('default_scope') not in _DRAWERS:
         raise ValueError(
@@ -56,7 +54,7 @@ def training_sheet(
     draw = _DRAWERS[cfg.default_scope]
     positions = [0] * num_images if repeat else spread(len(dataset), num_images)
     figure, axes = new_sheet(len(positions), ('as stored', 'augmented, with labels'))
-    seen = set()
+    seen: Set[int] = set()
     for (left, right), i in zip(axes, positions):
         packed = dataset[i]
         sample = packed['data_samples']
@@ -69,7 +67,7 @@ def training_sheet(
     save_sheet(figure, out)
 
 
-def _draw_detection(ax: 'Axes', sample: BaseDataElement, metainfo: dict) -> Set[int]:
+def _draw_detection(ax: Axes, sample: BaseDataElement, metainfo: dict) -> Set[int]:
     from mmdet.models.utils import mask2ndarray
 
     instances = sample.gt_instances
@@ -85,13 +83,11 @@ def _draw_detection(ax: 'Axes', sample: BaseDataElement, metainfo: dict) -> Set[
     return set()
 
 
-def _draw_segmentation(ax: 'Axes', sample: BaseDataElement, metainfo: dict) -> Set[int]:
+def _draw_segmentation(ax: Axes, sample: BaseDataElement, metainfo: dict) -> Set[int]:
     return draw_classes(ax, sample.gt_sem_seg.data[0].numpy(), metainfo)
 
 
-def _draw_classification(
-    ax: 'Axes', sample: BaseDataElement, metainfo: dict
-) -> Set[int]:
+def _draw_classification(ax: Axes, sample: BaseDataElement, metainfo: dict) -> Set[int]:
     classes = metainfo.get('classes')
     labels = sample.gt_label.tolist()
     names = ', '.join(str(classes[i] if classes else i) for i in labels)
@@ -107,7 +103,7 @@ def _draw_classification(
     return set()
 
 
-# They draw the labels of a sample and return the classes to be named in a legend.
+# They draw the labels of a sample, and return the classes for the legend.
 _DRAWERS = {
     'mmdet': _draw_detection,
     'mmseg': _draw_segmentation,

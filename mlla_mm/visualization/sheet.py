@@ -3,23 +3,19 @@
 
 import io
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, List, Optional, Set, Tuple, Union
+from typing import List, Optional, Set, Tuple, Union
 
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 
-from ..checkpoints.reader import load_pickle_file
 from ..utils.files import write_whole
-from ..utils.text import describe_error, printable
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
-    from matplotlib.text import Text
-    from matplotlib.transforms import Bbox
 
 Color = Tuple[float, float, float]
 
@@ -35,56 +31,9 @@ def spread(total: int, num: int) -> np.ndarray:
     return np.linspace(0, total - 1, min(total, num)).astype(int)
 
 
-def load_predictions(path: Union[str, Path], dataset: Any) -> List[dict]:
-    """Read what `tools/test.py --out` wrote, running none of the code it may carry.
-
-    Args:
-        path (str | Path): The pickle file.
-        dataset (BaseDataset): What was tested on.
-
-    Returns:
-        list[dict]: The prediction for each image.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        CheckpointError: If the file is damaged, or holds more than data.
-        ValueError: If it holds no predictions for images of the data set.
-    """
-    results = load_pickle_file(path)
-    infos = (dataset.get_data_info(i) for i in range(len(dataset)))
-    # No others are opened, whatever the file names.
-    images = {info['img_path'] for info in infos}
-    found = results if isinstance(results, list) else [results]
-    for result in found or [None]:
-        image = result.get('img_path') if isinstance(result, dict) else result
-        if not isinstance(image, str) or image not in images:
-            raise ValueError(
-                f'{printable(path)} holds no predictions for the test data of the '
-                f'config: instead of an image of these it has {printable(image)}. Test '
-                f'again with --out {printable(path)}'
-            )
-    return found
-
-
-@contextmanager
-def errors_of_predictions(path: Union[str, Path]) -> Iterator[None]:
-    """Turn what damaged predictions raise into one error that names their file.
-
-    Raises:
-        ValueError: If something is missing, or of another type.
-    """
-    try:
-        yield
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
-        raise ValueError(
-            f'{printable(path)} holds no predictions of the config '
-            f'({describe_error(error)}). Test again with --out {printable(path)}'
-        ) from error
-
-
 def new_sheet(
     num_samples: int, columns: Sequence[str], title: str = ''
-) -> Tuple['Figure', np.ndarray]:
+) -> Tuple[Figure, np.ndarray]:
     """Begin a sheet with a panel for each sample and column.
 
     Args:
@@ -96,8 +45,6 @@ def new_sheet(
         tuple[Figure, np.ndarray]: Matplotlib's figure, and its axes (num_samples,
         len(columns)).
     """
-    from matplotlib.figure import Figure
-
     per_row = min(num_samples, _SAMPLES_PER_ROW)
     rows = math.ceil(num_samples / per_row)
     figure = Figure(
@@ -121,7 +68,7 @@ def new_sheet(
     return figure, axes[:num_samples]
 
 
-def show(ax: 'Axes', image: np.ndarray) -> None:
+def show(ax: Axes, image: np.ndarray) -> None:
     """Show a picture (H, W, 3), a unit of the axes for each of its pixels."""
     height, width = image.shape[:2]
     ax.imshow(image, extent=(0, width, height, 0))
@@ -129,23 +76,21 @@ def show(ax: 'Axes', image: np.ndarray) -> None:
 
 
 def draw_instances(
-    ax: 'Axes',
+    ax: Axes,
     boxes: Sequence[Sequence[float]],
     texts: Sequence[str],
     colors: Sequence[Color],
     masks: Optional[Sequence[np.ndarray]] = None,
 ) -> None:
-    """Draw labelled boxes and masks on a shown picture.
+    """Draw labelled boxes and masks on a picture.
 
     Args:
         ax (Axes): Where :func:`show` showed the picture.
         boxes (Sequence): (n, 4), as x1, y1, x2, y2 in pixels.
-        texts (Sequence[str]): A label for each box; :func:`save_sheet` finds its place.
+        texts (Sequence[str]): A label for each box. :func:`save_sheet` places it.
         colors (Sequence[tuple]): A colour for each box, RGB from 0 to 1.
         masks (Sequence[np.ndarray], optional): (n, H, W), bool. Defaults to None.
     """
-    from matplotlib.patches import Rectangle
-
     for i, ((x1, y1, x2, y2), text, color) in enumerate(zip(boxes, texts, colors)):
         if masks is not None and masks[i].any():
             _draw_mask(ax, masks[i], color)
@@ -166,8 +111,8 @@ def draw_instances(
         )
 
 
-def draw_classes(ax: 'Axes', labels: np.ndarray, metainfo: dict) -> Set[int]:
-    """Draw the class of every pixel over a shown picture.
+def draw_classes(ax: Axes, labels: np.ndarray, metainfo: dict) -> Set[int]:
+    """Draw the class of every pixel over a picture.
 
     Args:
         ax (Axes): Where :func:`show` showed the picture.
@@ -188,16 +133,14 @@ def draw_classes(ax: 'Axes', labels: np.ndarray, metainfo: dict) -> Set[int]:
     return set(labels[known].tolist())
 
 
-def add_legend(figure: 'Figure', metainfo: dict, classes: Iterable[int]) -> None:
+def add_legend(figure: Figure, metainfo: dict, classes: Iterable[int]) -> None:
     """Name the colours of these classes, below the pictures."""
-    from matplotlib.patches import Patch
-
     colors = class_colors(metainfo)
     patches = [
         Patch(facecolor=colors[i], edgecolor='black', label=metainfo['classes'][i])
         for i in sorted(classes)
     ]
-    rows, available = 1, figure.get_figwidth()
+    rows, available = 1, figure.bbox.width
     while True:
         legend = figure.legend(
             handles=patches,
@@ -205,16 +148,16 @@ def add_legend(figure: 'Figure', metainfo: dict, classes: Iterable[int]) -> None
             ncols=math.ceil(len(patches) / rows),
             frameon=False,
         )
-        width, height = legend.get_window_extent().size / figure.dpi
-        if width <= available or rows >= len(patches):
+        extent = legend.get_window_extent()
+        if extent.width <= available or rows >= len(patches):
             break
         legend.remove()
-        rows = max(rows + 1, int(rows * width / available))
-    figure.set_figheight(figure.get_figheight() + height)
+        rows = max(rows + 1, int(rows * extent.width / available))
+    figure.set_figheight(figure.get_figheight() + extent.height / figure.dpi)
 
 
-def save_sheet(figure: 'Figure', out: Union[str, Path]) -> None:
-    """Find places for the labels of boxes, and write the sheet.
+def save_sheet(figure: Figure, out: Union[str, Path]) -> None:
+    """Place the labels of boxes, and write the sheet.
 
     Args:
         figure (Figure): From :func:`new_sheet`.
@@ -229,14 +172,14 @@ def save_sheet(figure: 'Figure', out: Union[str, Path]) -> None:
 
 
 def save_figure(
-    figure: 'Figure', out: Union[str, Path], dpi: Union[float, str] = 'figure'
+    figure: Figure, out: Union[str, Path], dpi: Union[float, str] = 'figure'
 ) -> None:
-    """Write a figure, in the place of what is there: a link is not followed.
+    """Write a figure to a file. A link of that name is replaced, not followed.
 
     Args:
         figure (Figure): The figure.
-        out (str | Path): Picture file to write, of the format that its suffix names.
-        dpi (float | str): Pixels of an inch. Defaults to 'figure': those of the figure.
+        out (str | Path): Picture file to write. Its suffix names the format.
+        dpi (float | str): Pixels of an inch. Defaults to 'figure': the figure's own.
     """
     picture = io.BytesIO()
     figure.savefig(picture, format=Path(out).suffix[1:] or None, dpi=dpi)
@@ -244,20 +187,17 @@ def save_figure(
 
 
 def class_colors(metainfo: dict) -> List[Color]:
-    """Colours of a data set's classes, RGB from 0 to 1: its own, if it has any."""
-    from matplotlib import colormaps
-
+    """Colours of a data set's classes, RGB from 0 to 1: its palette, if it has one."""
     number = len(metainfo['classes'])
-    palette = metainfo.get('palette') or ()
-    if len(palette) >= number:
-        return [tuple(channel / 255 for channel in color) for color in palette]
-    hues = np.linspace(0, 1, number, endpoint=False)
-    return [tuple(color) for color in colormaps['hsv'](hues)[:, :3]]
+    colors = np.array(metainfo.get('palette') or ()) / 255
+    if len(colors) < number:
+        colors = colormaps['hsv'](np.linspace(0, 1, number, endpoint=False))
+    return [(r, g, b) for r, g, b in colors[:, :3].tolist()]
 
 
-def _draw_mask(ax: 'Axes', mask: np.ndarray, color: Color) -> None:
+def _draw_mask(ax: Axes, mask: np.ndarray, color: Color) -> None:
     height, width = mask.shape
-    # A margin closes the outlines of masks that reach the picture's edge.
+    # The margin closes the outlines of masks that reach the edge of the picture.
     grid = np.arange(-0.5, width + 1), np.arange(-0.5, height + 1), np.pad(mask, 1)
     ax.contourf(*grid, levels=(0.5, 1), colors=[color], alpha=_MASK_ALPHA)
     ax.contour(*grid, levels=(0.5,), colors=[color], linewidths=1)
@@ -269,32 +209,28 @@ def _readable_on(color: Color) -> str:
     return 'black' if luminance > 0.18 else 'white'
 
 
-def _place(
-    ax: 'Axes', box: 'Rectangle', text: 'Text', placed: Sequence['Bbox']
-) -> 'Bbox':
-    """Put a label at a corner of its box, in the picture and apart from others."""
-    from matplotlib.transforms import Bbox
-
+def _place(ax: Axes, box: Patch, text: Text, placed: Sequence[Bbox]) -> Bbox:
+    """Move a label to a corner of its box, in the picture and apart from others."""
     space = ax.get_window_extent()
     anchor = ax.transData.transform(text.get_position())
-    padded = text.get_bbox_patch().get_window_extent()
+    background = text.get_bbox_patch()
+    assert background is not None  # draw_instances gives each label one
+    padded = background.get_window_extent()
     corners = box.get_window_extent()
     width, height = padded.size
     places = []
-    # Outside the box first: the label hides none of the object there.
+    # Places outside the box come first, because there the label hides no object.
     for y in (corners.y1, corners.y0 - height, corners.y1 - height, corners.y0):
         for x in (corners.x0, corners.x1 - width):
             x = np.clip(x, space.x0, max(space.x0, space.x1 - width))
             y = np.clip(y, space.y0, max(space.y0, space.y1 - height))
             places.append(Bbox.from_bounds(x, y, width, height))
-    best = min(places, key=lambda place: sum(_overlap(place, p) for p in placed))
-    moved = anchor + best.min - padded.min
-    text.set_position(ax.transData.inverted().transform(moved))
+
+    def hidden(place: Bbox) -> float:
+        common = (Bbox.intersection(place, other) for other in placed)
+        return sum(box.width * box.height for box in common if box is not None)
+
+    best = min(places, key=hidden)
+    moved = ax.transData.inverted().transform(anchor + best.min - padded.min)
+    text.set_position((moved[0], moved[1]))
     return best
-
-
-def _overlap(a: 'Bbox', b: 'Bbox') -> float:
-    from matplotlib.transforms import Bbox
-
-    common = Bbox.intersection(a, b)
-    return 0.0 if common is None else common.width * common.height

@@ -1,12 +1,10 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-import json
-
 import cv2
 import pytest
 from torch import nn
 
 from benchmarks import accuracy_latency as al
-from benchmarks.tradeoff import plot_accuracy_latency
+from benchmarks.plots import plot_accuracy_latency
 
 pytest.importorskip('mmpretrain')
 
@@ -66,11 +64,7 @@ def test_unsteady_measurements_are_named(measured):
     assert 'other-tiny_x' in note and 'mlla-t_x' not in note
 
 
-def test_saved(measured, tmp_path):
-    al.save_measured(measured, dict(device='a CPU'), tmp_path / 'a.json')
-    content = json.loads((tmp_path / 'a.json').read_text())
-    assert content['device'] == 'a CPU'
-    assert [model['top1'] for model in content['models']] == [83.5, 81.0, 82.0]
+def test_picture(measured, tmp_path):
     plot_accuracy_latency(measured, 'a CPU', tmp_path / 'a.png')
     picture = cv2.imread(str(tmp_path / 'a.png'))
     assert picture.shape[1] > picture.shape[0] > 300
@@ -81,7 +75,7 @@ def test_errors(measured):
     one = [candidate('a', 'A', 80.0, 1)]
     with pytest.raises(ValueError, match='must be positive, got 0'):
         al.measure_candidates(one, 'cpu', 0)
-    with pytest.raises(ValueError, match="device 'no-such'"):
+    with pytest.raises(ValueError, match="Device 'no-such'"):
         al.measure_candidates(one, 'no-such', 1)
     with pytest.raises(ValueError, match=r'a does not run on images \(1, 3, 2, 9\)'):
         al.measure_candidates(one, 'cpu', 1, (2, 9))

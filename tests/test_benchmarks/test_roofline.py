@@ -32,7 +32,7 @@ def build_nano(name, classify=False):
 @pytest.fixture
 def nano(monkeypatch):
     """Models of four blocks in the place of the named ones."""
-    monkeypatch.setattr(roofline.races, 'build_model', build_nano)
+    monkeypatch.setattr(roofline.models, 'build_model', build_nano)
 
 
 def count(prepare, dtype='float32', ops='fused'):
@@ -253,9 +253,7 @@ def state():
     """All that a count replaces."""
     kernels = {
         (module.__name__, name): kernel
-        for module in roofline._kernel_modules()
-        for name, kernel in vars(module).items()
-        if name.endswith('_kernel')
+        for module, name, kernel in roofline.triton_kernels()
     }
     return dict(
         kernels=kernels,

@@ -284,7 +284,7 @@ def test_weights_of_another_size(name, own, words):
 
 
 def test_weights_of_a_size_that_was_not_published():
-    with pytest.raises(CheckpointError, match="Give the backbone's arch the file's"):
+    with pytest.raises(CheckpointError, match="Set the backbone's arch to the numbers"):
         check_fit(outline('t'), MLLA(NANO).state_dict(), 'x.pth')
 
 

@@ -98,15 +98,14 @@ def infer(path, config=True):
 
 
 @pytest.fixture
-def web(tmp_path):
+def web(tmp_path, monkeypatch):
     """The address of a server of ``tmp_path``, PyTorch's cache elsewhere."""
 
     class Silent(SimpleHTTPRequestHandler):
         def log_message(self, *args):
             pass
 
-    old = torch.hub.get_dir()
-    torch.hub.set_dir(str(tmp_path / 'cache'))
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'cache'))
     server = ThreadingHTTPServer(
         ('127.0.0.1', 0), partial(Silent, directory=str(tmp_path))
     )
@@ -114,7 +113,6 @@ def web(tmp_path):
     yield f'http://127.0.0.1:{server.server_port}'
     server.shutdown()
     server.server_close()
-    torch.hub.set_dir(old)
 
 
 PATHS = {

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import races as benchmark
+from benchmarks import cases
+from benchmarks.models import DEFAULT_MODELS
 from mlla_mm.apis.export import FORMATS
 from mlla_mm.checks.published import PUBLISHED
 from mlla_mm.engine.launch import LAUNCHERS
@@ -95,8 +96,8 @@ def option(monkeypatch):
         ('tools/train.py', '--launcher', LAUNCHERS),
         ('tools/test.py', '--launcher', LAUNCHERS),
         ('tools/export.py', '--format', tuple(FORMATS)),
-        ('tools/analysis_tools/benchmark.py', '--mode', benchmark.MODES),
-        ('tools/analysis_tools/benchmark.py', '--dtype', benchmark.DTYPES),
+        ('tools/analysis_tools/benchmark.py', '--mode', cases.MODES),
+        ('tools/analysis_tools/benchmark.py', '--dtype', cases.DTYPES),
     ],
 )
 def test_choices_are_the_packages(option, tool, name, expected):
@@ -106,12 +107,12 @@ def test_choices_are_the_packages(option, tool, name, expected):
 
 def test_defaults_are_the_packages(option):
     tool = 'tools/analysis_tools/benchmark.py'
-    assert option(tool, '--models').default == benchmark.DEFAULT_MODELS
-    assert set(option(tool, '--shape').default) <= set(benchmark.PRESETS)
+    assert option(tool, '--models').default == DEFAULT_MODELS
+    assert set(option(tool, '--shape').default) <= set(cases.PRESETS)
     text = option(tool, '--shape').help
-    for name, (height, width) in benchmark.PRESETS.items():
+    for name, (height, width) in cases.PRESETS.items():
         assert f'{name} ({height}x{width})' in text
-    first, *_, last = benchmark.SWEEP_SIDES
+    first, *_, last = cases.SWEEP_SIDES
     assert f'{first} to {last}' in option(tool, '--sweep').help
 
 

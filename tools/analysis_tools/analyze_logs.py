@@ -1,7 +1,7 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 """Plot values of a log or compute times: mmpretrain's tool, for all three tasks.
 
-It is the one of the three packages' tools that reads any log of MMEngine's,
+Of the three packages' tools this one reads any log of MMEngine,
 WORK_DIR/TIME/vis_data/scalars.json:
 
     analyze_logs.py plot_curve LOG... --keys loss lr --out curves.png
@@ -33,8 +33,8 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
     mmpretrain = find_spec('mmpretrain')
-    if mmpretrain is None:
-        sys.exit('Error: mmpretrain, whose tool this is, is not installed.')
+    if mmpretrain is None or mmpretrain.origin is None:
+        sys.exit('Error: this is a tool of mmpretrain, which is not installed.')
     tools = Path(mmpretrain.origin).parent / '.mim' / 'tools'
     tool = tools / 'analysis_tools' / 'analyze_logs.py'
     if not tool.is_file():

@@ -1,5 +1,5 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""Compare runs with the paper: exit status 1 if a result is not what it says."""
+"""Compare runs with the paper. The exit status is 1 if a result differs."""
 
 import argparse
 import sys

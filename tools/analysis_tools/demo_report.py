@@ -17,7 +17,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     from mlla_mm.engine.console import quiet
     from mlla_mm.engine.launch import exit_on_user_error
     from mlla_mm.engine.options import read_config
-    from mlla_mm.visualization.report import write_report
+    from mlla_mm.evaluation.report import write_report
 
     with exit_on_user_error((OSError, ValueError)):
         cfg = read_config(args.config)

@@ -49,7 +49,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             configs = [Path(args.config)]
         rows = []
         for config in track_iter_progress(configs) if args.all else configs:
-            counted = count_complexity(read_config(config), args.shape, args.depth)
+            counted = count_complexity(read_config(str(config)), args.shape, args.depth)
             # The paper's counts are for the paper's image.
             paper = None if args.shape else published.get(config.stem)
             rows.append(complexity_row(counted, config.stem, paper))

@@ -44,50 +44,13 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
     # benchmarks/ lies beside tools/, outside the package.
     sys.path.insert(0, str(Path(__file__).parents[2]))
-    import torch
-
-    import mlla_mm
-    from benchmarks.accuracy_latency import (
-        DEFAULT_MODELS,
-        PICTURE_NAME,
-        TABLE_NAME,
-        describe_device,
-        find_candidate,
-        format_measured,
-        measure_candidates,
-        save_measured,
-    )
-    from benchmarks.tradeoff import plot_accuracy_latency
+    from benchmarks.accuracy_latency import run
     from mlla_mm.engine.console import quiet
     from mlla_mm.engine.launch import exit_on_user_error
 
     quiet()
-    has_gpu = torch.cuda.is_available()
-    device = args.device or ('cuda' if has_gpu else 'cpu')
-    batch_size = args.batch_size
-    if batch_size is None:
-        batch_size = 64 if has_gpu else 1
     with exit_on_user_error():
-        candidates = [find_candidate(name) for name in args.models or DEFAULT_MODELS]
-        measured = measure_candidates(
-            candidates, device, batch_size, args.shape, args.repeats
-        )
-    settings = dict(
-        device=describe_device(device),
-        dtype='float32',
-        batch_size=batch_size,
-        shape=args.shape,
-        samples=args.repeats,
-        torch=torch.__version__,
-        mlla_mm=mlla_mm.__version__,
-    )
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    save_measured(measured, settings, out / TABLE_NAME)
-    height, width = args.shape
-    title = f'{settings["device"]}, float32, batch {batch_size}, {height}x{width}'
-    plot_accuracy_latency(measured, title, out / PICTURE_NAME)
-    print(f'{title}\n\n{format_measured(measured)}\n\nSaved in {out}')
+        run(args)
 
 
 if __name__ == '__main__':

@@ -1,8 +1,9 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""Install what the running environment lacks of OpenMMLab, and check it.
+"""Install the OpenMMLab packages that the running environment lacks, and check it.
 
-Called by setup_env.sh, with nothing but Python there. All goes in one resolution, by
-uv, or by pip where uv does not work or UV is set to nothing. What is there stays.
+setup_env.sh calls this script, and only Python may be there. uv installs everything at
+once; pip does so if uv does not work or if the variable UV is empty. Installed packages
+stay as they are.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import time
 from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Dict, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
 ROOT = Path(__file__).resolve().parents[2]
 # Importing the package would import PyTorch.
@@ -30,11 +31,11 @@ OPENCV = ('opencv-python-headless', 'opencv-python')
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('--tests', action='store_true', help='what the tests need too')
+    parser.add_argument('--tests', action='store_true', help='also what tests need')
     parser.add_argument(
         '--own',
         action='store_true',
-        help='in an environment of the set-up: PyTorch and this clone too',
+        help='also PyTorch and this clone, in an environment that setup_env.sh made',
     )
     return parser.parse_args(argv)
 
@@ -43,12 +44,13 @@ class Plan(NamedTuple):
     """What to install.
 
     Args:
-        title (str): What to call it.
+        title (str): Name of the plan, to print.
         requirements (list[str]): Lines of a requirements file.
-        clone (bool): Whether this clone is to be installed too.
+        clone (bool): Whether to install this clone, too.
         constraints (list[str]): Installed versions that stay.
-        build_constraints (list[str]): What to build with.
-        opencv (str, optional): The package that shall bring OpenCV, where one may.
+        build_constraints (list[str]): Versions of build tools.
+        opencv (str, optional): The only package of OpenCV to install. None means that
+            two are installed already, and stay.
     """
 
     title: str
@@ -86,37 +88,39 @@ def normalized(name: str) -> str:
 
 
 def name_of(requirement: str) -> str:
-    return normalized(re.match(r'[\w.-]+', requirement)[0])
+    return normalized(re.split(r'[^\w.-]', requirement)[0])
 
 
 def installed() -> Dict[str, str]:
-    """Versions of the distributions, without what a build left in the clone."""
+    """Versions of the installed distributions."""
+    # A build may have left a distribution in the clone, which is not installed.
     path = [folder for folder in sys.path if Path(folder).resolve() != ROOT]
-    found = {}
+    found: Dict[str, str] = {}
     for distribution in distributions(path=path):
-        # A removal that was interrupted leaves folders without a name.
-        name = distribution.metadata['Name']
-        if name:
-            found.setdefault(normalized(name), distribution.version)
+        # The remains of a removed distribution may have no name.
+        found.setdefault(
+            normalized(distribution.metadata['Name'] or ''), distribution.version
+        )
     return found
 
 
 def choose_stack(found: Dict[str, str]) -> str:
-    """The one in use, else the one that is asked for, else the default."""
+    """Return the stack in use, or the one that is asked for, or the default."""
     used = {
         stack: sum(normalized(name) in found for name, _ in packages.values())
         for stack, packages in STACKS.items()
     }
     if any(used.values()):
-        return max(used, key=used.get)
-    # The fork needs Python 3.10 and NumPy 2, which PyTorch before 2.3 does not go with.
+        return max(used, key=lambda stack: used[stack])
+    # The fork needs Python 3.10 and NumPy 2, and NumPy 2 needs PyTorch 2.3.
     torch = tuple(map(int, re.findall(r'\d+', found.get('torch', '2.3'))[:2]))
     new = sys.version_info >= (3, 10) and torch >= (2, 3)
     default = 'onedl' if new else 'openmmlab'
     stack = os.environ.get('OPENMMLAB_STACK') or default
     if stack not in STACKS:
         raise SystemExit(
-            f'Error: OPENMMLAB_STACK is {stack!r}; there are {" and ".join(STACKS)}.'
+            f'Error: OPENMMLAB_STACK is {stack!r}. Choose one of '
+            f'{" and ".join(STACKS)}.'
         )
     return stack
 
@@ -124,16 +128,16 @@ def choose_stack(found: Dict[str, str]) -> str:
 def make_plan(
     found: Dict[str, str], importable: Set[str], own: bool, tests: bool
 ) -> Plan:
-    """Compare what is there with what is needed.
+    """Find out what is missing.
 
     Args:
         found (dict[str, str]): Installed versions by distribution.
-        importable (set[str]): Which of OpenMMLab's packages and cv2 are there.
+        importable (set[str]): Those of OpenMMLab's packages and cv2 that can be found.
         own (bool): Whether PyTorch and this clone are needed.
-        tests (bool): Whether what the tests need is needed.
+        tests (bool): Whether the requirements of the tests are needed.
 
     Returns:
-        Plan: Without requirements where nothing is missing.
+        Plan: It has no requirements if nothing is missing.
     """
     extras = PINS['EXTRAS']
     stack = choose_stack(found)
@@ -143,40 +147,34 @@ def make_plan(
         requirements += extras['torch21' if old else 'torch']
         titles.append(f'PyTorch {PINS["TORCH_ORIGINAL" if old else "TORCH"][0]}')
 
-    there = {*found}
-    there |= {
-        name for package, (name, _) in STACKS[stack].items() if package in importable
-    }
-    if 'cv2' in importable:
-        there.add('opencv-python')
-    packages = {name for name, _ in STACKS[stack].values()}
+    # Some packages have no metadata, such as a clone on PYTHONPATH.
+    modules = {package: name for package, (name, _) in STACKS[stack].items()}
+    packages = {*modules.values()}
+    modules['cv2'] = 'opencv-python'
+    there = {*found, *(modules[module] for module in importable if module in modules)}
     if not packages <= there:
-        # Bounds hold for what is installed as well.
+        # The bounds of what is installed also count.
         keep = packages & there
         requirements += [line for line in extras[stack] if name_of(line) not in keep]
         titles.append('OpenMMLab')
 
-    names = [] if not tests else ['tests', 'docs']
-    # ONNX would bring NumPy 2 to the original packages.
-    names += ['export'] if tests and stack == 'onedl' else []
-    others = [*extras[stack], *PINS['RUNTIME'], *(x for n in names for x in extras[n])]
+    others = [*extras[stack], *PINS['RUNTIME']]
+    if tests:
+        others += [*extras['tests'], *extras['docs']]
+        # ONNX would bring NumPy 2 to the original packages.
+        others += extras['export'] if stack == 'onedl' else []
     absent = [
         line
         for line in others
         if name_of(line) not in there and line not in requirements
     ]
-    if absent and not titles:
-        names = [name_of(line) for line in absent]
-        titles.append(', '.join(names) if len(names) < 5 else f'{len(names)} packages')
     clone = own and 'mlla-mm' not in found
-    if clone and not titles:
-        titles.append('mlla_mm')
+    if not titles:
+        names = [name_of(line) for line in absent] or ['mlla_mm']
+        titles.append(', '.join(names) if len(names) < 5 else f'{len(names)} packages')
 
-    stay = [
-        'torch',
-        'torchvision',
-        *(n for p in STACKS.values() for n, _ in p.values()),
-    ]
+    stay = ['torch', 'torchvision']
+    stay += [name for pins in STACKS.values() for name, _ in pins.values()]
     opencv = [name for name in OPENCV if name in found]
     return Plan(
         title=' and '.join(titles),
@@ -189,7 +187,7 @@ def make_plan(
 
 
 def is_up_to_date(checked: Path) -> bool:
-    """Whether nothing was installed or removed since the file was made."""
+    """Whether nothing was installed or removed since the last check."""
     folders = {sysconfig.get_path(name) for name in ('purelib', 'platlib')}
     return checked.exists() and all(
         Path(folder).stat().st_mtime <= checked.stat().st_mtime for folder in folders
@@ -219,10 +217,9 @@ def install(plan: Plan, log: Path) -> None:
             if step(f'Installing {plan.title}', command, log, uv_environment()):
                 return
             print(f'uv does not work here (see {log}); pip does the same.')
-        # mmcv is built without its compiled ops, because an isolated build does not see
-        # PyTorch. pip before 25.3 takes the build's constraints from the environment,
-        # and does not isolate the original mmcv's build where wheel is installed,
-        # without PIP_USE_PEP517: compiling takes 15 minutes.
+        # An isolated build does not see PyTorch, so mmcv is built without its ops. They
+        # would take 15 minutes. pip before 25.3 needs PIP_USE_PEP517 to isolate the
+        # build of the original mmcv, and reads the build's constraints from variables.
         both = file('both.txt', [*plan.constraints, *plan.build_constraints])
         command = [
             *(sys.executable, '-m', 'pip', 'install', *clone),
@@ -236,13 +233,13 @@ def install(plan: Plan, log: Path) -> None:
 
 
 def one_opencv(plan: Plan) -> Tuple[List[str], List[str]]:
-    """Requirements and overrides that leave one of the two packages of OpenCV.
+    """Leave out one of the two packages of OpenCV, as only uv can do.
 
-    imaug requires both, which write the same files. Headless is the one that needs no
+    imaug requires both, and they write the same files. The headless one does not need
     libGL, which servers and containers lack.
 
     Returns:
-        tuple[list[str], list[str]]: For uv. pip has no overrides and installs both.
+        tuple[list[str], list[str]]: Requirements and overrides for uv.
     """
     if not plan.opencv:
         return plan.requirements, []
@@ -255,11 +252,10 @@ def one_opencv(plan: Plan) -> Tuple[List[str], List[str]]:
 
 
 def find_uv(log: Path) -> Optional[List[str]]:
-    """The command, after installing it where it is missing; None for pip."""
-    if 'UV' in os.environ:
-        return [os.environ['UV']] if os.environ['UV'] else None
-    if shutil.which('uv'):
-        return ['uv']
+    """Return the command of uv, which is installed if it is missing. None means pip."""
+    uv = os.environ.get('UV', shutil.which('uv'))
+    if uv is not None:
+        return [uv] if uv else None
     command = [sys.executable, '-m', 'uv']
     if find_spec('uv'):
         return command
@@ -268,28 +264,27 @@ def find_uv(log: Path) -> Optional[List[str]]:
 
 
 def uv_environment() -> Dict[str, str]:
-    """The indexes of pip's configuration, of which uv reads nothing."""
+    """Variables that give uv the package indexes of pip's configuration."""
     if any(os.environ.get(name) for name in ('UV_DEFAULT_INDEX', 'UV_INDEX_URL')):
         return {}
     result = subprocess.run(
         [sys.executable, '-m', 'pip', 'config', 'list'], capture_output=True, text=True
     )
-    found = {}
-    # Variables stand first.
+    found: Dict[str, str] = {}
+    # pip lists environment variables first, and they count most.
     for key, value in re.findall(r"^[^=]*\.([\w-]+)='(.*)'$", result.stdout, re.M):
         found.setdefault(key, value.replace('\\n', ' ').strip())
-    environment = {}
-    if 'index-url' in found:
-        environment['UV_DEFAULT_INDEX'] = found['index-url']
-    if 'extra-index-url' in found:
-        # The best version of all indexes, as pip does it.
-        environment['UV_INDEX'] = found['extra-index-url']
-        environment['UV_INDEX_STRATEGY'] = 'unsafe-best-match'
-    return environment
+    environment = {
+        'UV_DEFAULT_INDEX': found.get('index-url'),
+        'UV_INDEX': found.get('extra-index-url'),
+        # As pip, take the best version of all indexes.
+        'UV_INDEX_STRATEGY': 'unsafe-best-match' if 'extra-index-url' in found else '',
+    }
+    return {name: value for name, value in environment.items() if value}
 
 
 def check(log: Path) -> None:
-    """Let collect_env look for problems."""
+    """Run collect_env, which looks for problems."""
     python_path = os.pathsep.join(
         filter(None, [str(ROOT), os.environ.get('PYTHONPATH')])
     )
@@ -307,11 +302,12 @@ def step(
     log: Path,
     variables: Optional[Dict[str, str]] = None,
 ) -> bool:
-    """Run a command; one line with its time, and what it prints goes to the log."""
+    """Run a command, print one line with its time, and log what it prints."""
     print(title, end=' ... ', flush=True)
     start = time.monotonic()
     with log.open('a') as out:
         print('$', shlex.join(command), file=out, flush=True)
+        status: Union[int, OSError]
         try:
             status = subprocess.run(
                 command,
@@ -330,7 +326,7 @@ def step(
 
 def fail(what: str, log: Path, lines: int = 15) -> None:
     tail = log.read_text(errors='replace').splitlines()[-lines:] if lines else []
-    raise SystemExit('\n'.join([*tail, f'Error: {what} All that was printed: {log}']))
+    raise SystemExit('\n'.join([*tail, f'Error: {what} The log is {log}']))
 
 
 if __name__ == '__main__':

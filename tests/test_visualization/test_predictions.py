@@ -13,27 +13,38 @@ from mmengine.config import Config
 
 from mlla_mm.checkpoints.reader import CheckpointError
 from mlla_mm.datasets import digits
-from mlla_mm.visualization.report import write_report
+from mlla_mm.evaluation.report import write_report
 
 from ..checkpoints import attacks
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
 
 
+METRICS = {
+    'mmdet': {'coco/bbox_mAP': 0.7061, 'coco/segm_mAP': 0.69},
+    'mmseg': {'mIoU': 85.26},
+    'mmpretrain': {'accuracy/top1': 97.04},
+}
+
+
 @pytest.fixture
 def work_dir(tmp_path):
-    """What a finished run leaves, without its predictions."""
+    """What a finished run leaves; the predictions are optional."""
 
-    def make(metrics, **others):
-        for name, values in dict(test=metrics, **others).items():
+    def make(scope, predictions=None):
+        metrics = METRICS[scope]
+        for name in ('test', 'test_tta', 'test_ema'):
             path = tmp_path / name / '20260101_000000' / '20260101_000000.json'
             path.parent.mkdir(parents=True)
-            path.write_text(json.dumps(values))
+            path.write_text(json.dumps(metrics))
         log = tmp_path / '20260101_000000' / 'vis_data' / 'scalars.json'
         log.parent.mkdir(parents=True)
         entries = [dict(loss=1.0, step=1, epoch=1), dict(metrics, step=1)]
         entries[1].update({f'ema_{key}': value for key, value in metrics.items()})
         log.write_text('\n'.join(json.dumps(entry) for entry in entries))
+        if predictions is not None:
+            content = pickle.dumps(predictions)
+            (tmp_path / 'test' / 'predictions.pkl').write_bytes(content)
         return tmp_path
 
     return make
@@ -69,13 +80,8 @@ def test_detection(tmp_path, work_dir, figures):
         scores=torch.tensor([0.91, 0.62, 0.4]),
         masks=[mask, mask, mask],
     )
-    folder = work_dir({'coco/bbox_mAP': 0.7061, 'coco/segm_mAP': 0.69})
-    result = dict(
-        img_path=image['img_path'],
-        img_id=image['id'],
-        pred_instances=found,
-    )
-    (folder / 'test' / 'predictions.pkl').write_bytes(pickle.dumps([result]))
+    result = dict(img_path=image['img_path'], img_id=image['id'], pred_instances=found)
+    folder = work_dir('mmdet', [result])
     with warnings.catch_warnings():
         warnings.filterwarnings('error', category=UserWarning, message='.*bounds')
         write_report(cfg, folder)
@@ -106,7 +112,7 @@ def segmentor(tmp_path, val):
 def test_segmentation(tmp_path, work_dir, figures):
     """A perfect prediction looks like the ground truth, another one does not."""
     cfg, maps = segmentor(tmp_path, val=3)
-    folder = work_dir({'mIoU': 85.26}, test_tta={'mIoU': 86})
+    folder = work_dir('mmseg')
     predictions = folder / 'test' / 'predictions'
     predictions.mkdir()
     seen = set()
@@ -141,7 +147,7 @@ def test_segmentation(tmp_path, work_dir, figures):
 def test_label_maps_of_another_size(tmp_path, work_dir, shape):
     """They would be stretched, however large they are."""
     cfg, (path,) = segmentor(tmp_path, val=1)
-    folder = work_dir({'mIoU': 85.26}, test_tta={'mIoU': 86})
+    folder = work_dir('mmseg')
     predicted = folder / 'test' / 'predictions' / path.name
     predicted.parent.mkdir()
     cv2.imwrite(str(predicted), np.ones(shape, np.uint8))
@@ -169,10 +175,7 @@ def test_classification(tmp_path, work_dir, figures):
         )
         for predicted in (3, 5)
     ]
-    metrics = {'accuracy/top1': 97.04}
-    folder = work_dir(metrics, test_ema=metrics)
-    (folder / 'test' / 'predictions.pkl').write_bytes(pickle.dumps(results))
-    write_report(cfg, folder)
+    write_report(cfg, work_dir('mmpretrain', results))
     sheet = figures[0]
     assert sheet.get_suptitle().startswith(
         'top-1 accuracy 97.0 % on 2 validation images'
@@ -189,8 +192,7 @@ def test_classification(tmp_path, work_dir, figures):
 @pytest.mark.parametrize('attack', ['exec', 'deep in weights', 'array', 'inst'])
 def test_predictions_run_no_code(tmp_path, work_dir, attack):
     cfg, _ = classifier(tmp_path)
-    metrics = {'accuracy/top1': 97.04}
-    folder = work_dir(metrics, test_ema=metrics)
+    folder = work_dir('mmpretrain')
     marker = tmp_path / 'ran'
     path = folder / 'test' / 'predictions.pkl'
     path.write_bytes(attacks(marker)[attack])
@@ -205,9 +207,7 @@ def test_predictions_run_no_code(tmp_path, work_dir, attack):
 def test_predictions_of_other_images(tmp_path, work_dir, content):
     """No file is opened that is not of the test data."""
     cfg, _ = classifier(tmp_path)
-    metrics = {'accuracy/top1': 97.04}
-    folder = work_dir(metrics, test_ema=metrics)
-    (folder / 'test' / 'predictions.pkl').write_bytes(pickle.dumps(content))
+    folder = work_dir('mmpretrain', content)
     with pytest.raises(ValueError) as error:
         write_report(cfg, folder)
     said = str(error.value)
@@ -216,31 +216,37 @@ def test_predictions_of_other_images(tmp_path, work_dir, content):
 
 
 BOXES = dict(bboxes=torch.ones(1, 4), labels=torch.zeros(1, dtype=int))
+ONE = dict(BOXES, scores=torch.ones(1))
+MASK = dict(size=[64, 64], counts=b'0')
 DAMAGED = {
     'no number of the image': dict(img_id=None),
     'no name for the number': dict(img_id=[1]),
     'nothing': dict(pred_instances=None),
     'scores of text': dict(pred_instances=dict(BOXES, scores='abc', masks=[{}])),
     'another class': dict(
-        pred_instances=dict(
-            BOXES, labels=torch.tensor([99]), scores=torch.ones(1), masks=[{}]
+        pred_instances=dict(ONE, labels=torch.tensor([99]), masks=[{}])
+    ),
+    'no masks': dict(pred_instances=dict(ONE, masks=[])),
+    'a mask of no size': dict(pred_instances=dict(ONE, masks=[dict(counts=b'')])),
+    # Masks of 2 ** 62 pixels would crash the process.
+    **{
+        f'a mask of {size}': dict(
+            pred_instances=dict(ONE, masks=[dict(MASK, size=size)])
         )
-    ),
-    'no masks': dict(pred_instances=dict(BOXES, scores=torch.ones(1), masks=[])),
-    'a mask of no size': dict(
-        pred_instances=dict(BOXES, scores=torch.ones(1), masks=[dict(counts=b'')])
-    ),
+        for size in ([2**31, 2**31], [64, 65], [-1, 64])
+    },
 }
 
 
 @pytest.mark.parametrize('kind', DAMAGED)
 def test_damaged_detections(tmp_path, work_dir, kind):
     cfg, _, image, _ = detector(tmp_path)
-    folder = work_dir({'coco/bbox_mAP': 0.7, 'coco/segm_mAP': 0.69})
     result = dict(img_path=image['img_path'], img_id=image['id'])
-    result.update(DAMAGED[kind])
-    (folder / 'test' / 'predictions.pkl').write_bytes(pickle.dumps([result]))
-    with pytest.raises(ValueError, match='predictions.pkl holds no .*--out'):
+    folder = work_dir('mmdet', [{**result, **DAMAGED[kind]}])
+    reason = 'has a mask of another size .* instead of .64'
+    if '[' not in kind:
+        reason = 'holds no '
+    with pytest.raises(ValueError, match=f'predictions.pkl {reason}.*--out'):
         write_report(cfg, folder)
 
 
@@ -250,37 +256,18 @@ def test_damaged_detections(tmp_path, work_dir, kind):
 )
 def test_damaged_classes(tmp_path, work_dir, change):
     cfg, picture = classifier(tmp_path)
-    metrics = {'accuracy/top1': 97.04}
-    folder = work_dir(metrics, test_ema=metrics)
     result = dict(
         img_path=str(picture), pred_label=torch.tensor([3]), gt_label=torch.tensor([3]),
         pred_score=torch.ones(10),
     )  # fmt: skip
-    result.update(change)
-    (folder / 'test' / 'predictions.pkl').write_bytes(pickle.dumps([result]))
+    folder = work_dir('mmpretrain', [{**result, **change}])
     with pytest.raises(ValueError, match='predictions.pkl holds no .*--out'):
-        write_report(cfg, folder)
-
-
-@pytest.mark.parametrize('size', [[2**31, 2**31], [64, 65], [-1, 64]])
-def test_masks_of_another_size(tmp_path, work_dir, size):
-    """Those of 2 ** 62 pixels would crash the process."""
-    cfg, _, image, truth = detector(tmp_path)
-    folder = work_dir({'coco/bbox_mAP': 0.7, 'coco/segm_mAP': 0.69})
-    mask = dict(truth[0]['segmentation'], size=size)
-    found = dict(
-        bboxes=torch.ones(1, 4), labels=torch.ones(1, dtype=int),
-        scores=torch.ones(1), masks=[mask],
-    )  # fmt: skip
-    result = dict(img_path=image['img_path'], img_id=image['id'], pred_instances=found)
-    (folder / 'test' / 'predictions.pkl').write_bytes(pickle.dumps([result]))
-    with pytest.raises(ValueError, match='mask is of another size .* instead of .64'):
         write_report(cfg, folder)
 
 
 @pytest.mark.parametrize('content', ['[]', '{}', '{"mIoU": "85"}', '{"mIoU": true}'])
 def test_metrics_that_are_none(work_dir, content):
-    folder = work_dir({'mIoU': 85.26}, test_tta={'mIoU': 86})
+    folder = work_dir('mmseg')
     path = folder / 'test' / '20260101_000000' / '20260101_000000.json'
     path.write_text(content)
     cfg = Config.fromfile(CONFIGS / 'segmentation' / 'upernet_mlla-nano_digits.py')

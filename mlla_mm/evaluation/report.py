@@ -5,23 +5,32 @@ from pathlib import Path
 from typing import List, NamedTuple, Union
 
 from mmengine.config import Config
+from mmengine.registry import DATASETS, init_default_scope
 
+from ..checkpoints.reader import load_pickle_file
 from ..utils.records import is_number, read_record
 from ..utils.text import printable
-from .classification import classification_sheet
-from .curves import plot_curves
-from .detection import detection_sheet
-from .segmentation import segmentation_sheet
+from ..visualization import predictions as sheets
+from ..visualization.curves import plot_curves
 
 
 class Line(NamedTuple):
-    """A line of the summary."""
+    """A line of the summary.
 
-    test: str  # name of the test run, a folder below the work_dir
-    metric: str  # name that it logged
+    Attributes:
+        test (str): Name of the test run, a folder below the work_dir.
+        metric (str): Name under which the test logged the metric.
+        label (str): Name in the summary.
+        digits (int): Decimals.
+        title (str): Text for the title of the predictions. Empty if it leaves the
+            metric out.
+    """
+
+    test: str
+    metric: str
     label: str
-    digits: int  # decimals
-    title: str = ''  # how the title of the predictions says it, if it does
+    digits: int
+    title: str = ''
 
 
 LINES = {
@@ -43,58 +52,70 @@ _CURVES = {
     'mmseg': ['mIoU'],
     'mmpretrain': ['accuracy/top1', 'ema_accuracy/top1'],
 }
-_SHEETS = {
-    'mmdet': (detection_sheet, 'predictions.pkl'),
-    'mmseg': (segmentation_sheet, 'predictions'),
-    'mmpretrain': (classification_sheet, 'predictions.pkl'),
-}
 
 
 def write_report(cfg: Config, work_dir: Union[str, Path]) -> List[str]:
-    """Draw predictions and learning curves of a run and sum up its tests.
+    """Draw predictions and learning curves of a run, and sum up its tests.
 
     Args:
         cfg (Config): Config of the run.
         work_dir (str | Path): Its work_dir. The folders of :data:`LINES` below it are
-            the work_dirs of `tools/test.py`; 'test' holds the predictions too.
+            the work_dirs of ``tools/test.py``. The predictions are in 'test'.
 
     Returns:
         list[str]: The lines of the summary.
 
     Raises:
         FileNotFoundError: If a test has not been run.
-        ValueError: If a file of the run is damaged or something else.
+        CheckpointError: If the file of predictions is damaged, or holds more than data.
+        ValueError: If another file of the run is damaged, or of another run.
     """
     work_dir = Path(work_dir)
+    scope = cfg.default_scope
     summary, titles = [], []
-    for line in LINES[cfg.default_scope]:
+    for line in LINES[scope]:
         metric = _newest_value(work_dir / line.test, line.metric)
         value = f'{metric:.{line.digits}f}'
         summary.append(f'{line.label}: {value}')
         if line.title:
             titles.append(line.title.format(value))
-    draw, predictions = _SHEETS[cfg.default_scope]
-    draw(
-        cfg,
-        work_dir / 'test' / predictions,
-        work_dir / 'predictions.png',
-        ', '.join(titles),
+    picture, curves = work_dir / 'predictions.png', work_dir / 'curves.png'
+    _draw_predictions(
+        cfg, work_dir / 'test' / 'predictions', picture, ', '.join(titles)
     )
-    plot_curves(work_dir, _CURVES[cfg.default_scope], work_dir / 'curves.png')
+    plot_curves(work_dir, _CURVES[scope], curves)
     return [
         *summary,
-        f'Predictions and ground truth: {work_dir / "predictions.png"}',
-        f'Learning curves: {work_dir / "curves.png"}',
+        f'Predictions and ground truth: {picture}',
+        f'Learning curves: {curves}',
     ]
 
 
+def _draw_predictions(cfg: Config, path: Path, out: Path, title: str) -> None:
+    init_default_scope(cfg.default_scope)
+    dataset = DATASETS.build(cfg.test_dataloader.dataset)
+    if cfg.default_scope == 'mmseg':
+        sheets.segmentation_sheet(dataset, path, out, title)
+        return
+    path = path.with_suffix('.pkl')
+    is_detector = cfg.default_scope == 'mmdet'
+    draw = sheets.detection_sheet if is_detector else sheets.classification_sheet
+    try:
+        draw(dataset, load_pickle_file(path), out, title)
+    except sheets.PredictionsError as error:
+        raise ValueError(
+            f'{printable(path)} {error}. Test again with --out {printable(path)}'
+        ) from error
+
+
 def _newest_value(test_dir: Path, metric: str) -> float:
+    """A metric of the newest test in a folder."""
     logs = [x for x in test_dir.glob('*/*.json') if x.stem == x.parent.name]
     if not logs:
         raise FileNotFoundError(f'No metrics in {test_dir}: no finished test there.')
     newest = max(logs)
     value = (read_record(newest) or {}).get(metric)
-    if not is_number(value):
+    if value is None or not is_number(value):
         raise ValueError(
             f'{printable(newest)} has no number for {metric}. Test again with '
             f'--work-dir {test_dir}'

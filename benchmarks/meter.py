@@ -1,0 +1,347 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+"""The measuring of calls on a device: time, peak memory, CUDA graphs, settings."""
+
+import math
+import os
+import platform
+import random
+import re
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Hashable,
+    List,
+    NamedTuple,
+    Optional,
+    Tuple,
+    TypeVar,
+    Union,
+)
+
+import mmengine
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.benchmark import Timer
+
+import mlla_mm
+
+Call = Callable[[], object]
+_Key = TypeVar('_Key', bound=Hashable)
+
+# A shorter sample depends too much on the clock and on kernel launches.
+_SAMPLE_SECONDS = 0.1
+# From this spread on, PyTorch's own benchmarks warn.
+_STEADY = 0.1
+# As many calls as PyTorch's documentation makes before it captures a graph.
+_CALLS_BEFORE_CAPTURE = 3
+
+
+class Spread(NamedTuple):
+    """The median of samples, and the bounds of the middle half of the samples."""
+
+    low: float
+    median: float
+    high: float
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether the middle half is narrow enough to rely on the median."""
+        return self.high - self.low <= _STEADY * self.median
+
+
+def spread(samples: Sequence[float]) -> Spread:
+    """Quartiles of samples."""
+    values = torch.tensor(samples, dtype=torch.float64)
+    quartiles = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
+    return Spread(*values.quantile(quartiles).tolist())
+
+
+def unsteady_note(spreads: Mapping[str, Spread]) -> str:
+    """Name the measurements whose medians are not reliable, and say what helps.
+
+    Args:
+        spreads (Mapping[str, Spread]): Measurements by name.
+
+    Returns:
+        str: A paragraph to append to a table. Empty if all measurements are steady.
+    """
+    unsteady = [name for name, found in spreads.items() if not found.is_steady]
+    if not unsteady:
+        return ''
+    return (
+        f'\n\nUnsteady, the middle half wider than {_STEADY:.0%} of the median: '
+        f'{", ".join(unsteady)}. Stop other programs on the device, or take more '
+        '--repeats.'
+    )
+
+
+def module_bytes(module: nn.Module) -> int:
+    """Bytes of a module's parameters and buffers."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+class CudaGraph:
+    """Calls that are captured in a CUDA graph, and then replayed.
+
+    A training step sets the gradients to None. The graph therefore has its own memory
+    for gradients, which nothing outside the graph sees.
+
+    Args:
+        call (Callable): What to capture.
+        calls (int): How many calls the graph holds. Defaults to 1.
+        pool (optional): Where the graph has its memory, from
+            ``torch.cuda.graph_pool_handle``. Defaults to None: memory of its own.
+
+    Raises:
+        RuntimeError: If the call cannot be captured.
+    """
+
+    def __init__(self, call: Call, calls: int = 1, pool: Any = None) -> None:
+        self._call = call  # keeps alive what the graph reads
+        self._graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        # If capturing fails, PyTorch stays on the stream of the capture. This context
+        # goes back to the stream before.
+        with torch.cuda.stream(stream):
+            for _ in range(_CALLS_BEFORE_CAPTURE):
+                call()
+            try:
+                with torch.cuda.graph(self._graph, pool=pool):
+                    for _ in range(calls):
+                        self._outputs = call()
+            except RuntimeError as error:
+                # After a first error the end of the capture fails too, and its error
+                # hides the first one.
+                reason = error.__context__ or error
+                raise RuntimeError(f'it cannot be captured: {reason}') from error
+        torch.cuda.current_stream().wait_stream(stream)
+
+    def __call__(self) -> Any:
+        """Replay the graph.
+
+        Returns:
+            object: What the last call returned. The values hold until the next replay
+            of a graph with the same pool.
+        """
+        self._graph.replay()
+        return self._outputs
+
+
+class Meter:
+    """Measures calls on a device.
+
+    Args:
+        device (str, optional): The device, e.g. 'cuda'. Defaults to None: the GPU if
+            there is one, else the CPU.
+
+    Attributes:
+        device (torch.device): The device.
+        is_cuda (bool): Whether the device is a CUDA device.
+
+    Raises:
+        ValueError: If tensors cannot be put on the device.
+    """
+
+    def __init__(self, device: Optional[str] = None) -> None:
+        device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
+        try:
+            torch.empty(0, device=device)
+        except (AssertionError, RuntimeError) as error:
+            raise ValueError(f'Device {device!r} cannot be used: {error}') from error
+        self.device = torch.device(device)
+        self.is_cuda = self.device.type == 'cuda'
+
+    def synchronize(self) -> None:
+        """Wait until the device has done its work."""
+        if self.is_cuda:
+            torch.cuda.synchronize(self.device)
+
+    def samples(
+        self, calls: Mapping[_Key, Call], repeats: int = 20
+    ) -> Dict[_Key, List[float]]:
+        """Time calls against one another.
+
+        Every round times each call once, in a random order. What changes with time
+        (clock rates, temperature, other processes) then affects all calls alike. A
+        sample is the mean of as many calls as take a tenth of a second, after two or
+        more calls to warm up. CUDA is waited for.
+
+        Args:
+            calls (Mapping[Hashable, Callable]): What to time, by name.
+            repeats (int): Number of rounds. Defaults to 20.
+
+        Returns:
+            dict[Hashable, list[float]]: Seconds per call, a sample for each round.
+
+        Raises:
+            ValueError: If there are no rounds.
+        """
+        if repeats < 1:
+            raise ValueError(f'--repeats must be at least 1, got {repeats}.')
+        threads = torch.get_num_threads()
+        timers = {}
+        numbers = {}
+        for name, call in calls.items():
+            timers[name] = Timer('call()', globals=dict(call=call), num_threads=threads)
+            # The first call is not timed: it compiles, picks convolution algorithms
+            # and allocates.
+            call()
+            seconds = timers[name].timeit(1).median
+            numbers[name] = max(1, math.ceil(_SAMPLE_SECONDS / seconds))
+        samples: Dict[_Key, List[float]] = {name: [] for name in calls}
+        order = list(calls)
+        generator = random.Random(0)
+        for _ in range(repeats):
+            generator.shuffle(order)
+            for name in order:
+                samples[name].append(timers[name].timeit(numbers[name]).median)
+        return samples
+
+    def milliseconds(self, call: Call, repeats: int) -> Tuple[float, float]:
+        """Median times of a call on the device, and on the host until it returns."""
+        times = []
+        for _ in range(repeats):
+            self.synchronize()
+            begin = time.perf_counter()
+            if self.is_cuda:
+                first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                first.record()
+            call()
+            if self.is_cuda:
+                last.record()
+            on_device = on_host = (time.perf_counter() - begin) * 1000
+            if self.is_cuda:
+                last.synchronize()
+                on_device = first.elapsed_time(last)
+            times.append((on_device, on_host))
+        device_times, host_times = zip(*times)
+        return statistics.median(device_times), statistics.median(host_times)
+
+    def graph_microseconds(self, call: Call, calls: int = 10) -> float:
+        """Median time of a call in a CUDA graph of several; on a CPU, of one call."""
+        if not self.is_cuda:
+            return self.milliseconds(call, 1)[0] * 1000
+        graph = CudaGraph(call, calls)
+        graph()
+        return self.milliseconds(graph, 5)[0] * 1000 / calls
+
+    def copy_rate(self) -> float:
+        """Bytes per second that a copy reads and writes."""
+        size = 2**30 if self.is_cuda else 2**20
+        source = torch.zeros(size, dtype=torch.uint8, device=self.device)
+        target = torch.empty_like(source)
+        for _ in range(3):
+            target.copy_(source)
+        time_of_copy, _ = self.milliseconds(lambda: target.copy_(source), 10)
+        return 2 * size / (time_of_copy / 1000)
+
+    def peak_bytes(self, call: Call, resident: int = 0) -> int:
+        """Peak memory of tensors during a call, in bytes.
+
+        The CUDA allocator keeps the maximum itself. On a CPU the allocations that
+        PyTorch's profiler records are added up.
+
+        Args:
+            call (Callable): What is measured.
+            resident (int): Bytes of the tensors that existed before. Only a CPU needs
+                them: its record begins with the call. Defaults to 0.
+        """
+        if self.is_cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
+            call()
+            return torch.cuda.max_memory_allocated(self.device)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+            call()
+        events: List[Any] = record.profiler.kineto_results.events()  # type: ignore[union-attr]  # set in the context
+        current = peak = 0
+        for event in sorted(events, key=_start):
+            if event.name() == '[memory]':
+                current += event.nbytes()
+                peak = max(peak, current)
+        return resident + peak
+
+    def device_name(self) -> str:
+        """Name of the device for a title, for a CPU with the number of threads."""
+        if self.is_cuda:
+            return torch.cuda.get_device_name(self.device)
+        # Linux alone tells the model of the CPU.
+        model = _search('/proc/cpuinfo', r'^model name\s*: (.+)$')
+        model = model or f'{platform.machine()} CPU'
+        return f'{model}, threads: {torch.get_num_threads()}'
+
+    def describe(self, repeats: int, fuse_conv_bn: bool = False) -> Dict[str, object]:
+        """What the numbers depend on. None stands for what the machine does not have.
+
+        Args:
+            repeats (int): Number of rounds.
+            fuse_conv_bn (bool): Whether BatchNorm was folded into the convolutions.
+                Defaults to False.
+        """
+        driver = r'^NVRM.*?\s(\d+(?:\.\d+)+)\s'
+        try:  # importing Triton would take a second
+            triton: Optional[str] = metadata.version('triton')
+        except metadata.PackageNotFoundError:
+            triton = None
+        return dict(
+            device=self.device_name(),
+            threads=torch.get_num_threads(),
+            repeats=repeats,
+            python=platform.python_version(),
+            torch=torch.__version__,
+            cuda=torch.version.cuda if self.is_cuda else None,
+            cudnn=torch.backends.cudnn.version() if self.is_cuda else None,
+            driver=_search('/proc/driver/nvidia/version', driver)
+            if self.is_cuda
+            else None,
+            triton=triton,
+            float32_matmul_precision=torch.get_float32_matmul_precision(),
+            mlla_ops=os.environ.get('MLLA_OPS') or 'default',
+            fuse_conv_bn=fuse_conv_bn,
+            mmengine=mmengine.__version__,
+            mlla_mm=mlla_mm.__version__,
+            command=shlex.join(sys.argv),
+        )
+
+
+def _start(event: Any) -> Union[int, float]:
+    # PyTorch before 2.3 counts in microseconds.
+    return event.start_ns() if hasattr(event, 'start_ns') else event.start_us()
+
+
+def _search(path: str, pattern: str) -> Optional[str]:
+    """The first group of a pattern in a file; None if the file or it is not there."""
+    file = Path(path)
+    found = re.search(pattern, file.read_text(), re.M) if file.is_file() else None
+    return found[1] if found else None
+
+
+def format_settings(settings: Mapping[str, Any]) -> str:
+    """The device, the versions and what was done to the models, in one line.
+
+    Args:
+        settings (Mapping): From :meth:`Meter.describe`.
+    """
+    names = dict(
+        torch='torch',
+        cuda='CUDA',
+        cudnn='cuDNN',
+        driver='driver',
+        triton='Triton',
+        python='Python',
+    )
+    versions = [
+        f'{name} {settings[key]}' for key, name in names.items() if settings[key]
+    ]
+    done = ['BatchNorm in the convolutions'] if settings.get('fuse_conv_bn') else []
+    return ', '.join([settings['device'], *versions, *done])
