@@ -30,6 +30,8 @@ class Measured(NamedTuple):
         evaluation (float): Seconds of an evaluation.
         checkpoint (int): Bytes of a checkpoint; 0 if none is saved.
         best (int): Bytes of the best checkpoints.
+        done (int): Iterations before the start of the run.
+        epoch (int): Iterations of an epoch.
     """
 
     size: Optional[Tuple[int, int]]
@@ -39,23 +41,20 @@ class Measured(NamedTuple):
     evaluation: float
     checkpoint: int
     best: int
+    done: int
+    epoch: int
 
 
-class Remaining(NamedTuple):
-    """What a run still does: iterations, evaluations, and checkpoints that it keeps."""
-
-    iterations: int
-    evaluations: int
-    checkpoints: int
-
-
-def remaining(cfg: Config, done: int, epoch: int) -> Remaining:
+def remaining(cfg: Config, done: int, epoch: int) -> Tuple[int, int, int]:
     """Count what a run still has to do.
 
     Args:
         cfg (Config): The config of the whole run.
         done (int): Iterations before the start.
         epoch (int): Iterations of an epoch.
+
+    Returns:
+        tuple[int]: Iterations, evaluations, and checkpoints that are kept.
     """
     loop = cfg.train_cfg
     unit = epoch if 'max_epochs' in loop else 1
@@ -70,17 +69,16 @@ def remaining(cfg: Config, done: int, epoch: int) -> Remaining:
     checkpoints = math.ceil(iterations / interval) if interval > 0 else 1
     if hook.get('max_keep_ckpts', -1) > 0:
         checkpoints = min(checkpoints, hook['max_keep_ckpts'])
-    return Remaining(iterations, math.ceil(evaluations), checkpoints)
+    return iterations, math.ceil(evaluations), checkpoints
 
 
-def describe(cfg: Config, processes: int, measured: Measured, left: Remaining) -> str:
+def describe(cfg: Config, processes: int, measured: Measured) -> str:
     """Write the report of a rehearsal.
 
     Args:
         cfg (Config): The config of the whole run.
         processes (int): Number of processes.
         measured (Measured): What the rehearsal has measured.
-        left (Remaining): What the run still has to do.
 
     Returns:
         str: A line for each thing that the run needs.
@@ -88,19 +86,20 @@ def describe(cfg: Config, processes: int, measured: Measured, left: Remaining) -
     Raises:
         CheckError: If there is too little disk space for the checkpoints.
     """
+    iterations, evaluations, checkpoints = remaining(cfg, measured.done, measured.epoch)
+    training = measured.iteration * iterations
+    evaluation = measured.evaluation * evaluations
     workers = cfg.train_dataloader.get('num_workers', 0)
     images = f'{cfg.train_dataloader.batch_size} images'
     if measured.size:
         images += f' of {measured.size[0]} x {measured.size[1]} pixels'
     if accumulated_batches(cfg) > 1:
         images += f', {accumulated_batches(cfg)} times for an update'
-    memory = f'{_gib(measured.memory)} resident set of a process, without its data '
-    memory += 'workers'
+    peak = _gib(measured.memory)
+    memory = f'{peak} resident set of a process, without its data workers'
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
-        memory = f'{_gib(measured.memory)} of {_gib(total)} of a GPU, by tensors'
-    training = measured.iteration * left.iterations
-    evaluation = measured.evaluation * left.evaluations
+        memory = f'{peak} of {_gib(total)} of a GPU, by tensors'
     rows = {
         'processes': str(processes),
         'largest batch': f'{images}, on each process',
@@ -114,7 +113,7 @@ def describe(cfg: Config, processes: int, measured: Measured, left: Remaining) -
     if measured.waiting > 0.2:
         rows['data loading'] += '; more train_dataloader.num_workers would help'
     if measured.checkpoint:
-        rows['checkpoints'] = _describe_disk(cfg, measured, left.checkpoints)
+        rows['checkpoints'] = _describe_disk(cfg, measured, checkpoints)
     return '\n'.join(f'  {name:<16} {text}' for name, text in rows.items())
 
 

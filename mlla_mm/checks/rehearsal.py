@@ -45,7 +45,7 @@ from ..engine.options import as_list, kind_of, parts_of, set_resume
 from ..reproducible.preemption import handle_sigterm
 from ..reproducible.resume import require_resumable
 from ..reproducible.seeding import SeededDataset
-from .forecast import CheckError, Measured, describe, existing, remaining
+from .forecast import CheckError, Measured, describe, existing
 from .largest_size import find_sizes, largest_size, pin_scales, resize_images
 
 UPDATES = 2
@@ -155,9 +155,10 @@ def _rehearse(
         evaluation=evaluation,
         checkpoint=_bytes(Path(saved)) if saved else 0,
         best=sum(map(_bytes, Path(folder).glob('best_*'))),
+        done=start.iter,
+        epoch=batches.all,
     )
-    left = remaining(cfg, start.iter, batches.all)
-    return describe(cfg, layout.world_size, measured, left)
+    return describe(cfg, layout.world_size, measured)
 
 
 # The folder, and what is said of a failure.

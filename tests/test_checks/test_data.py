@@ -51,7 +51,7 @@ def folders(tmp_path):
 
 
 def change(entries, **values):
-    """Change the second of a list of the annotation file; None removes a key."""
+    """Change the second item of a list in the annotation file. None removes a key."""
 
     def apply(root):
         content = coco_content()
@@ -154,7 +154,7 @@ def test_annotations_of_test_images_may_be_unpublished(coco):
 
 
 def test_boxes_of_no_size_are_left_out_and_reported(coco):
-    """As mmdet does; COCO itself has such boxes."""
+    """mmdet leaves them out, too. COCO itself has such boxes."""
     annotate(bbox=[4, 4, 0, 20])(coco)
     cfg = config(DET, coco)
     require_data(cfg, 'train')
@@ -230,7 +230,7 @@ OTHER_SIZE = 'another size than their label map'
 MASK_FINDINGS = {
     'other size': (labels(HEIGHT, WIDTH - 1), OTHER_SIZE),
     'transposed': (labels(WIDTH, HEIGHT), OTHER_SIZE),
-    # Of the image alone.
+    # Only the image is turned.
     'turned': (lambda root: turn(6)(root / 'images/1.jpg'), OTHER_SIZE),
     'unknown labels': (labels(HEIGHT, WIDTH, value=12), 'labels above 11: 1.jpg'),
     'colours': (labels(HEIGHT, WIDTH, 3), 'not of one 8-bit channel'),
@@ -356,7 +356,7 @@ def test_good_data(coco, masks, folders):
     for scope, root in ((DET, coco), (SEG, masks), (CLS, folders)):
         cfg = config(scope, root)
         assert check_data(cfg, 'train') == check_data(cfg, 'val') == []
-        assert check_data(cfg, 'test') is not None  # of other data, which lack
+        assert check_data(cfg, 'test') is not None  # it names data that are missing
 
 
 def test_data_sets_without_a_check(folders):

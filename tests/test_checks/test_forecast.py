@@ -5,7 +5,7 @@ import pytest
 from mmengine.config import Config
 
 from mlla_mm.checks import forecast
-from mlla_mm.checks.forecast import CheckError, Measured, Remaining, remaining
+from mlla_mm.checks.forecast import CheckError, Measured, remaining
 
 EPOCHS = dict(max_epochs=12, val_interval=5)
 ITERATIONS = dict(max_iters=1000, val_interval=400)
@@ -36,19 +36,19 @@ def describe(tmp_path, **changes):
     cfg = Config(
         dict(
             work_dir=str(tmp_path / 'work'),
-            train_cfg=EPOCHS,
+            train_cfg=dict(max_epochs=12, val_interval=4),
             train_dataloader=dict(batch_size=2, num_workers=4),
             optim_wrapper=dict(accumulative_counts=8),
-            default_hooks=dict(checkpoint=dict(interval=1)),
+            default_hooks=dict(checkpoint=dict(interval=1, max_keep_ckpts=2)),
         )
     )
     measured = dict(
         size=(1333, 800), memory=2**31, iteration=0.5, waiting=0.3, evaluation=60,
-        checkpoint=2**20, best=2**19,
+        checkpoint=2**20, best=2**19, done=0, epoch=600,
     )  # fmt: skip
     cfg.merge_from_dict(changes.pop('options', {}))
     measured = Measured(**dict(measured, **changes))
-    return forecast.describe(cfg, 8, measured, Remaining(7200, 3, 2))
+    return forecast.describe(cfg, 8, measured)
 
 
 def test_report(tmp_path):

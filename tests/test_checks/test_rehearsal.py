@@ -105,7 +105,7 @@ def test_two_processes(run_tool, data, tmp_path):
 
 
 def test_resumed_run_keeps_its_checkpoints(config, capfd, tmp_path):
-    """Also the best one, which a better one would replace."""
+    """The best one is kept, too, although MMEngine replaces it by a better one."""
     options = {
         'train_cfg.max_epochs': 2,
         'default_hooks.logger.interval': 1000,
@@ -127,7 +127,7 @@ def test_resumed_run_keeps_its_checkpoints(config, capfd, tmp_path):
     set_resume(cfg, 'auto')
     assert check(cfg) == 0
     assert files() == before
-    # Of the four that are to come two are kept.
+    # The run has four epochs left, and keeps two checkpoints.
     assert ' 2 x ' in capfd.readouterr().out
 
 
@@ -206,7 +206,7 @@ def test_failures(config, capfd, tmp_path, name):
     error = capfd.readouterr().err
     assert message in error
     assert error.count('Error: check failed while') == 1
-    # What the message says in full needs no traceback.
+    # There is no traceback if the message says everything.
     assert ('Traceback' in error) == (name == 'another best metric')
     assert not (tmp_path / 'work').exists()
 
@@ -217,7 +217,7 @@ def test_metric_of_other_images(config, capfd, data, tmp_path):
     assert check(cfg) == 1
     error = capfd.readouterr().err
     assert 'check failed while evaluating' in error
-    assert 'Traceback' in error  # out of somebody else's code
+    assert 'Traceback' in error  # the error comes from mmdet's code
     assert not (tmp_path / 'work').exists()
 
 

@@ -113,7 +113,7 @@ def test_a_decoder_that_fills_up(masks, monkeypatch):
     truncate(masks / 'images/1.jpg')
     whole = noise(HEIGHT, WIDTH, 3)
     monkeypatch.setattr('mmcv.imfrombytes', lambda content, **_: whole.copy())
-    # Label maps are read by it as well.
+    # The patched function would read label maps, too.
     dataset.pipeline.transforms.pop(1)
     with pytest.raises(CorruptImageError, match='1.jpg is truncated'):
         dataset[1]
@@ -386,6 +386,6 @@ def test_skipped_images_of_all_processes_are_counted(run_tool, folders, tmp_path
     result, errors = train_on_two(run_tool, folders, tmp_path / 'work', SKIP)
     assert result.returncode == 0 and not errors, result.stdout
     counts = re.findall(r'Epoch 1: (\d+) corrupt images skipped', result.stdout)
-    # Others if one of the two was drawn in the place of another.
+    # There are more if a corrupt image was drawn to replace another one.
     names = re.findall(r'Skipped: (\S+) is truncated', result.stdout)
     assert counts == [str(len(names))] and len(names) >= 2
