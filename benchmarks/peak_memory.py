@@ -11,7 +11,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor
 
-from mlla_mm.checks.rehearsal import pin_scales
+from mlla_mm.checks.largest_size import pin_scales
 from mlla_mm.engine.ema import ModelEMA
 from mlla_mm.engine.launch import replace_sync_bn
 

@@ -41,7 +41,7 @@ def truncate(path):
 
 
 def cut_end(path):
-    # All the pixels are there, as far as Pillow is concerned.
+    # Pillow still finds all pixels.
     path.write_bytes(path.read_bytes()[:-2])
 
 
@@ -73,13 +73,13 @@ def link_to_nothing(path):
 
 
 def bomb(path):
-    """Of 3 GB when decoded, and some kilobytes."""
+    """A file of some kilobytes that takes 3 GB when it is decoded."""
     path.write_bytes(black_png(40000, 27000))
 
 
 @lru_cache
 def black_png(width, height) -> bytes:
-    """A PNG file of one bit per pixel; nothing of its size is in memory."""
+    """A PNG file of one bit per pixel. It is made without an image in memory."""
 
     def chunk(kind, content):
         checksum = struct.pack('>I', zlib.crc32(kind + content))
@@ -99,7 +99,7 @@ def black_png(width, height) -> bytes:
 
 
 def fake_ghostscript(monkeypatch, folder: Path) -> Path:
-    """Be the Ghostscript that Pillow finds; returns what is there once it ran."""
+    """Install a fake Ghostscript. Returns the file that it makes when it is run."""
     marker, program = folder / 'ghostscript ran', folder / 'bin/gs'
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\ntouch "{marker}"\n')

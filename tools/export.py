@@ -67,7 +67,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             args.trust_checkpoint,
             args.fuse_conv_bn,
         )
-        is_classifier = cfg.default_scope == 'mmpretrain'
+        is_classifier = cfg.get('default_scope') == 'mmpretrain'
         part = args.part or ('classifier' if is_classifier else 'backbone')
         checkpoint = Path(args.checkpoint)
         out = args.out or checkpoint.with_name(

@@ -105,12 +105,14 @@ def export_model(
 
     Raises:
         ExportError: If the format is unknown, if it needs a package or a newer PyTorch,
-            if the model cannot be exported, or if the outputs of the file differ by
-            more than :data:`TOLERANCE`. Then there is no file.
+            if the path is a folder, if the model cannot be exported, or if the outputs
+            of the file differ by more than :data:`TOLERANCE`. Then there is no file.
     """
     _require_support(format, shape)
     write, load = _FORMATS[format]
     path = Path(path)
+    if path.is_dir():
+        raise ExportError(f'{path} is a folder: give the path of a file.')
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with torch.no_grad(), warnings.catch_warnings():

@@ -28,12 +28,18 @@ class Output:
         folder (str | Path): The folder. It is created if it does not exist.
 
     Raises:
-        ValueError: If ``results.json`` in the folder is itself a folder.
+        ValueError: If the folder cannot be made, or if ``results.json`` in it is itself
+            a folder.
     """
 
     def __init__(self, folder: Union[str, Path]) -> None:
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f'The output folder cannot be made: {error}. Choose another one.'
+            ) from error
         # The video that is being written, which lies at a path.
         self._video: Optional[Tuple[Source, Path, cv2.VideoWriter]] = None
         results = self.folder / RESULTS
@@ -71,9 +77,9 @@ class Output:
 
     def finish(self, results: List[Dict[str, Any]]) -> None:
         """Write the results, and finish the last video."""
+        self._close_video()
         text = dump(results, file_format='json')
         write_whole(self.folder / RESULTS, text.encode())
-        self._close_video()
 
     def _write(
         self, image: np.ndarray, kind: str, picture: Picture, suffix: str

@@ -119,7 +119,9 @@ def make_work_dir(cfg: Config) -> None:
         raise ValueError(
             f'The work_dir cannot be written to: {error}. Choose one with --work-dir.'
         ) from error
-    copy = Path(cfg.work_dir) / Path(cfg.filename or 'of no file').name
+    if not cfg.filename:
+        return
+    copy = Path(cfg.work_dir, Path(cfg.filename).name)
     if copy.is_symlink() or (copy.exists() and not copy.is_file()):
         raise ValueError(
             f'{copy} is a link, folder or pipe, but MMEngine copies the config there. '
@@ -251,7 +253,7 @@ def _as_list(value: Any) -> Any:
 
 
 def _expect(channels: Any, outputs: _Outputs, path: str) -> None:
-    """Compare a list of channels with what comes in; no list is compared."""
+    """Compare a list of channels with what comes in. Other values are not compared."""
     if isinstance(channels, (list, tuple)) and list(channels) != outputs.channels:
         shown, right = (
             x[0] if len(x) == 1 else list(x) for x in (channels, outputs.channels)

@@ -25,6 +25,7 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS, DefaultScope
 from rich.progress import track
 
+from ..engine.options import kind_of, parts_of
 from ..utils.files import file_problem
 from ..utils.images import image_problem, image_size, open_image
 from ..utils.text import PATH_LIMIT, printable
@@ -59,7 +60,7 @@ class Finding(NamedTuple):
 
 
 class _UnusableError(Exception):
-    """Ends the check of a data set with its one argument, the last :class:`Finding`."""
+    """Ends the check of a data set. Its argument is the last :class:`Finding`."""
 
 
 class _Source(NamedTuple):
@@ -73,6 +74,7 @@ class _Source(NamedTuple):
         num_classes (int, optional): Number of classes of the model's heads.
         look (str): How closely to look, one of :data:`LOOKS`.
         num_images (int, optional): Expected number of images, if it is known.
+        backend (str): What decodes the images, by mmcv's name. Defaults to 'cv2'.
     """
 
     key: str
@@ -82,25 +84,7 @@ class _Source(NamedTuple):
     num_classes: Optional[int]
     look: str
     num_images: Optional[int]
-
-
-def check_split(cfg: Config, split: str, look: str = PIXELS) -> Optional[List[Finding]]:
-    """Check the data set of a data loader.
-
-    Args:
-        cfg (Config): The config, whose ``custom_imports`` have been imported.
-        split (str): 'train', 'val' or 'test'.
-        look (str): How closely to look, one of :data:`LOOKS`. Defaults to 'pixels'.
-
-    Returns:
-        list[Finding] | None: What is wrong; empty if nothing is. None if the config has
-        no such data loader, or if there is no check for its data set.
-
-    Raises:
-        ValueError: If the config of the data set is wrong.
-    """
-    source = _source(cfg, split, look)
-    return None if source is None else list(_findings(source))
+    backend: str = 'cv2'
 
 
 def check_splits(
@@ -121,14 +105,42 @@ def check_splits(
         ValueError: If the config is wrong, or if there is no check for either data set.
     """
     check_config(cfg)
-    counts = num_images or {}
-    found = [_source(cfg, split, look, counts.get(split)) for split in ('train', 'val')]
-    sources = [source for source in found if source is not None]
-    if not sources:
+    findings = check_data(cfg, 'train', 'val', look=look, num_images=num_images)
+    if findings is None:
         raise ValueError(
             f'There is no check for the data sets of {cfg.filename}. There are checks '
             'for CocoDataset, BaseSegDataset, CustomDataset and their subclasses.'
         )
+    return findings
+
+
+def check_data(
+    cfg: Config,
+    *splits: str,
+    look: str = PIXELS,
+    num_images: Optional[Mapping[str, int]] = None,
+) -> Optional[List[Finding]]:
+    """Check the data sets of some data loaders.
+
+    Args:
+        cfg (Config): The config, whose ``custom_imports`` have been imported.
+        *splits (str): 'train', 'val' or 'test'.
+        look (str): As in :func:`check_splits`. Defaults to 'pixels'.
+        num_images (dict, optional): Expected numbers of images by split.
+            Defaults to None.
+
+    Returns:
+        list[Finding] | None: What is wrong; empty if nothing is. None if there is no
+        check for any of the data sets.
+
+    Raises:
+        ValueError: If the config of a data set is wrong.
+    """
+    counts = num_images or {}
+    found = [_source(cfg, split, look, counts.get(split)) for split in splits]
+    sources = [source for source in found if source is not None]
+    if not sources:
+        return None
     findings = [finding for source in sources for finding in _findings(source)]
     return findings + list(_check_same_classes(sources))
 
@@ -145,16 +157,15 @@ def require_data(cfg: Config, *splits: str) -> None:
     Raises:
         ValueError: Names the first thing that is wrong.
     """
-    for split in splits:
-        findings = check_split(cfg, split, NAMES) or []
-        fatal = [finding for finding in findings if finding.fatal]
-        if fatal:
-            more = f' ({len(fatal) - 1} more findings)' if len(fatal) > 1 else ''
-            raise ValueError(f'{fatal[0].problem}. {fatal[0].fix}{more}')
+    findings = check_data(cfg, *splits, look=NAMES) or []
+    fatal = [finding for finding in findings if finding.fatal]
+    if fatal:
+        more = f' ({len(fatal) - 1} more findings)' if len(fatal) > 1 else ''
+        raise ValueError(f'{fatal[0].problem}. {fatal[0].fix}{more}')
 
 
 def _source(
-    cfg: Config, split: str, look: str, num_images: Optional[int] = None
+    cfg: Config, split: str, look: str, num_images: Optional[int]
 ) -> Optional[_Source]:
     """The data set of a data loader, or None if there is no check for it."""
     config = innermost_dataset(cfg.get(f'{split}_dataloader'))
@@ -165,7 +176,10 @@ def _source(
         return None
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmengine')):
         with DATASETS.switch_scope_and_registry(None) as registry:
-            check = _check_of(registry.get(config['type']))
+            kind = registry.get(config['type'])
+            if kind is None:
+                registry.build(config)  # raises the error that names the type
+            check = _check_of(kind)
             if check is None:
                 return None
             dataset = registry.build(dict(config, lazy_init=True, pipeline=[]))
@@ -178,6 +192,7 @@ def _source(
         num_classes=counts[0] if counts else None,
         look=look,
         num_images=num_images,
+        backend=_image_backend(config.get('pipeline')),
     )
 
 
@@ -188,6 +203,14 @@ def _check_of(kind: Any) -> Optional[Callable[[_Source], Iterator[Finding]]]:
         if check is not None and kind.load_data_list is base.load_data_list:
             return check
     return None
+
+
+def _image_backend(pipeline: Any) -> str:
+    """What decodes the images of a pipeline, by mmcv's name. OpenCV is the default."""
+    for step in parts_of(pipeline):
+        if 'LoadImage' in str(kind_of(step)) and step.get('imdecode_backend'):
+            return step['imdecode_backend']
+    return 'cv2'
 
 
 def _findings(source: _Source) -> Iterator[Finding]:
@@ -208,11 +231,17 @@ def _require_folder(folder: Path, source: _Source) -> None:
     _require(folder.is_dir(), f'Folder not found: {folder}', fix)
 
 
-def _require_ann_file(source: _Source) -> Path:
+def _read_ann_file(source: _Source, fix: str) -> str:
+    """The text of the annotation file; ends the check if there is none."""
     path = Path(source.dataset.ann_file)
-    fix = f'Check data_root and ann_file of {source.key}.'
-    _require(path.is_file(), f'Annotation file not found: {path}', fix)
-    return path
+    where = f'Check data_root and ann_file of {source.key}.'
+    _require(path.is_file(), f'Annotation file not found: {path}', where)
+    try:
+        text = path.read_text(encoding='utf-8').strip()
+    except UnicodeDecodeError as error:
+        raise _UnusableError(Finding(f'{path} is not UTF-8 ({error})', fix)) from error
+    _require(text, f'{path} is empty', fix)
+    return text
 
 
 def _several(
@@ -282,7 +311,10 @@ def _check_images(
 
 
 def _unreadable(path: Path, folder: Path, source: _Source) -> Optional[_Problem]:
-    problem = image_problem(path) if source.look == PIXELS else file_problem(path)
+    if source.look == PIXELS:
+        problem = image_problem(path, source.backend)
+    else:
+        problem = file_problem(path)
     if problem is None:
         return None
     return _Problem('cannot be read', f'{_relative(path, folder)} {problem}')
@@ -301,18 +333,25 @@ def _relative(path: Path, folder: Path) -> str:
 
 # COCO's format.
 
-_COCO_KEYS = {
-    'images': ('id', 'file_name', 'width', 'height'),
-    # mmdet reads all of them.
-    'annotations': ('id', 'image_id', 'category_id', 'bbox', 'area'),
-    'categories': ('id', 'name'),
+_ID, _NUMBER = (int, str), (int, float)
+# What mmdet and the rules read, and its types.
+_COCO_KEYS: Dict[str, Dict[str, Any]] = {
+    'images': dict(id=_ID, file_name=str, width=_NUMBER, height=_NUMBER),
+    'annotations': dict(id=_ID, image_id=_ID, category_id=_ID, bbox=list, area=_NUMBER),
+    'categories': dict(id=_ID, name=_ID),
 }
 _NEGATIVE = 'a box of negative width or height'
 _EMPTY = 'a box of no width or height'
 
 
 def _check_coco(source: _Source) -> Iterator[Finding]:
-    content = _read_json(_require_ann_file(source))
+    fix = 'Write or download it again.'
+    text = _read_ann_file(source, fix)
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        problem = f'{source.dataset.ann_file} is not JSON ({error})'
+        raise _UnusableError(Finding(problem, fix)) from error
     # Annotations of COCO's test images are not published.
     if source.key.startswith('test') and isinstance(content, dict):
         content.setdefault('annotations', [])
@@ -322,17 +361,8 @@ def _check_coco(source: _Source) -> Iterator[Finding]:
         yield from rule(content, source)
 
 
-def _read_json(path: Path) -> Any:
-    fix = 'Write or download it again.'
-    _require(path.stat().st_size > 0, f'{path} is empty', fix)
-    try:
-        return json.loads(path.read_text(encoding='utf-8'))
-    except (ValueError, RecursionError) as error:
-        raise _UnusableError(Finding(f'{path} is not JSON ({error})', fix)) from error
-
-
 def _check_structure(content: Any, source: _Source) -> Iterator[Finding]:
-    """Whether everything is there that mmdet and the rules read."""
+    """Whether everything is there, and has a usable type."""
     path = source.dataset.ann_file
     fix = 'See docs/datasets.md for the format.'
     names = ', '.join(_COCO_KEYS)
@@ -341,13 +371,13 @@ def _check_structure(content: Any, source: _Source) -> Iterator[Finding]:
     _require(not absent, f'{path} has no list of {" and ".join(absent)}', fix)
     _require(content['images'], f'{path} lists no images', fix)
     for name, keys in _COCO_KEYS.items():
-        for key in keys:
+        for key, kind in keys.items():
             lacking = [
                 f'number {i}'
                 for i, item in enumerate(content[name])
-                if not (isinstance(item, dict) and key in item)
+                if not (isinstance(item, dict) and isinstance(item.get(key), kind))
             ]
-            yield from _several(f'{name} in {path} have no {key}', lacking, fix)
+            yield from _several(f'{name} in {path} have no usable {key}', lacking, fix)
 
 
 def _check_boxes(content: dict, source: _Source) -> Iterator[Finding]:
@@ -366,9 +396,8 @@ def _check_boxes(content: dict, source: _Source) -> Iterator[Finding]:
         )
 
 
-def _box_problem(box: Any) -> str:
-    numbers = isinstance(box, list) and all(type(x) in (int, float) for x in box)
-    if not numbers or len(box) != 4:
+def _box_problem(box: list) -> str:
+    if len(box) != 4 or not all(type(x) in _NUMBER for x in box):
         return 'a box that is not four numbers'
     if not all(map(math.isfinite, box)):
         return 'a box of NaN or infinity'
@@ -476,7 +505,8 @@ def _check_label_maps(source: _Source) -> Iterator[Finding]:
     folder = Path(dataset.data_prefix.get('img_path') or '')
     _require_folder(folder, source)
     if dataset.ann_file:
-        _require_ann_file(source)
+        lines = f'Mend {dataset.ann_file}: its lines are names of images.'
+        _read_ann_file(source, lines)
     infos = dataset.load_data_list()
     suffix = f'Check img_suffix of {source.key}.'
     _require(infos, f'No images *{dataset.img_suffix} in {folder}', suffix)
@@ -502,7 +532,8 @@ def _check_label_maps(source: _Source) -> Iterator[Finding]:
         problem = _unreadable(path, folder, source)
         if problem is not None or maps[path] in missing:
             return problem
-        problem = _unreadable(maps[path], folder, source)
+        # mmseg reads label maps with Pillow.
+        problem = _unreadable(maps[path], folder, source._replace(backend='pillow'))
         if problem is not None:
             return problem._replace(kind=f'have a label map that {problem.kind}')
         if source.look == PIXELS:
@@ -578,10 +609,9 @@ def _check_class_folders(folder: Path, source: _Source) -> Iterator[Finding]:
 
 
 def _check_list(folder: Path, source: _Source) -> Iterator[Finding]:
-    path = _require_ann_file(source)
+    path = source.dataset.ann_file
     fix = f'Mend {path}: its lines are IMAGE LABEL.'
-    lines = path.read_text(encoding='utf-8').strip().splitlines()
-    _require(lines, f'{path} is empty', fix)
+    lines = _read_ann_file(source, fix).splitlines()
     names = [line.strip() for line in lines]
     if source.dataset.with_label:
         count = _num_classes(source) or math.inf
@@ -606,6 +636,7 @@ def _check_same_classes(sources: Sequence[_Source]) -> Iterator[Finding]:
         set(_class_folders(Path(source.dataset.img_prefix)))
         for source in sources
         if source.check is _check_folders
+        and source.dataset.with_label
         and not source.dataset.ann_file
         and os.path.isdir(source.dataset.img_prefix)
     ]

@@ -20,9 +20,8 @@ import sys
 import tempfile
 import time
 import traceback
-from datetime import timedelta
 from pathlib import Path
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, NamedTuple, NoReturn, Optional, Tuple
 
 import torch
 from mmengine.config import Config
@@ -35,31 +34,42 @@ from mmengine.dist import (
     is_main_process,
 )
 from mmengine.hooks import Hook
+from mmengine.logging import MessageHub
 from mmengine.registry import DATASETS, init_default_scope
 from mmengine.runner import find_latest_checkpoint
 from mmengine.runner.checkpoint import CheckpointLoader
 
 from ..engine import launch
-from ..engine.batch_size import accumulated_batches
 from ..engine.console import build_runner
-from ..engine.options import as_list, default_hook, kind_of, parts_of, set_resume
+from ..engine.options import as_list, kind_of, parts_of, set_resume
+from ..reproducible.preemption import handle_sigterm
 from ..reproducible.resume import require_resumable
 from ..reproducible.seeding import SeededDataset
+from .forecast import CheckError, Measured, describe, existing
+from .largest_size import find_sizes, largest_size, pin_scales, resize_images
 
 UPDATES = 2
 """Optimiser updates at the largest size."""
 EVALUATED_BATCHES = 3
 """Batches that each process evaluates."""
-PROBED_IMAGES = 64
-"""Training images that are loaded to find the largest size."""
 TIMED_ITERATIONS = 10
 """Timed iterations. They come after the batches that the workers load in advance."""
 TIMED_SECONDS = 60.0
 """About the longest time for the second run; two iterations are made in any case."""
 
 
-class CheckError(Exception):
-    """A problem that would end the run, in words for the user."""
+class Position(NamedTuple):
+    """How far a run has got: its epochs and iterations."""
+
+    epoch: int = 0
+    iter: int = 0
+
+
+class Batches(NamedTuple):
+    """Batches of an epoch on each process: all of them, and the full ones alone."""
+
+    all: int
+    full: int
 
 
 def run(cfg: Config, layout: launch.Processes) -> int:
@@ -78,6 +88,9 @@ def run(cfg: Config, layout: launch.Processes) -> int:
         init_dist(cfg.launcher, **cfg.get('env_cfg', {}).get('dist_cfg', {}))
     watch = _WatchHook()
     folder = ''
+    # Another process may wait for others, and must end at once.
+    on_sigterm = _exit_by_sigterm if layout.rank == 0 else None
+    previous_handler = handle_sigterm(on_sigterm)
     try:
         folder = _make_folder(cfg.work_dir)
         report = _rehearse(cfg, layout, folder, watch)
@@ -88,6 +101,7 @@ def run(cfg: Config, layout: launch.Processes) -> int:
         return 1
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        handle_sigterm(previous_handler)
     if layout.rank == 0:
         print(f'Check passed: {cfg.filename}\n{report}', flush=True)
     launch.tear_down()
@@ -97,118 +111,87 @@ def run(cfg: Config, layout: launch.Processes) -> int:
 def _rehearse(
     cfg: Config, layout: launch.Processes, folder: str, watch: '_WatchHook'
 ) -> str:
-    """Make the two runs; returns the report."""
+    """Read the data and make the two runs; returns the report."""
     watch.stage = 'reading the checkpoint to resume'
-    start = dict(epoch=0, iter=0)
-    if cfg.get('resume'):
-        checkpoint = CheckpointLoader.load_checkpoint(cfg.load_from, map_location='cpu')
-        require_resumable(checkpoint, cfg.load_from)
-        start = checkpoint['meta']
-        del checkpoint
-
+    start = _read_start(cfg)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     watch.stage = 'reading the training data'
-    pinned = copy.deepcopy(cfg.train_dataloader.dataset)
-    pin_scales(pinned)
-    skips = cfg.train_cfg.get('skip_corrupt_images', False)
-    dataset = SeededDataset(copy.deepcopy(pinned), skips)
-    processes = layout.world_size * cfg.train_cfg.get('micro_batches', 1)
-    batches = _count_batches(cfg.train_dataloader, dataset, processes)
-    size = largest_size(dataset, cfg.train_dataloader.batch_size, pinned)
-    del dataset
-    val_batches = 0
-    if cfg.get('val_cfg') is not None:
-        watch.stage = 'reading the validation data'
-        val_dataset = DATASETS.build(copy.deepcopy(cfg.val_dataloader.dataset))
-        val_batches = _count_batches(cfg.val_dataloader, val_dataset, layout.world_size)
+    largest, size, batches = _read_training_data(cfg, layout.world_size)
+    watch.stage = 'reading the validation data'
+    evaluated = _read_validation_data(cfg, layout.world_size)
 
     updates = UPDATES * cfg.optim_wrapper.get('accumulative_counts', 1)
-    short = _shorten(cfg, folder, start, min(updates, batches))
-    short.train_dataloader.dataset = pinned
-    if val_batches:
-        short.val_dataloader.num_batch_per_epoch = min(EVALUATED_BATCHES, val_batches)
-    watch.training = 'training at the largest scale'
-    runner = _train(short, watch)
+    first = _shorten(cfg, folder, start, min(updates, batches.full))
+    first.train_dataloader.dataset = largest
+    if evaluated.full:
+        count = min(EVALUATED_BATCHES, evaluated.full)
+        first.val_dataloader.num_batch_per_epoch = count
+    reached, times = _train(first, watch, 'training at the largest scale')
     memory = max(all_gather_object(_peak_memory()))
-    update = _mean_seconds(runner, 'train/time', 1)
-    evaluation = 0.0
-    if val_batches:
-        evaluation = _mean_seconds(runner, 'val/time', EVALUATED_BATCHES) * val_batches
-    saved = find_latest_checkpoint(folder)
-    if len(set(all_gather_object(saved))) > 1:
-        raise CheckError(
-            'some processes do not see the checkpoint that was saved. Processes on '
-            'several machines need a work_dir that all of them share'
-        )
-    reached = dict(epoch=0, iter=0)
-    if saved:
-        reached = dict(epoch=runner.epoch, iter=runner.iter)
-    _release(runner)
-    del runner
+    update, evaluation = _seconds(times, 'train/time', 1), 0.0
+    if evaluated.all:
+        evaluation = _seconds(times, 'val/time', EVALUATED_BATCHES) * evaluated.all
 
-    workers = cfg.train_dataloader.get('num_workers', 0)
-    # Batches that the workers have ready; PyTorch loads two for each by default.
-    ready = workers * (cfg.train_dataloader.get('prefetch_factor') or 2)
-    iterations = min(1 + ready + TIMED_ITERATIONS, int(TIMED_SECONDS / update))
-    usual = _shorten(cfg, folder, reached, min(max(2, iterations), batches))
-    usual.resume, usual.load_from = False, None
-    set_resume(usual, 'auto')
-    usual.val_cfg = usual.val_dataloader = usual.val_evaluator = None
-    usual.default_hooks.checkpoint = None
-    watch.training = 'training after resuming'
-    runner = _train(usual, watch)
-    timed = max(1, min(TIMED_ITERATIONS, runner.iter - reached['iter'] - 1))
-    update = _mean_seconds(runner, 'train/time', timed)
-    waiting = min(1.0, _mean_seconds(runner, 'train/data_time', timed) / update)
-    _release(runner)
+    saved = _find_saved(folder)
+    resumed = reached if saved else Position()
+    iterations = 1 + _loaded_in_advance(cfg) + TIMED_ITERATIONS
+    iterations = max(2, min(iterations, int(TIMED_SECONDS / update)))
+    second = _shorten(cfg, folder, resumed, min(iterations, batches.full))
+    second.resume, second.load_from = False, None
+    set_resume(second, 'auto')
+    second.val_cfg = second.val_dataloader = second.val_evaluator = None
+    second.default_hooks.checkpoint = None
+    reached, times = _train(second, watch, 'training after resuming')
+    timed = max(1, min(TIMED_ITERATIONS, reached.iter - resumed.iter - 1))
+    iteration = _seconds(times, 'train/time', timed)
+    waiting = _seconds(times, 'train/data_time', timed)
 
     watch.stage = 'adding up the checkpoints of the whole run'
-    loop = cfg.train_cfg
-    # An iteration-based run is one epoch to MMEngine.
-    epoch = max(1, batches) if 'max_epochs' in loop else loop.max_iters
-    left = max(0, loop.get('max_epochs', 1) * epoch - start['iter'])
-    default, unit = (1, epoch) if 'max_epochs' in loop else (1000, 1)
-    evaluation *= math.ceil(left / (loop.get('val_interval', default) * unit))
-    training = update * left
-    images = f'{cfg.train_dataloader.batch_size} images'
-    if size:
-        images += f' of {size[0]} x {size[1]} pixels'
-    if accumulated_batches(cfg) > 1:
-        images += f', {accumulated_batches(cfg)} times for an update'
-    peak = f'{_gib(memory)} resident set of a process, without its data workers'
-    if torch.cuda.is_available():
-        total = torch.cuda.get_device_properties(0).total_memory
-        peak = f'{_gib(memory)} of {_gib(total)} of a GPU, by tensors'
-    rows = {
-        'processes': str(layout.world_size),
-        'largest batch': f'{images}, on each process',
-        'peak memory': f'{peak}, the largest of all processes',
-        'iteration': f'{update:.3g} s',
-        'data loading': f'{waiting:.0%} of it, waiting for {workers} workers',
-        'time to the end': f'{_duration(training + evaluation)} (training '
-        f'{_duration(training)}, evaluation {_duration(evaluation)}): a rough '
-        "estimate, without the metric's own computation",
-    }
-    if waiting > 0.2:
-        rows['data loading'] += '; more train_dataloader.num_workers would help'
-    if saved:
-        rows['checkpoints'] = _describe_disk(cfg, Path(saved), left, epoch)
-    return '\n'.join(f'  {name:<16} {text}' for name, text in rows.items())
+    measured = Measured(
+        size=size,
+        memory=memory,
+        iteration=iteration,
+        waiting=min(1.0, waiting / iteration),
+        evaluation=evaluation,
+        checkpoint=_bytes(Path(saved)) if saved else 0,
+        best=sum(map(_bytes, Path(folder).glob('best_*'))),
+        done=start.iter,
+        epoch=batches.all,
+    )
+    return describe(cfg, layout.world_size, measured)
+
+
+# The folder, and what is said of a failure.
 
 
 def _make_folder(work_dir: str) -> str:
     """Make a folder for all processes in the work_dir, or above if there is none."""
     made = ['']
     if is_main_process():
-        made[0] = tempfile.mkdtemp(prefix='check-', dir=_existing(work_dir))
+        made[0] = tempfile.mkdtemp(prefix='check-', dir=existing(work_dir))
     broadcast_object_list(made)
     return made[0]
 
 
-def _existing(path: str) -> Path:
-    """A path, or the nearest folder above it that exists."""
-    absolute = Path(path).absolute()
-    return next(p for p in (absolute, *absolute.parents) if p.exists())
+def _find_saved(folder: str) -> Optional[str]:
+    """The checkpoint of the first run; None if it saves none."""
+    saved = find_latest_checkpoint(folder)
+    if len(set(all_gather_object(saved))) > 1:
+        raise CheckError(
+            'some processes do not see the checkpoint that was saved. Processes on '
+            'several machines need a work_dir that all of them share'
+        )
+    return saved
+
+
+def _bytes(path: Path) -> int:
+    """Size of a checkpoint, which is a folder if the model is sharded."""
+    return sum(file.stat().st_size for file in [path, *path.rglob('*')])
+
+
+def _exit_by_sigterm(number: int, frame: Any) -> NoReturn:
+    """Handle SIGTERM: end such that the folder is removed, as Ctrl-C does."""
+    sys.exit(128 + number)
 
 
 def _is_first_to_fail(folder: str, layout: launch.Processes) -> bool:
@@ -222,101 +205,104 @@ def _is_first_to_fail(folder: str, layout: launch.Processes) -> bool:
     return True
 
 
-def _count_batches(loader: dict, dataset: Any, processes: int) -> int:
-    """Complete batches of an epoch on each process."""
-    if hasattr(dataset, 'full_init'):
-        dataset.full_init()
-    if not len(dataset):
-        raise CheckError('the data set is empty')
-    complete = len(dataset) // (loader['batch_size'] * processes)
-    return loader.get('num_batch_per_epoch') or complete
+def _print_cause(stage: str, error: Exception) -> None:
+    unregistered = launch.unregistered_type(error)
+    cause = unregistered or f'{type(error).__name__}: {error}'
+    if isinstance(error, CheckError):
+        cause = str(error)
+    elif isinstance(error, torch.cuda.OutOfMemoryError):
+        cause = (
+            'out of GPU memory. To need less: model.backbone.with_cp=True, --amp, or a '
+            'smaller train_dataloader.batch_size with --keep-batch-size; see '
+            f'docs/hardware.md. ({error})'
+        )
+    elif not (unregistered or isinstance(error, OSError)):
+        traceback.print_exception(type(error), error, error.__traceback__)
+    text = f'Error: check failed while {stage}: {cause}'
+    print(text, file=sys.stderr, flush=True)
 
 
-# The largest batch.
+# The data.
 
 
-def pin_scales(config: Any) -> None:
-    """Let every random resize of a data set's config take its largest scale.
-
-    Args:
-        config (dict | list): Config of a data set, or a pipeline; changed in place.
-    """
-    for part in parts_of(config):
-        kind = str(kind_of(part)).rpartition('.')[2]
-        if kind == 'RandomChoiceResize':
-            part['scales'] = [max(part['scales'], key=_area)]
-        elif kind == 'RandomResize':
-            scale = part['scale']
-            if isinstance(scale[0], (list, tuple)):
-                # Long and short side are drawn independently, between two scales.
-                part['scale'] = max(map(max, scale)), max(map(min, scale))
-            else:
-                ratio = max(part['ratio_range'])
-                part['scale'] = tuple(int(side * ratio) for side in scale)
-            part['ratio_range'] = (1.0, 1.0)
+def _read_start(cfg: Config) -> Position:
+    """Where the run starts: at zero, or at the checkpoint that it resumes."""
+    if not cfg.get('resume'):
+        return Position()
+    checkpoint = CheckpointLoader.load_checkpoint(cfg.load_from, map_location='cpu')
+    require_resumable(checkpoint, cfg.load_from)
+    return Position(checkpoint['meta']['epoch'], checkpoint['meta']['iter'])
 
 
-def _area(scale: Any) -> int:
-    return math.prod(scale) if isinstance(scale, (list, tuple)) else scale**2
-
-
-def largest_size(
-    dataset: Any, batch_size: int, config: dict
-) -> Optional[Tuple[int, int]]:
-    """Find the largest padded size of a batch, and give this size to all images.
-
-    A batch is padded to its longest sides. A broad and a tall image together therefore
-    make a larger batch than each of them alone.
-
-    Args:
-        dataset (Dataset): Training data with pinned scales.
-        batch_size (int): Images of a batch.
-        config (dict): The config of the data set. If its images differ in size, it gets
-            a resize before the packing; changed in place.
+def _read_training_data(
+    cfg: Config, world_size: int
+) -> Tuple[dict, Optional[Tuple[int, int]], Batches]:
+    """Read the training data, and find the largest size of its images.
 
     Returns:
-        tuple[int, int] | None: Width and height in pixels; None if a sample is not one
-        image.
+        tuple: Config of the data with all images of the largest size; this size (W, H),
+        or None if samples are not single images; batches of an epoch.
     """
-    count = len(dataset)
-    probed = set(range(0, count, math.ceil(count / PROBED_IMAGES)))
-    get_info = getattr(dataset, 'get_data_info', None)
-    if get_info is not None and {'width', 'height'} <= set(get_info(0)):
-        infos = map(get_info, range(count))
-        ratios = [info['width'] / info['height'] for info in infos]
-        probed |= {ratios.index(max(ratios)), ratios.index(min(ratios))}
-    found = set()
-    for index in sorted(probed):
-        inputs = dataset[index]['inputs']
-        if not isinstance(inputs, torch.Tensor) or inputs.dim() != 3:
-            return None
-        found.add((inputs.shape[2], inputs.shape[1]))
-    # Each process has drawn its own random numbers.
-    sizes = set().union(*all_gather_object(found))
-    widths, heights = zip(*sizes)
-    size = max(widths), max(heights)
-    if batch_size == 1:
-        size = max(sizes, key=_area)
+    config = copy.deepcopy(cfg.train_dataloader.dataset)
+    pin_scales(config)
+    skips = cfg.train_cfg.get('skip_corrupt_images', False)
+    dataset = SeededDataset(copy.deepcopy(config), skips)
+    processes = world_size * cfg.train_cfg.get('micro_batches', 1)
+    batches = _count_batches(cfg.train_dataloader, dataset, processes)
+    if not batches.all and 'max_epochs' in cfg.train_cfg:
+        raise CheckError(
+            f'an epoch has no update: the {len(dataset)} images are less than a batch, '
+            'and drop_last leaves it out'
+        )
+    sizes = find_sizes(dataset)
+    if not sizes:
+        return config, None, batches
+    size = largest_size(sizes, cfg.train_dataloader.batch_size)
     if len(sizes) > 1:
-        for part in parts_of(config):
-            pipeline = part.get('pipeline') or []
-            kinds = [str(kind_of(step)).rpartition('.')[2] for step in pipeline]
-            packing = [i for i, kind in enumerate(kinds) if kind.startswith('Pack')]
-            for i in packing[:1]:
-                pipeline.insert(i, dict(type='Resize', scale=size, keep_ratio=False))
-    return size
+        resize_images(config, size)
+    return config, size, batches
+
+
+def _read_validation_data(cfg: Config, world_size: int) -> Batches:
+    """Read the validation data, if there are any. Returns batches of an evaluation."""
+    if cfg.get('val_cfg') is None:
+        return Batches(0, 0)
+    dataset = DATASETS.build(copy.deepcopy(cfg.val_dataloader.dataset))
+    return _count_batches(cfg.val_dataloader, dataset, world_size)
+
+
+def _count_batches(loader: dict, dataset: Any, processes: int) -> Batches:
+    if hasattr(dataset, 'full_init'):
+        dataset.full_init()
+    count, size = len(dataset), loader['batch_size']
+    if not count:
+        raise CheckError('the data set is empty')
+    given = loader.get('num_batch_per_epoch')
+    if given:
+        return Batches(given, given)
+    # Samplers repeat images, so that all processes have equally many.
+    images = math.ceil(count / processes)
+    drops_last = (loader.get('batch_sampler') or loader).get('drop_last')
+    batches = images // size if drops_last else math.ceil(images / size)
+    return Batches(batches, count // (size * processes))
+
+
+def _loaded_in_advance(cfg: Config) -> int:
+    """Batches that the workers load in advance. PyTorch's default is two for each."""
+    loader = cfg.train_dataloader
+    return loader.get('num_workers', 0) * (loader.get('prefetch_factor') or 2)
 
 
 # The two runs.
 
 
-def _shorten(cfg: Config, folder: str, start: Dict[str, int], batches: int) -> Config:
+def _shorten(cfg: Config, folder: str, start: Position, batches: int) -> Config:
     """A quiet, short copy of a run that writes into the folder alone.
 
     Args:
         cfg (Config): The config of the whole run.
         folder (str): The folder.
-        start (dict): The ``epoch`` and the ``iter`` that the short run starts from.
+        start (Position): Where the short run starts.
         batches (int): Iterations of the short run. It saves and evaluates at its end.
             0 leaves an epoch as long as it is.
     """
@@ -350,29 +336,37 @@ def _shorten(cfg: Config, folder: str, start: Dict[str, int], batches: int) -> C
     loop.pop('dynamic_intervals', None)
     loop.val_begin = loop.val_interval = 1
     if 'max_epochs' in loop:
-        loop.max_epochs = start['epoch'] + 1
+        loop.max_epochs = start.epoch + 1
     else:
-        loop.max_iters = loop.val_interval = start['iter'] + max(1, batches)
+        loop.max_iters = loop.val_interval = start.iter + max(1, batches)
     return cfg
 
 
-def _train(cfg: Config, watch: '_WatchHook') -> Any:
-    """Make one of the two runs; returns the runner."""
+def _train(cfg: Config, watch: '_WatchHook', stage: str) -> Tuple[Position, MessageHub]:
+    """Make one of the two runs.
+
+    Args:
+        cfg (Config): The config of the short run.
+        watch (_WatchHook): Follows the run.
+        stage (str): What its training is called in a message.
+
+    Returns:
+        tuple: How far the run got, and its times. The model and the workers are freed.
+    """
     watch.stage = 'building the model, the data loaders and the metric'
+    watch.training = stage
     runner = build_runner(cfg, verbose=True)
     runner.register_hook(watch)
     runner.train()
-    return runner
-
-
-def _release(runner: Any) -> None:
-    """Close the log file, and free the model and the workers."""
+    reached, times = Position(runner.epoch, runner.iter), runner.message_hub
     for handler in runner.logger.handlers:
         handler.close()
     runner.hooks.clear()
+    del runner
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    return reached, times
 
 
 class _WatchHook(Hook):
@@ -395,7 +389,7 @@ class _WatchHook(Hook):
 
     def before_train(self, runner) -> None:
         self.stage = self.training
-        # A resumed best score may be higher than any now: no best one would be saved.
+        # With the better score of a resumed run, no best checkpoint would be saved.
         known = runner.message_hub.runtime_info
         for key in [key for key in known if key.startswith('best_')]:
             known.pop(key)
@@ -423,9 +417,9 @@ class _WatchHook(Hook):
         self.stage = 'saving the best checkpoint'
 
 
-def _mean_seconds(runner: Any, name: str, count: int) -> float:
-    """Mean of the last values of MMEngine's IterTimerHook, on the slowest process."""
-    values = runner.message_hub.get_scalar(name).data[0][-count:]
+def _seconds(times: MessageHub, name: str, count: int) -> float:
+    """Mean of the last times of MMEngine's IterTimerHook, on the slowest process."""
+    values = times.get_scalar(name).data[0][-count:]
     return max(1e-9, *all_gather_object(float(values.mean())))
 
 
@@ -435,62 +429,3 @@ def _peak_memory() -> int:
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == 'darwin' else peak * 1024
-
-
-# What the user reads.
-
-
-def _describe_disk(cfg: Config, saved: Path, left: int, epoch: int) -> str:
-    """The space of the checkpoints, and the free space; an error if it is too small.
-
-    The space is the size of the ``saved`` checkpoint times how many the run keeps, if
-    ``left`` iterations are left and an epoch has ``epoch``, and the best checkpoint.
-    """
-    hook = default_hook(cfg, 'checkpoint')
-    interval = hook.get('interval', -1) * (epoch if hook.get('by_epoch', True) else 1)
-    count = math.ceil(left / interval) if interval > 0 else 1
-    if hook.get('max_keep_ckpts', -1) > 0:
-        count = min(count, hook['max_keep_ckpts'])
-    size, best = _bytes(saved), sum(map(_bytes, saved.parent.glob('best_*')))
-    account = f'{count} x {_gib(size)}' + (f' + {_gib(best)}' if best else '')
-    target = hook.get('out_dir') or cfg.work_dir
-    if '://' in target:
-        return f'{account}, at {target}'
-    free = shutil.disk_usage(_existing(target)).free
-    if count * size + best > free:
-        raise CheckError(
-            f'the checkpoints of the run take {account}, but {_gib(free)} are free at '
-            f'{target}. Make room, or keep fewer of them: '
-            'default_hooks.checkpoint.max_keep_ckpts=2.'
-        )
-    return f'{account}; {_gib(free)} free'
-
-
-def _bytes(path: Path) -> int:
-    """Size of a checkpoint, which is a folder if the model is sharded."""
-    return sum(file.stat().st_size for file in [path, *path.rglob('*')])
-
-
-def _gib(size: int) -> str:
-    return f'{size / 2**30:.3g} GiB'
-
-
-def _duration(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))
-
-
-def _print_cause(stage: str, error: Exception) -> None:
-    unregistered = launch.unregistered_type(error)
-    cause = unregistered or f'{type(error).__name__}: {error}'
-    if isinstance(error, CheckError):
-        cause = str(error)
-    elif isinstance(error, torch.cuda.OutOfMemoryError):
-        cause = (
-            'out of GPU memory. To need less: model.backbone.with_cp=True, --amp, or a '
-            'smaller train_dataloader.batch_size with --keep-batch-size; see '
-            f'docs/hardware.md. ({error})'
-        )
-    elif not (unregistered or isinstance(error, OSError)):
-        traceback.print_exception(type(error), error, error.__traceback__)
-    text = f'Error: check failed while {stage}: {cause}'
-    print(text, file=sys.stderr, flush=True)

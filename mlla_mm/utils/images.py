@@ -144,16 +144,18 @@ def reading_problem(path: Union[str, Path], error: Optional[Exception]) -> str:
     return problem
 
 
-def image_problem(path: Union[str, Path]) -> Optional[str]:
+def image_problem(path: Union[str, Path], backend: str = 'cv2') -> Optional[str]:
     """Why an image cannot be read: the one check of training, tools and data sets.
 
     The file has to be a regular one with something in it, within the limits of
     :func:`size_problem`. Pillow has to decode all of it, which finds files that are cut
-    off and says what is wrong with damaged ones. OpenCV, which reads most images in
-    training, has to decode it, too.
+    off and says what is wrong with damaged ones. What reads the image in training has
+    to decode it, too.
 
     Args:
         path (str | Path): The file.
+        backend (str): What reads the image in training: mmcv's ``imdecode_backend``.
+            Defaults to 'cv2', which is OpenCV.
 
     Returns:
         str | None: Words that follow the file's name, such as 'is truncated'. None if
@@ -167,7 +169,7 @@ def image_problem(path: Union[str, Path]) -> Optional[str]:
     try:
         with open_image(path) as image:
             image.load()
-        decoded = mmcv.imread(path)
+        decoded = mmcv.imread(path, backend=backend)
     except UnidentifiedImageError:
         return f'is not an image ({", ".join(FORMATS)})'
     except MemoryError:
@@ -176,6 +178,7 @@ def image_problem(path: Union[str, Path]) -> Optional[str]:
     except Exception as error:
         cut = 'runcated' in str(error)
         return 'is truncated' if cut else f'cannot be decoded ({describe_error(error)})'
+    # OpenCV returns None for what it cannot decode.
     return None if decoded is not None else 'cannot be decoded by OpenCV'
 
 

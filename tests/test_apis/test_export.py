@@ -155,6 +155,8 @@ def test_wrong_arguments(backbone, tmp_path, monkeypatch):
         export_model(backbone, 'coreml', path)
     with pytest.raises(ExportError, match='shape must be at least 33 x 33'):
         export_model(backbone, 'torchscript', path, (64, 32))
+    with pytest.raises(ExportError, match='is a folder: give the path of a file'):
+        export_model(backbone, 'torchscript', tmp_path)
     monkeypatch.setattr(export, 'find_spec', lambda name: None)
     with pytest.raises(ExportError, match='needs onnx, onnxruntime.*pip install'):
         export_model(backbone, 'onnx', path)

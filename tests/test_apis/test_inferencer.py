@@ -485,6 +485,8 @@ def test_results_that_cannot_be_written(inferencer, pictures, tmp_path):
     with pytest.raises(ValueError, match='results.json is a folder'):
         inferencer('mmpretrain')(pictures[0], tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ['results.json']
+    with pytest.raises(ValueError, match='The output folder cannot be made: .*digits'):
+        inferencer('mmpretrain')(pictures[0], Path(pictures[0]) / 'digits')
 
 
 def test_a_video_and_a_folder_of_one_name(inferencer, video, pictures, tmp_path):

@@ -102,10 +102,10 @@ def test_what_loops_do(changes):
 
 
 def test_hooks_are_switched_off(tmp_path):
-    """MMEngine's by None, all of them by NoHook; what is left is registered."""
+    """None switches off hooks of MMEngine, and NoHook any hook. The others stay."""
     cfg = config(SEG)
     left = set(cfg.default_hooks) - {'timer', 'preemption', 'checkpoint'}
-    # As a config does that inherits: other arguments stay.
+    # Merged as by an inheriting config, which keeps the other arguments.
     off = dict(type='NoHook')
     hooks = dict(timer=None, preemption=off, checkpoint=off)
     cfg = Config(Config._merge_a_into_b(dict(default_hooks=hooks), cfg.to_dict()))

@@ -6,8 +6,9 @@ import json
 import numpy as np
 import pytest
 from mmengine.registry import DATASETS, DefaultScope
+from PIL import Image
 
-from mlla_mm.checks.data import check_split, require_data
+from mlla_mm.checks.data import check_data, check_splits, require_data
 
 from .. import bad_data
 from ..bad_data import (  # fmt: skip
@@ -50,7 +51,7 @@ def folders(tmp_path):
 
 
 def change(entries, **values):
-    """Change the second of a list of the annotation file; None removes a key."""
+    """Change the second item of a list in the annotation file. None removes a key."""
 
     def apply(root):
         content = coco_content()
@@ -93,6 +94,14 @@ COCO_ERRORS = {
                   'coco.json', 'no images', FORMAT),
     'no file_name': (change('images', file_name=None),
                      'coco.json', 'images', 'file_name', 'number 1.', FORMAT),
+    'number as file_name': (change('images', file_name=1),
+                            'coco.json', 'images', 'file_name', 'number 1.', FORMAT),
+    'list as id': (annotate(image_id=[1]),
+                   'coco.json', 'annotations', 'image_id', 'number 1.', FORMAT),
+    'null as area': (lambda root: write(json.dumps(coco_content()).replace(
+        '"area": 400', '"area": null'))(root), 'coco.json', 'area', 'number 0', FORMAT),
+    'not UTF-8': (lambda root: (root / 'coco.json').write_bytes(b'{"\xff": 1}'),
+                  'coco.json', 'UTF-8', 'again'),
     'no bbox': (annotate(bbox=None), 'coco.json', 'bbox', 'number 1.', FORMAT),
     'no area': (annotate(area=None), 'coco.json', 'area', 'number 1.', FORMAT),
     'no image folder': (rename('images', 'pictures'), 'images', 'not found', PREFIX),
@@ -145,11 +154,11 @@ def test_annotations_of_test_images_may_be_unpublished(coco):
 
 
 def test_boxes_of_no_size_are_left_out_and_reported(coco):
-    """As mmdet does; COCO itself has such boxes."""
+    """mmdet leaves them out, too. COCO itself has such boxes."""
     annotate(bbox=[4, 4, 0, 20])(coco)
     cfg = config(DET, coco)
     require_data(cfg, 'train')
-    (finding,) = check_split(cfg, 'train')
+    (finding,) = check_data(cfg, 'train')
     assert_says(finding.problem, 'no width or height', f'{coco}/coco.json: id 1')
     with DefaultScope.overwrite_default_scope(DET):
         cfg.train_dataloader.dataset.filter_cfg = None
@@ -173,17 +182,17 @@ IMAGE_FINDINGS = {
 def test_images_of_coco(coco, case):
     spoil, *words = IMAGE_FINDINGS[case]
     spoil(coco / 'images/1.jpg')
-    (finding,) = check_split(config(DET, coco), 'train')
+    (finding,) = check_data(config(DET, coco), 'train')
     assert_says(finding.problem, f'1 images in {coco}/images', *words)
-    found = check_split(config(DET, coco), 'train', 'files')
+    found = check_data(config(DET, coco), 'train', look='files')
     assert found == ([finding] if case == 'zero bytes' else [])
-    assert check_split(config(DET, coco), 'train', 'names') == []
+    assert check_data(config(DET, coco), 'train', look='names') == []
 
 
 @pytest.mark.parametrize('orientation', [2, 3, 4])
 def test_images_that_are_turned_within_their_frame(coco, orientation):
     turn(orientation)(coco / 'images/1.jpg')
-    assert check_split(config(DET, coco), 'train') == []
+    assert check_data(config(DET, coco), 'train') == []
 
 
 # Label maps.
@@ -221,7 +230,7 @@ OTHER_SIZE = 'another size than their label map'
 MASK_FINDINGS = {
     'other size': (labels(HEIGHT, WIDTH - 1), OTHER_SIZE),
     'transposed': (labels(WIDTH, HEIGHT), OTHER_SIZE),
-    # Of the image alone.
+    # Only the image is turned.
     'turned': (lambda root: turn(6)(root / 'images/1.jpg'), OTHER_SIZE),
     'unknown labels': (labels(HEIGHT, WIDTH, value=12), 'labels above 11: 1.jpg'),
     'colours': (labels(HEIGHT, WIDTH, 3), 'not of one 8-bit channel'),
@@ -252,7 +261,7 @@ MASK_FINDINGS = {
 def test_label_maps(masks, case):
     spoil, problem = MASK_FINDINGS[case]
     spoil(masks)
-    (finding,) = check_split(config(SEG, masks), 'train')
+    (finding,) = check_data(config(SEG, masks), 'train')
     assert_says(finding.problem, problem, f'1 images in {masks}/images')
     assert finding.fatal == (case != 'empty')
 
@@ -263,7 +272,7 @@ def test_labels_that_are_classes(masks):
     labels(HEIGHT, WIDTH, value=255)(masks)
     save(masks / 'maps/2.png', np.full((HEIGHT, WIDTH), 11, np.uint8))
     cfg.train_dataloader.dataset.reduce_zero_label = False
-    above, unlabelled = check_split(cfg, 'train')
+    above, unlabelled = check_data(cfg, 'train')
     assert_says(above.problem, 'labels above 10: 0.jpg, 2.jpg', f'{masks}/images')
     assert_says(unlabelled.problem, 'no labelled pixel: 1.jpg')
 
@@ -271,10 +280,11 @@ def test_labels_that_are_classes(masks):
 # Class folders.
 
 
-def write_list(text):
+def write_list(content):
     def apply(root):
         (root / 'meta').mkdir()
-        (root / 'meta/train.txt').write_text(text)
+        raw = content if isinstance(content, bytes) else content.encode()
+        (root / 'meta/train.txt').write_bytes(raw)
 
     return apply
 
@@ -289,6 +299,7 @@ FOLDER_ERRORS = {
         lambda root: (root / 'train/.cache').mkdir(),
         'train', '11', '10 classes', '.cache, 0, 1 and 8 more', 'num_classes'),
     'empty list': (write_list(''), LIST, 'empty', LINES),
+    'not UTF-8': (write_list(b'0/\xff.png 0'), LIST, 'UTF-8', LINES),
     'no labels': (write_list('0/image.png 0\n1/image.png\n'),
                   LIST, 'label from 0 to 9', 'line 2.', LINES),
     'labels out of range': (write_list('0/image.png 0\n1/image.png 10\n'),
@@ -309,7 +320,7 @@ def test_images_of_class_folders(folders):
     (folders / 'train/3/image.png').unlink()
     empty(folders / 'train/4/image.png')
     (folders / 'train/5/\x1b[31m\n.png').write_bytes(b'')
-    without, of_no_bytes = check_split(config(CLS, folders), 'train')
+    without, of_no_bytes = check_data(config(CLS, folders), 'train')
     assert_says(without.problem, 'without an image', f'{folders}/train: 3')
     assert_says(of_no_bytes.problem, f'{folders}/train', '4/image.png is empty')
     assert_says(of_no_bytes.problem, r'5/\x1b[31m\n.png is empty')
@@ -330,7 +341,7 @@ def test_files_of_strangers(tmp_path, monkeypatch, scope, spoil, tmp_path_factor
     }[scope]
     make(tmp_path)
     getattr(bad_data, spoil)(tmp_path / name)
-    found = check_split(config(scope, tmp_path), 'train')
+    found = check_data(config(scope, tmp_path), 'train')
     assert not marker.exists()
     (finding,) = found
     if scope == SEG and spoil in ('pipe', 'endless', 'link_to_nothing'):
@@ -344,8 +355,51 @@ def test_files_of_strangers(tmp_path, monkeypatch, scope, spoil, tmp_path_factor
 def test_good_data(coco, masks, folders):
     for scope, root in ((DET, coco), (SEG, masks), (CLS, folders)):
         cfg = config(scope, root)
-        assert check_split(cfg, 'train') == check_split(cfg, 'val') == []
-        assert check_split(cfg, 'test') is not None  # of other data, which lack
-    cfg.train_dataloader.dataset = dict(type='Mine', data_root='nowhere')
+        assert check_data(cfg, 'train') == check_data(cfg, 'val') == []
+        assert check_data(cfg, 'test') is not None  # it names data that are missing
+
+
+def test_data_sets_without_a_check(folders):
+    cfg = config(CLS, folders)
+    cfg.train_dataloader.dataset = dict(type='CIFAR10', data_root='nowhere')
+    assert check_data(cfg, 'train') is None
+    require_data(cfg, 'train')
+    assert check_splits(cfg) == []
+    cfg.val_dataloader.dataset.type = 'ImageNett'
+    with pytest.raises(KeyError, match='ImageNett is not in the'):
+        check_splits(cfg)
+    cfg.val_dataloader.dataset = cfg.train_dataloader.dataset
+    with pytest.raises(ValueError, match='There is no check for the data sets of'):
+        check_splits(cfg)
+
+
+def test_class_folders_without_labels(folders):
+    """Their folders are no classes, so they need not be those of the validation."""
+    cfg = config(CLS, folders)
+    cfg.train_dataloader.dataset = dict(
+        type='CustomDataset', data_root=str(folders), data_prefix='train'
+    )
+    (folders / 'train/3').rename(folders / 'train/x')
+    (finding,) = check_splits(cfg)
+    assert_says(finding.problem, 'in only one of train and val: 3, x')
+    with pytest.raises(ValueError, match='in only one of train and val: 3, x'):
+        require_data(cfg, 'train', 'val')
+    cfg.train_dataloader.dataset.with_label = False
+    assert check_splits(cfg) == []
+
+
+@pytest.mark.parametrize('backend', ['cv2', 'pillow'])
+def test_images_are_read_as_in_training(folders, backend):
+    """Pillow reads TIFF files of 32 bits, and OpenCV does not."""
+    path = folders / 'train/3/image.png'
+    Image.new('I', (8, 8)).save(path, format='TIFF')
+    cfg = config(CLS, folders)
+    cfg.train_dataloader.dataset.pipeline[0].imdecode_backend = backend
+    found = [finding.problem for finding in check_data(cfg, 'train')]
+    assert len(found) == (backend == 'cv2')
+    assert_says(found, *['3/image.png cannot be decoded by OpenCV'] * len(found))
+
+
+def test_missing_data():
     with pytest.raises(ValueError, match='nowhere'):
         require_data(config(CLS, 'nowhere'), 'train')

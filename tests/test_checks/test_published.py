@@ -71,7 +71,7 @@ def imagenet(tmp_path):
 
 @pytest.mark.parametrize('look', ['files', 'pixels'])
 def test_nothing_is_wrong(ade20k, coco, imagenet, look):
-    # All three in one folder: what belongs to another data set does not matter.
+    # All three lie in one folder. Files of another data set do not matter.
     for name, root in (('ade20k', ade20k), ('coco', coco), ('imagenet', imagenet)):
         assert check_published(name, root, look) == []
 
@@ -152,7 +152,7 @@ def test_folders_of_imagenet(imagenet):
     (found,) = check_published('imagenet', imagenet, 'files')
     assert_says(found.problem, 'No class folders', imagenet / 'val')
     assert_says(found.fix, 'valprep.sh')
-    # mmpretrain reads a list in their place.
+    # mmpretrain reads a list instead of class folders.
     (imagenet / 'meta').mkdir()
     os.link(imagenet / 'image.JPEG', imagenet / 'val/0.JPEG')
     (imagenet / 'meta/val.txt').write_text('0.JPEG 1\n' * 1000)

@@ -2,7 +2,8 @@
 """Rehearsals of the digits demos, and of runs that would fail."""
 
 import json
-import shutil
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -104,7 +105,7 @@ def test_two_processes(run_tool, data, tmp_path):
 
 
 def test_resumed_run_keeps_its_checkpoints(config, capfd, tmp_path):
-    """Also the best one, which a better one would replace."""
+    """The best one is kept, too, although MMEngine replaces it by a better one."""
     options = {
         'train_cfg.max_epochs': 2,
         'default_hooks.logger.interval': 1000,
@@ -126,7 +127,7 @@ def test_resumed_run_keeps_its_checkpoints(config, capfd, tmp_path):
     set_resume(cfg, 'auto')
     assert check(cfg) == 0
     assert files() == before
-    # Of the four that are to come two are kept.
+    # The run has four epochs left, and keeps two checkpoints.
     assert ' 2 x ' in capfd.readouterr().out
 
 
@@ -153,6 +154,11 @@ FAILURES = {
         'detection',
         {'train_dataloader.dataset.ann_file': 'no.json'},
         'while reading the training data: FileNotFoundError',
+    ),
+    'few images': (
+        'classification',
+        {'train_dataloader.dataset.indices': 1},
+        'while reading the training data: an epoch has no update: the 1 images',
     ),
     'data of validation': (
         'classification',
@@ -200,7 +206,7 @@ def test_failures(config, capfd, tmp_path, name):
     error = capfd.readouterr().err
     assert message in error
     assert error.count('Error: check failed while') == 1
-    # What the message says in full needs no traceback.
+    # There is no traceback if the message says everything.
     assert ('Traceback' in error) == (name == 'another best metric')
     assert not (tmp_path / 'work').exists()
 
@@ -211,7 +217,7 @@ def test_metric_of_other_images(config, capfd, data, tmp_path):
     assert check(cfg) == 1
     error = capfd.readouterr().err
     assert 'check failed while evaluating' in error
-    assert 'Traceback' in error  # out of somebody else's code
+    assert 'Traceback' in error  # the error comes from mmdet's code
     assert not (tmp_path / 'work').exists()
 
 
@@ -224,79 +230,37 @@ def test_work_dir_that_cannot_be_made(config, capfd, tmp_path):
     assert str(tmp_path / 'file') in error
 
 
-def test_full_disk(config, capfd, monkeypatch):
-    usage = shutil.disk_usage('/')
-    monkeypatch.setattr(
-        rehearsal.shutil, 'disk_usage', lambda _: usage._replace(free=2**20)
-    )
-    assert check(config('classification')) == 1
-    error = capfd.readouterr().err
-    assert '0.000977 GiB are free' in error
-    assert 'default_hooks.checkpoint.max_keep_ckpts' in error
+def test_sigterm_leaves_nothing_behind(config, tmp_path, monkeypatch):
+    """Also where the training does not handle the signal."""
+    (tmp_path / 'work').mkdir()
+    seen = []
+
+    def end(dataset):
+        seen.extend((tmp_path / 'work').iterdir())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(rehearsal, 'find_sizes', end)
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as caught:
+        check(config('classification'))
+    assert caught.value.code == 143
+    assert len(seen) == 1 and not list((tmp_path / 'work').iterdir())
+    assert signal.getsignal(signal.SIGTERM) == handler
 
 
 @pytest.mark.parametrize(
-    'name, scales',
+    'options, processes, expected',
     [
-        ('detection/mask-rcnn_mlla-t_fpn_1x_coco', [(800, 1333), (600, 1333)] * 2),
-        ('segmentation/upernet_mlla-t_8xb2-160k_ade20k-512x512', [(4096, 1024)]),
+        ({}, 1, (3, 2)),
+        (dict(drop_last=True), 1, (2, 2)),
+        ({}, 3, (1, 0)),
+        (dict(drop_last=True), 3, (1, 0)),
+        (dict(drop_last=True), 4, (0, 0)),
+        (dict(batch_sampler=dict(drop_last=True)), 1, (2, 2)),
+        (dict(num_batch_per_epoch=1), 1, (1, 1)),
     ],
 )
-def test_largest_scales_of_the_recipes(name, scales):
-    dataset = Config.fromfile(ROOT / f'configs/{name}.py').train_dataloader.dataset
-    wrapped = dict(type='RepeatDataset', dataset=dict(datasets=[dataset]))
-    rehearsal.pin_scales(wrapped)
-
-    found = []
-
-    def collect(config):
-        if isinstance(config, dict):
-            if 'Random' in config.get('type', '') and 'Resize' in config['type']:
-                found.append(config)
-            config = list(config.values())
-        for value in config if isinstance(config, (list, tuple)) else ():
-            collect(value)
-
-    collect(wrapped)
-    assert {tuple(c.get('scale') or c['scales'][0]) for c in found} == set(scales)
-    assert all(len(c.get('scales', [0])) == 1 for c in found)
-    assert all(c.get('ratio_range', (1, 1)) == (1, 1) for c in found)
-
-
-def test_range_of_scales():
-    resize = dict(type='mmdet.RandomResize', scale=[(1333, 640), (1200, 800)])
-    rehearsal.pin_scales([resize])
-    assert resize['scale'] == (1333, 800)
-
-
-class Images:
-    """Samples of given sizes (width, height)."""
-
-    def __init__(self, *sizes):
-        self.sizes = sizes
-
-    def __len__(self):
-        return len(self.sizes)
-
-    def get_data_info(self, index):
-        width, height = self.sizes[index]
-        return dict(width=width, height=height)
-
-    def __getitem__(self, index):
-        width, height = self.sizes[index]
-        return dict(inputs=torch.zeros(3, height, width))
-
-
-def test_largest_size():
-    def find(sizes, batch_size):
-        config = dict(dataset=dict(pipeline=[dict(type='PackDetInputs')]))
-        size = rehearsal.largest_size(Images(*sizes), batch_size, config)
-        return size, config['dataset']['pipeline'][:-1]
-
-    broad_and_tall = [(20, 10)] * 500 + [(8, 16), (40, 10)] + [(20, 10)] * 500
-    size, added = find(broad_and_tall, batch_size=2)
-    # Both extremes lie between the images that are looked at at regular distances.
-    assert size == (40, 16)
-    assert added == [dict(type='Resize', scale=(40, 16), keep_ratio=False)]
-    assert find(broad_and_tall, batch_size=1)[0] == (40, 10)
-    assert find([(20, 10)] * 3, batch_size=2) == ((20, 10), [])
+def test_batches_of_an_epoch(options, processes, expected):
+    """Batches of four images, from eleven images."""
+    loader = dict(batch_size=4, **options)
+    assert rehearsal._count_batches(loader, range(11), processes) == expected

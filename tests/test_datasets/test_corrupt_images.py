@@ -14,7 +14,7 @@ from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 
-from mlla_mm.checks.data import check_split
+from mlla_mm.checks.data import check_data
 from mlla_mm.datasets.corrupt_images import CorruptImageError
 from mlla_mm.engine import options
 from mlla_mm.reproducible.seeding import SAMPLE, Draw, SeededDataset
@@ -113,7 +113,7 @@ def test_a_decoder_that_fills_up(masks, monkeypatch):
     truncate(masks / 'images/1.jpg')
     whole = noise(HEIGHT, WIDTH, 3)
     monkeypatch.setattr('mmcv.imfrombytes', lambda content, **_: whole.copy())
-    # Label maps are read by it as well.
+    # The patched function would read label maps, too.
     dataset.pipeline.transforms.pop(1)
     with pytest.raises(CorruptImageError, match='1.jpg is truncated'):
         dataset[1]
@@ -305,7 +305,7 @@ def test_unusual_images(tmp_path, recipe, case, scope):
         dataset.pipeline = full.train_dataloader.dataset.pipeline
     # Our detection configs leave out images below 32 pixels in training.
     dataset.pop('filter_cfg', None)
-    assert check_split(cfg, 'train') == []
+    assert check_data(cfg, 'train') == []
     with DefaultScope.overwrite_default_scope(scope):
         dataset = SeededDataset(dataset)
         draw = Draw(0, (SAMPLE, 0, 0, 0))
@@ -386,6 +386,6 @@ def test_skipped_images_of_all_processes_are_counted(run_tool, folders, tmp_path
     result, errors = train_on_two(run_tool, folders, tmp_path / 'work', SKIP)
     assert result.returncode == 0 and not errors, result.stdout
     counts = re.findall(r'Epoch 1: (\d+) corrupt images skipped', result.stdout)
-    # Others if one of the two was drawn in the place of another.
+    # There are more if a corrupt image was drawn to replace another one.
     names = re.findall(r'Skipped: (\S+) is truncated', result.stdout)
     assert counts == [str(len(names))] and len(names) >= 2

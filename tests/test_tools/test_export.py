@@ -2,6 +2,8 @@
 
 import torch
 
+from mlla_mm.models import MLLA
+
 from ..nano import NANO
 
 
@@ -36,3 +38,16 @@ def test_detectors_have_a_backbone_only(call_tool, nano, tmp_path):
     assert f'{out}: backbone' in call_tool(*export).stdout
     features = torch.jit.load(str(out))(torch.rand(1, 3, 40, 50))
     assert [len(x[0]) for x in features] == [32, 64, 128, 256]
+
+
+def test_a_config_of_a_backbone_alone(call_tool, tmp_path):
+    """It needs no default_scope."""
+    arch = dict(embed_dims=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2))
+    config, checkpoint = tmp_path / 'a.py', tmp_path / 'a.pth'
+    config.write_text(f'model = dict(type="MLLA", arch={arch}, out_indices=0)')
+    torch.save(dict(state_dict=MLLA(arch, out_indices=0).state_dict()), checkpoint)
+    text = call_tool(
+        'tools/export.py', config, checkpoint, '--format', 'torchscript', '--shape',
+        64, 64,
+    ).stdout  # fmt: skip
+    assert f'{tmp_path}/a_backbone.pt: backbone' in text
