@@ -450,24 +450,6 @@ stage_together() {
 
 # --- speed: nothing else may run on the GPU ---
 
-# warm_cache DTYPE ...: compiling takes longer than measuring, so do it all at once.
-warm_cache() {
-    local PIDS=() dtype stage begin=$SECONDS
-    mkdir -p "$TRITON_CACHE_DIR"
-    for dtype in "$@"; do
-        [ ! -f "$TRITON_CACHE_DIR/warm_$dtype" ] || continue
-        for stage in 0 1 2 3; do
-            start run "warm_${dtype}_$stage" 120 "$PYTHON" "$HERE/kernels.py" \
-                --warm "$stage" --dtype "$dtype"
-        done
-    done
-    [ ${#PIDS[@]} = 0 ] || wait "${PIDS[@]}"
-    for dtype in "$@"; do
-        touch "$TRITON_CACHE_DIR/warm_$dtype"
-    done
-    echo "Compiled in $((SECONDS - begin)) s"
-}
-
 stage_speed() {
     local options=(--seconds "$(($(left) - 25))" --out "$OUT" --first "${RACE:-0}")
     [ -z "$DRY" ] || options+=(--dry)
@@ -477,8 +459,20 @@ stage_speed() {
 
 # --- kernels ---
 
+# Compiling takes longer than measuring, so all stages are compiled at once.
+warm_stages() {
+    local PIDS=() stage marker=$TRITON_CACHE_DIR/warm_stages
+    [ ! -f "$marker" ] || return 0
+    for stage in 0 1 2 3; do
+        start run "warm_stage_$stage" 120 "$PYTHON" "$HERE/kernels.py" --warm "$stage"
+    done
+    [ ${#PIDS[@]} = 0 ] || wait "${PIDS[@]}"
+    mkdir -p "$TRITON_CACHE_DIR"
+    touch "$marker"
+}
+
 stage_kernels() {
-    warm_cache bfloat16
+    warm_stages
     run kernels "$(($(left) - 5))" "$PYTHON" "$HERE/kernels.py" \
         --seconds "$(($(left) - 20))" --out "$OUT"
     tell '^#' 20 kernels

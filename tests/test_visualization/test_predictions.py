@@ -243,16 +243,30 @@ def test_damaged_detections(tmp_path, work_dir, kind):
     cfg, _, image, _ = detector(tmp_path)
     result = dict(img_path=image['img_path'], img_id=image['id'])
     folder = work_dir('mmdet', [{**result, **DAMAGED[kind]}])
-    reason = 'has a mask of another size .* instead of .64'
-    if '[' not in kind:
-        reason = 'holds no '
-    with pytest.raises(ValueError, match=f'predictions.pkl {reason}.*--out'):
+    reason = 'A mask is of another size .* instead of .64' if '[' in kind else ''
+    with pytest.raises(ValueError, match=f'predictions.pkl holds no .*{reason}.*--out'):
+        write_report(cfg, folder)
+
+
+def test_a_mask_of_the_ground_truth_that_does_not_fit(tmp_path, work_dir):
+    """The predictions are not to blame."""
+    cfg, _, image, _ = detector(tmp_path)
+    cv2.imwrite(image['img_path'], np.zeros((80, 64, 3), np.uint8))
+    nothing = dict(BOXES, scores=torch.zeros(1), masks=[{}])
+    result = dict(img_path=image['img_path'], img_id=image['id'])
+    folder = work_dir('mmdet', [dict(result, pred_instances=nothing)])
+    with pytest.raises(ValueError, match=r'^A mask is of another size .*64.* \(80, 64'):
         write_report(cfg, folder)
 
 
 @pytest.mark.parametrize(
     'change',
-    [dict(pred_label=torch.tensor([99])), dict(pred_score='x'), dict(pred_label=None)],
+    [
+        dict(pred_label=torch.tensor([99])),
+        dict(pred_score='x'),
+        dict(pred_label=None),
+        dict(pred_label='x'),
+    ],
 )
 def test_damaged_classes(tmp_path, work_dir, change):
     cfg, picture = classifier(tmp_path)
