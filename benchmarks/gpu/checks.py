@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))  # for the recorded outputs, which are the tests'
+sys.path.insert(0, str(ROOT))  # for tests/, which has the recorded outputs
 
 import mlla_mm  # noqa: E402
 from benchmarks.meter import CudaGraph, Meter, format_settings  # noqa: E402
