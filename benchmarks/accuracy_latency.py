@@ -15,7 +15,7 @@ import mlla_mm
 from mlla_mm.evaluation.markdown import markdown_table
 from mlla_mm.evaluation.published import METRICS, published_models
 
-from .meter import Meter, Spread, spread, unsteady_note
+from .meter import Meter, Spread, spread, time_cells, unsteady_note
 from .plots import plot_accuracy_latency
 
 #: Models in three sizes each, trained on ImageNet-1K alone, at 224x224.
@@ -36,8 +36,6 @@ DEFAULT_MODELS = (
     'davit-small_3rdparty_in1k',
     'davit-base_3rdparty_in1k',
 )
-TABLE_NAME = 'accuracy_latency.json'
-PICTURE_NAME = 'accuracy_latency.png'
 _TOP1 = METRICS['accuracy/top1'].name
 
 
@@ -153,17 +151,9 @@ def format_measured(measured: Sequence[Measured]) -> str:
     rows, spreads = [], {}
     for point in measured:
         low, high = point.quartiles
-        spreads[point.name] = Spread(low, point.latency, high)
-        rows.append(
-            (
-                point.name,
-                f'{point.parameters / 1e6:.1f} M',
-                f'{point.top1:.1f}',
-                f'{point.latency:.4g}',
-                f'{low:.4g} to {high:.4g}',
-                f'{1000 / point.latency:.4g}',
-            )
-        )
+        times = spreads[point.name] = Spread(low, point.latency, high)
+        parameters = f'{point.parameters / 1e6:.1f} M'
+        rows.append([point.name, parameters, f'{point.top1:.1f}', *time_cells(times)])
     return markdown_table(columns, rows) + unsteady_note(spreads)
 
 
@@ -195,8 +185,8 @@ def run(args: argparse.Namespace) -> None:
     )
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    (out / TABLE_NAME).write_text(json.dumps(record, indent=2) + '\n')
+    (out / 'accuracy_latency.json').write_text(json.dumps(record, indent=2) + '\n')
     height, width = args.shape
     title = f'{record["device"]}, float32, batch {batch_size}, {height}x{width}'
-    plot_accuracy_latency(measured, title, out / PICTURE_NAME)
+    plot_accuracy_latency(measured, title, out / 'accuracy_latency.png')
     print(f'{title}\n\n{format_measured(measured)}\n\nSaved in {out}')

@@ -65,6 +65,16 @@ def spread(samples: Sequence[float]) -> Spread:
     return Spread(*values.quantile(quartiles).tolist())
 
 
+def time_cells(times: Spread) -> List[str]:
+    """Cells of a table: milliseconds per image, their middle half, images per second.
+
+    Args:
+        times (Spread): Milliseconds per image.
+    """
+    low, median, high = times
+    return [f'{median:.4g}', f'{low:.4g} to {high:.4g}', f'{1000 / median:.4g}']
+
+
 def unsteady_note(spreads: Mapping[str, Spread]) -> str:
     """Name the measurements whose medians are not reliable, and say what helps.
 

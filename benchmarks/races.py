@@ -38,9 +38,6 @@ COMPILED = 'compiled'
 CUDA_GRAPH = 'CUDA graph'
 #: How a model can be timed besides as it is.
 VARIANTS = (COMPILED, CUDA_GRAPH)
-TABLE_NAME = 'benchmark.md'
-SAMPLES_NAME = 'benchmark.json'
-PICTURE_NAME = 'benchmark.png'
 # In float32 the assemblies differ in nothing but the order of sums.
 _TOLERANCE = 1e-3
 
@@ -346,20 +343,20 @@ def run(args: argparse.Namespace) -> None:
     def save(results: List[Results]) -> None:
         measured.update(results[0])
         record = results_record(measured, settings)
-        (out / SAMPLES_NAME).write_text(json.dumps(record, indent=2) + '\n')
+        (out / 'benchmark.json').write_text(json.dumps(record, indent=2) + '\n')
 
     run_races([race], meter, save, args.seconds or math.inf)
     texts = [title, *(format_case(case, found) for case, found in measured.items())]
     if args.sweep is None or len(measured) < 2:  # one point has no slope
-        plot_benchmark(measured, title, out / PICTURE_NAME)
+        plot_benchmark(measured, title, out / 'benchmark.png')
     else:
         curves = make_curves(measured)
         texts.append(format_curves(curves))
         print(f'\n{texts[-1]}')
         case = race.cases[0]
         title += f', batch {case.batch_size}, {case.mode}, {case.dtype}'
-        plot_sweep(curves, title, out / PICTURE_NAME)
-    (out / TABLE_NAME).write_text('\n\n'.join(texts) + '\n')
+        plot_sweep(curves, title, out / 'benchmark.png')
+    (out / 'benchmark.md').write_text('\n\n'.join(texts) + '\n')
     print(f'\nSaved in {out}')
 
 
