@@ -312,7 +312,7 @@ demo() {
         shift
     done
     [ $# = 0 ] || shift
-    rm -rf "${WORK:?}/$task" "$WORK/${task}_test" "$WORK/demos/$task.jsonl"
+    rm -rf "${WORK:?}/$task" "$WORK/${task}_test"
     train "${task}_train" "$config" "$data" --seed 0 --work-dir "$WORK/$task" \
         -- "${options[@]}" || return 1
     TRAINING_SECONDS=$((SECONDS - begin))
@@ -326,14 +326,13 @@ demo() {
 at_least() {
     local task=$1 metric=$2 limit=$3 value
     [ -z "$DRY" ] || limit=0
-    value=$("$PYTHON" "$HERE/collect.py" metric "$WORK/${task}_test" "$metric")
+    value=$("$PYTHON" "$HERE/metric.py" "$WORK/${task}_test" "$metric")
     if [ -z "$value" ]; then
         say "FAIL $task: no $metric"
         return
     fi
     printf '{"task": "%s", "metric": "%s", "value": %s, "training_seconds": %s}\n' \
-        "$task" "$metric" "$value" "$TRAINING_SECONDS" >>"$WORK/demos/$task.jsonl"
-    "$PYTHON" "$HERE/collect.py" demos "$WORK/demos" "$OUT"
+        "$task" "$metric" "$value" "$TRAINING_SECONDS" >>"$OUT/demos.jsonl"
     if awk "BEGIN {exit !($value >= $limit)}"; then
         say "PASS $task: $metric $value (at least $limit)"
     else
@@ -412,11 +411,11 @@ keep_batch_size() {
 stage_demos() {
     local PIDS=() OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
     export OMP_NUM_THREADS
-    mkdir -p "$WORK/demos"
     if [ ! -f "$DATA/ready" ]; then
         run data 90 bash -c make_data || return
         touch "$DATA/ready"
     fi
+    : >"$OUT/demos.jsonl"
     start demo_detection
     start demo_segmentation
     start demo_classification
@@ -426,8 +425,6 @@ stage_demos() {
         start keep_batch_size
     fi
     [ ${#PIDS[@]} = 0 ] || wait "${PIDS[@]}"
-    # Again, in case two wrote at once.
-    "$PYTHON" "$HERE/collect.py" demos "$WORK/demos" "$OUT"
 }
 
 # Compiles the kernels of the races, for the cache: S has the widths of T.
