@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Callable, List, NamedTuple, Optional, Tuple
+from typing import Callable, List, NamedTuple, Tuple
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ import mlla_mm
 from mlla_mm.evaluation.markdown import markdown_table
 from mlla_mm.evaluation.published import METRICS, published_models
 
-from .meter import Meter, Spread, spread, unsteady_note
+from .meter import Meter, Spread, spread, time_cells, unsteady_note
 from .plots import plot_accuracy_latency
 
 #: Models in three sizes each, trained on ImageNet-1K alone, at 224x224.
@@ -36,8 +36,6 @@ DEFAULT_MODELS = (
     'davit-small_3rdparty_in1k',
     'davit-base_3rdparty_in1k',
 )
-TABLE_NAME = 'accuracy_latency.json'
-PICTURE_NAME = 'accuracy_latency.png'
 _TOP1 = METRICS['accuracy/top1'].name
 
 
@@ -103,33 +101,30 @@ def find_candidate(name: str) -> Candidate:
 
 def measure_candidates(
     candidates: Sequence[Candidate],
-    device: Optional[str],
+    meter: Meter,
     batch_size: int,
     shape: Tuple[int, int] = (224, 224),
-    repeats: int = 20,
 ) -> List[Measured]:
     """Measure the latency of classifiers against one another, in float32.
 
     Args:
         candidates (Sequence[Candidate]): The classifiers.
-        device (str, optional): The device, e.g. 'cuda'. None: the GPU if there is one.
+        meter (Meter): The device, and the number of samples of each classifier.
         batch_size (int): Images per call; the latency is divided by it.
         shape (tuple[int, int]): Height and width of the images. Defaults to 224x224,
             for which the accuracies are published.
-        repeats (int): Samples of each. Defaults to 20.
 
     Raises:
-        ValueError: If the device cannot be used, a number is not positive, or a model
-            does not run on such images.
+        ValueError: If a number is not positive, or a model does not run on such images.
     """
     if batch_size < 1 or min(shape) < 1:
         raise ValueError(
             f'Batch size and shape must be positive, got {batch_size}, {shape}.'
         )
-    meter = Meter(device)
     images = torch.rand(batch_size, 3, *shape, device=meter.device)
     models = {c.name: c.build().to(meter.device) for c in candidates}
-    with torch.no_grad():
+    # Synchronising waits for the current device.
+    with torch.no_grad(), torch.cuda.device_of(images):
         for name, model in models.items():
             # Before anything is measured: images may be too small.
             try:
@@ -139,7 +134,7 @@ def measure_candidates(
                     f'{name} does not run on images {tuple(images.shape)}: {error}'
                 ) from error
         calls = {name: partial(model, images) for name, model in models.items()}
-        samples = meter.samples(calls, repeats)
+        samples = meter.samples(calls)
     measured = []
     for candidate in candidates:
         low, median, high = spread(
@@ -156,17 +151,9 @@ def format_measured(measured: Sequence[Measured]) -> str:
     rows, spreads = [], {}
     for point in measured:
         low, high = point.quartiles
-        spreads[point.name] = Spread(low, point.latency, high)
-        rows.append(
-            (
-                point.name,
-                f'{point.parameters / 1e6:.1f} M',
-                f'{point.top1:.1f}',
-                f'{point.latency:.4g}',
-                f'{low:.4g} to {high:.4g}',
-                f'{1000 / point.latency:.4g}',
-            )
-        )
+        times = spreads[point.name] = Spread(low, point.latency, high)
+        parameters = f'{point.parameters / 1e6:.1f} M'
+        rows.append([point.name, parameters, f'{point.top1:.1f}', *time_cells(times)])
     return markdown_table(columns, rows) + unsteady_note(spreads)
 
 
@@ -180,14 +167,12 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError: If an argument is wrong.
     """
-    meter = Meter(args.device)
+    meter = Meter(args.device, args.repeats)
     batch_size = args.batch_size
     if batch_size is None:
         batch_size = 64 if torch.cuda.is_available() else 1
     candidates = [find_candidate(name) for name in args.models or DEFAULT_MODELS]
-    measured = measure_candidates(
-        candidates, args.device, batch_size, args.shape, args.repeats
-    )
+    measured = measure_candidates(candidates, meter, batch_size, args.shape)
     record = dict(
         device=meter.device_name(),
         dtype='float32',
@@ -200,8 +185,8 @@ def run(args: argparse.Namespace) -> None:
     )
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    (out / TABLE_NAME).write_text(json.dumps(record, indent=2) + '\n')
+    (out / 'accuracy_latency.json').write_text(json.dumps(record, indent=2) + '\n')
     height, width = args.shape
     title = f'{record["device"]}, float32, batch {batch_size}, {height}x{width}'
-    plot_accuracy_latency(measured, title, out / PICTURE_NAME)
+    plot_accuracy_latency(measured, title, out / 'accuracy_latency.png')
     print(f'{title}\n\n{format_measured(measured)}\n\nSaved in {out}')

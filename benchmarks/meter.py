@@ -65,6 +65,16 @@ def spread(samples: Sequence[float]) -> Spread:
     return Spread(*values.quantile(quartiles).tolist())
 
 
+def time_cells(times: Spread) -> List[str]:
+    """Cells of a table: milliseconds per image, their middle half, images per second.
+
+    Args:
+        times (Spread): Milliseconds per image.
+    """
+    low, median, high = times
+    return [f'{median:.4g}', f'{low:.4g} to {high:.4g}', f'{1000 / median:.4g}']
+
+
 def unsteady_note(spreads: Mapping[str, Spread]) -> str:
     """Name the measurements whose medians are not reliable, and say what helps.
 
@@ -91,14 +101,13 @@ def module_bytes(module: nn.Module) -> int:
 
 
 class CudaGraph:
-    """Calls that are captured in a CUDA graph, and then replayed.
+    """A call that is captured in a CUDA graph, and then replayed.
 
     A training step sets the gradients to None. The graph therefore has its own memory
     for gradients, which nothing outside the graph sees.
 
     Args:
         call (Callable): What to capture.
-        calls (int): How many calls the graph holds. Defaults to 1.
         pool (optional): Where the graph has its memory, from
             ``torch.cuda.graph_pool_handle``. Defaults to None: memory of its own.
 
@@ -106,7 +115,7 @@ class CudaGraph:
         RuntimeError: If the call cannot be captured.
     """
 
-    def __init__(self, call: Call, calls: int = 1, pool: Any = None) -> None:
+    def __init__(self, call: Call, pool: Any = None) -> None:
         self._call = call  # keeps alive what the graph reads
         self._graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.Stream()
@@ -118,21 +127,22 @@ class CudaGraph:
                 call()
             try:
                 with torch.cuda.graph(self._graph, pool=pool):
-                    for _ in range(calls):
-                        self._outputs = call()
+                    self._outputs = call()
             except RuntimeError as error:
                 # After a first error the end of the capture fails too, and its error
-                # hides the first one.
-                reason = error.__context__ or error
-                raise RuntimeError(f'it cannot be captured: {reason}') from error
+                # hides the first one. A variable for the error would be a cycle of
+                # references, which keeps the model.
+                raise RuntimeError(
+                    f'it cannot be captured: {error.__context__ or error}'
+                ) from error
         torch.cuda.current_stream().wait_stream(stream)
 
     def __call__(self) -> Any:
         """Replay the graph.
 
         Returns:
-            object: What the last call returned. The values hold until the next replay
-            of a graph with the same pool.
+            object: What the call returned. The values hold until the next replay of a
+            graph with the same pool.
         """
         self._graph.replay()
         return self._outputs
@@ -144,16 +154,21 @@ class Meter:
     Args:
         device (str, optional): The device, e.g. 'cuda'. Defaults to None: the GPU if
             there is one, else the CPU.
+        repeats (int): How many samples of a time are taken. Defaults to 20.
 
     Attributes:
         device (torch.device): The device.
         is_cuda (bool): Whether the device is a CUDA device.
+        repeats (int): How many samples of a time are taken.
 
     Raises:
-        ValueError: If tensors cannot be put on the device.
+        ValueError: If tensors cannot be put on the device, or ``repeats`` is less
+            than 1.
     """
 
-    def __init__(self, device: Optional[str] = None) -> None:
+    def __init__(self, device: Optional[str] = None, repeats: int = 20) -> None:
+        if repeats < 1:
+            raise ValueError(f'--repeats must be at least 1, got {repeats}.')
         device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
         try:
             torch.empty(0, device=device)
@@ -161,34 +176,28 @@ class Meter:
             raise ValueError(f'Device {device!r} cannot be used: {error}') from error
         self.device = torch.device(device)
         self.is_cuda = self.device.type == 'cuda'
+        self.repeats = repeats
 
     def synchronize(self) -> None:
         """Wait until the device has done its work."""
         if self.is_cuda:
             torch.cuda.synchronize(self.device)
 
-    def samples(
-        self, calls: Mapping[_Key, Call], repeats: int = 20
-    ) -> Dict[_Key, List[float]]:
+    def samples(self, calls: Mapping[_Key, Call]) -> Dict[_Key, List[float]]:
         """Time calls against one another.
 
         Every round times each call once, in a random order. What changes with time
         (clock rates, temperature, other processes) then affects all calls alike. A
         sample is the mean of as many calls as take a tenth of a second, after two or
-        more calls to warm up. CUDA is waited for.
+        more calls to warm up. The timer waits for the current CUDA device.
 
         Args:
             calls (Mapping[Hashable, Callable]): What to time, by name.
-            repeats (int): Number of rounds. Defaults to 20.
 
         Returns:
-            dict[Hashable, list[float]]: Seconds per call, a sample for each round.
-
-        Raises:
-            ValueError: If there are no rounds.
+            dict[Hashable, list[float]]: Seconds per call, a sample for each of
+            ``repeats`` rounds.
         """
-        if repeats < 1:
-            raise ValueError(f'--repeats must be at least 1, got {repeats}.')
         threads = torch.get_num_threads()
         timers = {}
         numbers = {}
@@ -202,16 +211,16 @@ class Meter:
         samples: Dict[_Key, List[float]] = {name: [] for name in calls}
         order = list(calls)
         generator = random.Random(0)
-        for _ in range(repeats):
+        for _ in range(self.repeats):
             generator.shuffle(order)
             for name in order:
                 samples[name].append(timers[name].timeit(numbers[name]).median)
         return samples
 
-    def milliseconds(self, call: Call, repeats: int) -> Tuple[float, float]:
+    def milliseconds(self, call: Call) -> Tuple[float, float]:
         """Median times of a call on the device, and on the host until it returns."""
         times = []
-        for _ in range(repeats):
+        for _ in range(self.repeats):
             self.synchronize()
             begin = time.perf_counter()
             if self.is_cuda:
@@ -231,10 +240,15 @@ class Meter:
     def graph_microseconds(self, call: Call, calls: int = 10) -> float:
         """Median time of a call in a CUDA graph of several; on a CPU, of one call."""
         if not self.is_cuda:
-            return self.milliseconds(call, 1)[0] * 1000
-        graph = CudaGraph(call, calls)
+            return self.milliseconds(call)[0] * 1000
+
+        def several() -> None:  # keeps no outputs, whose memory the next call takes
+            for _ in range(calls):
+                call()
+
+        graph = CudaGraph(several)
         graph()
-        return self.milliseconds(graph, 5)[0] * 1000 / calls
+        return self.milliseconds(graph)[0] * 1000 / calls
 
     def copy_rate(self) -> float:
         """Bytes per second that a copy reads and writes."""
@@ -243,7 +257,7 @@ class Meter:
         target = torch.empty_like(source)
         for _ in range(3):
             target.copy_(source)
-        time_of_copy, _ = self.milliseconds(lambda: target.copy_(source), 10)
+        time_of_copy, _ = self.milliseconds(lambda: target.copy_(source))
         return 2 * size / (time_of_copy / 1000)
 
     def peak_bytes(self, call: Call, resident: int = 0) -> int:
@@ -280,14 +294,8 @@ class Meter:
         model = model or f'{platform.machine()} CPU'
         return f'{model}, threads: {torch.get_num_threads()}'
 
-    def describe(self, repeats: int, fuse_conv_bn: bool = False) -> Dict[str, object]:
-        """What the numbers depend on. None stands for what the machine does not have.
-
-        Args:
-            repeats (int): Number of rounds.
-            fuse_conv_bn (bool): Whether BatchNorm was folded into the convolutions.
-                Defaults to False.
-        """
+    def describe(self) -> Dict[str, object]:
+        """What the numbers depend on. None: the machine does not have it."""
         driver = r'^NVRM.*?\s(\d+(?:\.\d+)+)\s'
         try:  # importing Triton would take a second
             triton: Optional[str] = metadata.version('triton')
@@ -296,7 +304,7 @@ class Meter:
         return dict(
             device=self.device_name(),
             threads=torch.get_num_threads(),
-            repeats=repeats,
+            repeats=self.repeats,
             python=platform.python_version(),
             torch=torch.__version__,
             cuda=torch.version.cuda if self.is_cuda else None,
@@ -307,7 +315,6 @@ class Meter:
             triton=triton,
             float32_matmul_precision=torch.get_float32_matmul_precision(),
             mlla_ops=os.environ.get('MLLA_OPS') or 'default',
-            fuse_conv_bn=fuse_conv_bn,
             mmengine=mmengine.__version__,
             mlla_mm=mlla_mm.__version__,
             command=shlex.join(sys.argv),
@@ -330,7 +337,8 @@ def format_settings(settings: Mapping[str, Any]) -> str:
     """The device, the versions and what was done to the models, in one line.
 
     Args:
-        settings (Mapping): From :meth:`Meter.describe`.
+        settings (Mapping): From :meth:`Meter.describe`, with ``fuse_conv_bn`` if
+            BatchNorm was folded into the convolutions.
     """
     names = dict(
         torch='torch',

@@ -2,7 +2,7 @@
 """MLLA assembled op by op as it is defined: the reference of the races.
 
 It takes the parameters from the modules of :class:`MLLA`, but never calls their forward
-passes. What makes those faster does not change this assembly.
+passes. A change that makes those faster does not change this assembly.
 """
 
 from typing import Any, Tuple

@@ -100,7 +100,7 @@ def backward(outputs: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
     Raises:
         RuntimeError: If a gradient is on another device than its tensor.
     """
-    # Nodes are typed Any: what is read of them is no part of PyTorch's annotations.
+    # Nodes are typed Any, because PyTorch's annotations lack what is read here.
     roots: List[Any] = list(dict.fromkeys(output.grad_fn for output in outputs))
     # How many gradients each node waits for.
     waits: Dict[Any, int] = defaultdict(int)

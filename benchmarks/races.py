@@ -38,9 +38,6 @@ COMPILED = 'compiled'
 CUDA_GRAPH = 'CUDA graph'
 #: How a model can be timed besides as it is.
 VARIANTS = (COMPILED, CUDA_GRAPH)
-TABLE_NAME = 'benchmark.md'
-SAMPLES_NAME = 'benchmark.json'
-PICTURE_NAME = 'benchmark.png'
 # In float32 the assemblies differ in nothing but the order of sums.
 _TOLERANCE = 1e-3
 
@@ -51,8 +48,9 @@ class Race(NamedTuple):
     Attributes:
         models (Sequence[str]): Names of :data:`benchmarks.models.MODELS`.
         cases (Sequence[Case]): What the models do.
-        variants (Sequence[str]): Of :data:`VARIANTS`: how to time each model besides.
-            Defaults to ().
+        variants (Sequence[str]): Of :data:`VARIANTS`: how to time every model besides.
+            'compiled': with its backbone compiled. 'CUDA graph': the call captured once
+            and replayed. Compilation and capture are not timed. Defaults to ().
         fuse_conv_bn (bool): Whether BatchNorm is folded into the convolutions first,
             in every model that has it. Defaults to False.
     """
@@ -101,14 +99,7 @@ class Race(NamedTuple):
             )
 
 
-def measure_case(
-    case: Case,
-    models: Sequence[str],
-    device: Optional[str] = 'cpu',
-    repeats: int = 20,
-    variants: Sequence[str] = (),
-    fuse_conv_bn: bool = False,
-) -> List[Measured]:
+def measure_case(race: Race, case: Case, meter: Meter) -> List[Measured]:
     """Race models against one another in one case.
 
     All models get the same images. Models of one architecture get the same weights:
@@ -122,29 +113,20 @@ def measure_case(
     CUDA graphs is not measured, because all graphs share one pool.
 
     Args:
-        case (Case): What the models do.
-        models (Sequence[str]): As of :class:`Race`.
-        device (str, optional): The device, e.g. 'cuda'. None: the GPU if there is one.
-            Defaults to 'cpu'.
-        repeats (int): Number of rounds, see
-            :meth:`benchmarks.meter.Meter.samples`. Defaults to 20.
-        variants (Sequence[str]): How to time every model besides. 'compiled': with its
-            backbone compiled. 'CUDA graph': the call captured once and replayed.
-            Compilation and capture are not timed. Defaults to ().
-        fuse_conv_bn (bool): As of :class:`Race`. Defaults to False.
+        race (Race): The models, and how they are timed.
+        case (Case): What the models do, one of the race's cases.
+        meter (Meter): The device, and the number of rounds.
 
     Returns:
-        list[Measured]: In the order of ``models``: first as they are, then variant by
-        variant.
+        list[Measured]: In the order of the race's models: first as they are, then
+        variant by variant.
 
     Raises:
-        ValueError: If the device cannot be used, the race cannot be run
-            (:meth:`Race.check`), ``repeats`` is less than 1, or a model does not run on
-            such images or cannot be captured.
+        ValueError: If the race cannot be run (:meth:`Race.check`), or a model does not
+            run on such images or cannot be captured.
         RuntimeError: If the outputs of the assemblies of MLLA differ.
     """
-    meter = Meter(device)
-    Race(models, [case], variants, fuse_conv_bn).check(meter)
+    race.check(meter)
     torch.manual_seed(0)
     images = torch.randn(case.batch_size, 3, *case.shape).to(meter.device)
     built: Dict[Tuple[str, str], nn.Module] = {}
@@ -152,12 +134,12 @@ def measure_case(
     memory: Dict[Tuple[str, str], Optional[int]] = {}
     # Synchronising waits for the current device.
     with torch.cuda.device_of(images):
-        for name in models:
+        for name in race.models:
             built[name, ''] = prepare_model(name, case, meter.device)
-            if fuse_conv_bn:
+            if race.fuse_conv_bn:
                 fusing.fuse_conv_bn(built[name, ''])
         _check_assemblies({name: model for (name, _), model in built.items()}, images)
-        for variant, name in product(variants, models):
+        for variant, name in product(race.variants, race.models):
             model = built[name, variant] = copy.deepcopy(built[name, ''])
             if variant == COMPILED and name.startswith(('mlla-', 'eager-')):
                 compile_backbone(model)
@@ -167,7 +149,7 @@ def measure_case(
         one = images.new_ones(1, 1)
         torch.ones_like(one, requires_grad=True).mm(one).backward()
         # Graphs are replayed one at a time, so one pool of memory serves them all.
-        pool = torch.cuda.graph_pool_handle() if CUDA_GRAPH in variants else None
+        pool = torch.cuda.graph_pool_handle() if CUDA_GRAPH in race.variants else None
         for key, model in built.items():
             name, variant = key
             resident = module_bytes(model) + images.numel() * images.element_size()
@@ -179,14 +161,14 @@ def measure_case(
                     calls[key] = CudaGraph(call, pool=pool)
                     continue
                 call()
-            except (AssertionError, RuntimeError) as error:
+            except (AssertionError, RuntimeError, ValueError) as error:
                 raise ValueError(
                     f'{label(name, variant)} fails in {case}: {error}'
                 ) from error
             calls[key] = call
             memory[key] = meter.peak_bytes(call, resident) - others
-        samples = meter.samples(calls, repeats)
-    if COMPILED in variants:
+        samples = meter.samples(calls)
+    if COMPILED in race.variants:
         # Another case would otherwise find code that was made for these image sizes.
         torch.compiler.reset()
     return [
@@ -282,8 +264,7 @@ def _check_assemblies(models: Mapping[str, nn.Module], images: Tensor) -> None:
 
 def run_races(
     races: Sequence[Race],
-    device: Optional[str],
-    repeats: int,
+    meter: Meter,
     save: Callable[[List[Results]], object],
     seconds: float = math.inf,
     keep_going: bool = False,
@@ -292,8 +273,7 @@ def run_races(
 
     Args:
         races (Sequence[Race]): The races.
-        device (str, optional): As of :func:`measure_case`.
-        repeats (int): As of :func:`measure_case`.
+        meter (Meter): The device, and the number of rounds of each case.
         save (Callable): Is called after each case, with the results of all races.
         seconds (float): Cases whose turn comes later are skipped, and named. The first
             case is always measured. Defaults to infinity.
@@ -319,9 +299,7 @@ def run_races(
                 print(f'\nSkipped after {seconds:g} s: {case} ({names})', flush=True)
                 continue
             try:
-                found[case] = measure_case(
-                    case, race.models, device, repeats, race.variants, race.fuse_conv_bn
-                )
+                found[case] = measure_case(race, case, meter)
             except (RuntimeError, ValueError) as error:
                 if not keep_going:
                     raise
@@ -343,7 +321,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError: If an argument is wrong.
     """
-    meter = Meter(args.device)
+    meter = Meter(args.device, args.repeats)
     wanted = zip(VARIANTS, (args.compile, args.cuda_graph))
     variants = [variant for variant, is_wanted in wanted if is_wanted]
     race = Race(args.models, _cases_of(args), variants, args.fuse_conv_bn)
@@ -357,7 +335,7 @@ def run(args: argparse.Namespace) -> None:
     keep_freed_memory()  # as training and inference do
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    settings = meter.describe(args.repeats, args.fuse_conv_bn)
+    settings = {**meter.describe(), 'fuse_conv_bn': args.fuse_conv_bn}
     title = format_settings(settings)
     print(title, flush=True)
     measured: Results = {}
@@ -365,21 +343,20 @@ def run(args: argparse.Namespace) -> None:
     def save(results: List[Results]) -> None:
         measured.update(results[0])
         record = results_record(measured, settings)
-        (out / SAMPLES_NAME).write_text(json.dumps(record, indent=2) + '\n')
+        (out / 'benchmark.json').write_text(json.dumps(record, indent=2) + '\n')
 
-    seconds = args.seconds or math.inf
-    run_races([race], args.device, args.repeats, save, seconds)
+    run_races([race], meter, save, args.seconds or math.inf)
     texts = [title, *(format_case(case, found) for case, found in measured.items())]
     if args.sweep is None or len(measured) < 2:  # one point has no slope
-        plot_benchmark(measured, title, out / PICTURE_NAME)
+        plot_benchmark(measured, title, out / 'benchmark.png')
     else:
         curves = make_curves(measured)
         texts.append(format_curves(curves))
         print(f'\n{texts[-1]}')
         case = race.cases[0]
         title += f', batch {case.batch_size}, {case.mode}, {case.dtype}'
-        plot_sweep(curves, title, out / PICTURE_NAME)
-    (out / TABLE_NAME).write_text('\n\n'.join(texts) + '\n')
+        plot_sweep(curves, title, out / 'benchmark.png')
+    (out / 'benchmark.md').write_text('\n\n'.join(texts) + '\n')
     print(f'\nSaved in {out}')
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from mlla_mm.evaluation.markdown import markdown_table
 
 from .cases import Case
-from .meter import Spread, spread, unsteady_note
+from .meter import Spread, spread, time_cells, unsteady_note
 
 
 class Measured(NamedTuple):
@@ -89,16 +89,10 @@ def format_case(case: Case, measured: Sequence[Measured]) -> str:
     for variant in variants:
         columns += [f'speed / {label("plain", variant)}', 'middle half']
     columns += ['peak memory', 'memory / plain']
-    rows = []
+    rows, spreads = [], {}
     for point in measured:
-        low, median, high = spread(point.times)
-        row = [
-            point.label,
-            f'{point.parameters / 1e6:.1f} M',
-            f'{median:.4g}',
-            f'{low:.4g} to {high:.4g}',
-            f'{1000 / median:.4g}',
-        ]
+        times = spreads[point.label] = spread(point.times)
+        row = [point.label, f'{point.parameters / 1e6:.1f} M', *time_cells(times)]
         for variant in variants:
             low, median, high = speedup(point, find_plain(point, measured, variant))
             row += [f'{median:.2f}x', f'{low:.2f} to {high:.2f}']
@@ -108,7 +102,6 @@ def format_case(case: Case, measured: Sequence[Measured]) -> str:
         else:
             row += [f'{point.peak_memory / 2**20:.0f} MiB', f'{ratio:.2f}x']
         rows.append(row)
-    spreads = {point.label: spread(point.times) for point in measured}
     return f'### {case}\n\n{markdown_table(columns, rows)}{unsteady_note(spreads)}'
 
 

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))  # for the recorded outputs, which are the tests'
+sys.path.insert(0, str(ROOT))  # for tests/, which has the recorded outputs
 
 import mlla_mm  # noqa: E402
 from benchmarks.meter import CudaGraph, Meter, format_settings  # noqa: E402
@@ -102,7 +102,8 @@ def report(
     good = value <= limit
     verdict = 'PASS' if good else 'KNOWN' if known else 'FAIL'
     notes = '; '.join(filter(None, (note, '' if good else known)))
-    print(f'{verdict} {name}: {value:.3g} (limit {limit:g}) {notes}'.rstrip())
+    line = f'{verdict} {name}: {value:.3g} (limit {limit:g}) {notes}'
+    print(line.rstrip(), flush=True)  # time may run out before the end
     if verdict == 'FAIL':
         failed.append(name)
 
@@ -116,7 +117,7 @@ def check(name: str) -> Iterator[None]:
         failed.append(name)
         traceback.print_exc()
         message = f'{type(raised).__name__}: {raised}'.replace('\n', ' ')
-        print(f'FAIL {name}: {message[:300]}')
+        print(f'FAIL {name}: {message[:300]}', flush=True)
 
 
 # --- The checks ---
@@ -130,9 +131,8 @@ def env() -> None:
     import mmseg.apis  # noqa: F401
     import numpy
 
-    settings = METER.describe(repeats=1)
     print(
-        f'  {format_settings(settings)}, mlla_mm {mlla_mm.__version__}, '
+        f'  {format_settings(METER.describe())}, mlla_mm {mlla_mm.__version__}, '
         f'NumPy {numpy.__version__}, OpenCV {cv2.__version__}'
     )
     print(f'  {os.cpu_count()} cores, ops {", ".join(variants())}')
@@ -143,8 +143,7 @@ def env() -> None:
             torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16)
             for _ in range(2)
         )
-        METER.milliseconds(lambda: x @ w, 3)  # warms up
-        seconds = METER.milliseconds(lambda: x @ w, 10)[0] / 1000
+        seconds = METER.milliseconds(lambda: x @ w)[0] / 1000
         print(
             f'  {found.multi_processor_count} SMs, {memory:.0f} GiB, copies '
             f'{METER.copy_rate() / 1e12:.2f} TB/s, bfloat16 products '

@@ -32,7 +32,7 @@ from torch import Tensor  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
 import mlla_mm  # noqa: E402, F401  (before anything imports mmcv.ops)
-from benchmarks.cases import DTYPES, MODES, Case  # noqa: E402
+from benchmarks.cases import MODES, Case  # noqa: E402
 from benchmarks.meter import Meter, format_settings  # noqa: E402
 from benchmarks.races import make_call, prepare_model  # noqa: E402
 from mlla_mm.models.layers import MLLABlock  # noqa: E402
@@ -42,7 +42,7 @@ from mlla_mm.ops.triton import _linear as linear  # noqa: E402
 from mlla_mm.ops.triton import _mlla_attention as attention  # noqa: E402
 from mlla_mm.ops.triton import _sums as sums  # noqa: E402
 
-METER = Meter()
+METER = Meter(repeats=5 if GPU else 1)
 DEVICE = METER.device
 DTYPE = torch.bfloat16
 EPS = 1e-5
@@ -51,8 +51,8 @@ HEAD_DIMS = 32
 STAGES = ((64, 56), (128, 28), (256, 14), (512, 7)) if GPU else ((32, 4), (64, 2)) * 2
 BATCH = 128 if GPU else 2
 IMAGE_SIZE = 224 if GPU else 64
-# Calls of a model: before, for its time, and under the profiler.
-WARM_UPS, REPEATS, PROFILED = (3, 5, 2) if GPU else (1, 1, 1)
+# Calls of a model before its time is measured, and under the profiler.
+WARM_UPS, PROFILED = (3, 2) if GPU else (1, 1)
 MODELS = ('mlla-t', 'plain-t')
 
 
@@ -230,24 +230,21 @@ KERNELS = dict(
 )
 
 
-def warm(number: int, dtype: str) -> None:
+def warm(number: int) -> None:
     """Compile the kernels of a stage. Their code does not depend on the batch size.
 
     Args:
         number (int): The stage, 0 to 3.
-        dtype (str): One of :data:`benchmarks.cases.DTYPES`.
     """
     channels, side = STAGES[number]
     stage = Stage(channels, side, 2)
-    if dtype == 'bfloat16':
-        with torch.no_grad():
-            for kernel in KERNELS.values():
-                kernel.call(*kernel.inputs(stage))
+    with torch.no_grad():
+        for kernel in KERNELS.values():
+            kernel.call(*kernel.inputs(stage))
     block = MLLABlock(channels, stage.heads).to(DEVICE)
-    x = torch.randn(2, side, side, channels, device=DEVICE)
-    x = x.to(getattr(torch, dtype)).requires_grad_()
+    x = stage.map().requires_grad_()
     for mode in MODES:
-        make_call(block, x, Case('block', (side, side), 2, mode, dtype))()
+        make_call(block, x, Case('block', (side, side), 2, mode, 'bfloat16'))()
     METER.synchronize()
 
 
@@ -320,7 +317,7 @@ def profile_model(name: str, mode: str) -> Tuple[dict, List[str]]:
     for _ in range(WARM_UPS):
         call()
     peak = METER.peak_bytes(call) / 2**20 if GPU else None
-    elapsed, host = METER.milliseconds(call, REPEATS)
+    elapsed, host = METER.milliseconds(call)
     activity = ProfilerActivity.CUDA if GPU else ProfilerActivity.CPU
     with profile(activities=[activity]) as recorded:
         for _ in range(PROFILED):
@@ -369,22 +366,16 @@ def main() -> None:
         metavar='STAGE',
         help='only compile the kernels of a stage, 0 to 3, for the cache',
     )
-    parser.add_argument(
-        '--dtype',
-        choices=DTYPES,
-        default='bfloat16',
-        help='of --warm (default: bfloat16)',
-    )
     parser.add_argument('--seconds', type=float, default=60, help='default: 60')
     parser.add_argument('--out', type=Path, default=Path('.'), help='default: here')
     args = parser.parse_args()
     warnings.filterwarnings('ignore')
     if args.warm is not None:
-        warm(args.warm, args.dtype)
+        warm(args.warm)
         return
     deadline = time.monotonic() + args.seconds
     args.out.mkdir(parents=True, exist_ok=True)
-    settings = METER.describe(REPEATS)
+    settings = METER.describe()
     bandwidth = METER.copy_rate()
     lines = [
         f'# {format_settings(settings)}',

@@ -312,7 +312,7 @@ demo() {
         shift
     done
     [ $# = 0 ] || shift
-    rm -rf "${WORK:?}/$task" "$WORK/${task}_test" "$WORK/demos/$task.jsonl"
+    rm -rf "${WORK:?}/$task" "$WORK/${task}_test"
     train "${task}_train" "$config" "$data" --seed 0 --work-dir "$WORK/$task" \
         -- "${options[@]}" || return 1
     TRAINING_SECONDS=$((SECONDS - begin))
@@ -326,14 +326,13 @@ demo() {
 at_least() {
     local task=$1 metric=$2 limit=$3 value
     [ -z "$DRY" ] || limit=0
-    value=$("$PYTHON" "$HERE/collect.py" metric "$WORK/${task}_test" "$metric")
+    value=$("$PYTHON" "$HERE/metric.py" "$WORK/${task}_test" "$metric")
     if [ -z "$value" ]; then
         say "FAIL $task: no $metric"
         return
     fi
     printf '{"task": "%s", "metric": "%s", "value": %s, "training_seconds": %s}\n' \
-        "$task" "$metric" "$value" "$TRAINING_SECONDS" >>"$WORK/demos/$task.jsonl"
-    "$PYTHON" "$HERE/collect.py" demos "$WORK/demos" "$OUT"
+        "$task" "$metric" "$value" "$TRAINING_SECONDS" >>"$OUT/demos.jsonl"
     if awk "BEGIN {exit !($value >= $limit)}"; then
         say "PASS $task: $metric $value (at least $limit)"
     else
@@ -412,11 +411,11 @@ keep_batch_size() {
 stage_demos() {
     local PIDS=() OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
     export OMP_NUM_THREADS
-    mkdir -p "$WORK/demos"
     if [ ! -f "$DATA/ready" ]; then
         run data 90 bash -c make_data || return
         touch "$DATA/ready"
     fi
+    : >"$OUT/demos.jsonl"
     start demo_detection
     start demo_segmentation
     start demo_classification
@@ -426,8 +425,6 @@ stage_demos() {
         start keep_batch_size
     fi
     [ ${#PIDS[@]} = 0 ] || wait "${PIDS[@]}"
-    # Again, in case two wrote at once.
-    "$PYTHON" "$HERE/collect.py" demos "$WORK/demos" "$OUT"
 }
 
 # Compiles the kernels of the races, for the cache: S has the widths of T.
@@ -450,24 +447,6 @@ stage_together() {
 
 # --- speed: nothing else may run on the GPU ---
 
-# warm_cache DTYPE ...: compiling takes longer than measuring, so do it all at once.
-warm_cache() {
-    local PIDS=() dtype stage begin=$SECONDS
-    mkdir -p "$TRITON_CACHE_DIR"
-    for dtype in "$@"; do
-        [ ! -f "$TRITON_CACHE_DIR/warm_$dtype" ] || continue
-        for stage in 0 1 2 3; do
-            start run "warm_${dtype}_$stage" 120 "$PYTHON" "$HERE/kernels.py" \
-                --warm "$stage" --dtype "$dtype"
-        done
-    done
-    [ ${#PIDS[@]} = 0 ] || wait "${PIDS[@]}"
-    for dtype in "$@"; do
-        touch "$TRITON_CACHE_DIR/warm_$dtype"
-    done
-    echo "Compiled in $((SECONDS - begin)) s"
-}
-
 stage_speed() {
     local options=(--seconds "$(($(left) - 25))" --out "$OUT" --first "${RACE:-0}")
     [ -z "$DRY" ] || options+=(--dry)
@@ -477,8 +456,20 @@ stage_speed() {
 
 # --- kernels ---
 
+# Compiling takes longer than measuring, so all stages are compiled at once.
+warm_stages() {
+    local PIDS=() stage marker=$TRITON_CACHE_DIR/warm_stages
+    [ ! -f "$marker" ] || return 0
+    for stage in 0 1 2 3; do
+        start run "warm_stage_$stage" 120 "$PYTHON" "$HERE/kernels.py" --warm "$stage"
+    done
+    [ ${#PIDS[@]} = 0 ] || wait "${PIDS[@]}"
+    mkdir -p "$TRITON_CACHE_DIR"
+    touch "$marker"
+}
+
 stage_kernels() {
-    warm_cache bfloat16
+    warm_stages
     run kernels "$(($(left) - 5))" "$PYTHON" "$HERE/kernels.py" \
         --seconds "$(($(left) - 20))" --out "$OUT"
     tell '^#' 20 kernels

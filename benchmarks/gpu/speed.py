@@ -95,14 +95,13 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         record = json.loads(Path(args.draw[0]).read_text())[0]
         plot_benchmark(read_results(record), format_settings(record), args.draw[1])
         return
-    meter = Meter(args.device)
+    meter = Meter(args.device, 1 if args.dry else args.repeats)
     if args.warm:
         size, dtype = args.warm
         warm(size, dtype, meter)
         return
     args.out.mkdir(parents=True, exist_ok=True)
-    repeats = 1 if args.dry else args.repeats
-    settings = meter.describe(repeats)
+    settings = meter.describe()
     title = f'# {format_settings(settings)}'
     print(title, flush=True)
 
@@ -113,7 +112,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         (args.out / 'speed.md').write_text('\n\n'.join([title, *texts]) + '\n')
 
     races = make_races(args.first, args.dry)
-    passed = run_races(races, args.device, repeats, save, args.seconds, keep_going=True)
+    passed = run_races(races, meter, save, args.seconds, keep_going=True)
     sys.exit(not passed)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Set texts in a Markdown table, aligned for reading as they are.
+    """Set texts in a Markdown table, whose columns are aligned in plain text, too.
 
     Args:
         columns (Sequence[str]): Titles.

@@ -79,8 +79,8 @@ def published_models(repository: Path = REPOSITORY) -> Dict[str, PublishedModel]
     index = repository / 'model-index.yml'
     if not index.is_file():
         raise FileNotFoundError(
-            f'{index} is missing, which names the files of published figures. Clone '
-            "the repository and install it with 'pip install -e .'."
+            f'No published figures: {index} is missing. Clone the repository and '
+            "install it with 'pip install -e .'."
         )
     models = {}
     for metafile in load(index)['Import']:

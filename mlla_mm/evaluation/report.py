@@ -12,6 +12,7 @@ from ..utils.records import is_number, read_record
 from ..utils.text import printable
 from ..visualization import predictions as sheets
 from ..visualization.curves import plot_curves
+from .runs import read_run
 
 
 class Line(NamedTuple):
@@ -66,9 +67,10 @@ def write_report(cfg: Config, work_dir: Union[str, Path]) -> List[str]:
         list[str]: The lines of the summary.
 
     Raises:
-        FileNotFoundError: If a test has not been run.
+        FileNotFoundError: If the training or a test has not been run.
         CheckpointError: If the file of predictions is damaged, or holds more than data.
-        ValueError: If another file of the run is damaged, or of another run.
+        ValueError: If another file of the run is damaged, or of another run, or a curve
+            was not logged.
     """
     work_dir = Path(work_dir)
     scope = cfg.default_scope
@@ -83,7 +85,12 @@ def write_report(cfg: Config, work_dir: Union[str, Path]) -> List[str]:
     _draw_predictions(
         cfg, work_dir / 'test' / 'predictions', picture, ', '.join(titles)
     )
-    plot_curves(work_dir, _CURVES[scope], curves)
+    run = read_run(work_dir)
+    missing = [name for name in ('loss', *_CURVES[scope]) if name not in run.curves]
+    if missing:
+        there = [printable(name) for name in run.curves]
+        raise ValueError(f'Not logged in {work_dir}: {missing}; there: {there}')
+    plot_curves(run.curves, _CURVES[scope], curves)
     return [
         *summary,
         f'Predictions and ground truth: {picture}',

@@ -3,14 +3,15 @@
 
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Union
 
 from ..engine.hooks.records import RECORD_NAME, RUN_NAME
 from ..engine.recipe import deviations
-from ..utils.records import is_number, read_record
+from ..utils.records import is_number, read_record, read_record_lines
 from ..utils.text import printable
-from ..visualization.curves import Curve, read_logs
+from ..visualization.curves import Curve
 from .published import METRICS, MULTI_SCALE
 
 AVERAGED = ' (averaged weights)'
@@ -159,6 +160,35 @@ def read_run(work_dir: Union[str, Path]) -> Run:
         ],
         **_records(trainings),
     )
+
+
+def read_logs(logs: Iterable[Path]) -> Dict[str, Curve]:
+    """Read scalars.json files as one run, in which each resumes the one before.
+
+    Args:
+        logs (Iterable[Path]): The files, oldest first.
+
+    Returns:
+        dict[str, list[tuple]]: Points (step, value) by name, in the order of steps. The
+        step is the iteration for training values, the epoch or iteration for metrics.
+
+    Raises:
+        ValueError: If a file is damaged, or no log.
+    """
+    points: Dict[str, Dict[float, float]] = {}
+    for log in logs:
+        for entry in read_record_lines(log):
+            numbers = {name: x for name, x in entry.items() if is_number(x)}
+            if not math.isfinite(numbers.get('step', math.nan)):
+                raise ValueError(
+                    f'{printable(log)} is no log of a training: an entry has the step '
+                    f'{printable(entry.get("step"))}. Move its folder out of the '
+                    'work_dir.'
+                )
+            for name, value in numbers.items():
+                # A resumed run goes over the steps since its checkpoint again.
+                points.setdefault(name, {})[numbers['step']] = value
+    return {name: sorted(curve.items()) for name, curve in points.items()}
 
 
 # The types that a value of run.json may have.

@@ -29,7 +29,7 @@ from .sheet import (
 class PredictionsError(ValueError):
     """Predictions that are damaged, or of another config.
 
-    The message is what to say about their file. It follows the name of the file.
+    The message has a verb, and no subject: the caller puts the name of the file first.
     """
 
 
@@ -53,6 +53,7 @@ def detection_sheet(
 
     Raises:
         PredictionsError: If these are no predictions for the test set.
+        ValueError: If a mask of the test set does not fit its image.
     """
     classes, colors = dataset.metainfo['classes'], class_colors(dataset.metainfo)
     infos = (dataset.get_data_info(i) for i in range(len(dataset)))
@@ -213,10 +214,10 @@ def _checked(predictions: object, dataset: Any) -> List[Dict[str, Any]]:
 
 @contextmanager
 def _errors_of_predictions() -> Iterator[None]:
-    """Turn the errors of missing or mistyped values into :class:`PredictionsError`."""
+    """Turn the errors of missing or wrong values into :class:`PredictionsError`."""
     try:
         yield
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise PredictionsError(
             f'holds no predictions of the config ({describe_error(error)})'
         ) from error
@@ -229,12 +230,12 @@ def _decode(masks: Sequence[dict], shape: Tuple[int, int]) -> List[np.ndarray]:
     for mask in masks:
         # Huge masks crash pycocotools.
         if tuple(mask['size']) != shape:
-            raise PredictionsError(
-                'has a mask of another size than its image, (height, width) = '
-                f'{tuple(map(printable, mask["size"]))} instead of {shape}'
+            raise ValueError(
+                'A mask is of another size than its image, (height, width) = '
+                f'{tuple(map(printable, mask["size"]))} instead of {shape}.'
             )
     decoded = [mask_utils.decode(mask) for mask in masks]
     # pycocotools does not set the pixels after the last run.
     if any(mask.max(initial=0) > 1 for mask in decoded):
-        raise PredictionsError('has a mask that does not fill its image')
+        raise ValueError('A mask does not fill its image.')
     return [mask.astype(bool) for mask in decoded]

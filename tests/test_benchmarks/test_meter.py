@@ -1,10 +1,15 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+import contextlib
+import gc
 import platform
 import sys
+import weakref
 from importlib import metadata
+from unittest import mock
 
 import pytest
 import torch
+from torch import nn
 
 from benchmarks import meter
 from benchmarks.meter import Meter, Spread, format_settings, spread, unsteady_note
@@ -53,7 +58,7 @@ def test_a_sample_for_each_round(monkeypatch):
         # The first call, which compiles, does not count.
         'fast': clock.taking('fast', first_then(50.0, 0.03)),
     }
-    found = Meter('cpu').samples(calls, repeats=5)
+    found = Meter('cpu', repeats=5).samples(calls)
     assert found == dict(slow=[pytest.approx(2.0)] * 5, fast=[pytest.approx(0.03)] * 5)
     # Four calls tell how many calls make a sample. A sample has two calls to warm up,
     # then calls for a tenth of a second.
@@ -70,7 +75,7 @@ def test_rounds_are_interleaved(monkeypatch):
             yield 1 + clock.now / 100
 
     calls = {name: clock.taking(name, slowing()) for name in 'abc'}
-    found = Meter('cpu').samples(calls, repeats=40)
+    found = Meter('cpu', repeats=40).samples(calls)
     medians = [spread(found[name]).median for name in 'abc']
     assert max(medians) < 1.2 * min(medians)
     blocks = ''.join(clock.calls)
@@ -79,19 +84,51 @@ def test_rounds_are_interleaved(monkeypatch):
 
 def test_real_calls():
     x = torch.rand(8, 8)
-    cpu = Meter('cpu')
-    assert all(0 < t < 1 for t in cpu.samples({'a': lambda: x @ x}, repeats=2)['a'])
-    on_device, on_host = cpu.milliseconds(lambda: x @ x, 3)
+    cpu = Meter('cpu', repeats=2)
+    assert all(0 < t < 1 for t in cpu.samples({'a': lambda: x @ x})['a'])
+    on_device, on_host = cpu.milliseconds(lambda: x @ x)
     assert 0 < on_device == on_host < 1000
     assert 0 < cpu.graph_microseconds(lambda: x @ x) < 1e6
     assert 1e6 < cpu.copy_rate() < 1e13
-    with pytest.raises(ValueError, match='--repeats must be at least 1, got 0'):
-        cpu.samples({'a': lambda: x @ x}, repeats=0)
 
 
-def test_no_such_device():
+def test_errors():
     with pytest.raises(ValueError, match="Device 'no-such' cannot be used"):
         Meter('no-such')
+    with pytest.raises(ValueError, match='--repeats must be at least 1, got 0'):
+        Meter('cpu', repeats=0)
+
+
+@contextlib.contextmanager
+def failing_capture(graph, pool):
+    """In the place of ``torch.cuda.graph``: after an error its end fails, too."""
+    try:
+        yield
+    finally:
+        raise RuntimeError('capture_end')
+
+
+def test_a_failed_capture_names_the_first_error_and_keeps_no_model():
+    def capture():
+        model, calls = nn.Linear(1, 1), []
+
+        def call():
+            calls.append(model.in_features)
+            if len(calls) > 3:  # the calls before the capture
+                raise RuntimeError('not permitted')
+
+        with pytest.raises(RuntimeError, match='cannot be captured: not permitted'):
+            meter.CudaGraph(call)
+        return weakref.ref(model)
+
+    fakes = dict.fromkeys(('CUDAGraph', 'Stream', 'current_stream'), mock.DEFAULT)
+    fakes.update(stream=contextlib.nullcontext, graph=failing_capture)
+    gc.disable()  # a cycle of references would be freed, but later
+    try:
+        with mock.patch.multiple(torch.cuda, **fakes):
+            assert capture()() is None
+    finally:
+        gc.enable()
 
 
 def test_peak_of_known_allocations():
@@ -117,18 +154,18 @@ def test_unsteady_note():
 def test_settings(monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['benchmark.py', '--out', 'a folder'])
     monkeypatch.delenv('MLLA_OPS', raising=False)
-    settings = Meter('cpu').describe(3)
+    settings = Meter('cpu', repeats=3).describe()
     assert settings['torch'] == torch.__version__
     assert settings['threads'] == torch.get_num_threads()
     assert settings['repeats'] == 3
     assert settings['python'] == platform.python_version()
     assert settings['command'] == "benchmark.py --out 'a folder'"
-    assert settings['mlla_ops'] == 'default' and settings['fuse_conv_bn'] is False
+    assert settings['mlla_ops'] == 'default'
     assert settings['cuda'] is settings['cudnn'] is settings['driver'] is None
     has_triton = any(d.metadata['Name'] == 'triton' for d in metadata.distributions())
     assert (settings['triton'] is not None) == has_triton
     monkeypatch.setenv('MLLA_OPS', 'naive')
-    assert Meter('cpu').describe(3)['mlla_ops'] == 'naive'
+    assert Meter('cpu').describe()['mlla_ops'] == 'naive'
 
     settings.update(device='a CPU', torch='2.8', triton=None, python='3.12')
     assert format_settings(settings) == 'a CPU, torch 2.8, Python 3.12'
@@ -141,7 +178,7 @@ def test_settings(monkeypatch):
 
 @needs_gpu
 def test_settings_of_a_gpu():
-    settings = Meter('cuda').describe(3)
+    settings = Meter('cuda').describe()
     assert settings['device'] == torch.cuda.get_device_name()
     assert settings['cuda'] == torch.version.cuda
     assert settings['cudnn'] == torch.backends.cudnn.version()
@@ -152,7 +189,7 @@ def test_triton_is_not_imported(run_tool):
     code = """
 import sys
 from benchmarks import races
-races.Meter('cpu').describe(1)
+races.Meter('cpu').describe()
 print('triton' in sys.modules)
 """
     assert run_tool('python', '-c', code).stdout.splitlines()[-1] == 'False'

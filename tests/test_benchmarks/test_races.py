@@ -11,7 +11,7 @@ from benchmarks.eager_mlla import EagerMLLA
 from benchmarks.meter import CudaGraph, Meter, module_bytes
 from benchmarks.models import build_model
 from benchmarks.plain_mlla import PlainMLLA
-from benchmarks.races import measure_case
+from benchmarks.races import Race, measure_case, run_races
 from mlla_mm.models import MLLA
 
 from .. import reference
@@ -29,6 +29,12 @@ def nano(monkeypatch):
     monkeypatch.setitem(MLLA.arch_zoo, 't', NANO)
 
 
+def measure(models, cases, *options, meter=None, **race):
+    """Measure the first case of a race."""
+    race = Race(models, cases, *options, **race)
+    return measure_case(race, cases[0], meter or Meter('cpu', repeats=1))
+
+
 @pytest.mark.parametrize(
     'arguments, message',
     [
@@ -36,18 +42,19 @@ def nano(monkeypatch):
         (dict(models=['plain-t', 'mlla-t', 'mlla-t']), 'names one twice'),
         (dict(models=['plain-t', 'swin-s']), 'swin-s is compared with plain-s: add'),
         (dict(models=['eager-b', 'plain-t']), 'eager-b is compared with plain-b: add'),
-        (dict(device='no-such'), "Device 'no-such' cannot be used"),
-        (dict(repeats=0), '--repeats must be at least 1, got 0'),
         (dict(variants=['CUDA graph']), "--cuda-graph needs a CUDA .* is 'cpu'"),
         (dict(variants=['traced']), "'traced'. There are: compiled, CUDA graph"),
-        (dict(case=TRAIN, fuse_conv_bn=True), '--fuse-conv-bn is for inference'),
+        (dict(cases=[TRAIN], fuse_conv_bn=True), '--fuse-conv-bn is for inference'),
         # An image this small leaves one value for BatchNorm.
-        (dict(case=Case('backbone', (32, 32), 1, 'train')), '32x32|Expected more than'),
+        (
+            dict(cases=[Case('backbone', (32, 32), 1, 'train')]),
+            'plain-t fails in backbone 32x32',
+        ),
     ],
 )
 def test_errors(nano, arguments, message):
     with pytest.raises(ValueError, match=message):
-        measure_case(**{**dict(case=SMALL, models=['plain-t']), **arguments})
+        measure(**{**dict(models=['plain-t'], cases=[SMALL]), **arguments})
 
 
 @pytest.mark.parametrize('classify', [False, True])
@@ -83,7 +90,7 @@ def test_models_are_comparable(family, classify):
 def test_measured(nano, task, mode, dtype):
     case = SMALL._replace(task=task, mode=mode, dtype=dtype)
     names = ['mlla-t', 'eager-t', 'plain-t']
-    found = measure_case(case, names, repeats=2)
+    found = measure(names, [case], meter=Meter('cpu', repeats=2))
     assert [measured.label for measured in found] == names
     assert len({measured.parameters for measured in found}) == 1
     for measured in found:
@@ -120,7 +127,7 @@ def test_models_that_differ_are_not_raced(name, other, nano, monkeypatch):
     monkeypatch.setattr(wrong, 'forward', forward)
     message = f'{other}-t and plain-t differ by 0.0(099|1) in float32'
     with pytest.raises(RuntimeError, match=message):
-        measure_case(SMALL, ['mlla-t', 'plain-t', 'eager-t'], repeats=1)
+        measure(['mlla-t', 'plain-t', 'eager-t'], [SMALL])
 
 
 @pytest.mark.parametrize('fuse', [False, True])
@@ -129,10 +136,30 @@ def test_batch_norm_in_the_convolutions(nano, monkeypatch, fuse):
     raced = {}
     monkeypatch.setattr(races, '_check_assemblies', lambda m, _: raced.update(m))
     models = ['mlla-t', 'plain-t']
-    measure_case(SMALL, models, repeats=1, fuse_conv_bn=fuse)
+    measure(models, [SMALL], fuse_conv_bn=fuse)
     for name in models:
         norms = [m for m in raced[name].modules() if isinstance(m, nn.BatchNorm2d)]
         assert bool(norms) is not fuse
+
+
+def test_races_go_on_after_a_failure(nano, capsys):
+    """The case that fails is named; the results of the others are saved at once."""
+    lone = Case('backbone', (32, 32), 1, 'train')
+    all_races = [Race(['plain-t'], [lone, SMALL]), Race(['plain-t'], [SMALL])]
+    meter, saved = Meter('cpu', repeats=1), []
+
+    def save(results):
+        saved.append([list(found) for found in results])
+
+    assert not run_races(all_races, meter, save, keep_going=True)
+    assert saved == [[[SMALL], []], [[SMALL], [SMALL]]]
+    assert f'FAIL {lone} (plain-t): plain-t fails' in capsys.readouterr().out
+    with pytest.raises(ValueError, match='plain-t fails'):
+        run_races(all_races, meter, save)
+    # The second case comes too late.
+    assert run_races(all_races[1:] * 2, meter, save, seconds=0)
+    assert saved[2:] == [[[SMALL], []]]
+    assert f'Skipped after 0 s: {SMALL} (plain-t)' in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -140,9 +167,7 @@ def test_batch_norm_in_the_convolutions(nano, monkeypatch, fuse):
 @pytest.mark.parametrize('mode', MODES)
 def test_compiled_models(nano, mode):
     case = SMALL._replace(mode=mode)
-    measured = measure_case(
-        case, ['mlla-t', 'plain-t'], repeats=1, variants=[races.COMPILED]
-    )
+    measured = measure(['mlla-t', 'plain-t'], [case], [races.COMPILED])
     assert [m.label for m in measured] == [
         'mlla-t',
         'plain-t',
@@ -202,7 +227,7 @@ def test_cuda_graphs_are_raced(mode, dtype):
     pytest.importorskip('mmpretrain')
     names = ['mlla-t', 'eager-t', 'plain-t', 'swin-t', 'convnext-t']
     case = Case('classification', (96, 96), 4, mode, dtype)
-    found = measure_case(case, names, 'cuda', 2, [races.CUDA_GRAPH])
+    found = measure(names, [case], [races.CUDA_GRAPH], meter=Meter('cuda', repeats=2))
     labels = [*names, *(f'{name}, CUDA graph' for name in names)]
     assert [measured.label for measured in found] == labels
     for measured in found:
@@ -214,16 +239,18 @@ def test_cuda_graphs_are_raced(mode, dtype):
 # In a process of its own, since PyTorch does not get over a capture that failed.
 WAITS = """
 from benchmarks.cases import Case
+from benchmarks.meter import Meter
 from benchmarks.plain_mlla import PlainMLLA
-from benchmarks.races import measure_case
+from benchmarks.races import Race, measure_case
 
 def forward(self, x):
     x.sum().item()
     return (x,)
 
 PlainMLLA.forward = forward
+case = Case('backbone', (32, 64), 2)
 try:
-    measure_case(Case('backbone', (32, 64), 2), ['plain-t'], 'cuda', 1, ['CUDA graph'])
+    measure_case(Race(['plain-t'], [case], ['CUDA graph']), case, Meter('cuda', 1))
 except ValueError as error:
     print(error)
 """

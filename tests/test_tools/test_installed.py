@@ -15,6 +15,7 @@ from mlla_mm.version import __version__
 from ..processes import ROOT
 
 CONFIG = 'configs/classification/mlla-nano_digits.py'
+CLASSIFIER = 'mlla-t_8xb128_in1k'
 OPTIONS = [
     '--cfg-options',
     'train_cfg.max_epochs=1',
@@ -75,6 +76,8 @@ def test_configs_and_tools_are_there(site):
         *('misc/setup_env.sh', 'misc/install_packages.py'),
     }
     assert files(mim / 'tools') == files(ROOT / 'tools') - of_clones
+    wanted = {path for path in files(ROOT / 'benchmarks') if path[:4] != 'gpu/'}
+    assert files(mim / 'benchmarks') == wanted
     assert (mim / 'model-index.yml').read_bytes() == (
         ROOT / 'model-index.yml'
     ).read_bytes()
@@ -112,17 +115,21 @@ def test_metadata(tmp_path):
     assert wanted == expected
 
 
-def test_training_and_testing_outside_the_clone(
-    site, run_tool, digits_imagenet, tmp_path
-):
-    pytest.importorskip('mmpretrain')
-    mim = site / 'mlla_mm' / '.mim'
-    (tmp_path / 'data').mkdir()
-    (tmp_path / 'data' / 'digits_imagenet').symlink_to(digits_imagenet)
+@pytest.fixture
+def run(site, run_tool, tmp_path):
+    """Run a command outside the clone, with the installed package alone."""
 
     def run(*command):
         return run_tool(*command, env={'PYTHONPATH': str(site)}, cwd=tmp_path).stdout
 
+    return run
+
+
+def test_training_and_testing_outside_the_clone(site, run, digits_imagenet, tmp_path):
+    pytest.importorskip('mmpretrain')
+    mim = site / 'mlla_mm' / '.mim'
+    (tmp_path / 'data').mkdir()
+    (tmp_path / 'data' / 'digits_imagenet').symlink_to(digits_imagenet)
     code = 'import importlib.util as x; print(x.find_spec("mlla_mm").origin)'
     found = run('python', '-c', code)
     assert found.strip() == str(site / 'mlla_mm' / '__init__.py')
@@ -131,3 +138,28 @@ def test_training_and_testing_outside_the_clone(
     assert checkpoint.is_file()
     output = run('python', mim / 'tools/test.py', mim / CONFIG, checkpoint, *OPTIONS)
     assert 'accuracy/top1' in output
+
+
+@pytest.mark.parametrize(
+    'tool, arguments, printed',
+    [
+        (
+            'benchmark.py',
+            ['--models', 'plain-t', '--shape', '32x64', '--repeats', 1],
+            '### backbone 32x64, batch 1, infer, float32',
+        ),
+        ('peak_memory.py', ['{mim}/' + CONFIG, '--batch-size', 2], '| 2 x 64 x 64 |'),
+        (
+            'plot_accuracy_latency.py',
+            ['--models', CLASSIFIER, '--shape', 32, 32, '--repeats', 1],
+            f'| {CLASSIFIER} | 24.4 M | 83.5 ',
+        ),
+    ],
+)
+def test_measuring_outside_the_clone(site, run, tool, arguments, printed):
+    """The tools find ``benchmarks``, which is no part of the package."""
+    pytest.importorskip('mmpretrain')
+    mim = site / 'mlla_mm' / '.mim'
+    arguments = [str(argument).format(mim=mim) for argument in arguments]
+    command = ['python', mim / 'tools/analysis_tools' / tool, *arguments]
+    assert printed in run(*command)

@@ -16,6 +16,7 @@ from mlla_mm.datasets import digits
 from mlla_mm.evaluation.report import write_report
 
 from ..checkpoints import attacks
+from ..test_evaluation.work_dirs import add_session
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
 
@@ -37,11 +38,9 @@ def work_dir(tmp_path):
             path = tmp_path / name / '20260101_000000' / '20260101_000000.json'
             path.parent.mkdir(parents=True)
             path.write_text(json.dumps(metrics))
-        log = tmp_path / '20260101_000000' / 'vis_data' / 'scalars.json'
-        log.parent.mkdir(parents=True)
-        entries = [dict(loss=1.0, step=1, epoch=1), dict(metrics, step=1)]
-        entries[1].update({f'ema_{key}': value for key, value in metrics.items()})
-        log.write_text('\n'.join(json.dumps(entry) for entry in entries))
+        averaged = {f'ema_{key}': value for key, value in metrics.items()}
+        entries = [dict(loss=1.0, step=1, epoch=1), dict(metrics, **averaged, step=1)]
+        add_session(tmp_path, '20260101_000000', entries=entries)
         if predictions is not None:
             content = pickle.dumps(predictions)
             (tmp_path / 'test' / 'predictions.pkl').write_bytes(content)
@@ -243,16 +242,30 @@ def test_damaged_detections(tmp_path, work_dir, kind):
     cfg, _, image, _ = detector(tmp_path)
     result = dict(img_path=image['img_path'], img_id=image['id'])
     folder = work_dir('mmdet', [{**result, **DAMAGED[kind]}])
-    reason = 'has a mask of another size .* instead of .64'
-    if '[' not in kind:
-        reason = 'holds no '
-    with pytest.raises(ValueError, match=f'predictions.pkl {reason}.*--out'):
+    reason = 'A mask is of another size .* instead of .64' if '[' in kind else ''
+    with pytest.raises(ValueError, match=f'predictions.pkl holds no .*{reason}.*--out'):
+        write_report(cfg, folder)
+
+
+def test_a_mask_of_the_ground_truth_that_does_not_fit(tmp_path, work_dir):
+    """The predictions are not to blame."""
+    cfg, _, image, _ = detector(tmp_path)
+    cv2.imwrite(image['img_path'], np.zeros((80, 64, 3), np.uint8))
+    nothing = dict(BOXES, scores=torch.zeros(1), masks=[{}])
+    result = dict(img_path=image['img_path'], img_id=image['id'])
+    folder = work_dir('mmdet', [dict(result, pred_instances=nothing)])
+    with pytest.raises(ValueError, match=r'^A mask is of another size .*64.* \(80, 64'):
         write_report(cfg, folder)
 
 
 @pytest.mark.parametrize(
     'change',
-    [dict(pred_label=torch.tensor([99])), dict(pred_score='x'), dict(pred_label=None)],
+    [
+        dict(pred_label=torch.tensor([99])),
+        dict(pred_score='x'),
+        dict(pred_label=None),
+        dict(pred_label='x'),
+    ],
 )
 def test_damaged_classes(tmp_path, work_dir, change):
     cfg, picture = classifier(tmp_path)
@@ -262,6 +275,17 @@ def test_damaged_classes(tmp_path, work_dir, change):
     )  # fmt: skip
     folder = work_dir('mmpretrain', [{**result, **change}])
     with pytest.raises(ValueError, match='predictions.pkl holds no .*--out'):
+        write_report(cfg, folder)
+
+
+def test_a_curve_that_was_not_logged(tmp_path, work_dir, figures):
+    cfg, picture = classifier(tmp_path)
+    result = dict(img_path=str(picture), pred_score=torch.ones(10))
+    result.update(dict.fromkeys(('pred_label', 'gt_label'), torch.tensor([3])))
+    folder = work_dir('mmpretrain', [result])
+    log = folder / '20260101_000000' / 'vis_data' / 'scalars.json'
+    log.write_text('{"loss": 1.0, "step": 1, "accuracy/top1": 97.0}')
+    with pytest.raises(ValueError, match="Not logged.*'ema_accuracy/top1'.*there:"):
         write_report(cfg, folder)
 
 
