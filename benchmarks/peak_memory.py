@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mlla_mm.checks.largest_size import pin_scales
 from mlla_mm.engine.ema import ModelEMA
-from mlla_mm.engine.launch import replace_sync_bn
+from mlla_mm.engine.options import replace_sync_bn
 
 from .meter import Meter, module_bytes
 

@@ -23,7 +23,7 @@ def pin_scales(config: Any) -> None:
         config (dict | list): Config of a data set, or a pipeline; changed in place.
     """
     for part in parts_of(config):
-        kind = _name(part)
+        kind = kind_of(part)
         if kind == 'RandomChoiceResize':
             part['scales'] = [max(part['scales'], key=_area)]
         elif kind == 'RandomResize':
@@ -88,14 +88,11 @@ def resize_images(config: Any, size: Size) -> None:
     resize = dict(type='Resize', scale=size, keep_ratio=False)
     for part in parts_of(config):
         pipeline = part.get('pipeline') or []
-        packing = [i for i, x in enumerate(pipeline) if _name(x).startswith('Pack')]
+        packing = [
+            i for i, x in enumerate(pipeline) if str(kind_of(x)).startswith('Pack')
+        ]
         for i in packing[:1]:
             pipeline.insert(i, resize)
-
-
-def _name(part: dict) -> str:
-    """The name of a part's ``type``, without the scope before it."""
-    return str(kind_of(part)).rpartition('.')[2]
 
 
 def _size(inputs: Any) -> Optional[Size]:

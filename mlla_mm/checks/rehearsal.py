@@ -427,5 +427,4 @@ def _peak_memory() -> int:
     """Bytes: on the GPU, of tensors; on the CPU, of the whole process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == 'darwin' else peak * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

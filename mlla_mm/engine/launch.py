@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Dict, NamedTuple, Optional, Tuple, Type
+from typing import Dict, NamedTuple, Optional, Tuple, Type
 
 import torch
 from mmengine.config import Config
@@ -22,7 +22,7 @@ from ..reproducible.resume import newest_checkpoint
 from ..utils.allocator import keep_freed_memory
 from ..utils.files import write_whole
 from ..utils.text import printable
-from .options import kind_of, parts_of
+from .options import replace_sync_bn
 
 # A file in the work_dir. It says why torchrun must not start the run again.
 _ENDED_NAME = '.ended'
@@ -295,10 +295,3 @@ def _open_store(port: int) -> None:
         master_listen_fd=server.detach(),
         use_libuv=False,  # libuv's store takes no open socket before PyTorch 2.8
     )
-
-
-def replace_sync_bn(model: Any) -> None:
-    """Turn every SyncBN of a model config into BN, in place."""
-    for part in parts_of(model):
-        if kind_of(part) in ('SyncBN', 'MMSyncBN'):
-            part['type'] = 'BN'

@@ -153,6 +153,13 @@ def kind_of(part: dict) -> Optional[str]:
     return kind and str(getattr(kind, '__name__', kind)).rpartition('.')[2]
 
 
+def replace_sync_bn(model: Any) -> None:
+    """Turn every SyncBN of a model config into BN, in place."""
+    for part in parts_of(model):
+        if kind_of(part) in ('SyncBN', 'MMSyncBN'):
+            part['type'] = 'BN'
+
+
 def add_hook(cfg: Config, kind: str) -> None:
     """Add a hook without arguments to ``custom_hooks``."""
     cfg.custom_hooks = [*as_list(cfg.get('custom_hooks')), dict(type=kind)]

@@ -15,7 +15,7 @@ from mmengine.registry import MODELS, VISUALIZERS, DefaultScope
 from mmengine.runner import Runner
 
 from mlla_mm.datasets.digits import make_ade20k, make_coco, make_imagenet
-from mlla_mm.engine.launch import replace_sync_bn
+from mlla_mm.engine.options import replace_sync_bn
 from mlla_mm.models import MLLA
 
 from ..processes import ROOT

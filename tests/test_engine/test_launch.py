@@ -8,7 +8,7 @@ import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS
 
-from mlla_mm.engine import launch
+from mlla_mm.engine import launch, options
 
 from ..processes import ROOT, free_port, listening
 
@@ -43,7 +43,7 @@ def test_sync_bn_becomes_bn():
             dict(norm_cfg=dict(type='LN')),
         ],
     )
-    launch.replace_sync_bn(model)
+    options.replace_sync_bn(model)
     assert model.backbone.norm_cfg == dict(type='BN', requires_grad=True)
     assert [head.norm_cfg.type for head in model.heads] == ['BN', 'LN']
 
