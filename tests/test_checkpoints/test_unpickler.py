@@ -492,6 +492,23 @@ def test_views_with_metadata():
         load(tensor(0, (1,), (1,), value({'conj': True})), memory=bytes(16))
 
 
+def test_only_the_storage_says_what_a_tensor_is():
+    """Bytes would become booleans that are neither 0 nor 1."""
+    more = (value(None), name('torch', 'bool'))
+    with pytest.raises(TypeError, match='positional arguments'):
+        load(
+            tensor(0, (4,), (1,), *more, storage=reference('Byte')), memory=b'\1\2\3\4'
+        )
+
+
+def test_references_are_short_tuples():
+    """Each one is taken apart: a tensor into millions, a long tuple again and again."""
+    long = reference('Byte')[:-2] + b'N' * 99 + b'tQ'
+    for wrong in (tensor(0, (4,), (1,)) + b'Q', long):
+        with pytest.raises(Refused, match='as argument|too long a reference'):
+            load(wrong, memory=bytes(16))
+
+
 def test_tensors_need_a_storage():
     for storage in (value(None), value((b'1234', 4)), FLOATS):
         with pytest.raises(Refused, match='as argument'):
@@ -605,10 +622,15 @@ def test_deep_structures_are_freed(tmp_path):
 
 
 def test_bytes_that_are_no_booleans():
-    for dtype, content in ((torch.uint8, b'\0\2'), (torch.bool, b'\0\1')):
-        assert bytes(unpickler.to_memory(content, dtype).numpy()) == content
+    def read(content, dtype, count=2):
+        return bytes(unpickler.read_memory(io.BytesIO(content), count, dtype).numpy())
+
+    assert read(b'\0\2', torch.uint8) == b'\0\2'
+    assert read(b'\0\1', torch.bool) == b'\0\1'
     with pytest.raises(ValueError, match='booleans'):
-        unpickler.to_memory(b'\0\2', torch.bool)
+        read(b'\0\2', torch.bool)
+    with pytest.raises(EOFError, match='too early'):
+        read(b'\0\1', torch.bool, 3)
 
 
 def test_random_damage():
