@@ -16,6 +16,7 @@ import io
 import math
 import pickletools
 import re
+import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -517,7 +518,12 @@ def _elements(data: Any, dtype: Any, shape: Any) -> np.ndarray:
         raise ValueError(f'a NumPy array that {len(data)} bytes do not fill')
     if dtype.dtype.kind == 'b' and data.strip(b'\0\1'):
         raise ValueError('booleans that are neither true nor false')
-    return np.frombuffer(bytearray(data), dtype.dtype)
+    elements = np.frombuffer(bytearray(data), dtype.dtype)
+    if elements.dtype.kind == 'U':
+        codes = elements.view(f'{elements.dtype.byteorder}u4')
+        if (codes > sys.maxunicode).any():  # Python fails when it makes text of them
+            raise ValueError('text with characters that Unicode does not have')
+    return elements
 
 
 def _size(values: Any) -> torch.Size:

@@ -265,6 +265,8 @@ DAMAGED = {
     'other flags': FLOAT64 + value((3, '<', *[None] * 3, -1, -1, 63)) + b'b',
     'records that claim to have no objects': FLOAT64
     + value((3, '|', None, ('a',), {'a': (None, 0)}, 8, 1, 0)) + b'b',
+    'text beyond Unicode': ARRAY
+    + array_state((1,), call(DTYPE, value('U1')), b'\xff' * 4) + b'b',
     # Arrays that the data do not fill.
     'too long an array': ARRAY + array_state((100,)) + b'b',
     'a length below zero': ARRAY + array_state((-1, -1)) + b'b',
