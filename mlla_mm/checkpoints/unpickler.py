@@ -248,7 +248,8 @@ class Unpickler:
     def _pay_for_copies(self, values: Iterable[Any]) -> None:
         """Pay for what is copied. Copies of one text could fill any memory."""
         for value in values:
-            if isinstance(value, _CONTAINERS):  # as if all items were keys, and numbers
+            if isinstance(value, _CONTAINERS):
+                # The copy may be a set of numbers that collide.
                 self._spend(10 * len(value) + len(value) ** 2 // 200)
             elif isinstance(value, (str, bytes, bytearray)):
                 self._spend(len(value))
