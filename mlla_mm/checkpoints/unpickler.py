@@ -48,6 +48,8 @@ _MAX_KEYS = 8
 # Limits of tensor and array shapes. NumPy 1 has 32 axes at most.
 _MAX_LENGTH = 1 << 48
 _MAX_AXES = 32
+# Rows of an empty tensor or array: `tolist` makes a list of each.
+_MAX_EMPTY_ROWS = 1 << 20
 # Number of bytes of a tensor to read at once.
 _PART = 1 << 24
 
@@ -426,6 +428,12 @@ def _require_shape(*shapes: Any) -> None:
         _require_lengths(*shape)
 
 
+def _require_few_rows(size: Sequence[int]) -> None:
+    """Refuse sizes such as (2**40, 0), for which a file needs no bytes."""
+    if 0 in size and math.prod(size[: size.index(0)]) > _MAX_EMPTY_ROWS:
+        raise Refused('an empty tensor or array of many rows')
+
+
 def _require_keys(keys: Iterable[Any]) -> None:
     """Refuse dict keys and set items other than texts, numbers and tuples of texts.
 
@@ -515,6 +523,7 @@ def _elements(data: Any, dtype: Any, shape: Any) -> np.ndarray:
     if not isinstance(dtype, _Dtype) or not isinstance(data, (bytes, bytearray)):
         raise Refused('a NumPy array of objects')
     _require_shape(shape)
+    _require_few_rows(shape)
     if math.prod(shape) * dtype.dtype.itemsize != len(data):
         raise ValueError(f'a NumPy array that {len(data)} bytes do not fill')
     if dtype.dtype.kind == 'b' and data.strip(b'\0\1'):
@@ -580,6 +589,7 @@ def _view(
     if metadata:
         raise Refused('a view that negates or conjugates')
     _require_shape(size, stride)
+    _require_few_rows(size)
     _require_lengths(offset)
     if len(size) != len(stride):
         raise ValueError('a tensor of other sizes than strides')

@@ -472,6 +472,19 @@ def test_sizes_that_are_none(offset, size, stride):
         load(tensor(offset, size, stride), memory=bytes(16))
 
 
+@pytest.mark.parametrize('size', [(0, 2**40), (2**20, 0), (2**21, 0), (9, 2**40, 0)])
+def test_empty_tensors_and_arrays(size):
+    """Their memory is nothing, but as a list they have an item for each row."""
+    many = size[0] != 0 and size != (2**20, 0)
+    array = ARRAY + array_state(size, data=b'') + b'b'
+    for opcodes in (tensor(0, size, (1,) * len(size)), array):
+        if many:
+            with pytest.raises(Refused, match='many rows'):
+                load(opcodes)
+        else:
+            assert load(opcodes).shape == size
+
+
 def test_dtypes_count_in_their_own_bytes():
     def as_dtype(dtype, size):
         more = (name('torch', dtype),)
