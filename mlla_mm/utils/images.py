@@ -41,9 +41,9 @@ def install() -> None:
 
     - OpenCV and Pillow refuse more than :func:`max_pixels` pixels. OpenCV reads the
       limit when it is imported: call this function before.
-    - mmcv's 'pillow' backend reads only :data:`FORMATS`.
-    - MMEngine reads only regular files: reading a pipe may never begin, and reading a
-      device may never end.
+    - mmcv's 'pillow' backend reads :data:`FORMATS` alone.
+    - MMEngine reads regular files alone: a pipe would be waited for, and a device may
+      have no end.
 
     Workers of data loaders inherit these limits.
 
@@ -83,7 +83,7 @@ def open_image(file: Union[str, Path, BinaryIO]) -> Image.Image:
         file (str | Path | BinaryIO): A path, or an open file.
 
     Returns:
-        Image.Image: The image. Its pixels are not read yet.
+        Image.Image: The image; its pixels are not read yet.
 
     Raises:
         OSError: If the path is no regular file, or if the image has another format
@@ -145,12 +145,12 @@ def reading_problem(path: Union[str, Path], error: Optional[Exception]) -> str:
 
 
 def image_problem(path: Union[str, Path]) -> Optional[str]:
-    """Why an image cannot be read. Training, tools and data sets share this check.
+    """Why an image cannot be read: the one check of training, tools and data sets.
 
-    The file has to be a regular file that is not empty and that :func:`size_problem`
-    allows. Pillow has to decode all of it: Pillow notices files that are cut off, and
-    says what is wrong with damaged ones. OpenCV has to decode it, too, because it reads
-    most images in training.
+    The file has to be a regular one with something in it, within the limits of
+    :func:`size_problem`. Pillow has to decode all of it, which finds files that are cut
+    off and says what is wrong with damaged ones. OpenCV, which reads most images in
+    training, has to decode it, too.
 
     Args:
         path (str | Path): The file.
@@ -208,11 +208,11 @@ def size_problem(path: Union[str, Path]) -> Optional[str]:
 
 
 def lacks_end(path: Union[str, Path]) -> bool:
-    """Whether a JPEG or PNG file lacks the bytes that end such files.
+    """Whether a JPEG or PNG file does not end as such files do.
 
-    Such a file may be cut off, although OpenCV before version 4.12 decodes it without
-    an error. Or it has other data behind the image. :func:`image_problem` tells which.
-    This function reads a few bytes, so it is fast enough for training.
+    It may have been cut off then, although OpenCV before version 4.12 decodes it
+    without an error. It may also have other data behind the image:
+    :func:`image_problem` tells. This look at a few bytes is cheap enough for training.
 
     Args:
         path (str | Path): The file. One that cannot be opened gives False.
