@@ -30,8 +30,8 @@ from .unpickler import (
     Storage,
     StorageType,
     Unpickler,
+    read_memory,
     storage_from_bytes,
-    to_memory,
 )
 
 _trusted = False
@@ -260,8 +260,9 @@ def _read(path: Path, map_location: Any) -> Any:
         if map_location is None:
             return Storage(None, kind.dtype)
         if key not in storages:
-            content = archive.read(f'{folder}/data/{key}')  # checks its CRC
-            memory = to_memory(content, kind.dtype)
+            info = archive.getinfo(f'{folder}/data/{key}')
+            with archive.open(info) as record:  # checks its CRC
+                memory = read_memory(record, info.file_size, kind.dtype)
             storages[key] = kind, _move(memory, map_location)
         first_kind, memory = storages[key]
         if (kind, length * kind.dtype.itemsize) != (first_kind, memory.numel()):
@@ -312,7 +313,10 @@ def _open_archive(file: BinaryIO) -> Tuple[zipfile.ZipFile, str]:
     folder = next(iter(records)).split('/')[0]
     if f'{folder}/constants.pkl' in records:
         raise Refused('a TorchScript program')
-    if any(info.compress_type != zipfile.ZIP_STORED for info in records.values()):
+    if any(
+        info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size
+        for info in records.values()
+    ):
         raise Refused('compressed records')
     if sum(i.file_size for i in archive.infolist()) > os.fstat(file.fileno()).st_size:
         raise Refused('records that overlap')

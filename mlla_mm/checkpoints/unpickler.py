@@ -16,11 +16,12 @@ import io
 import math
 import pickletools
 import re
+import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FunctionType
-from typing import Any, Dict, List, Optional, Tuple
+from typing import IO, Any, Dict, List, Optional, Tuple
 
 import numpy as np
 import torch
@@ -47,6 +48,10 @@ _MAX_KEYS = 8
 # Limits of tensor and array shapes. NumPy 1 has 32 axes at most.
 _MAX_LENGTH = 1 << 48
 _MAX_AXES = 32
+# Rows of an empty tensor or array: `tolist` makes a list of each.
+_MAX_EMPTY_ROWS = 1 << 20
+# Number of bytes of a tensor to read at once.
+_PART = 1 << 24
 
 
 class Refused(Exception):
@@ -245,7 +250,8 @@ class Unpickler:
     def _pay_for_copies(self, values: Iterable[Any]) -> None:
         """Pay for what is copied. Copies of one text could fill any memory."""
         for value in values:
-            if isinstance(value, _CONTAINERS):  # as if all items were keys, and numbers
+            if isinstance(value, _CONTAINERS):
+                # The copy may be a set of numbers that collide.
                 self._spend(10 * len(value) + len(value) ** 2 // 200)
             elif isinstance(value, (str, bytes, bytearray)):
                 self._spend(len(value))
@@ -282,6 +288,11 @@ class Unpickler:
 
     def _refer_to_storage(self, reference: Any) -> None:
         """Push the storage that a reference names."""
+        # Taking apart a tensor of millions of elements takes minutes, and so do many
+        # references to one long tuple.
+        require_types(tuple, reference)
+        if len(reference) > 6:
+            raise Refused('a storage with too long a reference')
         # The fourth part is the device of the tensors, which does not matter. In plain
         # pickles there is a sixth part, for views.
         _, kind, key, _, numel, *view = reference
@@ -321,24 +332,32 @@ def storage_from_bytes(data: Any) -> Storage:
     ((dtype, length),) = found
     if int.from_bytes(stream.read(8), 'little') != length:
         raise ValueError('a storage of another length than it says')
-    return Storage(to_memory(stream.read(length * dtype.itemsize), dtype), dtype)
+    content = stream.read(length * dtype.itemsize)
+    return Storage(read_memory(io.BytesIO(content), len(content), dtype), dtype)
 
 
-def to_memory(content: bytes, dtype: torch.dtype) -> Tensor:
-    """Copy bytes into a tensor, uint8 of shape (N,).
+def read_memory(stream: IO[bytes], count: int, dtype: torch.dtype) -> Tensor:
+    """Read bytes into a tensor, uint8 of shape (N,).
 
     Booleans have to be 0 or 1. PyTorch adds up the bytes of a mask to learn how many
     elements it selects. With larger bytes it writes less or more than it reserved.
 
     Args:
-        content (bytes): The bytes.
+        stream (IO[bytes]): Where the bytes come from.
+        count (int): Number of bytes.
         dtype (torch.dtype): What the bytes are said to be.
 
     Raises:
+        EOFError: If there are fewer bytes.
         ValueError: If ``dtype`` is bool and a byte is neither 0 nor 1.
     """
-    memory = torch.empty(len(content), dtype=torch.uint8)
-    memory.numpy()[:] = np.frombuffer(content, np.uint8)
+    memory = torch.empty(count, dtype=torch.uint8)
+    # In parts, so that there are never two copies of a large tensor.
+    for part in memory.split(_PART):
+        content = stream.read(len(part))
+        if len(content) < len(part):
+            raise EOFError('the bytes of a tensor end too early')
+        part.numpy()[:] = np.frombuffer(content, np.uint8)
     if dtype == torch.bool and (memory > 1).any():
         raise ValueError('booleans that are neither true nor false')
     return memory
@@ -407,6 +426,12 @@ def _require_shape(*shapes: Any) -> None:
         if type(shape) not in (tuple, torch.Size) or len(shape) > _MAX_AXES:
             raise ValueError('a shape that is none')
         _require_lengths(*shape)
+
+
+def _require_few_rows(size: Sequence[int]) -> None:
+    """Refuse sizes such as (2**40, 0), for which a file needs no bytes."""
+    if 0 in size and math.prod(size[: size.index(0)]) > _MAX_EMPTY_ROWS:
+        raise Refused('an empty tensor or array of many rows')
 
 
 def _require_keys(keys: Iterable[Any]) -> None:
@@ -498,11 +523,17 @@ def _elements(data: Any, dtype: Any, shape: Any) -> np.ndarray:
     if not isinstance(dtype, _Dtype) or not isinstance(data, (bytes, bytearray)):
         raise Refused('a NumPy array of objects')
     _require_shape(shape)
+    _require_few_rows(shape)
     if math.prod(shape) * dtype.dtype.itemsize != len(data):
         raise ValueError(f'a NumPy array that {len(data)} bytes do not fill')
     if dtype.dtype.kind == 'b' and data.strip(b'\0\1'):
         raise ValueError('booleans that are neither true nor false')
-    return np.frombuffer(bytearray(data), dtype.dtype)
+    elements = np.frombuffer(bytearray(data), dtype.dtype)
+    if elements.dtype.kind == 'U':
+        codes = elements.view(f'{elements.dtype.byteorder}u4')
+        if (codes > sys.maxunicode).any():  # Python fails when it makes text of them
+            raise ValueError('text with characters that Unicode does not have')
+    return elements
 
 
 def _size(values: Any) -> torch.Size:
@@ -518,17 +549,47 @@ def _tensor(
     requires_grad: Any = False,
     backward_hooks: Any = None,  # always empty
     metadata: Any = None,
-    dtype: Optional[torch.dtype] = None,
 ) -> Optional[Tensor]:
-    """``_rebuild_tensor`` and ``_rebuild_tensor_v2``: a view of a storage.
-
-    The result is None if storages are not read.
-    """
+    """``_rebuild_tensor`` and ``_rebuild_tensor_v2``: a view of a storage."""
     require_types(Storage, storage)
+    return _view(storage, storage.dtype, offset, size, stride, requires_grad, metadata)
+
+
+_NUMBERS = r'torch\.(u?int(8|16|32|64)|float(16|32|64)|bfloat16|float8_\w+)'
+
+
+def _tensor_v3(
+    storage: Any,
+    offset: Any,
+    size: Any,
+    stride: Any,
+    requires_grad: Any,
+    backward_hooks: Any,
+    dtype: Any,
+    metadata: Any = None,
+) -> Optional[Tensor]:
+    """``_rebuild_tensor_v3``: a view of bytes, for dtypes without a storage class."""
+    require_types(Storage, storage)
+    require_types(torch.dtype, dtype)
+    if not re.fullmatch(_NUMBERS, str(dtype)):
+        raise Refused(f'a tensor of {dtype}')
+    return _view(storage, dtype, offset, size, stride, requires_grad, metadata)
+
+
+def _view(
+    storage: Storage,
+    dtype: torch.dtype,
+    offset: Any,
+    size: Any,
+    stride: Any,
+    requires_grad: Any,
+    metadata: Any,
+) -> Optional[Tensor]:
+    """A tensor that lies within a storage, or None if storages are not read."""
     if metadata:
         raise Refused('a view that negates or conjugates')
-    dtype = dtype or storage.dtype
     _require_shape(size, stride)
+    _require_few_rows(size)
     _require_lengths(offset)
     if len(size) != len(stride):
         raise ValueError('a tensor of other sizes than strides')
@@ -548,26 +609,6 @@ def _tensor(
     # Not a view of `memory`, which could not be trained.
     tensor.set_(storage.memory.untyped_storage(), offset, size, stride)
     return tensor.requires_grad_(requires_grad)
-
-
-_NUMBERS = r'torch\.(u?int(8|16|32|64)|float(16|32|64)|bfloat16|float8_\w+)'
-
-
-def _tensor_v3(
-    storage: Any,
-    offset: Any,
-    size: Any,
-    stride: Any,
-    requires_grad: Any,
-    backward_hooks: Any,
-    dtype: Any,
-    metadata: Any = None,
-) -> Optional[Tensor]:
-    """``_rebuild_tensor_v3``: a view of bytes, for dtypes without a storage class."""
-    require_types(torch.dtype, dtype)
-    if not re.fullmatch(_NUMBERS, str(dtype)):
-        raise Refused(f'a tensor of {dtype}')
-    return _tensor(storage, offset, size, stride, requires_grad, None, metadata, dtype)
 
 
 def _parameter(

@@ -7,8 +7,8 @@ nothing is installed yet.
 
 OLDEST_TORCH = '2.1'
 
-#: PyTorch and torchvision: what is tested, its like for Python 3.9, and what is tested
-#: with the original packages. Any pair from OLDEST_TORCH on works.
+#: PyTorch and torchvision: the tested pair, the pair for Python 3.9, and the pair that
+#: is tested with the original packages. Every pair from OLDEST_TORCH on works.
 TORCH = ('2.11.0', '0.26.0')
 TORCH_PYTHON39 = ('2.8.0', '0.23.0')
 TORCH_ORIGINAL = ('2.1.2', '0.16.2')
@@ -33,21 +33,22 @@ ORIGINAL = {
 #: The newest OpenCV that the fork's imaug takes. Older releases of imaug have no bound,
 #: and bring OpenCV 5.
 FORK_OPENCV = 'opencv-python<4.13'
-#: What OpenCV 4.12 wants. Without it, installers differ: some take a newer NumPy and an
+#: OpenCV 4.12 requires it. Without this line some installers take a newer NumPy and an
 #: older OpenCV.
 FORK_NUMPY = 'numpy<2.3'
-#: What compiles its mmcv's ops.
+#: Compiles the ops of the fork's mmcv.
 FORK_SETUPTOOLS = 'setuptools>=80'
 
-#: The original packages and their PyTorch are of NumPy 1's time; OpenCV 4.12 is not.
+#: The original packages and PyTorch 2.1 need NumPy 1. OpenCV 4.12 needs NumPy 2.
 ORIGINAL_NUMPY = 'numpy<2'
 ORIGINAL_OPENCV = 'opencv-python<4.12'
-#: mmengine imports pkg_resources, and mmcv does not build without.
+#: mmengine imports pkg_resources, and mmcv does not build without it. Newer versions of
+#: setuptools do not have it.
 ORIGINAL_SETUPTOOLS = 'setuptools<70'
 
 RUNTIME = ['matplotlib', 'scikit-learn']
 EXTRAS = {
-    # For new environments.
+    # PyTorch for new environments.
     'torch': [
         f'torch=={TORCH[0]}; python_version >= "3.10"',
         f'torchvision=={TORCH[1]}; python_version >= "3.10"',
@@ -70,11 +71,11 @@ EXTRAS = {
         ORIGINAL_NUMPY,
         ORIGINAL_OPENCV,
         ORIGINAL_SETUPTOOLS,
-        # mmsegmentation needs them and does not say so.
+        # mmsegmentation imports them and does not require them.
         'ftfy',
         'regex',
     ],
-    # Another ruff lays out code in another way, and another mypy finds other errors.
+    # Other versions of ruff format code differently; mypy's find other errors.
     'tests': [
         'pytest',
         'pytest-xdist',
@@ -91,6 +92,7 @@ EXTRAS = {
         'nbclient',
         'ipykernel',
     ],
-    # For tools/export.py --format onnx. They bring NumPy 2: not beside `openmmlab`.
+    # For tools/export.py --format onnx. They need NumPy 2, so they do not go with
+    # `openmmlab`.
     'export': ['onnx', 'onnxruntime', 'onnxscript'],
 }

@@ -19,7 +19,7 @@ import torch
 from mmengine.logging import MessageHub
 from torch import nn
 
-from mlla_mm.checkpoints import reader
+from mlla_mm.checkpoints import reader, unpickler
 from mlla_mm.checkpoints.reader import (
     CheckpointError,
     fetch_checkpoint,
@@ -267,6 +267,27 @@ def test_records_that_overlap(path):
             archive.filelist.append(info)
         archive._didModify = True
     with pytest.raises(CheckpointError, match='records that overlap'):
+        load_checkpoint_file(path)
+
+
+def test_records_that_are_longer_than_they_say(path):
+    """Python before 3.11.8 reads all of the claimed bytes, for every record."""
+    save({'a': torch.zeros(4), 'b': torch.zeros(250_000)}, path)
+    with zipfile.ZipFile(path, 'a') as archive:
+        archive.getinfo('x/data/0').compress_size = 1_000_000
+        archive._didModify = True
+    with pytest.raises(CheckpointError, match='compressed records'):
+        load_checkpoint_file(path)
+
+
+def test_large_tensors_are_read_in_parts(path, monkeypatch):
+    monkeypatch.setattr(unpickler, '_PART', 100)
+    content = {'a': torch.arange(1000.0), 'b': torch.ones(25), 'c': torch.zeros(0)}
+    assert_same(load_checkpoint_file(save(content, path)), content)
+    whole = bytearray(path.read_bytes())
+    whole[whole.index(content['a'].numpy().tobytes()) + 3999] ^= 1  # in the last part
+    path.write_bytes(whole)
+    with pytest.raises(CheckpointError, match='damaged.*CRC'):
         load_checkpoint_file(path)
 
 

@@ -265,6 +265,8 @@ DAMAGED = {
     'other flags': FLOAT64 + value((3, '<', *[None] * 3, -1, -1, 63)) + b'b',
     'records that claim to have no objects': FLOAT64
     + value((3, '|', None, ('a',), {'a': (None, 0)}, 8, 1, 0)) + b'b',
+    'text beyond Unicode': ARRAY
+    + array_state((1,), call(DTYPE, value('U1')), b'\xff' * 4) + b'b',
     # Arrays that the data do not fill.
     'too long an array': ARRAY + array_state((100,)) + b'b',
     'a length below zero': ARRAY + array_state((-1, -1)) + b'b',
@@ -470,6 +472,19 @@ def test_sizes_that_are_none(offset, size, stride):
         load(tensor(offset, size, stride), memory=bytes(16))
 
 
+@pytest.mark.parametrize('size', [(0, 2**40), (2**20, 0), (2**21, 0), (9, 2**40, 0)])
+def test_empty_tensors_and_arrays(size):
+    """Their memory is nothing, but as a list they have an item for each row."""
+    many = size[0] != 0 and size != (2**20, 0)
+    array = ARRAY + array_state(size, data=b'') + b'b'
+    for opcodes in (tensor(0, size, (1,) * len(size)), array):
+        if many:
+            with pytest.raises(Refused, match='many rows'):
+                load(opcodes)
+        else:
+            assert load(opcodes).shape == size
+
+
 def test_dtypes_count_in_their_own_bytes():
     def as_dtype(dtype, size):
         more = (name('torch', dtype),)
@@ -490,6 +505,23 @@ def test_dtypes_count_in_their_own_bytes():
 def test_views_with_metadata():
     with pytest.raises(Refused, match='conjugates'):
         load(tensor(0, (1,), (1,), value({'conj': True})), memory=bytes(16))
+
+
+def test_only_the_storage_says_what_a_tensor_is():
+    """Bytes would become booleans that are neither 0 nor 1."""
+    more = (value(None), name('torch', 'bool'))
+    with pytest.raises(TypeError, match='positional arguments'):
+        load(
+            tensor(0, (4,), (1,), *more, storage=reference('Byte')), memory=b'\1\2\3\4'
+        )
+
+
+def test_references_are_short_tuples():
+    """Each one is taken apart: a tensor into millions, a long tuple again and again."""
+    long = reference('Byte')[:-2] + b'N' * 99 + b'tQ'
+    for wrong in (tensor(0, (4,), (1,)) + b'Q', long):
+        with pytest.raises(Refused, match='as argument|too long a reference'):
+            load(wrong, memory=bytes(16))
 
 
 def test_tensors_need_a_storage():
@@ -605,10 +637,15 @@ def test_deep_structures_are_freed(tmp_path):
 
 
 def test_bytes_that_are_no_booleans():
-    for dtype, content in ((torch.uint8, b'\0\2'), (torch.bool, b'\0\1')):
-        assert bytes(unpickler.to_memory(content, dtype).numpy()) == content
+    def read(content, dtype, count=2):
+        return bytes(unpickler.read_memory(io.BytesIO(content), count, dtype).numpy())
+
+    assert read(b'\0\2', torch.uint8) == b'\0\2'
+    assert read(b'\0\1', torch.bool) == b'\0\1'
     with pytest.raises(ValueError, match='booleans'):
-        unpickler.to_memory(b'\0\2', torch.bool)
+        read(b'\0\2', torch.bool)
+    with pytest.raises(EOFError, match='too early'):
+        read(b'\0\1', torch.bool, 3)
 
 
 def test_random_damage():

@@ -19,7 +19,7 @@ SOURCES = [
 ]
 # Documented, despite their looks: of the standard library, and MMEngine's base class.
 PUBLIC = {
-    *('_asdict', '_fields', '_replace'),  # of named tuples
+    *('_asdict', '_fields', '_make', '_replace'),  # of named tuples
     *('os._exit', 'sys._getframe'),
     '_ParamScheduler',
 }
