@@ -160,7 +160,7 @@ def require_data(cfg: Config, *splits: str) -> None:
     findings = check_data(cfg, *splits, look=NAMES) or []
     fatal = [finding for finding in findings if finding.fatal]
     if fatal:
-        more = f' ({len(fatal) - 1} more findings)' if len(fatal) > 1 else ''
+        more = f' ({len(fatal) - 1} more)' if len(fatal) > 1 else ''
         raise ValueError(f'{fatal[0].problem}. {fatal[0].fix}{more}')
 
 

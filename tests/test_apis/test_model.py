@@ -120,7 +120,7 @@ def test_wrong_arguments(official, tmp_path):
 
 
 @pytest.mark.parametrize('part', ['weight', 'bias'])
-@pytest.mark.parametrize('shape', [(), (3,), (10**8,), (10**9, 0), (3, 4, 5)])
+@pytest.mark.parametrize('shape', [(), (3,), (10**8,), (10**6, 0), (3, 4, 5)])
 def test_linear_layers_that_are_none(tmp_path, part, shape):
     """They are refused, and no memory is reserved for 10**8 classes."""
     weights = checkpoints.official_classifier('t')

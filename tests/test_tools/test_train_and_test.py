@@ -262,11 +262,16 @@ IN_A_FILE = ROOT / 'setup.py' / 'work'
 CHECKED = {
     'work_dir': (['train.py', '--work-dir', IN_A_FILE],
                  'Not a directory', IN_A_FILE, '--work-dir'),
-    'config of a training': (['train.py', '--cfg-options', 'model.backbone.type=MLA'],
-                             "model.backbone.type is 'MLA'", "'MLLA' meant"),
+    'config of a training': (['train.py', '--cfg-options', 'model.backbone.arhc=tiny'],
+                             'model.backbone.arhc', "'arch' meant"),
     'config of a test': (
+        ['test.py', ROOT / CLASSIFIER, '--cfg-options', 'model.backbone.arhc=tiny'],
+        'model.backbone.arhc', "'arch' meant"),
+    'type of a training': (['train.py', '--cfg-options', 'model.backbone.type=MLA'],
+                           'MLA is not in the', 'registry'),
+    'type of a test': (
         ['test.py', ROOT / CLASSIFIER, '--cfg-options', 'model.backbone.type=MLA'],
-        "model.backbone.type is 'MLA'", "'MLLA' meant"),
+        'MLA is not in the', 'registry'),
     'data': (['train.py', '--cfg-options', 'val_dataloader.dataset.data_root=nowhere'],
              'nowhere/val', 'data_root', 'val_dataloader.dataset'),
 }  # fmt: skip
@@ -280,6 +285,7 @@ def test_what_is_checked_before_a_run(call_tool, digits_imagenet, tmp_path, case
         f"_base_ = '{ROOT / CLASSIFIER}'\n"
         f"train_dataloader = dict(dataset=dict(data_root='{digits_imagenet}'))\n"
         f"val_dataloader = dict(dataset=dict(data_root='{digits_imagenet}'))\n"
+        f"test_dataloader = dict(dataset=dict(data_root='{digits_imagenet}'))\n"
         f"work_dir = '{tmp_path}/work'\n"
     )
     result = call_tool(f'tools/{tool}', path, *arguments, check=False)
