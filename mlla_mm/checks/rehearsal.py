@@ -39,6 +39,8 @@ from mmengine.registry import DATASETS, init_default_scope
 from mmengine.runner import find_latest_checkpoint
 from mmengine.runner.checkpoint import CheckpointLoader
 
+from ..checkpoints.reader import CheckpointError
+from ..datasets.corrupt_images import CorruptImageError
 from ..engine import launch
 from ..engine.console import build_runner
 from ..engine.options import as_list, kind_of, parts_of, set_resume
@@ -208,8 +210,8 @@ def _is_first_to_fail(folder: str, layout: launch.Processes) -> bool:
 def _print_cause(stage: str, error: Exception) -> None:
     unregistered = launch.unregistered_type(error)
     cause = unregistered or f'{type(error).__name__}: {error}'
-    if isinstance(error, CheckError):
-        cause = str(error)
+    if isinstance(error, (CheckError, CheckpointError, CorruptImageError)):
+        cause = str(error)  # These errors are written for users.
     elif isinstance(error, torch.cuda.OutOfMemoryError):
         cause = (
             'out of GPU memory. To need less: model.backbone.with_cp=True, --amp, or a '

@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -196,6 +197,11 @@ FAILURES = {
         {'resume': True, 'load_from': 'no.pth'},
         'while reading the checkpoint to resume: FileNotFoundError',
     ),
+    'weights': (
+        'classification',
+        {'load_from': __file__},
+        f'while loading the initial weights or the checkpoint: {__file__} is damaged',
+    ),
 }
 
 
@@ -209,6 +215,18 @@ def test_failures(config, capfd, tmp_path, name):
     # There is no traceback if the message says everything.
     assert ('Traceback' in error) == (name == 'another best metric')
     assert not (tmp_path / 'work').exists()
+
+
+def test_corrupt_image(config, capfd, data, tmp_path):
+    """The message names the file and the way out, so no traceback is shown."""
+    shutil.copytree(data['classification'], tmp_path / 'data')
+    path = min((tmp_path / 'data/train').rglob('*.png'))
+    path.write_bytes(b'x')
+    options = {'train_dataloader.dataset.data_root': str(tmp_path / 'data')}
+    assert check(config('classification', **options)) == 1
+    error = capfd.readouterr().err
+    assert f'while reading the training data: {path} is not an image' in error
+    assert 'skip_corrupt_images' in error and 'Traceback' not in error
 
 
 def test_metric_of_other_images(config, capfd, data, tmp_path):
