@@ -2,7 +2,6 @@
 """Peak memory of a config's training step, on a synthetic batch."""
 
 import copy
-from collections.abc import Iterator
 from typing import Any, Dict, NamedTuple, Optional, Tuple
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from mlla_mm.checks.largest_size import pin_scales
 from mlla_mm.engine.ema import ModelEMA
-from mlla_mm.engine.options import replace_sync_bn
+from mlla_mm.engine.options import parts_of, replace_sync_bn
 
 from .meter import Meter, module_bytes
 
@@ -99,22 +98,15 @@ def largest_size(cfg: Config) -> Tuple[int, int]:
         return fixed[1], fixed[0]
     pipeline = copy.deepcopy(cfg.train_dataloader.dataset.pipeline)
     pin_scales(pipeline)
-    *_, last = _resize_sizes(pipeline)
-    return last
-
-
-def _resize_sizes(config: Any) -> Iterator[Tuple[int, int]]:
-    """Width and height of every resize in a pipeline, the longer side first."""
-    if isinstance(config, dict):
-        if 'Resize' in config.get('type', ''):
-            scale = config['scales'][0] if 'scales' in config else config.get('scale')
-            if scale is not None:
-                pair = scale if isinstance(scale, (list, tuple)) else (scale, scale)
-                yield max(pair), min(pair)
-        config = list(config.values())
-    if isinstance(config, (list, tuple)):
-        for value in config:
-            yield from _resize_sizes(value)
+    scales = [
+        part['scales'][0] if 'scales' in part else part.get('scale')
+        for part in parts_of(pipeline)
+        if 'Resize' in part.get('type', '')
+    ]
+    *_, last = [scale for scale in scales if scale is not None]
+    # The longer side first.
+    pair = last if isinstance(last, (list, tuple)) else (last, last)
+    return max(pair), min(pair)
 
 
 def synthetic_batch(

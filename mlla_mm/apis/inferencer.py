@@ -17,8 +17,7 @@ from mmengine.structures import BaseDataElement
 from mmengine.visualization import Visualizer
 from rich.progress import track
 
-from ..checks.config import innermost_dataset
-from ..engine.options import read_config
+from ..engine.options import innermost_dataset, read_config
 from ..utils.allocator import keep_freed_memory
 from ..utils.text import describe_error
 from .inputs import InputType, Picture, count_pictures, find_sources, read_pictures

@@ -25,7 +25,7 @@ from mmengine.registry import (
 )
 
 from ..arch import parse_arch
-from ..engine.options import kind_of
+from ..engine.options import innermost_dataset, kind_of
 from ..models.backbones import MLLA
 from ..reproducible.loops import require_seeded
 
@@ -290,14 +290,6 @@ def _parts(value: Any, path: str) -> Iterator[Tuple[str, Mapping]]:
     elif isinstance(value, (list, tuple)):
         for i, item in enumerate(value):
             yield from _parts(item, f'{path}[{i}]')
-
-
-def innermost_dataset(loader: Any) -> Optional[Mapping]:
-    """The config of a data loader's data set, without wrappers; None if unclear."""
-    dataset = loader.get('dataset') if isinstance(loader, Mapping) else None
-    while isinstance(dataset, Mapping) and 'dataset' in dataset:
-        dataset = dataset['dataset']
-    return dataset if isinstance(dataset, Mapping) else None
 
 
 def _dataset_classes(dataset: Mapping) -> Sequence[str]:

@@ -25,11 +25,11 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS, DefaultScope
 from rich.progress import track
 
-from ..engine.options import kind_of, parts_of
+from ..engine.options import innermost_dataset, kind_of, parts_of
 from ..utils.files import file_problem
 from ..utils.images import image_problem, image_size, open_image
 from ..utils.text import PATH_LIMIT, printable
-from .config import check_config, head_classes, innermost_dataset, nearest
+from .config import check_config, head_classes, nearest
 
 NAMES, FILES, PIXELS = 'names', 'files', 'pixels'
 LOOKS = (NAMES, FILES, PIXELS)
@@ -412,20 +412,15 @@ def _check_masks(content: dict, source: _Source) -> Iterator[Finding]:
         for annotation in content['annotations']
         if not (annotation.get('segmentation') or _box_problem(annotation['bbox']))
     ]
-    if _loads_masks(source.config):
+    if any(
+        part.get('type') == 'LoadAnnotations' and part.get('with_mask')
+        for part in parts_of(source.config)
+    ):
         yield from _several(
             f'annotations with no mask in {source.dataset.ann_file}',
             ids,
             'Leave them out of the file, or train without masks: see docs/datasets.md.',
         )
-
-
-def _loads_masks(config: Any) -> bool:
-    if isinstance(config, Mapping):
-        if config.get('type') == 'LoadAnnotations' and config.get('with_mask'):
-            return True
-        config = list(config.values())
-    return isinstance(config, (list, tuple)) and any(map(_loads_masks, config))
 
 
 def _check_ids(content: dict, source: _Source) -> Iterator[Finding]:

@@ -3,7 +3,7 @@
 
 import argparse
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, List, Optional, Tuple
@@ -125,6 +125,14 @@ def parts_of(config: Any) -> Iterator[dict]:
             yield from parts_of(value)
 
 
+def innermost_dataset(loader: Any) -> Any:
+    """The config of a data loader's data set, without wrappers; None if unclear."""
+    dataset = loader.get('dataset') if isinstance(loader, Mapping) else None
+    while isinstance(dataset, Mapping) and 'dataset' in dataset:
+        dataset = dataset['dataset']
+    return dataset if isinstance(dataset, Mapping) else None
+
+
 def as_list(value: Any) -> List[Any]:
     """Make a list of a config's value: one item, a list of items, or nothing."""
     if not value:
@@ -190,10 +198,7 @@ def enable_tta(cfg: Config) -> None:
                 "(mmdet's test-time augmentation does not support masks.)"
             )
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
-    dataset = cfg.test_dataloader.dataset
-    while 'dataset' in dataset:
-        dataset = dataset.dataset
-    dataset.pipeline = cfg.tta_pipeline
+    innermost_dataset(cfg.test_dataloader).pipeline = cfg.tta_pipeline
 
 
 def set_resume(cfg: Config, resume: Optional[str]) -> None:
