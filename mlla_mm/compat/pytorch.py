@@ -74,6 +74,12 @@ def autocast_dtype(device_type: str) -> torch.dtype:
     return torch.get_autocast_gpu_dtype()
 
 
+def linear_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a linear layer computes x, which autocast may change."""
+    device = x.device.type
+    return autocast_dtype(device) if is_autocast(device) else x.dtype
+
+
 def does_more_when_called(layer: nn.Module) -> bool:
     """Whether calling a module does more than its class's ``forward``.
 

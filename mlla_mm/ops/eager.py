@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..compat.pytorch import autocast_dtype, is_autocast
+from ..compat.pytorch import is_autocast, linear_dtype
 from . import naive
 from .rotary import rotation
 
@@ -78,7 +78,7 @@ class _GatedAttention(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
         queries_keys, v, y, gate, key_mean, z, kv = ctx.saved_tensors
         qk_dtype, lepe_dtype = ctx.dtypes
-        num_heads = z.shape[-1]
+        dtype, num_heads = kv.dtype, z.shape[-1]
         with torch.autocast(v.device.type, enabled=False):
             grad, gate32 = naive.at_least_float32(grad), naive.at_least_float32(gate)
             grad_gate = torch.ops.aten.silu_backward(grad * y, gate32)
@@ -89,11 +89,11 @@ class _GatedAttention(torch.autograd.Function):
             )
             rotated = _rotate(features)
             q, k, values = (
-                _heads(x, v.dtype, num_heads)
+                _heads(x, dtype, num_heads)
                 for x in (*_queries_keys(rotated), v.flatten(1, 2))
             )
             grad_qkv = grad.reshape(z.shape + (-1,)) * z[..., None]
-            grad_qkv = _heads(grad_qkv.flatten(2), v.dtype, num_heads)
+            grad_qkv = _heads(grad_qkv.flatten(2), dtype, num_heads)
             grad_q = grad_qkv @ kv.transpose(-2, -1)
             mean_grad_kv = _mean_of_products(q, grad_qkv)
             grad_v = _merge(k @ mean_grad_kv)
@@ -117,7 +117,7 @@ class _GatedAttention(torch.autograd.Function):
             grad_qk = grad_features.mul_(features.clamp_max(1))
         return (
             grad_qk.to(qk_dtype),
-            grad_v.view(v.shape),
+            grad_v.view(v.shape).to(v.dtype),
             grad.to(lepe_dtype),
             grad_gate.to(gate.dtype),
             None,
@@ -160,11 +160,9 @@ class _MLP(torch.autograd.Function):
 
 def _as_linear_sees(*tensors: Tensor) -> Tuple[Tensor, ...]:
     """Cast tensors as autocast does for a linear layer."""
-    device = tensors[0].device.type
-    if not is_autocast(device):
+    if not is_autocast(tensors[0].device.type):
         return tensors
-    dtype = autocast_dtype(device)
-    return tuple(x.to(dtype) for x in tensors)
+    return tuple(x.to(linear_dtype(x)) for x in tensors)
 
 
 def _features(x: Tensor) -> Tensor:
@@ -207,9 +205,9 @@ def _attend_(
     Returns:
         tuple[Tensor, Tensor]: The sum (N, H, W, C), and k~^T v / n for each head.
     """
-    num_heads = z.shape[-1]
-    q, k = (_heads(x, v.dtype, num_heads) for x in _queries_keys(rotated))
-    kv = _mean_of_products(k, _heads(v.flatten(1, 2), v.dtype, num_heads))
+    dtype, num_heads = naive.product_dtype(v), z.shape[-1]
+    q, k = (_heads(x, dtype, num_heads) for x in _queries_keys(rotated))
+    kv = _mean_of_products(k, _heads(v.flatten(1, 2), dtype, num_heads))
     y = naive.at_least_float32(q @ kv).transpose(1, 2)
     out = naive.at_least_float32(lepe).contiguous()
     out.view(y.shape).addcmul_(y, z[..., None])
@@ -228,10 +226,6 @@ def _merge(x: Tensor) -> Tensor:
 
 def _mean_of_products(a: Tensor, b: Tensor) -> Tensor:
     """a^T b / n for matrices with n rows."""
-    if a.dtype in naive.HALF:
-        # Scaled before the product, so that the sum stays in range.
-        scale = a.shape[-2] ** -0.5
-        return (a * scale).transpose(-2, -1) @ (b * scale)
     return (a.transpose(-2, -1) @ b).div_(a.shape[-2])
 
 

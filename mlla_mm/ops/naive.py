@@ -81,8 +81,8 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
 
     The normaliser uses q and k before the rotation. Feature map, rotation and
     normaliser are computed in float32 (or float64), because q . mean_n(k) underflows in
-    half precision. The two matrix products run in the dtype of ``v``. Time and memory
-    are linear in n (Sec. 3 of arXiv 2405.16605).
+    half precision. The two matrix products run in :func:`product_dtype` of ``v``. Time
+    and memory are linear in n (Sec. 3 of arXiv 2405.16605).
 
     Args:
         q (Tensor): Queries before the feature map, (N, H, W, C).
@@ -94,18 +94,30 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
         Tensor: (N, H, W, C), the dtype of ``v``.
     """
     height, width = v.shape[1:3]
+    dtype = product_dtype(v)
     q = F.elu(at_least_float32(q)) + 1
     k = F.elu(at_least_float32(k)) + 1
-    q_rotated = _split_heads(rotary_embedding(q).to(v.dtype), num_heads)
-    k_rotated = _split_heads(rotary_embedding(k).to(v.dtype), num_heads)
-    # No matrix product, because autocast would run it in half precision.
+    q_rotated = _split_heads(rotary_embedding(q).to(dtype), num_heads)
+    k_rotated = _split_heads(rotary_embedding(k).to(dtype), num_heads)
+    # Autocast would run the products in half precision.
+    with torch.autocast(v.device.type, enabled=False):
+        kv = k_rotated.transpose(-2, -1) @ _split_heads(v.to(dtype), num_heads)
+        y = q_rotated @ (kv / (height * width))
     norm = _split_heads(q * k.mean(dim=(1, 2), keepdim=True), num_heads)
     norm = norm.sum(dim=-1, keepdim=True) + EPS
-    # Each factor is multiplied by the root of 1 / n, so that the sum stays in range.
-    scale = (height * width) ** -0.5
-    kv = (k_rotated * scale).transpose(-2, -1) @ (_split_heads(v, num_heads) * scale)
-    y = at_least_float32(q_rotated @ kv) / norm
-    return _merge_heads(y, height, width).to(v.dtype)
+    return _merge_heads(at_least_float32(y) / norm, height, width).to(v.dtype)
+
+
+def product_dtype(v: Tensor) -> torch.dtype:
+    """The dtype of the attention's matrix products: that of the values, or float32.
+
+    It is float32 for float16. Sums over the tokens, and gradients that are divided by
+    the normaliser, can be out of float16's range.
+
+    Args:
+        v (Tensor): Values.
+    """
+    return torch.float32 if v.dtype == torch.float16 else v.dtype
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -221,7 +221,8 @@ def test_no_op_is_forgotten():
             and value.__module__ == module.__name__
             and not name.startswith(('_', 'supports_'))
         }
-        helpers = {'linear_attention', 'at_least_float32', 'is_available'}
+        helpers = {'linear_attention', 'product_dtype'}
+        helpers |= {'at_least_float32', 'is_available'}
         assert ops_of_module - helpers == {
             name for name, modules in IMPLEMENTATIONS.items() if module in modules
         }

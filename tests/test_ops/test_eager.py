@@ -152,6 +152,26 @@ def test_output_is_finite_where_the_normaliser_underflows():
     assert y.isfinite().all()
 
 
+@pytest.mark.parametrize('ops', [naive, eager])
+@pytest.mark.parametrize('part', ['queries', 'keys', 'both'])
+def test_gradients_through_a_small_normaliser(part, ops):
+    """With logits near -8 the features are near e^-8, and so is the normaliser."""
+    if torch.__version__ < '2.3':
+        pytest.skip('no float16 kernels on the CPU')
+    qk, *others = (x.detach() for x in attention_arguments((1, 14, 14, 64)))
+    chosen = dict(queries=slice(64), keys=slice(64, None), both=slice(None))[part]
+    qk[..., chosen] -= 8
+    rounded = [x.half().requires_grad_() for x in (qk, *others)]
+    exact = [x.double().detach().requires_grad_() for x in rounded]
+    upstream, loss_scale = torch.randn(1, 14, 14, 64), 1024
+    y = ops.mlla_attention(*rounded, 2)
+    found = torch.autograd.grad(y, rounded, (upstream * loss_scale).half())
+    y = naive.mlla_attention(*exact, 2)
+    expected = torch.autograd.grad(y, exact, upstream.double() * loss_scale)
+    for gradient, reference in zip(found, expected):
+        assert relative_error(gradient, reference) < 5e-3
+
+
 def test_many_tokens_stay_in_the_range_of_float16():
     """The sum of k~^T v over the tokens is out of range. Its mean is in range."""
     if torch.__version__ < '2.3':
