@@ -36,6 +36,7 @@ def pretended_cuda() -> Iterator[FakeTensorMode]:
     targets: Dict[str, Any] = {
         # These look for a device, and would find none.
         'torch.cuda.device_of': lambda x: contextlib.nullcontext(),
+        'torch.cuda.is_current_stream_capturing': lambda: False,
         'torch.cuda.is_bf16_supported': lambda *args, **kwargs: True,
         'torch.cuda.amp.common.amp_definitely_not_available': lambda: False,
         'torch._subclasses.fake_tensor.init_gpu_context': lambda *args: None,

@@ -10,13 +10,16 @@ from .tracing import is_compiled, is_graph
 
 _BASE = 10000.0
 
-# (number of frequencies, device, dtype) -> (cos, sin), each (positions, frequencies).
+# (positions, frequencies, device, dtype) -> (cos, sin), each (positions, frequencies).
 # One table for each axis serves every image size. A table for each size would take
 # gigabytes in an epoch of COCO. The tables are not buffers of a module: checkpoints
-# would contain them, and MMEngine's EMA cannot handle a buffer that grows.
-_TABLES: Dict[Tuple[int, torch.device, torch.dtype], Tuple[Tensor, Tensor]] = {}
+# would contain them, and MMEngine's EMA cannot handle a buffer that grows. No table is
+# ever freed, because a CUDA graph may read it.
+_TABLES: Dict[Tuple[int, int, torch.device, torch.dtype], Tuple[Tensor, Tensor]] = {}
 # (channels, device, dtype) -> the last result of rotation().
 _ROTATIONS: Dict[Tuple[int, torch.device, torch.dtype], Tensor] = {}
+# Results of rotation() that CUDA graphs read, by id.
+_ROTATIONS_IN_GRAPHS: Dict[int, Tensor] = {}
 
 
 def axis_tables(
@@ -24,9 +27,9 @@ def axis_tables(
 ) -> Tuple[Tensor, Tensor]:
     """Cosine and sine of ``position * 10000 ** (-j / num_freqs)``.
 
-    The tables are cached. Their length is the next power of two of the longest axis so
-    far. A graph that is being recorded computes its own tables, so that it serves every
-    length.
+    The tables are cached for each power of two, and the smallest one that is long
+    enough is taken. All of them together are less than twice as long as the longest.
+    A graph that is traced computes its own tables, so that it serves every length.
 
     Args:
         length (int): Number of positions along the axis, from 0 to length - 1.
@@ -39,17 +42,17 @@ def axis_tables(
     """
     if is_graph():
         return _tables_in_graph(length, num_freqs, device, dtype)
-    key = (num_freqs, device, dtype)
-    if key not in _TABLES or len(_TABLES[key][0]) < length:
-        _TABLES[key] = _build_tables(length, num_freqs, device, dtype)
+    capacity = 1 << (length - 1).bit_length()
+    key = (capacity, num_freqs, device, dtype)
+    if key not in _TABLES:
+        _TABLES[key] = _build_tables(*key)
     cos, sin = _TABLES[key]
     return cos[:length], sin[:length]
 
 
 def _build_tables(
-    length: int, num_freqs: int, device: torch.device, dtype: torch.dtype
+    capacity: int, num_freqs: int, device: torch.device, dtype: torch.dtype
 ) -> Tuple[Tensor, Tensor]:
-    capacity = 1 << (length - 1).bit_length()
     # A tensor that is created in inference mode can never take part in training.
     with torch.inference_mode(False), torch.no_grad():
         # On the CPU, because some accelerators have no float64.
@@ -85,7 +88,8 @@ def rotation(x: Tensor) -> Tensor:
     """The rotation of :func:`rotary_embedding` as complex numbers of length one.
 
     For each number of channels the result for the last image size is cached, because
-    the blocks of a stage share it.
+    the blocks of a stage share it. What a CUDA graph reads is kept for ever, and what
+    it computes itself is not cached, because it has no values before the graph runs.
 
     Args:
         x (Tensor): float32 or float64 queries and keys (N, H, W, 2C).
@@ -95,12 +99,16 @@ def rotation(x: Tensor) -> Tensor:
     """
     height, width, channels = x.shape[1:]
     key = (channels, x.device, x.dtype)
-    if key not in _ROTATIONS or _ROTATIONS[key].shape[:2] != (height, width):
+    is_captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    table = _ROTATIONS.get(key)
+    if table is None or table.shape[:2] != (height, width):
         with torch.inference_mode(False), torch.no_grad():
-            _ROTATIONS[key] = _build_rotation(
-                height, width, channels // 8, x.device, x.dtype
-            )
-    return _ROTATIONS[key]
+            table = _build_rotation(height, width, channels // 8, x.device, x.dtype)
+        if not is_captured:
+            _ROTATIONS[key] = table
+    elif is_captured:
+        _ROTATIONS_IN_GRAPHS[id(table)] = table
+    return table
 
 
 def _build_rotation(

