@@ -9,6 +9,7 @@ from typing import Any, Tuple
 
 import torch
 import torch.nn.functional as F
+from mmcv.cnn.bricks.drop import drop_path
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -135,9 +136,13 @@ def _block(block: nn.Module, x: Tensor, size: Tuple[int, int]) -> Tensor:
     gate = F.silu(_linear(block.act_proj, x))
     v = F.silu(_depthwise_conv(block.dwc, _linear(block.in_proj, x), size))
     x = _linear(block.out_proj, _attention(block.attn, v, size) * gate)
-    x = shortcut + block.drop_path(x)
+    x = shortcut + _drop_path(block, x)
     x = x + _depthwise_conv(block.cpe2, x, size)
-    return x + block.drop_path(_mlp(block.mlp, _layer_norm(block.norm2, x)))
+    return x + _drop_path(block, _mlp(block.mlp, _layer_norm(block.norm2, x)))
+
+
+def _drop_path(block: nn.Module, x: Tensor) -> Tensor:
+    return drop_path(x, block.drop_path.drop_prob, block.training)
 
 
 def _mlp(mlp: MLP, x: Tensor) -> Tensor:

@@ -26,11 +26,10 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, List, Optional, Tuple, Type, Union
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..compat.pytorch import does_more_when_called, has_global_hooks
+from ..compat.pytorch import does_more_when_called, has_global_hooks, linear_dtype
 from . import eager, naive, triton
 from .tracing import is_graph
 
@@ -189,8 +188,7 @@ def fused_block(
     Args:
         attn (type): The expected type of the block's ``attn``, whose layers are read.
         mlp (type): The expected type of ``mlp``, whose layers are read.
-        drop_path (type): The expected type of ``drop_path``: stochastic depth with the
-            attribute ``drop_prob``.
+        drop_path (type): The expected type of ``drop_path``, whose factors are drawn.
 
     Returns:
         Callable: A decorator for the forward pass of
@@ -207,10 +205,9 @@ def fused_block(
                 if triton.supports_mlla_block(x, parameters, num_heads):
                     eps = block.norm1.eps, block.norm2.eps
                     # One for the attention, and one for the MLP.
-                    scales = (
-                        draw_scale(x, block.drop_path),
-                        draw_scale(x, block.drop_path),
-                    )
+                    branch = len(x), linear_dtype(x), x.device
+                    draw_scale = block.drop_path.draw_scale
+                    scales = draw_scale(*branch), draw_scale(*branch)
                     return triton.mlla_block(x, parameters, num_heads, eps, scales)
             return forward(block, x)
 
@@ -237,15 +234,6 @@ def block_parameters(block: Any) -> List[Optional[Tensor]]:
         mlp.fc2,
     )
     return [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
-
-
-def draw_scale(x: Tensor, drop_path: Any) -> Optional[Tensor]:
-    """Draw the factors of stochastic depth for each image, (N,). None means 1."""
-    rate = drop_path.drop_prob
-    if not rate or not drop_path.training:
-        return None
-    kept = x.new_empty(len(x), dtype=torch.float32).bernoulli_(1 - rate)
-    return kept.div_(1 - rate)
 
 
 def may_be_read(

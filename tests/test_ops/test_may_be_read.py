@@ -408,7 +408,6 @@ def test_a_block_with_a_wrapped_layer_is_not_fused(name, fused):
         ('norm2', nn.GroupNorm(1, 3)),
         ('norm1', nn.Identity()),
         ('dwc', nn.Identity()),
-        ('drop_path', nn.Identity()),
         ('mlp.drop', nn.Identity()),
     ],
 )

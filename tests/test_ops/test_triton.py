@@ -26,7 +26,7 @@ from mlla_mm.models import MLLA
 from mlla_mm.models.layers import MLLABlock
 from mlla_mm.ops import naive
 from mlla_mm.ops import triton as fused
-from mlla_mm.ops.dispatch import block_parameters, draw_scale
+from mlla_mm.ops.dispatch import block_parameters
 
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 DEVICES = ['cpu']
@@ -717,9 +717,9 @@ class Scaled(nn.Module):
         super().__init__()
         self.scales = list(scales)
 
-    def forward(self, x):
+    def forward(self, x, branch):
         scale = self.scales.pop(0)
-        return x if scale is None else x * scale.view(-1, 1, 1, 1)
+        return x + (branch if scale is None else branch * scale.view(-1, 1, 1, 1))
 
 
 def apply_naive_block(block, x, scales):
@@ -841,14 +841,14 @@ def test_block_draws_stochastic_depth(device, monkeypatch):
     torch.manual_seed(4)
     y = block(x)
     torch.manual_seed(4)
-    scales = [draw_scale(x, block.drop_path) for _ in '12']
+    scales = [block.drop_path.draw_scale(4, FLOAT32, device) for _ in '12']
     for scale in scales:
         assert scale.shape == (4,) and scale.dtype == FLOAT32
     assert torch.cat(scales).unique().tolist() == pytest.approx([0, 4 / 3])
     exact = copy.deepcopy(block).double()
     assert_close([y], [apply_naive_block(exact, x.double(), scales)])
     block.eval()
-    assert draw_scale(x, block.drop_path) is None
+    assert block.drop_path.draw_scale(4, FLOAT32, device) is None
     exact = copy.deepcopy(block).double()
     assert_close([block(x)], [apply_naive_block(exact, x.double(), (None, None))])
 
@@ -907,7 +907,8 @@ def test_model_with_stochastic_depth(device, monkeypatch):
     drawn = []
     for block in exact.modules():
         if isinstance(block, MLLABlock):
-            scales = [draw_scale(image, block.drop_path) for _ in '12']
+            draw_scale = block.drop_path.draw_scale
+            scales = [draw_scale(3, FLOAT32, device) for _ in '12']
             block.drop_path = Scaled(scales)
             drawn += [scale for scale in scales if scale is not None]
     drawn = torch.cat(drawn)

@@ -1,8 +1,8 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-from mmcv.cnn.bricks.drop import DropPath
 from torch import Tensor, nn
 
 from ... import ops
+from .drop_path import DropPath
 
 
 class LinearAttention(nn.Module):
@@ -103,6 +103,6 @@ class MLLABlock(nn.Module):
         x = ops.depthwise_conv(x, self.cpe1, residual=True)
         u = ops.layer_norm(x, self.norm1)
         v = ops.depthwise_conv(self.in_proj(u), self.dwc, act=True)
-        x = x + self.drop_path(self.out_proj(self.attn(v, gate=self.act_proj(u))))
+        x = self.drop_path(x, self.out_proj(self.attn(v, gate=self.act_proj(u))))
         x = ops.depthwise_conv(x, self.cpe2, residual=True)
-        return x + self.drop_path(self.mlp(ops.layer_norm(x, self.norm2)))
+        return self.drop_path(x, self.mlp(ops.layer_norm(x, self.norm2)))
