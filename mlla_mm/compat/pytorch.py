@@ -5,6 +5,7 @@ Unless noted, the names exist in PyTorch 2.1 to 2.11.
 """
 
 from collections.abc import Sequence
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
@@ -102,6 +103,22 @@ def has_global_hooks() -> bool:
         or module._global_backward_hooks
         or module._global_backward_pre_hooks
     )
+
+
+def loss_scale(optim_wrapper: Any) -> Optional[Tensor]:
+    """The loss scale of mixed precision, where it is: ``get_scale`` reads it.
+
+    Args:
+        optim_wrapper (OptimWrapper): MMEngine's wrapper of the optimiser.
+
+    Returns:
+        Tensor | None: Of shape (), float32, on the device of the losses. None if there
+        is no scaler, if it is switched off, or before its first update.
+    """
+    scaler = getattr(optim_wrapper, 'loss_scaler', None)
+    if scaler is None or not scaler.is_enabled():
+        return None
+    return scaler._scale
 
 
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:

@@ -10,7 +10,7 @@ import copy
 import logging
 import signal
 from itertools import count
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from mmengine.dist import get_rank
@@ -31,6 +31,7 @@ from ..compat.pytorch import BatchNorm
 from ..datasets.corrupt_images import SkippedImagesHook
 from .preemption import Preempted, handle_sigterm, shield_workers
 from .seeding import UPDATE, seed_generators
+from .update_status import UpdateStatus, read_update
 
 
 class SeededTrainLoop(TrainLoopCounters, BaseLoop):
@@ -52,6 +53,8 @@ class SeededTrainLoop(TrainLoopCounters, BaseLoop):
 
     #: Tells :class:`PreemptionHook` that a validation may be interrupted.
     repeats_validation = True
+    #: What all processes know of the last update. None if that is long ago.
+    status: Optional[UpdateStatus] = None
 
     def __init__(
         self,
@@ -122,6 +125,7 @@ class SeededTrainLoop(TrainLoopCounters, BaseLoop):
             return
         if done % self.val_interval == 0 or done == total:
             self.runner.val_loop.run()
+            self.status = None
 
     def _update(self, batch_idx: int, micro_batches: List[Any]) -> None:
         """One iteration: forward and backward of every micro-batch, then one step."""
@@ -130,13 +134,22 @@ class SeededTrainLoop(TrainLoopCounters, BaseLoop):
         data = micro_batches if len(micro_batches) > 1 else micro_batches[0]
         runner.call_hook('before_train_iter', batch_idx=batch_idx, data_batch=data)
         seed = self.dataloader.batch_sampler.sampler.seed
-        outputs = train_step(
+        logs = train_step(
             runner.model, micro_batches, runner.optim_wrapper, (seed, self.iter)
         )
+        self.status = read_update(logs, runner.optim_wrapper, self._asks_to_stop())
         runner.call_hook(
-            'after_train_iter', batch_idx=batch_idx, data_batch=data, outputs=outputs
+            'after_train_iter',
+            batch_idx=batch_idx,
+            data_batch=data,
+            outputs=self.status.logs,
         )
         self.count_update()
+
+    def _asks_to_stop(self) -> bool:
+        """Whether a hook of this process asks all processes to stop."""
+        hooks = (hook for hook in self.runner.hooks if hasattr(hook, 'asks_to_stop'))
+        return any(hook.asks_to_stop() for hook in hooks)
 
 
 @LOOPS.register_module()
@@ -160,6 +173,7 @@ class SeededEpochBasedTrainLoop(SeededTrainLoop, EpochBasedTrainLoop):
 
     def run_epoch(self) -> None:
         runner = self.runner
+        self.status = None
         seen = self._find_beginning()
         runner.call_hook('before_train_epoch')
         runner.model.train()

@@ -92,8 +92,14 @@ class PreemptionHook(Hook):
     def before_train_iter(
         self, runner, batch_idx: int, data_batch: Optional[dict] = None
     ) -> None:
-        if self._is_any_told():
+        # What the training loop has found out after the last update.
+        status = getattr(runner.train_loop, 'status', None)
+        if self._is_any_told() if status is None else status.any_asks_to_stop:
             self._stop(runner)
+
+    def asks_to_stop(self) -> bool:
+        """Whether SIGTERM has come; the training loop tells the other processes."""
+        return self._told
 
     def before_val_epoch(self, runner) -> None:
         if not self._training:

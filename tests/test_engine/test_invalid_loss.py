@@ -2,10 +2,13 @@
 import re
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 from mmengine.model import BaseModel
+from mmengine.optim import AmpOptimWrapper, build_optim_wrapper
+from mmengine.optim.optimizer import amp_optimizer_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from mmengine.structures import BaseDataElement
@@ -29,7 +32,7 @@ class Model(BaseModel):
     def forward(self, inputs, data_samples, mode):
         value = torch.stack(list(inputs)).mean()
         return dict(
-            loss_value=value + 0 * self.layer.weight.sum(),
+            loss_value=value * (1 + 0 * self.layer.weight.sum()),
             loss_other=torch.tensor(0.5, requires_grad=True),
             acc=torch.tensor(NAN),  # not a loss, so it is not checked
         )
@@ -128,15 +131,28 @@ def test_finite_losses_go_through(tmp_path):
     assert not list(tmp_path.glob('invalid_loss*'))
 
 
-class Scaled:
-    """A runner with mixed precision; the test sets its loss scale."""
+class Scaler:
+    """A dynamic scaler; the test sets its scale."""
 
-    rank, iter = 0, 0
+    def __init__(self, scale):
+        self._scale = torch.tensor(scale)
+
+    def is_enabled(self):
+        return True
+
+    def get_scale(self):
+        return self._scale.item()
+
+
+class Scaled:
+    """A runner with mixed precision and MMEngine's training loop."""
+
+    rank, iter, train_loop = 0, 0, None
 
     def __init__(self, scale=1024.0):
-        self.scale = scale
+        self.model = nn.BatchNorm1d(2)
         self.optim_wrapper = SimpleNamespace(
-            loss_scaler=SimpleNamespace(get_scale=lambda: self.scale),
+            loss_scaler=Scaler(scale),
             should_update=lambda: True,
             get_lr=lambda: dict(lr=[0.1, 0.3], base_lr=[0.1, 0.3]),
         )
@@ -145,7 +161,7 @@ class Scaled:
 def run_scales(hook, runner, factors):
     hook.before_train(runner)
     for factor in factors:
-        runner.scale *= factor
+        runner.optim_wrapper.loss_scaler._scale *= factor
         hook.after_train_iter(runner, 0, None, dict(loss=torch.tensor(1.0)))
         runner.iter += 1
 
@@ -164,7 +180,7 @@ def test_endlessly_skipped_updates_are():
     message = str(stopped.value)
     assert runner.iter == 4
     assert 'at iteration 5.' in message
-    assert 'skipped 3 updates one after another, the loss scale is 64' in message
+    assert 'skipped 3 updates one after another; the loss scale is 64.' in message
     assert 'loss 1, learning rate 0.1 to 0.3' in message
 
 
@@ -178,17 +194,84 @@ def test_accumulation_in_the_optimiser_wrapper_is_seen_through():
     assert runner.iter == 5
 
 
+def train_with_scaler(work_dir, values, max_skipped=50, **options):
+    """Train with PyTorch's own scaler, on the CPU."""
+    if not hasattr(torch.amp, 'GradScaler'):
+        pytest.skip('no scaler for the CPU below PyTorch 2.3')
+    runner = make_runner(work_dir, values, batch_size=1)
+    with mock.patch.object(amp_optimizer_wrapper, 'is_cuda_available', lambda: True):
+        runner.optim_wrapper = build_optim_wrapper(
+            runner.model,
+            dict(type='AmpOptimWrapper', optimizer=dict(type='SGD', lr=0.25)),
+        )
+    runner.optim_wrapper.loss_scaler = torch.amp.GradScaler('cpu', **options)
+    (hook,) = (h for h in runner.hooks if isinstance(h, StopOnInvalidLossHook))
+    hook.max_skipped = max_skipped
+    runner.train()
+    return runner
+
+
+@pytest.mark.parametrize('value', [NAN, INF])
+def test_mixed_precision_skips_an_invalid_loss(tmp_path, value):
+    """The update is skipped, the loss scale halved, and the run goes on."""
+    options = dict(init_scale=1024.0)
+    values = [1, value, 3, value, value, 4]
+    runner = train_with_scaler(tmp_path, values, max_skipped=3, **options)
+    assert runner.iter == 6
+    assert runner.model.layer.weight.isfinite().all()
+    assert runner.optim_wrapper.loss_scaler.get_scale() == 1024 / 2**3
+    assert not list(tmp_path.glob('invalid_loss*'))
+
+
+def test_an_invalid_loss_that_is_not_skipped_ends_mixed_precision(
+    tmp_path, monkeypatch
+):
+    def forward(self, inputs, data_samples, mode):
+        value = torch.stack(list(inputs)).mean()
+        return dict(loss=self.layer.weight.sum() + value)  # the gradient is 1
+
+    monkeypatch.setattr(Model, 'forward', forward)
+    with pytest.raises(DivergedError, match='at iteration 2.'):
+        train_with_scaler(tmp_path, [1, NAN, 1])
+
+
+def test_many_invalid_losses_in_a_row_end_mixed_precision(tmp_path):
+    with pytest.raises(DivergedError) as stopped:
+        train_with_scaler(tmp_path, [1, NAN, 1, *[NAN] * 5], max_skipped=3)
+    message = str(stopped.value)
+    assert 'at iteration 6.' in message and 'skipped 3 updates' in message
+    # The last batch is saved.
+    assert 'images images/5.jpg;' in message
+    assert replay(tmp_path / 'invalid_loss_iter_6_rank_0.pth')['iteration'] == 6
+
+
+def test_statistics_that_never_recover_end_mixed_precision(tmp_path, monkeypatch):
+    def build(self):
+        BaseModel.__init__(self)
+        self.layer = nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1))
+
+    def forward(self, inputs, data_samples, mode):
+        return dict(loss=self.layer(torch.stack(list(inputs)).expand(2, 1)).mean())
+
+    monkeypatch.setattr(Model, '__init__', build)
+    monkeypatch.setattr(Model, 'forward', forward)
+    with pytest.raises(DivergedError) as stopped:
+        train_with_scaler(tmp_path, [1, INF, 1])
+    message = str(stopped.value)
+    assert 'at iteration 2.' in message and 'layer.1.running_mean' in message
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 def test_mixed_precision_on_a_gpu():
     """PyTorch's own scaler: gradients of inf, again and again."""
-    from mmengine.optim import AmpOptimWrapper
-
     layer = nn.Linear(1, 1).cuda()
     wrapper = AmpOptimWrapper(
         optimizer=torch.optim.SGD(layer.parameters(), lr=0.1), loss_scale='dynamic'
     )
-    runner = SimpleNamespace(optim_wrapper=wrapper, rank=0, iter=0)
+    runner = SimpleNamespace(
+        optim_wrapper=wrapper, rank=0, iter=0, train_loop=None, model=layer
+    )
     hook = StopOnInvalidLossHook(max_skipped=5)
     hook.before_train(runner)
     with pytest.raises(DivergedError, match='skipped 5 updates'):

@@ -5,15 +5,16 @@ import io
 from collections.abc import Iterator
 from math import isfinite
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any, Dict, NoReturn, Optional
 
 import torch
-from mmengine.dist import all_gather_object, all_reduce
+from mmengine.dist import all_gather_object
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.structures import BaseDataElement
 from torch import Tensor
 
+from ...reproducible.update_status import read_update
 from ...utils.files import write_whole
 
 
@@ -32,14 +33,16 @@ class StopOnInvalidLossHook(Hook):
     a list of batches if gradients are accumulated.
     ``torch.load(file, weights_only=False)`` reads the file.
 
-    In mixed precision, an update whose gradients overflow is skipped, and the loss
-    scale is reduced. That is an error only after ``max_skipped`` such updates one after
-    another. Updates that are skipped with a fixed loss scale are not counted, because
-    they cannot be recognised.
+    In mixed precision, an update whose loss or gradients are not finite is skipped, and
+    the dynamic loss scale is halved. That is an error only after ``max_skipped`` such
+    updates one after another, or if buffers of the model, such as BatchNorm's
+    statistics, are not finite either: they would never recover. With a fixed loss scale
+    a skipped update cannot be recognised. There an invalid loss stops the run, and
+    invalid gradients do not.
 
-    Every iteration is checked, because the batch is known only then. The check is
-    cheap: MMEngine reads all losses from the device in every iteration anyway, and the
-    processes exchange one number.
+    Every iteration is checked, because the batch is known only then. With the training
+    loops of this package the check costs nothing: they read losses and loss scale of
+    all processes at once, see :func:`mlla_mm.reproducible.update_status.read_update`.
 
     Args:
         max_skipped (int): Number of updates, one after another, that mixed precision
@@ -60,10 +63,14 @@ class StopOnInvalidLossHook(Hook):
         self.max_skipped = max_skipped
         self._scale: Optional[float] = None
         self._skipped = 0
+        self._is_invalid = False
 
     def before_train(self, runner) -> None:
-        self._scale = _loss_scale(runner)
+        scaler = getattr(runner.optim_wrapper, 'loss_scaler', None)
+        has_scale = scaler is not None and scaler.is_enabled()
+        self._scale = scaler.get_scale() if has_scale else None
         self._skipped = 0
+        self._is_invalid = False
 
     def after_train_iter(
         self,
@@ -72,36 +79,72 @@ class StopOnInvalidLossHook(Hook):
         data_batch: Any = None,
         outputs: Optional[Dict[str, Tensor]] = None,
     ) -> None:
-        losses = {
-            name: torch.as_tensor(value).item()
-            for name, value in (outputs or {}).items()
-            if 'loss' in name
-        }
-        is_valid = all(map(isfinite, losses.values()))
-        scale = _loss_scale(runner)
-        if scale is not None and runner.optim_wrapper.should_update():
-            is_skipped = self._scale is not None and scale < self._scale
-            self._skipped = self._skipped + 1 if is_skipped else 0
-            self._scale = scale
-        stops = not is_valid or self._skipped >= self.max_skipped
-        any_stops = torch.tensor(int(stops))
-        all_reduce(any_stops, op='max')
-        if any_stops:
-            own = self._report(runner, losses, data_batch, is_valid) if stops else None
-            reports = [report for report in all_gather_object(own) if report]
-            raise DivergedError(
-                '\n'.join(
-                    [f'Training diverged at iteration {runner.iter + 1}.', *reports]
-                )
-                + '\nContinue from an earlier checkpoint with a lower learning rate, '
-                'stronger clip_grad or without these images; docs/reliability.md tells '
-                'how to replay the batch.'
+        status = getattr(runner.train_loop, 'status', None)
+        if status is None:  # another training loop
+            status = read_update(outputs or {}, runner.optim_wrapper)
+        if self._scale is None:
+            if status.any_invalid:
+                self._stop(runner, status.logs, data_batch)
+            return
+        self._is_invalid |= status.any_invalid
+        # MMEngine's loops may need several iterations for an update.
+        if not runner.optim_wrapper.should_update():
+            return
+        scale = self._scale if status.loss_scale is None else status.loss_scale
+        is_skipped = scale < self._scale
+        self._skipped = self._skipped + 1 if is_skipped else 0
+        if self._skipped >= self.max_skipped:
+            cause = (
+                f'Mixed precision skipped {self._skipped} updates one after another; '
+                f'the loss scale is {scale:g}.'
             )
+            self._stop(runner, status.logs, data_batch, cause)
+        if self._is_invalid and not is_skipped:
+            self._stop(runner, status.logs, data_batch)
+        if self._is_invalid:
+            self._require_finite_buffers(runner, status.logs, data_batch)
+        self._scale, self._is_invalid = scale, False
+
+    def _require_finite_buffers(
+        self, runner, logs: Dict[str, Tensor], data_batch: Any
+    ) -> None:
+        """Stop if an update that was skipped has left buffers that never recover."""
+        broken = {
+            name
+            for name, buffer in runner.model.named_buffers()
+            if buffer.is_floating_point() and not buffer.isfinite().all()
+        }
+        broken = set().union(*all_gather_object(broken))
+        if broken:
+            cause = (
+                f'Mixed precision skipped the update, but {min(broken)} is not finite '
+                f'any more ({len(broken)} buffers are not).'
+            )
+            self._stop(runner, logs, data_batch, cause)
+
+    def _stop(
+        self, runner, logs: Dict[str, Tensor], data_batch: Any, cause: str = ''
+    ) -> NoReturn:
+        """End the run on all processes, each of which calls this."""
+        losses = {name: x.item() for name, x in logs.items() if 'loss' in name}
+        is_valid = all(map(isfinite, losses.values()))
+        own = is_valid, self._report(runner, losses, data_batch, is_valid)
+        reports = all_gather_object(own)
+        invalid = [report for is_valid, report in reports if not is_valid]
+        lines = [
+            f'Training diverged at iteration {runner.iter + 1}.',
+            *([cause] if cause else []),
+            *(invalid or [reports[0][1]]),
+            'Continue from an earlier checkpoint with a lower learning rate, stronger '
+            'clip_grad or without these images; docs/reliability.md tells how to '
+            'replay the batch.',
+        ]
+        raise DivergedError('\n'.join(lines))
 
     def _report(
         self, runner, losses: Dict[str, float], data_batch: Any, is_valid: bool
     ) -> str:
-        """Save the batch if its loss is invalid, and describe what happened."""
+        """Describe this process, and save its batch if its loss is invalid."""
         rates = {
             name: values
             for name, values in runner.optim_wrapper.get_lr().items()
@@ -110,11 +153,9 @@ class StopOnInvalidLossHook(Hook):
         low, high = min(map(min, rates.values())), max(map(max, rates.values()))
         rate = f'learning rate {low:g}' + (f' to {high:g}' if high > low else '')
         text = ', '.join(f'{name} {value:g}' for name, value in losses.items())
+        text = f'rank {runner.rank}: {text}, {rate}'
         if is_valid:
-            return (
-                f'rank {runner.rank}: mixed precision skipped {self._skipped} updates '
-                f'one after another, the loss scale is {self._scale:g}; {text}, {rate}'
-            )
+            return text
         images = list(map(str, _image_paths(data_batch)))
         content = dict(
             iteration=runner.iter + 1,
@@ -133,15 +174,8 @@ class StopOnInvalidLossHook(Hook):
             saved = f'saved in {path}'
         except OSError as error:
             saved = f'not saved ({error})'
-        return (
-            f'rank {runner.rank}: {text}, {rate}, images '
-            f'{", ".join(images) or "that have no img_path"}; the batch is {saved}'
-        )
-
-
-def _loss_scale(runner) -> Optional[float]:
-    scaler = getattr(runner.optim_wrapper, 'loss_scaler', None)
-    return None if scaler is None else scaler.get_scale()
+        named = ', '.join(images) or 'that have no img_path'
+        return f'{text}, images {named}; the batch is {saved}'
 
 
 def _image_paths(data: Any) -> Iterator[str]:
