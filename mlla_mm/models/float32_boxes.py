@@ -45,11 +45,14 @@ class Float32RPNHead(RPNHead):
 
 @MODELS.register_module()
 class Float32RoIExtractor(SingleRoIExtractor):
-    """mmdet's extractor, with levels and coordinates in float32.
+    r"""mmdet's extractor, with levels and coordinates in float32.
 
     A box of width w and height h is pooled from the level
-    :math:`k = floor(log_2(sqrt(wh) / finest\\_scale))`, as in FPN
-    (`Lin et al., 2017 <https://arxiv.org/abs/1612.03144>`_). mmdet casts boxes to the
+
+    .. math:: k = \lfloor \log_2 (\sqrt{w h} / s) \rfloor
+
+    of FPN (`Lin et al., 2017 <https://arxiv.org/abs/1612.03144>`_), or the nearest that
+    there is. The finest is level 0, and s is ``finest_scale``. mmdet casts boxes to the
     dtype of the maps before that. Here maps of half precision are cast to float32, in
     which RoIAlign then runs: mmcv's compiled one wants maps and boxes of one dtype.
     With float32 maps this is mmdet's extractor.
