@@ -19,6 +19,7 @@ from .. import reference
 from ..nano import NANO
 
 CONFIGS = Path(__file__).parents[2] / 'configs' / 'detection'
+FLOAT32_BOXES = 'mlla_mm.models.float32_boxes'
 mmdet = pytest.importorskip('mmdet')
 
 
@@ -69,12 +70,39 @@ def installed(path: str) -> Config:
 
 @pytest.mark.parametrize('size, channels', [('t', 64), ('s', 64), ('b', 96)])
 def test_all_but_the_backbone_is_mmdets(size, channels):
-    """Heads, assigners, samplers, thresholds and normalisation."""
+    """Heads, assigners, samplers, thresholds and normalisation.
+
+    In float32, the RPN and the extractors compute what mmdet's do.
+    """
     ours = read(f'{size}_fpn_1x_coco').model
     theirs = installed('_base_/models/mask-rcnn_r50_fpn.py').model
     theirs.backbone = ours.backbone
     theirs.neck.in_channels = [channels, 2 * channels, 4 * channels, 8 * channels]
+    theirs.rpn_head.type = f'{FLOAT32_BOXES}.Float32RPNHead'
+    for kind in ('bbox', 'mask'):
+        extractor = theirs.roi_head[f'{kind}_roi_extractor']
+        extractor.type = f'{FLOAT32_BOXES}.Float32RoIExtractor'
     assert ours.to_dict() == theirs.to_dict()
+
+
+def test_extractors_can_be_replaced():
+    """A config that inherits may name mmdet's, or ours by name once it is imported."""
+    from mmdet.models import RPNHead, SingleRoIExtractor
+
+    from mlla_mm.models.float32_boxes import Float32RoIExtractor
+
+    cfg = read('nano_fpn_digits')
+    cfg.merge_from_dict(
+        {
+            'model.rpn_head.type': 'RPNHead',
+            'model.roi_head.bbox_roi_extractor.type': 'SingleRoIExtractor',
+            'model.roi_head.mask_roi_extractor.type': 'Float32RoIExtractor',
+        }
+    )
+    model = MODELS.build(cfg.model)
+    assert type(model.rpn_head) is RPNHead
+    assert type(model.roi_head.bbox_roi_extractor) is SingleRoIExtractor
+    assert type(model.roi_head.mask_roi_extractor) is Float32RoIExtractor
 
 
 def without_defaults(config):

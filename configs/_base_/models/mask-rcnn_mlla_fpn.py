@@ -1,4 +1,6 @@
-# Mask R-CNN with FPN as in mmdet's R50 baseline, on MLLA-T.
+# Mask R-CNN with FPN as in mmdet's R50 baseline, on MLLA-T. Types with a path are ours
+# and keep boxes in float32 under mixed precision; importing mlla_mm leaves them out,
+# because they need mmdet.
 model = dict(
     type='MaskRCNN',
     data_preprocessor=dict(
@@ -19,7 +21,7 @@ model = dict(
         type='FPN', in_channels=[64, 128, 256, 512], out_channels=256, num_outs=5
     ),
     rpn_head=dict(
-        type='RPNHead',
+        type='mlla_mm.models.float32_boxes.Float32RPNHead',
         in_channels=256,
         feat_channels=256,
         anchor_generator=dict(
@@ -39,7 +41,7 @@ model = dict(
     roi_head=dict(
         type='StandardRoIHead',
         bbox_roi_extractor=dict(
-            type='SingleRoIExtractor',
+            type='mlla_mm.models.float32_boxes.Float32RoIExtractor',
             roi_layer=dict(type='RoIAlign', output_size=7, sampling_ratio=0),
             out_channels=256,
             featmap_strides=[4, 8, 16, 32],
@@ -60,7 +62,7 @@ model = dict(
             loss_bbox=dict(type='L1Loss', loss_weight=1.0),
         ),
         mask_roi_extractor=dict(
-            type='SingleRoIExtractor',
+            type='mlla_mm.models.float32_boxes.Float32RoIExtractor',
             roi_layer=dict(type='RoIAlign', output_size=14, sampling_ratio=0),
             out_channels=256,
             featmap_strides=[4, 8, 16, 32],
