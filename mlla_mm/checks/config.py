@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, List, NamedTuple, Optional, Tuple
 
+import torch
 from mmengine.config import Config
 from mmengine.registry import (
     DATASETS,
@@ -25,7 +26,8 @@ from mmengine.registry import (
 )
 
 from ..arch import parse_arch
-from ..engine.options import innermost_dataset, kind_of
+from ..compat.mmcv_ext import is_stand_in
+from ..engine.options import innermost_dataset, kind_of, parts_of
 from ..models.backbones import MLLA
 from ..reproducible.loops import require_seeded
 
@@ -45,6 +47,8 @@ _BEHIND_NECK = (
     'roi_head.bbox_roi_extractor.out_channels',
     'roi_head.mask_roi_extractor.out_channels',
 )
+# Heads that pool maps to several sizes with AdaptiveAvgPool2d.
+_POOLING_HEADS = ('PSPHead', 'UPerHead', 'APCHead')
 
 
 def check_config(cfg: Config) -> None:
@@ -99,6 +103,35 @@ def check_loop(cfg: Config) -> None:
             'mlla_mm 0.1 wrote this config into a work_dir, with changes to data and '
             'sampler for its loop. Train with the config that the run started from.'
         )
+    if torch.cuda.is_available() and (cfg.get('randomness') or {}).get('deterministic'):
+        for key, op in _nondeterministic(cfg):
+            raise ValueError(
+                f'randomness.deterministic is True, but {key} calls {op}, for which '
+                'PyTorch has no deterministic implementation on CUDA. Set '
+                'randomness.deterministic=False. The seed alone fixes data and random '
+                'numbers, but not the order of sums.'
+            )
+
+
+def _nondeterministic(cfg: Config) -> Iterator[Tuple[str, str]]:
+    """Keys of a config that end a deterministic training on CUDA, with their ops.
+
+    Only what our tasks use is known here, from the sources of PyTorch 2.1 to 2.13 and
+    of torchvision 0.16 to 0.26. PyTorch itself raises its error at any such op.
+    """
+    for part in parts_of(cfg.get('model')):
+        kind = kind_of(part)
+        sizes = part.get('pool_scales', (1, 2, 3, 6))
+        # A pool of size 1 is a mean.
+        if kind in _POOLING_HEADS and any(size != 1 for size in sizes):
+            yield f'{kind}.pool_scales', "AdaptiveAvgPool2d's gradient"
+        # Compiled mmcv does not raise, though its order of sums is not fixed either.
+        # RoIAlign of torchvision in Python is deterministic.
+        if kind == 'RoIAlign' and is_stand_in() and not part.get('use_torchvision'):
+            yield kind, "torchvision's gradient of RoIAlign"
+    for part in parts_of(cfg.get('val_evaluator')):
+        if kind_of(part) == 'IoUMetric':
+            yield 'IoUMetric', 'torch.histc'
 
 
 def make_work_dir(cfg: Config) -> None:
