@@ -104,34 +104,34 @@ def check_loop(cfg: Config) -> None:
             'sampler for its loop. Train with the config that the run started from.'
         )
     if torch.cuda.is_available() and (cfg.get('randomness') or {}).get('deterministic'):
-        for key, op in _nondeterministic(cfg):
+        calls = dict.fromkeys(_nondeterministic(cfg))
+        if calls:
             raise ValueError(
-                f'randomness.deterministic is True, but {key} calls {op}, for which '
-                'PyTorch has no deterministic implementation on CUDA. Set '
-                'randomness.deterministic=False. The seed alone fixes data and random '
-                'numbers, but not the order of sums.'
+                f'randomness.deterministic is True, but {"; ".join(calls)}. On CUDA '
+                'this is not deterministic, and PyTorch would raise an error. Set '
+                'randomness.deterministic=False. Runs of one seed then differ by '
+                'rounding alone, at first.'
             )
 
 
-def _nondeterministic(cfg: Config) -> Iterator[Tuple[str, str]]:
-    """Keys of a config that end a deterministic training on CUDA, with their ops.
+def _nondeterministic(cfg: Config) -> Iterator[str]:
+    """What PyTorch refuses in a deterministic training on CUDA, of our three tasks.
 
-    Only what our tasks use is known here, from the sources of PyTorch 2.1 to 2.13 and
-    of torchvision 0.16 to 0.26. PyTorch itself raises its error at any such op.
+    By the documentation of PyTorch 2.1 to 2.13 and the kernels of torchvision; it was
+    not run. PyTorch itself refuses whatever is not known here.
     """
     for part in parts_of(cfg.get('model')):
         kind = kind_of(part)
         sizes = part.get('pool_scales', (1, 2, 3, 6))
-        # A pool of size 1 is a mean.
+        # A pool of size 1 is a mean, which is deterministic.
         if kind in _POOLING_HEADS and any(size != 1 for size in sizes):
-            yield f'{kind}.pool_scales', "AdaptiveAvgPool2d's gradient"
-        # Compiled mmcv does not raise, though its order of sums is not fixed either.
-        # RoIAlign of torchvision in Python is deterministic.
+            yield f'{kind} has gradients of AdaptiveAvgPool2d'
+        # PyTorch does not know of compiled mmcv's, which is not deterministic either.
+        # torchvision's RoIAlign in Python is.
         if kind == 'RoIAlign' and is_stand_in() and not part.get('use_torchvision'):
-            yield kind, "torchvision's gradient of RoIAlign"
-    for part in parts_of(cfg.get('val_evaluator')):
-        if kind_of(part) == 'IoUMetric':
-            yield 'IoUMetric', 'torch.histc'
+            yield "RoIAlign has gradients of torchvision's kernel"
+    if cfg.get('val_cfg') and 'IoUMetric' in map(kind_of, parts_of(cfg.val_evaluator)):
+        yield 'IoUMetric calls torch.histc'
 
 
 def make_work_dir(cfg: Config) -> None:

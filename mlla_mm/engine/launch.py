@@ -58,9 +58,8 @@ _VARIABLES: Dict[str, Tuple[str, ...]] = {
     ),
 }
 LAUNCHERS = ('none', *_VARIABLES)
-# Whether this process is the first one of its machine. Only torchrun's variable tells it
-# here; set_up, which makes that variable the number of the GPU, knows it of all.
-_is_first = os.environ.get('LOCAL_RANK', '0') == '0'
+# Of this process. set_up keeps it, because it makes LOCAL_RANK the number of the GPU.
+_local_rank: Optional[int] = None
 
 
 class OwnError(ValueError):
@@ -89,7 +88,9 @@ def exit_on_user_error(
         unregistered = unregistered_type(error)
         if not (unregistered or isinstance(error, kinds)):
             raise
-        is_printed = not shared or _is_first or isinstance(error, OwnError)
+        local_rank = os.environ.get('LOCAL_RANK') or 0
+        is_first = int(local_rank if _local_rank is None else _local_rank) == 0
+        is_printed = not shared or is_first or isinstance(error, OwnError)
         sys.exit(f'Error: {unregistered or error}' if is_printed else 1)
 
 
@@ -150,10 +151,10 @@ def set_up(cfg: Config) -> Processes:
             more processes than there are GPUs; if the processes' port is in use.
         OwnError: The second of these, in the first process that has no GPU.
     """
-    global _is_first
+    global _local_rank
     keep_freed_memory()
     layout = processes(cfg.launcher)
-    _is_first = layout.local_rank == 0
+    _local_rank = layout.local_rank
     _stay_on_one_machine(cfg.launcher, layout)
     has_gpus = torch.cuda.is_available()
     if has_gpus and cfg.launcher != 'none':
