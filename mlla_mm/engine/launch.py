@@ -158,7 +158,7 @@ def set_up(cfg: Config) -> Processes:
     _stay_on_one_machine(cfg.launcher, layout)
     has_gpus = torch.cuda.is_available()
     if has_gpus and cfg.launcher != 'none':
-        gpu = _own_gpu(cfg.launcher, layout.local_rank, torch.cuda.device_count())
+        gpu = _own_gpu(layout.local_rank, torch.cuda.device_count())
         # MMEngine reads one when it makes the group, the other for the model.
         os.environ[_VARIABLES[cfg.launcher][2]] = os.environ['LOCAL_RANK'] = str(gpu)
     if (cfg.get('randomness') or {}).get('deterministic'):
@@ -268,22 +268,21 @@ def tear_down() -> None:
     _store = None
 
 
-def _own_gpu(launcher: str, local_rank: int, gpus: int) -> int:
+def _own_gpu(local_rank: int, gpus: int) -> int:
     """The GPU of a process: its number among those that the process sees.
 
     Two processes on one GPU are an error of NCCL ("Duplicate GPU detected"), so what
     the environment says of the GPUs need not be certain.
 
     Args:
-        launcher (str): 'pytorch', 'slurm' or 'mpi'.
         local_rank (int): Rank of the process on its machine.
         gpus (int): Number of GPUs that the process sees.
     """
     if local_rank < gpus:
         return local_rank
     environment = os.environ.get
-    # Processes that a task starts have its variables too, but not its local rank.
-    is_task = launcher == 'slurm' or environment('SLURM_LOCALID') == str(local_rank)
+    # Processes that a task of Slurm starts have its variables too, but other ranks.
+    is_task = environment('SLURM_LOCALID') == str(local_rank)
     on_node = environment('SLURM_GPUS_ON_NODE', '')
     has_fewer = on_node.isdigit() and int(on_node) > gpus
     if is_task and (has_fewer or environment('SLURM_GPUS_PER_TASK')):
@@ -292,10 +291,10 @@ def _own_gpu(launcher: str, local_rank: int, gpus: int) -> int:
         return 0
     # One of the processes without a GPU speaks for all.
     raise (OwnError if local_rank == gpus else ValueError)(
-        f'This machine shows {gpus} GPUs, but more processes were started on it: ask '
-        f'for at most {gpus}, or check CUDA_VISIBLE_DEVICES. Where each process has a '
-        'GPU of its own, start them with srun --gpus-per-task=1, or with '
-        'CUDA_VISIBLE_DEVICES set to the local rank.'
+        f'More than {local_rank} processes were started on this machine, but it shows '
+        f'{gpus} GPUs. Ask for at most {gpus}, or check CUDA_VISIBLE_DEVICES. Where '
+        'each process has a GPU of its own, start them with srun --gpus-per-task=1, or '
+        'with CUDA_VISIBLE_DEVICES set to the local rank.'
     )
 
 
