@@ -24,7 +24,7 @@ class Measured(NamedTuple):
     """Peak memory of a training step in bytes, and the batch of the step.
 
     Attributes:
-        bytes (int): Peak memory.
+        bytes (int): Peak memory of tensors.
         batch_size (int): Images.
         size (tuple[int, int]): Width and height of the images.
     """
@@ -45,7 +45,7 @@ def measure_config(
 
     Two optimiser steps are made on one device, the GPU if there is one. Counted are
     weights, gradients, optimiser states, activations, and the averaged weights of a
-    MESA teacher.
+    MESA teacher. nvidia-smi shows more: CUDA itself, and memory that PyTorch reserves.
 
     Args:
         cfg (Config): A detector's, segmentor's or classifier's config.

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, List, NamedTuple, Optional, Tuple
 
+import torch
 from mmengine.config import Config
 from mmengine.registry import (
     DATASETS,
@@ -25,7 +26,8 @@ from mmengine.registry import (
 )
 
 from ..arch import parse_arch
-from ..engine.options import innermost_dataset, kind_of
+from ..compat.mmcv_ext import is_stand_in
+from ..engine.options import innermost_dataset, kind_of, parts_of
 from ..models.backbones import MLLA
 from ..reproducible.loops import require_seeded
 
@@ -45,6 +47,8 @@ _BEHIND_NECK = (
     'roi_head.bbox_roi_extractor.out_channels',
     'roi_head.mask_roi_extractor.out_channels',
 )
+# Heads that pool maps to several sizes with AdaptiveAvgPool2d.
+_POOLING_HEADS = ('PSPHead', 'UPerHead', 'APCHead')
 
 
 def check_config(cfg: Config) -> None:
@@ -99,6 +103,35 @@ def check_loop(cfg: Config) -> None:
             'mlla_mm 0.1 wrote this config into a work_dir, with changes to data and '
             'sampler for its loop. Train with the config that the run started from.'
         )
+    if torch.cuda.is_available() and (cfg.get('randomness') or {}).get('deterministic'):
+        calls = dict.fromkeys(_nondeterministic(cfg))
+        if calls:
+            raise ValueError(
+                f'randomness.deterministic is True, but {"; ".join(calls)}. On CUDA '
+                'this is not deterministic, and PyTorch would raise an error. Set '
+                'randomness.deterministic=False. Runs of one seed then differ by '
+                'rounding alone, at first.'
+            )
+
+
+def _nondeterministic(cfg: Config) -> Iterator[str]:
+    """What PyTorch refuses in a deterministic training on CUDA, of our three tasks.
+
+    By the documentation of PyTorch 2.1 to 2.13 and the kernels of torchvision; it was
+    not run. PyTorch itself refuses whatever is not known here.
+    """
+    for part in parts_of(cfg.get('model')):
+        kind = kind_of(part)
+        sizes = part.get('pool_scales', (1, 2, 3, 6))
+        # A pool of size 1 is a mean, which is deterministic.
+        if kind in _POOLING_HEADS and any(size != 1 for size in sizes):
+            yield f'{kind} has gradients of AdaptiveAvgPool2d'
+        # PyTorch does not know of compiled mmcv's, which is not deterministic either.
+        # torchvision's RoIAlign in Python is.
+        if kind == 'RoIAlign' and is_stand_in() and not part.get('use_torchvision'):
+            yield "RoIAlign has gradients of torchvision's kernel"
+    if cfg.get('val_cfg') and 'IoUMetric' in map(kind_of, parts_of(cfg.val_evaluator)):
+        yield 'IoUMetric calls torch.histc'
 
 
 def make_work_dir(cfg: Config) -> None:

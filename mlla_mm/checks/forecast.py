@@ -24,7 +24,9 @@ class Measured(NamedTuple):
     Attributes:
         size (tuple[int, int], optional): Width and height of the largest images in
             pixels; None if samples are not single images.
-        memory (int): Peak memory of a process in bytes.
+        memory (int): Peak memory in bytes: on a GPU, of all that is in use on it; on
+            the CPU, of a process.
+        tensors (int): The part of it that tensors on the GPU have; 0 on the CPU.
         iteration (float): Seconds of a training iteration.
         waiting (float): The part of it that waits for data, from 0 to 1.
         evaluation (float): Seconds of an evaluation.
@@ -36,6 +38,7 @@ class Measured(NamedTuple):
 
     size: Optional[Tuple[int, int]]
     memory: int
+    tensors: int
     iteration: float
     waiting: float
     evaluation: float
@@ -98,8 +101,9 @@ def describe(cfg: Config, processes: int, measured: Measured) -> str:
     peak = _gib(measured.memory)
     memory = f'{peak} resident set of a process, without its data workers'
     if torch.cuda.is_available():
-        total = torch.cuda.get_device_properties(0).total_memory
-        memory = f'{peak} of {_gib(total)} of a GPU, by tensors'
+        _, total = torch.cuda.mem_get_info()
+        tensors = _gib(measured.tensors)
+        memory = f'{peak} of {_gib(total)} of a GPU ({tensors} by tensors)'
     rows = {
         'processes': str(processes),
         'largest batch': f'{images}, on each process',

@@ -129,7 +129,7 @@ def _rehearse(
         count = min(EVALUATED_BATCHES, evaluated.full)
         first.val_dataloader.num_batch_per_epoch = count
     reached, times = _train(first, watch, 'training at the largest scale')
-    memory = max(all_gather_object(_peak_memory()))
+    memory, tensors = max(all_gather_object(_peak_memory()))
     update, evaluation = _seconds(times, 'train/time', 1), 0.0
     if evaluated.all:
         evaluation = _seconds(times, 'val/time', EVALUATED_BATCHES) * evaluated.all
@@ -152,6 +152,7 @@ def _rehearse(
     measured = Measured(
         size=size,
         memory=memory,
+        tensors=tensors,
         iteration=iteration,
         waiting=min(1.0, waiting / iteration),
         evaluation=evaluation,
@@ -425,8 +426,20 @@ def _seconds(times: MessageHub, name: str, count: int) -> float:
     return max(1e-9, *all_gather_object(float(values.mean())))
 
 
-def _peak_memory() -> int:
-    """Bytes: on the GPU, of tensors; on the CPU, of the whole process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _peak_memory() -> Tuple[int, int]:
+    """Bytes in use at the peak: of the GPU, and of tensors on it.
+
+    The first is what nvidia-smi shows of the GPU. CUDA, NCCL and other programs have
+    what is neither free nor PyTorch's. This part is measured now: only PyTorch keeps
+    its peak.
+
+    On the CPU the first is the resident set of the process, and the second is 0.
+    """
+    if not torch.cuda.is_available():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, 0
+    free, total = torch.cuda.mem_get_info()
+    others = total - free - torch.cuda.memory_reserved()
+    return (
+        torch.cuda.max_memory_reserved() + others,
+        torch.cuda.max_memory_allocated(),
+    )

@@ -58,6 +58,12 @@ _VARIABLES: Dict[str, Tuple[str, ...]] = {
     ),
 }
 LAUNCHERS = ('none', *_VARIABLES)
+# Of this process. set_up keeps it, because it makes LOCAL_RANK the number of the GPU.
+_local_rank: Optional[int] = None
+
+
+class OwnError(ValueError):
+    """An error that the first process of the machine does not have."""
 
 
 @contextmanager
@@ -73,7 +79,8 @@ def exit_on_user_error(
         kinds (tuple[type]): The errors to which this applies. The default fits checks
             before the work starts. Defaults to (FileNotFoundError, ValueError).
         shared (bool): Whether all processes have the error. If so, only the first
-            process of each machine prints it. Defaults to True.
+            process of each machine prints it, but for an :class:`OwnError`. Defaults
+            to True.
     """
     try:
         yield
@@ -81,7 +88,9 @@ def exit_on_user_error(
         unregistered = unregistered_type(error)
         if not (unregistered or isinstance(error, kinds)):
             raise
-        is_printed = not shared or os.environ.get('LOCAL_RANK', '0') == '0'
+        local_rank = os.environ.get('LOCAL_RANK') or 0
+        is_first = int(local_rank if _local_rank is None else _local_rank) == 0
+        is_printed = not shared or is_first or isinstance(error, OwnError)
         sys.exit(f'Error: {unregistered or error}' if is_printed else 1)
 
 
@@ -123,9 +132,13 @@ def set_up(cfg: Config) -> Processes:
 
     Processes that are all on one machine accept connections from this machine alone.
 
-    With GPUs, MMEngine's own launcher does the rest. On the CPU it would ask for CUDA
-    devices. There this function makes a gloo process group, wraps the model without
-    device ids, and turns SyncBatchNorm, which has no CPU kernel, into BatchNorm.
+    With GPUs, MMEngine's own launcher does the rest, and takes the local rank for the
+    number of the GPU. A cluster can show each process a GPU of its own, as ``srun
+    --gpus-per-task=1`` does. Then this function makes the local rank 0 for MMEngine.
+
+    On the CPU MMEngine would ask for CUDA devices. There this function makes a gloo
+    process group, wraps the model without device ids, and turns SyncBatchNorm, which
+    has no CPU kernel, into BatchNorm.
 
     Args:
         cfg (Config): The run's config with ``launcher`` set; changed in place.
@@ -136,16 +149,21 @@ def set_up(cfg: Config) -> Processes:
     Raises:
         ValueError: If the launcher is unknown, did not start this process, or started
             more processes than there are GPUs; if the processes' port is in use.
+        OwnError: The second of these, in the first process that has no GPU.
     """
+    global _local_rank
     keep_freed_memory()
     layout = processes(cfg.launcher)
+    _local_rank = layout.local_rank
     _stay_on_one_machine(cfg.launcher, layout)
-    has_gpus, gpus = torch.cuda.is_available(), torch.cuda.device_count()
-    if has_gpus and layout.local_rank >= gpus:
-        raise ValueError(
-            f'{layout.local_world_size} processes were started on this machine, but it '
-            f'shows {gpus} GPUs. Ask for at most {gpus}, or check CUDA_VISIBLE_DEVICES.'
-        )
+    has_gpus = torch.cuda.is_available()
+    if has_gpus and cfg.launcher != 'none':
+        gpu = _own_gpu(layout.local_rank, torch.cuda.device_count())
+        # MMEngine reads one when it makes the group, the other for the model.
+        os.environ[_VARIABLES[cfg.launcher][2]] = os.environ['LOCAL_RANK'] = str(gpu)
+    if (cfg.get('randomness') or {}).get('deterministic'):
+        # Without it, matrix products raise an error on CUDA.
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
     threads = 1
     if not has_gpus:
         cores = len(os.sched_getaffinity(0))
@@ -248,6 +266,36 @@ def tear_down() -> None:
         distributed.destroy_process_group()
     global _store
     _store = None
+
+
+def _own_gpu(local_rank: int, gpus: int) -> int:
+    """The GPU of a process: its number among those that the process sees.
+
+    Two processes on one GPU are an error of NCCL ("Duplicate GPU detected"), so what
+    the environment says of the GPUs need not be certain.
+
+    Args:
+        local_rank (int): Rank of the process on its machine.
+        gpus (int): Number of GPUs that the process sees.
+    """
+    if local_rank < gpus:
+        return local_rank
+    environment = os.environ.get
+    # Processes that a task of Slurm starts have its variables too, but other ranks.
+    is_task = environment('SLURM_LOCALID') == str(local_rank)
+    on_node = environment('SLURM_GPUS_ON_NODE', '')
+    has_fewer = on_node.isdigit() and int(on_node) > gpus
+    if is_task and (has_fewer or environment('SLURM_GPUS_PER_TASK')):
+        return 0
+    if environment('CUDA_VISIBLE_DEVICES') == str(local_rank):
+        return 0
+    # One of the processes without a GPU speaks for all.
+    raise (OwnError if local_rank == gpus else ValueError)(
+        f'More than {local_rank} processes were started on this machine, but it shows '
+        f'{gpus} GPUs. Ask for at most {gpus}, or check CUDA_VISIBLE_DEVICES. Where '
+        'each process has a GPU of its own, start them with srun --gpus-per-task=1, or '
+        'with CUDA_VISIBLE_DEVICES set to the local rank.'
+    )
 
 
 def _stay_on_one_machine(launcher: str, layout: Processes) -> None:

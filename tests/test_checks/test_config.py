@@ -4,8 +4,11 @@ import os
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import Runner
 
+from benchmarks.peak_memory import synthetic_batch
+from mlla_mm.checks import config as checks
 from mlla_mm.checks.config import check_config, check_loop, make_work_dir
 
 from ..bad_data import CLS, DET, SEG, assert_says, config
@@ -99,6 +102,97 @@ def test_what_loops_do(changes):
     cfg = config(SEG)
     cfg.merge_from_dict(changes)
     check_loop(cfg)
+
+
+# What is changed in a config that is to be deterministic, and what the error says.
+DETERMINISTIC = {
+    'detection': (DET, {}, ['RoIAlign']),
+    'detection, by torchvision in Python': (
+        DET,
+        {
+            f'model.roi_head.{part}_roi_extractor.roi_layer.use_torchvision': True
+            for part in ('bbox', 'mask')
+        },
+        [],
+    ),
+    'segmentation': (SEG, {}, ['UPerHead', 'AdaptiveAvgPool2d', 'torch.histc']),
+    'segmentation, means alone': (
+        SEG, {'model.decode_head.pool_scales': (1,)}, ['torch.histc'],
+    ),
+    'segmentation, not evaluated': (
+        SEG, {'model.decode_head.pool_scales': (1,), 'val_cfg': None}, [],
+    ),
+    'classification': (CLS, {}, []),
+}  # fmt: skip
+
+
+def deterministic(monkeypatch, case):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(checks, 'is_stand_in', lambda: True)
+    scope, changes, words = DETERMINISTIC[case]
+    cfg = config(scope)
+    cfg.merge_from_dict({'randomness.deterministic': True, **changes})
+    return cfg, words
+
+
+@pytest.mark.parametrize('case', DETERMINISTIC)
+def test_deterministic_runs(monkeypatch, case):
+    cfg, words = deterministic(monkeypatch, case)
+    if not words:
+        return check_loop(cfg)
+    with pytest.raises(ValueError) as caught:
+        check_loop(cfg)
+    assert_says(caught.value, *words, 'randomness.deterministic=False')
+    others = {'RoIAlign', 'AdaptiveAvgPool2d', 'torch.histc'} - {*words}
+    assert not [word for word in others if word in str(caught.value)]
+    cfg.randomness.deterministic = False
+    check_loop(cfg)
+    cfg.randomness.deterministic = True
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    check_loop(cfg)
+
+
+def test_compiled_roi_align_is_not_refused(monkeypatch):
+    """PyTorch does not know what it does."""
+    cfg, _ = deterministic(monkeypatch, 'detection')
+    monkeypatch.setattr(checks, 'is_stand_in', lambda: False)
+    check_loop(cfg)
+
+
+# Nodes of gradients that the documentation of torch.use_deterministic_algorithms lists
+# for CUDA, in PyTorch 2.1 or newer, and RoIAlign. It lists bilinear upsampling too, but
+# torch.nn.functional.interpolate replaces it. NLLLoss2D is deterministic without a sum.
+REFUSED = (
+    'AdaptiveAvgPool AdaptiveMaxPool AvgPool3D MaxPool3D FractionalMaxPool MaxUnpool '
+    'UpsampleLinear UpsampleBicubic UpsampleTrilinear Reflection Replication Put '
+    'CtcLoss EmbeddingBag Median Kthvalue GridSampler Cumsum ScatterReduce RoIAlign'
+).split()
+
+
+@pytest.mark.parametrize(
+    'case',
+    ['detection', 'segmentation', 'segmentation, not evaluated', 'classification'],
+)
+def test_what_gradients_pass_through(monkeypatch, case):
+    """The check knows every refused node of a training step's graph."""
+    cfg, words = deterministic(monkeypatch, case)
+    monkeypatch.undo()
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        model = MODELS.build(cfg.model).train()
+        batch = model.data_preprocessor(synthetic_batch(cfg, 2, (64, 64)), True)
+        losses = model(**batch, mode='loss')
+    loss, _ = model.parse_losses(losses)
+    todo, nodes = [loss.grad_fn], set()
+    while todo:
+        node = todo.pop()
+        if node not in nodes:
+            nodes.add(node)
+            todo += [after for after, _ in node.next_functions if after]
+    names = {type(node).__name__ for node in nodes}
+    refused = {x for x in REFUSED if any(name.startswith(x) for name in names)}
+    known = {'RoIAlign': 'RoIAlign', 'AdaptiveAvgPool': 'AdaptiveAvgPool2d'}
+    assert {known[x] for x in refused} == {*words} - {'UPerHead', 'torch.histc'}
+    assert len(names) > 10
 
 
 def test_hooks_are_switched_off(tmp_path):

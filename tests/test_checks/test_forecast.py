@@ -2,6 +2,7 @@
 import shutil
 
 import pytest
+import torch
 from mmengine.config import Config
 
 from mlla_mm.checks import forecast
@@ -43,8 +44,8 @@ def describe(tmp_path, **changes):
         )
     )
     measured = dict(
-        size=(1333, 800), memory=2**31, iteration=0.5, waiting=0.3, evaluation=60,
-        checkpoint=2**20, best=2**19, done=0, epoch=600,
+        size=(1333, 800), memory=2**31, tensors=2**30, iteration=0.5, waiting=0.3,
+        evaluation=60, checkpoint=2**20, best=2**19, done=0, epoch=600,
     )  # fmt: skip
     cfg.merge_from_dict(changes.pop('options', {}))
     measured = Measured(**dict(measured, **changes))
@@ -67,6 +68,13 @@ def test_report(tmp_path):
     assert '; more' not in describe(tmp_path, waiting=0.1)
     elsewhere = {'default_hooks.checkpoint.out_dir': 's3://bucket'}
     assert describe(tmp_path, options=elsewhere).endswith(', at s3://bucket')
+
+
+def test_memory_of_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda: (0, 80 * 2**30))
+    text = '2 GiB of 80 GiB of a GPU (1 GiB by tensors), the largest of all processes'
+    assert text in describe(tmp_path)
 
 
 def test_full_disk(tmp_path, monkeypatch):

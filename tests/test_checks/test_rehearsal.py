@@ -282,3 +282,20 @@ def test_batches_of_an_epoch(options, processes, expected):
     """Batches of four images, from eleven images."""
     loader = dict(batch_size=4, **options)
     assert rehearsal._count_batches(loader, range(11), processes) == expected
+
+
+def test_peak_memory_of_a_gpu(monkeypatch):
+    """All that was in use at the peak, if CUDA and others have what they had then."""
+    total, cuda, other_program = 80_000, 500, 3_000
+    reserved = [2_000, 9_000, 1_500]  # by PyTorch, at its peak and in the end
+    in_use = [x + cuda + other_program for x in reserved]
+    values = dict(
+        is_available=True,
+        mem_get_info=(total - in_use[-1], total),
+        memory_reserved=reserved[-1],
+        max_memory_reserved=max(reserved),
+        max_memory_allocated=7_000,
+    )
+    for name, value in values.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    assert rehearsal._peak_memory() == (max(in_use), 7_000)

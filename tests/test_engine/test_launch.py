@@ -2,6 +2,7 @@
 import os
 import socket
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +17,14 @@ VARIABLES = {
     'pytorch': ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE'),
     'slurm': ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID', 'SLURM_NTASKS_PER_NODE'),
 }
+
+
+@pytest.fixture(autouse=True)
+def of_this_test(monkeypatch):
+    """What set_up leaves in the process ends with the test."""
+    monkeypatch.setattr(launch, '_local_rank', None)
+    with mock.patch.dict(os.environ):
+        yield
 
 
 @pytest.mark.parametrize('launcher', VARIABLES)
@@ -103,10 +112,11 @@ def test_process_group_on_the_cpu(tmp_path, run_tool):
 @pytest.fixture
 def first_process(monkeypatch):
     """The environment of the first of two processes that a launcher has started."""
-    for name in ('MASTER_ADDR', 'GLOO_SOCKET_IFNAME', 'NCCL_SOCKET_IFNAME'):
-        monkeypatch.setenv(name, 'of the user')
-        monkeypatch.delenv(name)
-    monkeypatch.delenv('TORCHELASTIC_USE_AGENT_STORE', raising=False)
+    for name in (
+        'MASTER_ADDR', 'GLOO_SOCKET_IFNAME', 'NCCL_SOCKET_IFNAME',
+        'TORCHELASTIC_USE_AGENT_STORE',
+    ):  # fmt: skip
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     monkeypatch.setenv('MASTER_PORT', str(free_port()))
@@ -171,13 +181,135 @@ def test_port_of_the_processes_in_use(first_process):
             first_process('mpi')
 
 
-def test_more_processes_than_gpus(monkeypatch):
+# A process as it starts on a machine with GPUs: its launcher, its local rank, the GPUs
+# that it sees, and variables besides those that every process of the launcher has.
+OWN_GPU = {
+    'one GPU for each task': ('slurm', 1, 1, {'SLURM_GPUS_PER_TASK': '1'}),
+    'two GPUs for each task': ('slurm', 2, 2, {'SLURM_GPUS_PER_TASK': 'a100:2'}),
+    'gpu-bind': ('slurm', 1, 1, {'SLURM_GPUS_ON_NODE': '4'}),
+    'a task that calls itself a process of torchrun': (
+        'pytorch', 3, 1, {'SLURM_LOCALID': '3', 'SLURM_GPUS_PER_TASK': '1'},
+    ),
+    'a script of the user': ('mpi', 1, 1, {'CUDA_VISIBLE_DEVICES': '1'}),
+}  # fmt: skip
+SHARED_GPU = {
+    'more tasks than GPUs': ('slurm', 1, 1, {'SLURM_GPUS_ON_NODE': '1'}),
+    'more processes than GPUs': ('pytorch', 2, 2, {}),
+    'one GPU for all': ('mpi', 1, 1, {'CUDA_VISIBLE_DEVICES': '0'}),
+    # torchrun starts them in a batch job's only task.
+    'processes of a task': (
+        'pytorch', 2, 2, {'SLURM_LOCALID': '0', 'SLURM_GPUS_PER_TASK': '1'},
+    ),
+}  # fmt: skip
+
+
+def start_on_gpus(monkeypatch, launcher, local_rank, gpus, variables):
+    for name in (
+        'CUDA_VISIBLE_DEVICES', 'SLURM_LOCALID', 'SLURM_GPUS_PER_TASK',
+        'SLURM_GPUS_ON_NODE', 'LOCAL_RANK',
+    ):  # fmt: skip
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
-    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
-    for name, value in zip(VARIABLES['pytorch'], '2424'):
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: gpus)
+    # Of two machines, so that no store is opened.
+    for name, value in zip(launch._VARIABLES[launcher], (9, 16, local_rank, 8)):
+        monkeypatch.setenv(name, str(value))
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match='4 processes .*at most 2, .*CUDA_VISIBLE'):
-        launch.set_up(Config(dict(launcher='pytorch', model=dict())))
+    return launch.set_up(Config(dict(launcher=launcher, model=dict())))
+
+
+@pytest.mark.parametrize('case', OWN_GPU)
+def test_a_gpu_for_each_process(monkeypatch, case):
+    """MMEngine takes the number of the GPU from the launcher's variable."""
+    launcher, local_rank, *_ = OWN_GPU[case]
+    layout = start_on_gpus(monkeypatch, *OWN_GPU[case])
+    assert layout.local_rank == local_rank
+    assert os.environ['LOCAL_RANK'] == '0'
+    assert os.environ[launch._VARIABLES[launcher][2]] == '0'
+    # Errors of all processes are still those of the first one to tell.
+    with pytest.raises(SystemExit) as caught:
+        with launch.exit_on_user_error():
+            raise ValueError('no such size')
+    assert caught.value.code == 1
+
+
+@pytest.mark.parametrize('launcher', launch._VARIABLES)
+def test_the_gpus_that_all_processes_see(monkeypatch, launcher):
+    """Where they are enough, each process has the one of its local rank."""
+    start_on_gpus(monkeypatch, launcher, 2, 4, {'SLURM_GPUS_PER_TASK': '1'})
+    assert os.environ['LOCAL_RANK'] == '2'
+    assert os.environ[launch._VARIABLES[launcher][2]] == '2'
+
+
+@pytest.mark.parametrize('case', SHARED_GPU)
+def test_more_processes_than_gpus(monkeypatch, case):
+    gpus = SHARED_GPU[case][2]
+    with pytest.raises(SystemExit) as caught:
+        with launch.exit_on_user_error():
+            start_on_gpus(monkeypatch, *SHARED_GPU[case])
+    assert f'shows {gpus} GPUs' in caught.value.code
+    for way_out in (f'at most {gpus},', '--gpus-per-task=1', 'CUDA_VISIBLE_DEVICES'):
+        assert way_out in caught.value.code
+
+
+def test_one_of_the_processes_without_a_gpu_speaks(monkeypatch):
+    with pytest.raises(SystemExit) as caught:
+        with launch.exit_on_user_error():
+            start_on_gpus(monkeypatch, 'pytorch', 3, 2, {})
+    assert caught.value.code == 1
+
+
+BOUND_SCRIPT = """
+import os
+import torch
+from mmengine.config import Config
+from mmengine.dist import all_reduce, get_world_size, init_dist
+from mmengine.logging import MMLogger
+from mlla_mm.engine import launch
+
+# What srun --gpus-per-task=1 sets in place of torchrun.
+rank = os.environ['RANK']
+for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE'):
+    del os.environ[name]
+os.environ.update(
+    SLURM_PROCID=rank, SLURM_LOCALID=rank, SLURM_NTASKS='2', SLURM_NODELIST='here',
+    SLURM_STEP_NUM_NODES='1', SLURM_GPUS_PER_TASK='1', CUDA_VISIBLE_DEVICES=rank,
+)
+used = []
+torch.cuda.is_available = lambda: True
+torch.cuda.device_count = lambda: 1
+torch.cuda.set_device = used.append
+layout = launch.set_up(Config(dict(launcher='slurm', model=dict())))
+init_dist('slurm', backend='gloo')
+assert (layout.local_rank, used) == (int(rank), [0])
+total = torch.tensor([float(layout.rank + 1)])
+all_reduce(total)
+# It looks for the process's GPU in CUDA_VISIBLE_DEVICES.
+MMLogger.get_instance('bound', log_file='{OUT}/bound.log', distributed=True)
+open(f'{OUT}/{rank}', 'w').write(f'{total.item()} {get_world_size()}')
+launch.tear_down()
+"""
+
+
+def test_mmengine_starts_tasks_with_a_gpu_each(tmp_path, run_tool):
+    """Two real processes, but for CUDA, whose part MMEngine's gloo group takes."""
+    script = tmp_path / 'script.py'
+    script.write_text(BOUND_SCRIPT.replace('{OUT}', str(tmp_path)))
+    run_tool('python', str(script), processes=2)
+    for rank in '01':
+        assert (tmp_path / rank).read_text() == '3.0 2'
+        assert list(tmp_path.glob(f'bound_*device{rank}_rank{rank}.log'))
+
+
+def test_deterministic_matrix_products(monkeypatch):
+    monkeypatch.delenv('CUBLAS_WORKSPACE_CONFIG', raising=False)
+    for randomness in (dict(seed=1), dict(deterministic=True)):
+        assert 'CUBLAS_WORKSPACE_CONFIG' not in os.environ
+        cfg = Config(dict(launcher='none', model=dict(), randomness=randomness))
+        launch.set_up(cfg)
+    # One of the two values that PyTorch accepts.
+    assert os.environ['CUBLAS_WORKSPACE_CONFIG'] == ':4096:8'
 
 
 def test_a_run_that_ended_is_not_started_again(monkeypatch, tmp_path):
