@@ -375,7 +375,6 @@ def _compare_roi_levels(kind: str) -> None:
                 float(len(wrong)),
                 0,
                 f'sides {wrong}' if wrong else '',
-                known="mmdet's extractor casts boxes to the dtype of the maps",
             )
 
 

@@ -6,7 +6,6 @@ evaluation names the image that it cannot read. Each loop takes the config of a 
 loader, as MMEngine's loops do, and wraps the data set and the sampler in it.
 """
 
-import copy
 import logging
 import signal
 from itertools import count
@@ -26,7 +25,11 @@ from mmengine.runner import (
 )
 from torch import Tensor, nn
 
-from ..compat.openmmlab import TrainLoopCounters, count_in_micro_batches
+from ..compat.openmmlab import (
+    TrainLoopCounters,
+    copy_without_waiting,
+    count_in_micro_batches,
+)
 from ..compat.pytorch import BatchNorm
 from ..datasets.corrupt_images import SkippedImagesHook
 from .preemption import Preempted, handle_sigterm, shield_workers
@@ -86,6 +89,7 @@ class SeededTrainLoop(TrainLoopCounters, BaseLoop):
         If the resumed run was stopped in a validation, that validation comes first.
         """
         runner = self.runner
+        copy_without_waiting(runner.model)
         self._count_micro_batches()
         handler = signal.getsignal(signal.SIGTERM)
         try:
@@ -265,8 +269,13 @@ class _NamingCorruptImages(BaseLoop):
     def __init__(self, runner, dataloader, *args, **kwargs) -> None:
         if isinstance(dataloader, dict):
             dataset = dict(type='CheckedDataset', dataset=dataloader['dataset'])
-            dataloader = {**dataloader, 'dataset': dataset}
+            dataloader = {**_pinned(dataloader), 'dataset': dataset}
         super().__init__(runner, dataloader, *args, **kwargs)
+
+    def run(self) -> dict:
+        """Evaluate, and return the metrics."""
+        copy_without_waiting(self.runner.model)
+        return super().run()
 
 
 @LOOPS.register_module()
@@ -287,9 +296,18 @@ class CheckedTestLoop(_NamingCorruptImages, TestLoop):
     """
 
 
+def _pinned(loader: dict) -> dict:
+    """A copy of a data loader's config that pins memory if there is a GPU.
+
+    Pinned memory is copied to the GPU while it works. ``pin_memory=False`` in a config
+    forbids it.
+    """
+    return {'pin_memory': torch.cuda.is_available(), **loader}
+
+
 def _share_samples(loader: dict, micro_batches: int, skip_corrupt_images: bool) -> dict:
     """Return a data loader's config that gives micro-batches of seeded samples."""
-    loader = copy.copy(loader)
+    loader = _pinned(loader)
     if not isinstance(loader.get('sampler'), dict):
         raise ValueError(
             'train_dataloader.sampler must be a config, such as '

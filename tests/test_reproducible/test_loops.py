@@ -7,10 +7,22 @@ import torch
 from mmengine.model import BaseModel
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.registry import DATA_SAMPLERS
-from mmengine.runner import Runner
+from mmengine.runner import (
+    EpochBasedTrainLoop,
+    IterBasedTrainLoop,
+    Runner,
+    TestLoop,
+    ValLoop,
+)
 from torch import nn
 
-from mlla_mm.reproducible.loops import SeededEpochBasedTrainLoop, train_step
+from mlla_mm.reproducible.loops import (
+    CheckedTestLoop,
+    CheckedValLoop,
+    SeededEpochBasedTrainLoop,
+    SeededIterBasedTrainLoop,
+    train_step,
+)
 from mlla_mm.reproducible.seeding import UPDATE, seed_generators
 
 from .test_preemption import EPOCHS, ITERATIONS, SEED, train
@@ -193,6 +205,39 @@ def test_a_sampler_that_is_no_config(tmp_path, sampler):
         load(tmp_path, sampler=sampler)
 
 
+@pytest.mark.parametrize('has_gpu', [False, True])
+@pytest.mark.parametrize('setting', [{}, dict(pin_memory=False)])
+def test_memory_is_pinned_for_a_gpu(has_gpu, setting, monkeypatch):
+    loaders = []
+
+    def init(self, runner, dataloader, *args, **kwargs):
+        loaders.append(dataloader)
+
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: has_gpu)
+    for base in (EpochBasedTrainLoop, IterBasedTrainLoop, ValLoop, TestLoop):
+        monkeypatch.setattr(base, '__init__', init)
+    loader = dict(dataset=dict(), sampler=dict(type='DefaultSampler'), **setting)
+    SeededEpochBasedTrainLoop(None, loader)
+    SeededIterBasedTrainLoop(None, loader)
+    CheckedValLoop(None, loader)
+    CheckedTestLoop(None, loader)
+    assert [loader['pin_memory'] for loader in loaders] == [has_gpu and not setting] * 4
+
+
+def test_copies_to_the_gpu_do_not_wait(tmp_path, monkeypatch):
+    kept = []
+    to = torch.Tensor.to
+
+    def record(self, *args, **kwargs):
+        if kwargs.get('non_blocking') is not None:
+            kept.append(kwargs['non_blocking'])
+        return to(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, 'to', record)
+    train(tmp_path, [], **EPOCHS)
+    assert kept and all(kept)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 @pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
@@ -215,7 +260,13 @@ from mmengine.dist import get_rank
 from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.registry import DATA_SAMPLERS
-from mmengine.runner import Runner
+from mmengine.runner import (
+    EpochBasedTrainLoop,
+    IterBasedTrainLoop,
+    Runner,
+    TestLoop,
+    ValLoop,
+)
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 import mlla_mm
 from mlla_mm.reproducible.loops import train_step
@@ -256,7 +307,7 @@ def test_gradients_are_reduced_once_an_update(run_tool, tmp_path):
 
 def test_several_optimizers_are_refused():
     class Runner:
-        optim_wrapper = dict()
+        optim_wrapper, model = dict(), nn.Module()
 
     loop = SeededEpochBasedTrainLoop.__new__(SeededEpochBasedTrainLoop)
     loop._runner, loop.micro_batches = Runner(), 2

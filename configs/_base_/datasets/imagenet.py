@@ -54,7 +54,6 @@ train_dataloader = dict(
     batch_size=128,
     num_workers=8,
     persistent_workers=True,
-    pin_memory=True,
     # An epoch is made of whole batches: 1251 of 1024 images, or 2502 of 512.
     drop_last=True,
     collate_fn=dict(type='default_collate'),
@@ -68,7 +67,6 @@ val_dataloader = dict(
     batch_size=128,
     num_workers=8,
     persistent_workers=True,
-    pin_memory=True,
     collate_fn=dict(type='default_collate'),
     sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(
