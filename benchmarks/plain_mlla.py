@@ -141,7 +141,7 @@ def _block(block: nn.Module, x: Tensor, size: Tuple[int, int]) -> Tensor:
     return x + _drop_path(block, _mlp(block.mlp, _layer_norm(block.norm2, x)))
 
 
-def _drop_path(block: nn.Module, x: Tensor) -> Tensor:
+def _drop_path(block: MLLABlock, x: Tensor) -> Tensor:
     return drop_path(x, block.drop_path.drop_prob, block.training)
 
 

@@ -66,9 +66,9 @@ class StopOnInvalidLossHook(Hook):
         self._is_invalid = False
 
     def before_train(self, runner) -> None:
-        scaler = getattr(runner.optim_wrapper, 'loss_scaler', None)
-        has_scale = scaler is not None and scaler.is_enabled()
-        self._scale = scaler.get_scale() if has_scale else None
+        scaler: Any = getattr(runner.optim_wrapper, 'loss_scaler', None)
+        is_scaled = scaler is not None and scaler.is_enabled()
+        self._scale = scaler.get_scale() if is_scaled else None
         self._skipped = 0
         self._is_invalid = False
 
