@@ -53,7 +53,7 @@ def ms_deform_attn_forward(
         for maps, grids, weights in levels
     ]
     output = torch.stack(outputs).sum(0).view(batch, -1, queries).transpose(1, 2)
-    return output.to(value.dtype, memory_format=torch.contiguous_format)
+    return output.to(value.dtype).contiguous()
 
 
 def ms_deform_attn_backward(
