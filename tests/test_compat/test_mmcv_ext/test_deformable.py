@@ -97,7 +97,7 @@ def test_attention_in_half_precision_is_computed_in_float32(
     exact = [x.float() if x.is_floating_point() else x for x in case]
     grads = [case[i].clone().zero_() for i in (0, 3, 4)]
     wanted = [exact[i].clone().zero_() for i in (0, 3, 4)]
-    with torch.autocast(device, dtype, enabled=autocast):
+    with torch.autocast(device, torch.bfloat16, enabled=autocast):
         found = mmcv_ext.ms_deform_attn_forward(*case, 64)
         mmcv_ext.ms_deform_attn_backward(*case, found, *grads, 64)
     expected = mmcv_ext.ms_deform_attn_forward(*exact, 64)
@@ -171,14 +171,14 @@ def conv_case(name, generator, dtype=torch.float64):
     stride, padding, dilation, groups, deform_groups = settings
 
     def randn(*shape):
-        return torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype)
+        return torch.randn(shape, dtype=torch.float64, generator=generator)
 
     x = randn(2, 8, 9, 11)
     weight = randn(6, 8 // groups, *kernel_size)
     size = conv2d(x[:, :1], weight[:1, :1], None, stride, padding, dilation).shape[2:]
     places = deform_groups * kernel_size[0] * kernel_size[1]
     case = [x, 2 * randn(2, places * 2, *size), randn(2, places, *size)]
-    return [*case, weight, randn(6)], settings
+    return [tensor.to(dtype) for tensor in (*case, weight, randn(6))], settings
 
 
 @pytest.mark.parametrize('device', DEVICES)
@@ -243,7 +243,7 @@ def test_convolution_in_half_precision_is_computed_in_float32(
     results = []
     for tensors in (case, [tensor.float() for tensor in case]):
         leaves = [tensor.to(device).requires_grad_() for tensor in tensors]
-        with torch.autocast(device, dtype, enabled=autocast):
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
             output = mmcv_ops.modulated_deform_conv2d(*leaves, *settings)
             x, offset, _, weight, _ = leaves
             other = mmcv_ops.deform_conv2d(x, offset, weight, *settings)
