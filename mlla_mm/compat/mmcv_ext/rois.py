@@ -156,7 +156,9 @@ def roi_pool_forward(
             is_better = is_inside[..., None] & (values > best)
             best = torch.where(is_better, values, best)
             places = torch.where(is_better, (y * width + x)[..., None].int(), places)
-    output.copy_(best.masked_fill(places < 0, 0).permute(0, 3, 1, 2))
+    is_empty = (bottoms <= tops)[:, :, None] | (rights <= lefts)[:, None]
+    best = best.masked_fill(is_empty[..., None], 0)
+    output.copy_(best.permute(0, 3, 1, 2))
     argmax.copy_(places.permute(0, 3, 1, 2))
 
 

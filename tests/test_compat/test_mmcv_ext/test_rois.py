@@ -210,6 +210,15 @@ def test_gradients_of_many_rois_are_added_in_float32(dtype):
 
 
 @needs_stand_in
+def test_roi_pool_does_not_hide_a_feature_that_is_not_a_number():
+    features = torch.full((1, 1, 4, 4), torch.nan)
+    rois = torch.tensor([[0.0, 0, 0, 1, 1], [0, 9, 9, 12, 12]])
+    inside, outside = mmcv_ops.roi_pool(features, rois, 1).flatten()
+    assert not inside.isfinite()
+    assert outside == 0
+
+
+@needs_stand_in
 def test_roi_pool_of_nothing():
     features = torch.ones(1, 2, 4, 4, requires_grad=True)
     output = mmcv_ops.roi_pool(features, torch.zeros(0, 5), 3)
