@@ -128,7 +128,7 @@ def _split_levels(
     for level, (shape, maps) in enumerate(zip(shapes, values)):
         maps = maps.permute(0, 2, 3, 1).flatten(0, 1).unflatten(2, shape)
         grids = 2 * at_least_float32(sampling_locations[:, :, :, level]) - 1
-        weights = at_least_float32(attention_weights[:, :, :, level])
+        weights = attention_weights[:, :, :, level]
         yield (
             at_least_float32(maps),
             grids.transpose(1, 2).flatten(0, 1),

@@ -128,7 +128,7 @@ def softmax_focal_loss_backward(
     buff.copy_(factors)
     classes = torch.arange(input.shape[1], device=input.device)
     is_own = (target[:, None] == classes).to(factors.dtype)
-    grad_input.copy_(factors[:, None] * (is_own - at_least_float32(input)))
+    grad_input.copy_(factors[:, None] * (is_own - input))
 
 
 def _own_probability(softmax: Tensor, target: Tensor) -> Tuple[Tensor, Tensor]:

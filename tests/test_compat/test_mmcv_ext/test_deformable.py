@@ -4,6 +4,7 @@ import itertools
 import pytest
 import torch
 from torch.nn.functional import conv2d
+from torch.nn.modules.utils import _pair
 
 from mlla_mm.compat import mmcv_ext
 
@@ -217,18 +218,30 @@ def test_deformable_convolution_follows_its_definition(name, device, generator):
 
 
 @pytest.mark.parametrize('device', DEVICES)
-def test_shifts_of_zero_have_no_gradient_above_and_left_of_the_features(device):
+@pytest.mark.parametrize(
+    'stride, padding, dilation',
+    [(1, 1, 1), ((2, 1), (3, 1), (1, 2)), ((1, 2), (1, 3), (2, 1))],
+)
+def test_shifts_of_zero_have_no_gradient_above_and_left_of_the_features(
+    stride, padding, dilation, device
+):
     """As in mmcv. There the derivative jumps, and networks start there."""
-    x = torch.ones(1, 1, 3, 3, dtype=torch.float64, device=device)
-    offset = torch.zeros(1, 18, 3, 3, dtype=x.dtype, device=device).requires_grad_()
+    x = torch.ones(1, 1, 6, 6, dtype=torch.float64, device=device)
     weight = torch.ones(1, 1, 3, 3, dtype=x.dtype, device=device)
-    mmcv_ops.deform_conv2d(x, offset, weight, 1, 1).sum().backward()
-    grad = offset.grad.view(3, 3, 2, 3, 3)
-    for i, j, row, column in itertools.product(range(3), repeat=4):
-        y, x = row + i - 1, column + j - 1
-        inside = 0 <= y <= 2 and 0 <= x <= 2
-        # The features end behind row 2 and column 2.
-        expected = [-1 if inside and place == 2 else 0 for place in (y, x)]
+    size = conv2d(x, weight, None, stride, padding, dilation).shape[2:]
+    offset = torch.zeros(1, 18, *size, dtype=x.dtype, device=device).requires_grad_()
+    mmcv_ops.deform_conv2d(
+        x, offset, weight, stride, padding, dilation
+    ).sum().backward()
+    grad = offset.grad.view(3, 3, 2, *size)
+    steps = zip(_pair(stride), _pair(padding), _pair(dilation))
+    (stride_y, pad_y, dilation_y), (stride_x, pad_x, dilation_x) = steps
+    for i, j, row, column in itertools.product(range(3), range(3), *map(range, size)):
+        y = row * stride_y - pad_y + i * dilation_y
+        x = column * stride_x - pad_x + j * dilation_x
+        inside = 0 <= y <= 5 and 0 <= x <= 5
+        # The features end behind row 5 and column 5.
+        expected = [-1 if inside and place == 5 else 0 for place in (y, x)]
         assert grad[i, j, :, row, column].tolist() == expected
 
 

@@ -20,9 +20,14 @@ pytestmark = pytest.mark.skipif(
 SHAPES = torch.tensor([(6, 4), (3, 2)])
 
 
+def rand(*shape):
+    # Within torch.device('cuda'), ops would make all of their tensors there, too.
+    return torch.rand(shape, device='cuda')
+
+
 def attention():
-    value, places = torch.rand(1, 30, 2, 8), torch.rand(1, 5, 2, 2, 3, 2)
-    case = (value, SHAPES, SHAPES, places, torch.rand(1, 5, 2, 2, 3))
+    value, places = rand(1, 30, 2, 8), rand(1, 5, 2, 2, 3, 2)
+    case = (value, SHAPES, SHAPES, places, rand(1, 5, 2, 2, 3))
     output = mmcv_ext.ms_deform_attn_forward(*case, 64)
     grads = [torch.zeros_like(case[i]) for i in (0, 3, 4)]
     mmcv_ext.ms_deform_attn_backward(*case, output, *grads, 64)
@@ -30,9 +35,9 @@ def attention():
 
 
 def convolution():
-    x, weight, bias = torch.rand(2, 4, 8, 8), torch.rand(6, 4, 3, 3), torch.rand(6)
-    offset, mask = torch.rand(2, 18, 8, 8), torch.rand(2, 9, 8, 8)
-    output = torch.empty(2, 6, 8, 8)
+    x, weight, bias = rand(2, 4, 8, 8), rand(6, 4, 3, 3), rand(6)
+    offset, mask = rand(2, 18, 8, 8), rand(2, 9, 8, 8)
+    output = rand(2, 6, 8, 8)
     sizes = (3, 3, 1, 1, 1, 1, 1, 1, 1, 1)
     mmcv_ext.deform_conv_forward(x, weight, offset, output, bias, bias, *sizes, 1)
     mmcv_ext.deform_conv_backward_input(
@@ -48,8 +53,8 @@ def convolution():
 
 
 def pooling():
-    features, rois = torch.rand(1, 4, 8, 8), torch.rand(3, 5)
-    output, argmax = torch.empty(3, 4, 2, 2), torch.empty(3, 4, 2, 2, dtype=torch.int)
+    features, rois = rand(1, 4, 8, 8), rand(3, 5)
+    output, argmax = rand(3, 4, 2, 2), rand(3, 4, 2, 2).int()
     sizes = (2, 2, 1.0)
     mmcv_ext.roi_pool_forward(features, rois, output, argmax, *sizes)
     mmcv_ext.roi_pool_backward(output, rois, argmax, features, *sizes)
@@ -59,8 +64,8 @@ def pooling():
 
 
 def losses():
-    logits, target = torch.rand(6, 4), torch.zeros(6, dtype=torch.long)
-    weight, grad, buff = torch.rand(4), torch.empty(6, 4), torch.empty(6)
+    logits, target = rand(6, 4), rand(6).long()
+    weight, grad, buff = rand(4), rand(6, 4), rand(6)
     for kind, loss, more in (('sigmoid', grad, ()), ('softmax', buff, (buff,))):
         forward = getattr(mmcv_ext, f'{kind}_focal_loss_forward')
         backward = getattr(mmcv_ext, f'{kind}_focal_loss_backward')
@@ -70,10 +75,10 @@ def losses():
 
 
 def boxes_and_pixels():
-    boxes, image = torch.rand(5, 4), torch.rand(1, 4, 8, 8)
-    ious, index = torch.empty(5, 5), torch.zeros(7, dtype=torch.long)
+    boxes, image = rand(5, 4), rand(1, 4, 8, 8)
+    ious, index = rand(5, 5), rand(7).long()
     mmcv_ext.bbox_overlaps(boxes, boxes, ious, 0, False, 1)
-    columns = torch.empty(36, 7)
+    columns = rand(36, 7)
     mmcv_ext.masked_im2col_forward(image, index, index, columns, 3, 3, 1, 1)
     mmcv_ext.masked_col2im_forward(columns[:4], index, index, image, 8, 8, 4)
     return ious, columns, image
@@ -84,9 +89,8 @@ OPS = [attention, convolution, pooling, losses, boxes_and_pixels]
 
 @contextlib.contextmanager
 def on_cuda(autocast):
-    with pretended_cuda(), torch.device('cuda'):
-        with torch.autocast('cuda', torch.float16, enabled=autocast):
-            yield
+    with pretended_cuda(), torch.autocast('cuda', torch.float16, enabled=autocast):
+        yield
 
 
 @pytest.mark.parametrize('autocast', [False, True])
