@@ -17,7 +17,9 @@ needs_stand_in = pytest.mark.skipif(
 needs_compiled = pytest.mark.skipif(
     mmcv_ext.is_stand_in(), reason='mmcv is not compiled here'
 )
-DEVICES = ['cpu', 'cuda'] if torch.cuda.is_available() else ['cpu']
+DEVICES = ['cpu']
+if torch.cuda.is_available():
+    DEVICES.append(pytest.param('cuda', marks=pytest.mark.gpu))
 HALF = [torch.float16, torch.bfloat16]
 
 
