@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from mlla_mm.compat.pytorch import without_tf32
 from mlla_mm.models import MLLA
 from mlla_mm.models.layers import MLLABlock
 from mlla_mm.ops import naive
@@ -48,7 +49,8 @@ def device(request):
     device = torch.device(request.param)
     if not fused.is_available(device):
         pytest.skip('needs Triton 3.3 and, on a GPU, compute capability 8.0')
-    return device
+    with without_tf32():
+        yield device
 
 
 @pytest.mark.skipif(INTERPRETED, reason='would start itself')
@@ -884,9 +886,8 @@ def test_not_a_number_is_not_hidden_by_a_block(device):
 
 
 @pytest.mark.slow
-def test_model_with_stochastic_depth(device, monkeypatch):
+def test_model_with_stochastic_depth(device):
     """In training, the blocks multiply by the factors that they draw."""
-    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
     arch = dict(embed_dims=8, depths=(1, 1, 2, 1), num_heads=(1, 2, 2, 2))
     model = MLLA(arch, drop_path_rate=0.6).to(device).train()
     exact = copy.deepcopy(model).double()

@@ -32,6 +32,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ...compat.pytorch import products_use_tf32
 from .. import naive
 from ..rotary import axis_tables
 from ._common import (
@@ -204,7 +205,7 @@ def _plan(
     number, height, width, channels = v.shape
     all_tiles = ceil_div(height * width, _BLOCK)
     tiles = ceil_div(all_tiles, max(1, programs // (num_heads * number)))
-    exact = v.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
+    exact = v.dtype == torch.float32 and not products_use_tf32()
     dims = channels // num_heads
     sizes = dict(
         num_tokens=height * width,
