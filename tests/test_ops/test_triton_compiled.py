@@ -31,11 +31,17 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks.pretended_cuda import backward, pretended_cuda
 from benchmarks.roofline import triton_kernels
+from mlla_mm.ops.triton import _mlla_attention
 
 CUOBJDUMP = Path(nvidia.__file__).parent / 'bin' / 'cuobjdump'
 # KiB of shared memory that a program can have, by ten times the compute capability: see
 # the CUDA C++ programming guide. Others than the A100's and H100's are of RTX cards.
 SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227}
+# Of a thread. The first kernel has a warp that holds 8 numbers of each of ten sums, the
+# others hold matrices, which float32 makes large.
+REGISTERS = dict(
+    _conv_grad_kernel=255, _query_grad_kernel=240, _key_value_grad_kernel=255
+)
 NANO = dict(embed_dims=32, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
 SHAPES = [(128, 3, 224, 224), (2, 3, 800, 1280)]
 
@@ -136,9 +142,7 @@ def check(found, capability, folder):
         print(name, capability, registers, spilled, shared, options)
         assert spilled == 0, launch
         assert shared <= SHARED_MEMORY[capability] * 1024, launch
-        # A thread of this kernel has 8 numbers of each of ten sums. Its programs have
-        # one warp: as many run at once as of two warps with half the registers.
-        assert registers <= (255 if name == '_conv_grad_kernel' else 200), launch
+        assert registers <= REGISTERS.get(name, 200), launch
 
 
 def read_resources(cubin, path):
@@ -174,12 +178,13 @@ def test_one_launch_of_each_kernel(mode, dtype, capability, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize('capability', SHARED_MEMORY, indirect=True)
 @pytest.mark.parametrize('arch', 'tsb')
-@pytest.mark.parametrize(
-    'dtype', [torch.float32, torch.float16, torch.bfloat16], ids=str
-)
+@pytest.mark.parametrize('precision', ['float32', 'tf32', 'float16', 'bfloat16'])
 @pytest.mark.parametrize('mode', ['infer', 'train'])
-def test_all_launches(mode, dtype, arch, capability, tmp_path):
-    """What another size has in common is compiled once."""
+def test_all_launches(mode, precision, arch, capability, tmp_path, monkeypatch):
+    """Of all sizes, and of blocks that are not readable."""
+    uses_tf32 = precision == 'tf32'
+    monkeypatch.setattr(_mlla_attention, 'products_use_tf32', lambda: uses_tf32)
+    dtype = torch.float32 if uses_tf32 else getattr(torch, precision)
     for shape, readable in product(SHAPES, [True, False]):
         found = launches(arch, mode, dtype, shape, readable)
         check(found, capability, tmp_path)

@@ -141,6 +141,9 @@ def linear_attention_grad(
     """
     qk_rows, v_rows, grad_rows = as_rows(qk), as_rows(v), as_rows(grad)
     grid, sizes = _plan(v, num_heads, _PROGRAMS_OF_SUMS)
+    if v.dtype not in naive.HALF:
+        # The registers of fewer threads would not suffice.
+        sizes['num_warps'] = 2 * _NUM_WARPS
     grad_states = _empty_states(v, grid)
     grad_qk = torch.empty(qk.shape, dtype=qk.dtype, device=qk.device)
     grad_v = torch.empty(v.shape, dtype=v.dtype, device=v.device)
