@@ -33,6 +33,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Timer
 
 import mlla_mm
+from mlla_mm.compat.pytorch import convolutions_use_tf32, products_use_tf32
 
 Call = Callable[[], object]
 _Key = TypeVar('_Key', bound=Hashable)
@@ -313,7 +314,8 @@ class Meter:
             if self.is_cuda
             else None,
             triton=triton,
-            float32_matmul_precision=torch.get_float32_matmul_precision(),
+            tf32_products=products_use_tf32() if self.is_cuda else None,
+            tf32_convolutions=convolutions_use_tf32() if self.is_cuda else None,
             mlla_ops=os.environ.get('MLLA_OPS') or 'default',
             mmengine=mmengine.__version__,
             mlla_mm=mlla_mm.__version__,

@@ -15,7 +15,7 @@ import torch
 from mmengine.logging import MMLogger
 from torch import Tensor, nn
 
-from mlla_mm.compat.pytorch import require_compiler
+from mlla_mm.compat.pytorch import require_compiler, without_tf32
 from mlla_mm.engine.compile import compile_backbone
 from mlla_mm.models import fusing
 from mlla_mm.utils.allocator import keep_freed_memory
@@ -244,10 +244,7 @@ def _check_assemblies(models: Mapping[str, nn.Module], images: Tensor) -> None:
         # In evaluation BatchNorm does not keep statistics of the images. Without TF32
         # float32 is exact.
         model.eval()
-        with (
-            torch.no_grad(),
-            torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
-        ):
+        with torch.no_grad(), without_tf32():
             outputs[name] = _as_tuple(model(images))
         model.train(training)
     for name, found in outputs.items():

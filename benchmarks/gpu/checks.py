@@ -10,14 +10,13 @@ can.
 
 import copy
 import os
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import Any, Dict, List, Optional, Tuple, Union
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 ROOT = Path(__file__).parents[2]
@@ -33,6 +33,11 @@ sys.path.insert(0, str(ROOT))  # for tests/, which has the recorded outputs
 import mlla_mm  # noqa: E402
 from benchmarks.meter import CudaGraph, Meter, format_settings  # noqa: E402
 from benchmarks.peak_memory import largest_size, synthetic_batch  # noqa: E402
+from mlla_mm.compat.pytorch import (  # noqa: E402
+    convolutions_use_tf32,
+    products_use_tf32,
+    without_tf32,
+)
 from mlla_mm.models import MLLA  # noqa: E402
 from mlla_mm.ops import triton as fused  # noqa: E402
 
@@ -65,16 +70,12 @@ def ops(name: str) -> AbstractContextManager:
     return mock.patch.dict(os.environ, MLLA_OPS=name)
 
 
-def tf32(allow: bool) -> AbstractContextManager:
-    """Whether convolutions may use TF32, which PyTorch allows by default."""
-    return torch.backends.cudnn.flags(enabled=True, allow_tf32=allow)
-
-
 def precision(name: str) -> AbstractContextManager:
     """The context of one of :data:`PRECISIONS`."""
     if name in HALF:
         return torch.autocast(DEVICE.type, dtype=getattr(torch, name))
-    return tf32(name == TF32)
+    # PyTorch's default: TF32 for convolutions, and not for matrix products.
+    return nullcontext() if name == TF32 else without_tf32()
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
@@ -191,11 +192,11 @@ def grads() -> None:
         for name in variants():
             for kind in ('float32', *HALF):
                 title = f'{label} {name} {kind}'
-                with check(title), tf32(False), ops(name):
+                with check(title), without_tf32(), ops(name):
                     found = _gradients(model, x, kind)
                     report(title, error(found, expected), limits[kind])
             title = f'{label} {name} with_cp'
-            with check(title), tf32(False), ops(name):
+            with check(title), without_tf32(), ops(name):
                 before = _gradients(model, x)
                 for stage in model.layers:
                     stage.with_cp = True
@@ -232,7 +233,7 @@ def shapes() -> None:
         for number, height, width in sizes:
             title = f'shapes {label} {number}x{height}x{width}'
             x = torch.randn(number, 3, height, width, device=DEVICE)
-            with torch.no_grad(), tf32(False):
+            with torch.no_grad(), without_tf32():
                 with ops('naive'):
                     expected = model(x)
                 for name in variants()[1:]:
@@ -242,7 +243,7 @@ def shapes() -> None:
                         if name == 'fused':
                             differ = not all(map(torch.equal, found, again))
                             report(f'{title} {name}, other bits', float(differ), 0)
-    with check('rotations of two devices'), torch.no_grad(), tf32(False):
+    with check('rotations of two devices'), torch.no_grad(), without_tf32():
         model, x = MLLA(NANO).eval(), torch.randn(2, 3, 64, 96)
         first = model(x)
         on_device = copy.deepcopy(model).to(DEVICE)(x.to(DEVICE))
@@ -379,7 +380,7 @@ def _compare_roi_levels(kind: str) -> None:
 
 
 def inout() -> None:
-    """Checkpoints between devices, and PyTorch's new settings of precision."""
+    """Checkpoints between devices, and settings of TF32."""
     from mlla_mm.checkpoints.reader import load_checkpoint_file
 
     with check('checkpoint'), tempfile.TemporaryDirectory() as folder:
@@ -399,23 +400,46 @@ def inout() -> None:
             weight = load_checkpoint_file(path, where)['state_dict']['weight']
             assert weight.device.type == where
             report(f'checkpoint {DEVICE} to {where}', error(weight, layer.weight), 0)
-    # In a process of its own: old and new settings may not be mixed.
-    code = (
-        'import torch, mlla_mm\n'
-        "torch.backends.fp32_precision = 'tf32'\n"
-        'from mlla_mm.models import MLLA\n'
-        f'x = torch.randn(1, 3, 64, 64, device={DEVICE.type!r})\n'
-        f'MLLA({NANO!r}).to({DEVICE.type!r}).eval()(x)\n'
-    )
-    found = subprocess.run(
-        [sys.executable, '-W', 'ignore', '-c', code],
-        cwd=ROOT,
-        env={**os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, sys.path))},
-        capture_output=True,
-        text=True,
-    )
-    note = found.stderr.strip().splitlines()[-1][:150] if found.returncode else ''
-    report("fp32_precision = 'tf32', raises", float(found.returncode != 0), 0, note)
+    _compare_tf32('by default')
+    with without_tf32():
+        _compare_tf32('switched off')
+    if not hasattr(torch.backends, 'fp32_precision'):
+        print('Skipped before PyTorch 2.9: fp32_precision')
+        return
+    model, x = MLLA(NANO).to(DEVICE).eval(), torch.randn(2, 3, 64, 96, device=DEVICE)
+    with torch.no_grad(), without_tf32(), ops('naive'):
+        expected = model(x)
+    before = torch.backends.fp32_precision
+    torch.backends.fp32_precision = 'tf32'  # readers of older flags now raise errors
+    try:
+        _compare_tf32("by fp32_precision = 'tf32'")
+        for name in variants():
+            title = f"fp32_precision = 'tf32' {name}"
+            with check(title), torch.no_grad(), ops(name):
+                report(title, worst(model(x), expected), 1e-2)
+        with check('settings of a benchmark'):
+            METER.describe()
+    finally:
+        torch.backends.fp32_precision = before
+
+
+def _compare_tf32(setting: str) -> None:
+    """What is said of TF32 with what PyTorch computes in it."""
+    if not GPU:
+        return
+    x, w = (torch.randn(256, 256, device=DEVICE) for _ in '12')
+    maps, kernel = x.view(4, 64, 16, 16), w.view(64, 64, 4, 4)
+    cases: List[Tuple[str, bool, Callable, Tuple[Tensor, Tensor]]] = [
+        ('products', products_use_tf32(), torch.matmul, (x, w)),
+        ('convolutions', convolutions_use_tf32(), F.conv2d, (maps, kernel)),
+    ]
+    for kind, says_yes, function, factors in cases:
+        with check(f'TF32 of {kind} {setting}'):
+            x, w = factors
+            found = error(function(x, w), function(x.double(), w.double()))
+            wrong = (found > 1e-5) != says_yes
+            note = f'error {found:.2g}, said: {says_yes}'
+            report(f'TF32 of {kind} {setting}, said wrongly', float(wrong), 0, note)
 
 
 def graphs() -> None:
@@ -424,7 +448,7 @@ def graphs() -> None:
         print('Skipped without a GPU: graphs')
         return
     for name in variants():
-        with check(f'graph {name}'), torch.no_grad(), tf32(False), ops(name):
+        with check(f'graph {name}'), torch.no_grad(), without_tf32(), ops(name):
             model = MLLA(NANO).to(DEVICE).eval()
             x = torch.randn(2, 3, 64, 96, device=DEVICE)
             graph = CudaGraph(partial(model, x))

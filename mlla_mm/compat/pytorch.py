@@ -4,8 +4,10 @@
 Unless noted, the names exist in PyTorch 2.1 to 2.11.
 """
 
-from collections.abc import Sequence
-from typing import Any, Optional
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Optional, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +30,15 @@ EXPORTS_ONNX_THROUGH_EXPORT = _VERSION >= (2, 9)
 
 #: Whether a matrix product on CUDA can have a wider dtype than its factors.
 MM_TAKES_OUT_DTYPE = _VERSION >= (2, 8)
+
+# PyTorch 2.9 gives each kind of operation a precision of its own. The older flags set
+# it, too, but reading them raises an error where they disagree with it.
+_HAS_PRECISIONS = hasattr(torch.backends, 'fp32_precision')
+# Its annotations lack ``conv``.
+_CUDNN: Any = torch.backends.cudnn
+
+# NVIDIA's libraries read it once, when they start.
+_TF32_IS_FORBIDDEN = os.environ.get('NVIDIA_TF32_OVERRIDE') == '0'
 
 if hasattr(torch.compiler, 'is_compiling'):
     is_compiling = torch.compiler.is_compiling
@@ -79,6 +90,60 @@ def linear_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which a linear layer computes x, which autocast may change."""
     device = x.device.type
     return autocast_dtype(device) if is_autocast(device) else x.dtype
+
+
+def products_use_tf32() -> bool:
+    """Whether matrix products of float32 tensors on CUDA are taken in TF32.
+
+    The answer holds for every mixture of ``fp32_precision``, which PyTorch 2.9 has in
+    ``torch.backends``, and older flags. ``TORCH_ALLOW_TF32_CUBLAS_OVERRIDE`` and
+    ``NVIDIA_TF32_OVERRIDE=0`` in the environment count, too.
+    """
+    matmul = torch.backends.cuda.matmul
+    if _HAS_PRECISIONS:
+        return matmul.fp32_precision == 'tf32' and not _TF32_IS_FORBIDDEN
+    return matmul.allow_tf32 and not _TF32_IS_FORBIDDEN
+
+
+def convolutions_use_tf32() -> bool:
+    """Whether convolutions of float32 tensors on CUDA are computed in TF32.
+
+    PyTorch's default is yes. See :func:`products_use_tf32`.
+    """
+    if _HAS_PRECISIONS:
+        return _CUDNN.conv.fp32_precision == 'tf32' and not _TF32_IS_FORBIDDEN
+    return _CUDNN.allow_tf32 and not _TF32_IS_FORBIDDEN
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Compute products and convolutions on CUDA in float32 within the context.
+
+    Afterwards the settings have the values of before. A value that an operation
+    inherited is then its own.
+    """
+    before = _precisions()
+    try:
+        _set_precisions(*(('ieee', 'ieee') if _HAS_PRECISIONS else ('highest', False)))
+        yield
+    finally:
+        _set_precisions(*before)
+
+
+def _precisions() -> Tuple[str, Union[str, bool]]:
+    """The settings for products and for convolutions."""
+    if _HAS_PRECISIONS:
+        return torch.backends.cuda.matmul.fp32_precision, _CUDNN.conv.fp32_precision
+    return torch.get_float32_matmul_precision(), _CUDNN.allow_tf32
+
+
+def _set_precisions(products: str, convolutions: Union[str, bool]) -> None:
+    if _HAS_PRECISIONS:
+        torch.backends.cuda.matmul.fp32_precision = products
+        _CUDNN.conv.fp32_precision = convolutions
+    else:
+        torch.set_float32_matmul_precision(products)
+        _CUDNN.allow_tf32 = convolutions
 
 
 def does_more_when_called(layer: nn.Module) -> bool:

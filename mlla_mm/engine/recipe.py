@@ -7,6 +7,7 @@ from typing import Any, Dict, List
 import torch
 from mmengine.config import Config
 
+from ..compat.pytorch import products_use_tf32
 from .batch_size import accumulated_batches, recipe_batch_size, total_batch_size
 from .ema import recipe_decay
 from .options import hooks_of, kind_of, parts_of, pretrained_of
@@ -57,7 +58,6 @@ def describe_run(cfg: Config, world_size: int) -> Items:
             decay = 1 - hook['momentum']
     is_amp = kind_of(cfg.optim_wrapper) == 'AmpOptimWrapper'
     precision = cfg.optim_wrapper.get('dtype') or 'float16'
-    allows_tf32 = torch.backends.cuda.matmul.allow_tf32
     weights = [x['checkpoint'] for y in parts_of(cfg.model) for x in pretrained_of(y)]
     return {
         'processes': world_size,
@@ -68,7 +68,7 @@ def describe_run(cfg: Config, world_size: int) -> Items:
         'learning rate': cfg.optim_wrapper.get('optimizer', {}).get('lr'),
         'EMA decay': decay,
         'mixed precision': precision if is_amp else 'float32',
-        'TF32': allows_tf32 if torch.cuda.is_available() else None,
+        'TF32': products_use_tf32() if torch.cuda.is_available() else None,
         'pretrained weights': sorted(weights) or None,
         'start from': cfg.get('load_from'),
     }

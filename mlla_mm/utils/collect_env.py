@@ -31,6 +31,7 @@ _LIBRARIES = {
     'NumPy': 'numpy',
     'OpenCV': 'cv2',
 }
+_TF32_ENV = ('NVIDIA_TF32_OVERRIDE', 'TORCH_ALLOW_TF32_CUBLAS_OVERRIDE')
 
 
 def main() -> int:
@@ -140,10 +141,21 @@ def _device_rows() -> Dict[str, str]:
             f'{device.name}, capability {device.major}.{device.minor}, '
             f'{device.total_memory / 2**30:.0f} GiB'
         )
+    rows['TF32'] = _tf32_row()
     rows['cuDNN'] = str(torch.backends.cudnn.version())
     if torch.distributed.is_available() and torch.distributed.is_nccl_available():
         rows['NCCL'] = '.'.join(map(str, torch.cuda.nccl.version()))
     return rows
+
+
+def _tf32_row() -> str:
+    """What float32 is computed in on the GPUs, and the variables that decide it."""
+    from ..compat.pytorch import convolutions_use_tf32, products_use_tf32
+
+    used = {'products': products_use_tf32(), 'convolutions': convolutions_use_tf32()}
+    texts = [f'{kind} {"yes" if uses else "no"}' for kind, uses in used.items()]
+    texts += [f'{name}={os.environ[name]}' for name in _TF32_ENV if name in os.environ]
+    return ', '.join(texts)
 
 
 def _compiler_rows() -> Dict[str, str]:

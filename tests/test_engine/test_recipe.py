@@ -2,9 +2,12 @@
 from pathlib import Path
 
 import pytest
+import torch
 from mmengine.config import Config
 from mmengine.optim import AmpOptimWrapper
 
+from mlla_mm.compat import pytorch
+from mlla_mm.compat.pytorch import without_tf32
 from mlla_mm.engine.batch_size import settle
 from mlla_mm.engine.recipe import (
     compare,
@@ -87,6 +90,20 @@ def test_deviations():
     assert [line.split()[0] for line in lines if line.endswith('<- differs')] == [
         'processes', 'total', 'length', 'learning', 'EMA', 'mixed',
     ]  # fmt: skip
+
+
+def test_tf32_under_either_setting(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(pytorch, '_TF32_IS_FORBIDDEN', False)
+    cfg = read('detection/mask-rcnn_mlla-t_fpn_1x_coco')
+    recipe = describe_recipe(cfg)
+    with without_tf32():
+        assert deviations(compare(recipe, describe_run(cfg, 8))) == ['TF32']
+        if hasattr(torch.backends, 'fp32_precision'):
+            torch.backends.cuda.matmul.fp32_precision = 'tf32'
+        else:
+            torch.backends.cuda.matmul.allow_tf32 = True
+        assert deviations(compare(recipe, describe_run(cfg, 8))) == []
 
 
 def test_a_config_that_does_not_state_its_batch_size():

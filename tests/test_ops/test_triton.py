@@ -7,9 +7,7 @@ again in a process of its own. The shapes are small because the interpreter is s
 """
 
 import copy
-import importlib
 import os
-import pkgutil
 import sys
 from functools import partial
 from itertools import product
@@ -22,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from mlla_mm.compat.pytorch import without_tf32
 from mlla_mm.models import MLLA
 from mlla_mm.models.layers import MLLABlock
 from mlla_mm.ops import naive
@@ -48,7 +47,8 @@ def device(request):
     device = torch.device(request.param)
     if not fused.is_available(device):
         pytest.skip('needs Triton 3.3 and, on a GPU, compute capability 8.0')
-    return device
+    with without_tf32():
+        yield device
 
 
 @pytest.mark.skipif(INTERPRETED, reason='would start itself')
@@ -81,118 +81,6 @@ def test_importing_the_package_does_not_import_triton(run_tool):
         '-c',
         'import sys, mlla_mm, mlla_mm.ops.triton; assert "triton" not in sys.modules',
     )
-
-
-# The dtype of autocast, and the dtype of the map.
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason='the interpreter does not compile')
-@pytest.mark.parametrize(
-    'computed, given',
-    [
-        (FLOAT32, FLOAT32),
-        (torch.float16, FLOAT32),
-        (torch.bfloat16, FLOAT32),
-        (torch.bfloat16, torch.bfloat16),
-    ],
-)
-def test_compile_for_hopper(computed, given, tmp_path, monkeypatch):
-    """The compiler accepts every kernel. It needs no GPU."""
-    if not fused._has_triton():
-        pytest.skip('needs Triton 3.3')
-    from triton import JITFunction
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import compile
-
-    monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path))
-    launches, modules = [], _modules()
-    monkeypatch.setattr(
-        JITFunction,
-        'run',
-        lambda kernel, *args, grid, warmup, **options: launches.append(
-            (kernel, args, options)
-        ),
-    )
-    for name in ('_linear', '_mlla_attention'):
-        monkeypatch.setattr(modules[name], 'operand_dtype', _operand_dtype_on_a_gpu)
-    with torch.autocast('cpu', computed, enabled=computed != given):
-        _launch_every_kernel(given)
-
-    target, compiled, seen = GPUTarget('cuda', 90, 32), set(), set()
-    for kernel, args, options in launches:
-        source, options = _source(kernel, args, options)
-        key = source.hash(), *options.values()
-        if key not in seen:
-            assert compile(source, target=target, options=options).asm['cubin']
-        seen.add(key)
-        compiled.add(kernel)
-    kernels = {
-        value
-        for module in modules.values()
-        for name, value in vars(module).items()
-        if name.endswith('_kernel')
-    }
-    if computed == FLOAT32:
-        kernels.remove(modules['_linear']._linear_kernel)  # for half precision alone
-    assert compiled == kernels and len(kernels) >= 11
-
-
-def _modules():
-    """The modules with kernels, by name."""
-    names = [module.name for module in pkgutil.iter_modules(fused.__path__)]
-    return {n: importlib.import_module(f'{fused.__name__}.{n}') for n in names}
-
-
-def _operand_dtype_on_a_gpu(x):
-    import triton.language as tl
-
-    return tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float32
-
-
-def _launch_every_kernel(dtype):
-    """In every way in which the ops launch them. Nothing is computed."""
-    for channels, heads in ((64, 2), (96, 3)):
-        block = MLLABlock(channels, heads)
-        x = torch.zeros(2, 7, 9, channels, dtype=dtype).requires_grad_()
-        for scales in ((None, None), (torch.ones(2), torch.ones(2))):
-            apply_block(block, x, scales).sum().backward()
-            with torch.no_grad():
-                apply_block(block, x, scales)
-    inputs = [t.to(dtype).requires_grad_() for t in attention_inputs((2, 7, 9, 64))]
-    fused.mlla_attention(*inputs, 2).sum().backward()
-    v, weight, bias = inputs[1], *inputs[3:]
-    for act in (False, True):
-        for residual in (False, True):
-            fused.depthwise_conv(v, weight, bias, residual, act).sum().backward()
-        fused.batch_norm(v.detach().permute(0, 3, 1, 2), *[bias.detach()] * 4, 0, act)
-    fused.layer_norm(v, bias, bias, 0).sum().backward()
-    fused.linear_relu(v, inputs[0][0, 0, :, :64], bias[:9]).sum().backward()
-
-
-def _source(kernel, args, options):
-    """The input of the compiler for a launch, and its numbers of warps and stages."""
-    from triton.compiler import ASTSource
-
-    values = {**dict(zip(kernel.arg_names, args)), **options}
-    options = {k: values.pop(k) for k in options if k not in kernel.arg_names}
-    signature, constants, attributes = {}, {}, {}
-    for i, parameter in enumerate(kernel.params):
-        value = values.pop(parameter.name)
-        if isinstance(value, torch.Tensor):
-            kind = str(value.dtype).replace('torch.', '')
-            signature[parameter.name] = f'*{_TRITON_TYPES[kind]}'
-            attributes[(i,)] = [['tt.divisibility', 16]]
-        elif parameter.is_constexpr or value is None:
-            signature[parameter.name] = 'constexpr'
-            constants[parameter.name] = value
-        else:
-            signature[parameter.name] = 'i32' if isinstance(value, int) else 'fp32'
-            if not parameter.do_not_specialize and value % 16 == 0:
-                attributes[(i,)] = [['tt.divisibility', 16]]
-    assert not values
-    return ASTSource(kernel, signature, constants, attributes), options
-
-
-_TRITON_TYPES = dict(float32='fp32', float16='fp16', bfloat16='bf16')
 
 
 @pytest.mark.skipif(INTERPRETED, reason='for the ordinary CPU')
@@ -884,9 +772,8 @@ def test_not_a_number_is_not_hidden_by_a_block(device):
 
 
 @pytest.mark.slow
-def test_model_with_stochastic_depth(device, monkeypatch):
+def test_model_with_stochastic_depth(device):
     """In training, the blocks multiply by the factors that they draw."""
-    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
     arch = dict(embed_dims=8, depths=(1, 1, 2, 1), num_heads=(1, 2, 2, 2))
     model = MLLA(arch, drop_path_rate=0.6).to(device).train()
     exact = copy.deepcopy(model).double()

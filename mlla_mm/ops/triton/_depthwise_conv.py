@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .. import naive
 from ._common import (
     SIZES,
     as_rows,
@@ -45,6 +46,8 @@ _LAYER, _SILU_GRAD, _GATE, _GATE_GRAD = 0, 1, 2, 3
 # holds ten sums for each number, so it takes fewer threads: there is less to add up.
 _STRIP = dict(channels=64, numbers=4)
 _STRIP_OF_SUMS = dict(channels=32, numbers=8)
+# With 8 numbers of float32 the registers would not suffice.
+_STRIP_OF_FLOAT32_SUMS = dict(channels=32, numbers=4)
 
 
 class DepthwiseConv(torch.autograd.Function):
@@ -198,7 +201,9 @@ def conv_grad(
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows, grads = as_rows(x), as_rows(grad_z)
     others = grads if added is None else as_rows(added)
-    grid, sizes = plan_strips(x.shape, **_STRIP_OF_SUMS)
+    is_half = x.dtype in naive.HALF
+    strip = _STRIP_OF_SUMS if is_half else _STRIP_OF_FLOAT32_SUMS
+    grid, sizes = plan_strips(x.shape, **strip)
     # A row for each program and image, with ten sums for every channel.
     sums = x.new_empty((grid[1] * grid[2], 10, x.shape[-1]), dtype=torch.float32)
     with torch.cuda.device_of(x):

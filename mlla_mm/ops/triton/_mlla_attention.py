@@ -32,6 +32,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ...compat.pytorch import products_use_tf32
 from .. import naive
 from ..rotary import axis_tables
 from ._common import (
@@ -140,6 +141,9 @@ def linear_attention_grad(
     """
     qk_rows, v_rows, grad_rows = as_rows(qk), as_rows(v), as_rows(grad)
     grid, sizes = _plan(v, num_heads, _PROGRAMS_OF_SUMS)
+    if v.dtype not in naive.HALF:
+        # The registers of fewer threads would not suffice.
+        sizes['num_warps'] = 2 * _NUM_WARPS
     grad_states = _empty_states(v, grid)
     grad_qk = torch.empty(qk.shape, dtype=qk.dtype, device=qk.device)
     grad_v = torch.empty(v.shape, dtype=v.dtype, device=v.device)
@@ -204,7 +208,7 @@ def _plan(
     number, height, width, channels = v.shape
     all_tiles = ceil_div(height * width, _BLOCK)
     tiles = ceil_div(all_tiles, max(1, programs // (num_heads * number)))
-    exact = v.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
+    exact = v.dtype == torch.float32 and not products_use_tf32()
     dims = channels // num_heads
     sizes = dict(
         num_tokens=height * width,
