@@ -9,6 +9,7 @@ from mmengine.logging import MMLogger
 from mmengine.visualization import Visualizer
 
 import mlla_mm  # noqa: F401  (before anything imports mmcv.ops)
+from mlla_mm.compat.pytorch import without_tf32
 
 from .durations import Durations
 
@@ -24,6 +25,16 @@ def pytest_collection_finish():
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def exact_on_a_gpu(request):
+    """What is compared on a GPU is computed in float32, without TF32."""
+    if request.node.get_closest_marker('gpu') is None:
+        yield
+        return
+    with without_tf32():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -3,9 +3,8 @@
 
 Usage: python benchmarks/gpu/checks.py [env golden grads shapes models inout graphs]
 
-Each check prints PASS or FAIL, and a number. KNOWN is a failure of another package. The
-exit status is 1 if a check failed. Without a GPU the checks run on the CPU where they
-can.
+Each check prints PASS or FAIL, and a number. The exit status is 1 if a check failed.
+Without a GPU the checks run on the CPU where they can.
 """
 
 import copy
@@ -88,9 +87,7 @@ def worst(actual: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
     return max(map(error, actual, expected))
 
 
-def report(
-    name: str, value: float, limit: float, note: str = '', known: str = ''
-) -> None:
+def report(name: str, value: float, limit: float, note: str = '') -> None:
     """Print a line of a check, which passes if the value is at most the limit.
 
     Args:
@@ -98,14 +95,11 @@ def report(
         value (float): What was found; NaN fails.
         limit (float): The largest value that passes.
         note (str): Text to append. Defaults to ''.
-        known (str): Why a failure comes from another package. Defaults to ''.
     """
     good = value <= limit
-    verdict = 'PASS' if good else 'KNOWN' if known else 'FAIL'
-    notes = '; '.join(filter(None, (note, '' if good else known)))
-    line = f'{verdict} {name}: {value:.3g} (limit {limit:g}) {notes}'
+    line = f'{"PASS" if good else "FAIL"} {name}: {value:.3g} (limit {limit:g}) {note}'
     print(line.rstrip(), flush=True)  # time may run out before the end
-    if verdict == 'FAIL':
+    if not good:
         failed.append(name)
 
 

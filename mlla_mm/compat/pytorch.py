@@ -87,7 +87,7 @@ def autocast_dtype(device_type: str) -> torch.dtype:
 
 
 def linear_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which a linear layer computes x, which autocast may change."""
+    """The dtype of a linear layer or a convolution of x, which autocast may change."""
     device = x.device.type
     return autocast_dtype(device) if is_autocast(device) else x.dtype
 

@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mlla_mm.compat.pytorch import without_tf32
 from mlla_mm.models import MLLA
 from mlla_mm.models.layers import MLLABlock
 from mlla_mm.ops import naive
@@ -47,8 +46,7 @@ def device(request):
     device = torch.device(request.param)
     if not fused.is_available(device):
         pytest.skip('needs Triton 3.3 and, on a GPU, compute capability 8.0')
-    with without_tf32():
-        yield device
+    return device
 
 
 @pytest.mark.skipif(INTERPRETED, reason='would start itself')
@@ -273,6 +271,22 @@ def test_finite_where_a_half_precision_normaliser_underflows(device):
         y = fused.mlla_attention(*inputs, 1)
         (grad_gate,) = torch.autograd.grad(y.float().sum(), inputs[2])
         assert y.isfinite().all() and grad_gate.isfinite().all()
+
+
+def test_gradients_through_a_small_normaliser(device):
+    """As in test_eager.py: logits near -8, and a loss scale."""
+    inputs = [x.detach() for x in attention_inputs((1, 5, 7, 16), device=device)]
+    inputs[0] -= 8
+    rounded = [x.half().requires_grad_() for x in inputs]
+    exact = in_float64(rounded)
+
+    def loss(ops, inputs):
+        return ops.mlla_attention(*inputs, 2).double().sum() * 1024
+
+    actual = torch.autograd.grad(loss(fused, rounded), rounded[:3])
+    expected = torch.autograd.grad(loss(naive, exact), exact[:3])
+    for one, other in zip(actual, expected):
+        assert (one - other).norm() <= 1e-2 * other.norm()
 
 
 @pytest.mark.parametrize('which', [0, 1, 2])

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ...compat.pytorch import copy_all
-from ._common import computed_dtype
+from ...compat.pytorch import copy_all, linear_dtype
 from ._depthwise_conv import (
     conv,
     conv_grad,
@@ -125,7 +124,7 @@ def forward(
         tuple: The output, the tensors that the backward pass needs if ``keep`` says so,
         and the parameters of the matrix products.
     """
-    dtype = computed_dtype(x)
+    dtype = linear_dtype(x)
     products = _cast(w, dtype)
     channels = x.shape[-1]
     # The factors of each product have one dtype, so autocast casts nothing.

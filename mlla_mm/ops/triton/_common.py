@@ -108,14 +108,6 @@ def as_rows(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def computed_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of a convolution or a linear layer of x, which autocast may change."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return x.dtype
-
-
 def operand_dtype(x: Tensor) -> tl.dtype:
     """The dtype of the factors of a matrix product, for a map.
 

@@ -25,11 +25,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ...compat.pytorch import linear_dtype
 from .. import naive
 from ._common import (
     SIZES,
     as_rows,
-    computed_dtype,
     load_float,
     load_row,
     load_taps,
@@ -83,7 +83,7 @@ def conv(
     x: Tensor, weight: Tensor, bias: Tensor, residual: bool = False, act: bool = False
 ) -> Tensor:
     """``[x +] [SiLU](z)``, in the same dtype as the definition under autocast."""
-    dtype = computed_dtype(x)
+    dtype = linear_dtype(x)
     dtype = torch.promote_types(x.dtype, dtype) if residual else dtype
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     _run(_LAYER, x, weight, bias, outputs=(y,), residual=residual, act=act)

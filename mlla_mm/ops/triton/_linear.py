@@ -26,13 +26,12 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ...compat.pytorch import MM_TAKES_OUT_DTYPE
+from ...compat.pytorch import MM_TAKES_OUT_DTYPE, linear_dtype
 from .. import naive
 from ._common import (
     SIZES,
     block_size,
     ceil_div,
-    computed_dtype,
     exp,
     operand_dtype,
     reciprocal,
@@ -138,7 +137,7 @@ class LinearReLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        dtype = computed_dtype(x)
+        dtype = linear_dtype(x)
         with torch.autocast(x.device.type, enabled=False):
             x, matrix = x.to(dtype), weight.to(dtype).contiguous()
             rows = x.reshape(-1, x.shape[-1]).contiguous()
