@@ -18,13 +18,16 @@ from types import ModuleType
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 from unittest import mock
 
+import mmengine
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.function import BackwardCFunction
-from torch.utils._pytree import tree_leaves
+from torch.utils._mode_utils import no_dispatch
+from torch.utils._pytree import tree_flatten
 
 from mlla_mm.ops import rotary, triton
 
@@ -38,6 +41,7 @@ _Received = Dict[Any, Dict[int, Tensor]]
 # Called with the name of a Triton kernel and its arguments by name.
 _OnLaunch = Callable[[str, Dict[str, Any]], None]
 
+_CONVOLUTIONS = (_aten.convolution.default, _aten.convolution_backward.default)
 _COPIES = (_aten._to_copy.default, _aten.copy_.default)
 _INDEX_PUT = (_aten.index_put.default, _aten.index_put_.default)
 _DATA_DEPENDENT = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
@@ -66,10 +70,10 @@ def pretended_cuda(
 ) -> Iterator['PretendedCUDA']:
     """Make tensors of device 'cuda' without a GPU.
 
-    Within the context all new tensors are pretended, and real ones can be used, such as
-    the weights of a model that is moved to the device. Triton's kernels compute
-    nothing. ``Tensor.backward`` is :func:`backward`. PyTorch and MMEngine say that
-    there is a GPU.
+    Within the context all new tensors are pretended. Real ones can be used: a model is
+    built before and moved to the device, or built within ``torch.device('cuda')``.
+    Triton's kernels compute nothing. ``Tensor.backward`` is :func:`backward`. PyTorch
+    and MMEngine say that there is a GPU.
 
     Args:
         on_launch (Callable): Gets the name of each Triton kernel that is launched, and
@@ -88,20 +92,18 @@ def pretended_cuda(
         )
     device = PretendedCUDA()
     with contextlib.ExitStack() as stack:
-        for target, new in _replacements(device).items():
-            stack.enter_context(mock.patch(target, new))
-        stack.enter_context(mock.patch.object(FakeTensor, 'tolist', _tolist))
-        for module, name, kernel in triton_kernels():
-            pretended = _PretendedKernel(kernel, name, on_launch)
-            stack.enter_context(mock.patch.object(module, name, pretended))
+        for owner, names in _replacements(device, on_launch):
+            stack.enter_context(mock.patch.multiple(owner, **names))
         # Tables of pretended tensors must not meet real ones.
         for cache in (rotary._TABLES, rotary._ROTATIONS):
             stack.enter_context(mock.patch.dict(cache, clear=True))
         yield stack.enter_context(device)
 
 
-def _replacements(device: 'PretendedCUDA') -> Dict[str, Any]:
-    """What stands in for functions that look for a GPU, or for numbers."""
+def _replacements(
+    device: 'PretendedCUDA', on_launch: _OnLaunch
+) -> Iterator[Tuple[Any, Dict[str, Any]]]:
+    """What stands in for what looks for a GPU, or for numbers: by owner and name."""
 
     def answer(value: object) -> Callable[..., object]:
         return lambda *args, **kwargs: value
@@ -109,30 +111,33 @@ def _replacements(device: 'PretendedCUDA') -> Dict[str, Any]:
     def synchronize(of: object = None) -> None:
         device.note_wait('synchronize')
 
-    # Optimisers and the clipping of gradients take many tensors at once only if they
-    # know the type of the tensors.
+    yield (
+        torch.cuda,
+        dict(
+            is_available=answer(True),
+            device_count=answer(1),
+            current_device=answer(0),
+            device_of=answer(contextlib.nullcontext()),
+            is_bf16_supported=answer(True),
+            is_current_stream_capturing=answer(False),
+            manual_seed_all=answer(None),
+            max_memory_allocated=answer(0),
+            reset_peak_memory_stats=answer(None),
+            synchronize=synchronize,
+        ),
+    )
+    yield torch.cuda.amp.common, dict(amp_definitely_not_available=answer(False))
+    yield fake_tensor, dict(init_gpu_context=answer(None))
+    yield mmengine.device.utils, dict(DEVICE='cuda')
+    # These take many tensors at once only if they know the type of the tensors.
     known = [Tensor, nn.Parameter, FakeTensor]
-    return {
-        'torch.cuda.is_available': answer(True),
-        'torch.cuda.device_count': answer(1),
-        'torch.cuda.current_device': answer(0),
-        'torch.cuda.device_of': answer(contextlib.nullcontext()),
-        'torch.cuda.is_bf16_supported': answer(True),
-        'torch.cuda.is_current_stream_capturing': answer(False),
-        'torch.cuda.manual_seed_all': answer(None),
-        'torch.cuda.max_memory_allocated': answer(0),
-        'torch.cuda.reset_peak_memory_stats': answer(None),
-        'torch.cuda.synchronize': synchronize,
-        'torch.cuda.amp.common.amp_definitely_not_available': answer(False),
-        'torch._subclasses.fake_tensor.init_gpu_context': answer(None),
-        'torch.optim.optimizer._foreach_supported_types': known,
-        'torch.utils._foreach_utils._foreach_supported_types': known,
-        'torch.Tensor.backward': _tensor_backward,
-        'torch.Tensor.numpy': _numpy,
-        'torch.Tensor.__deepcopy__': _deepcopy,
-        'mmengine.device.utils.DEVICE': 'cuda',
-        'mlla_mm.ops.triton.is_available': _has_kernels,
-    }
+    for name in ('torch.optim.optimizer', 'torch.utils._foreach_utils'):
+        yield importlib.import_module(name), dict(_foreach_supported_types=known)
+    yield Tensor, dict(backward=_backward, numpy=_numpy, __deepcopy__=_deepcopy)
+    yield FakeTensor, dict(tolist=_tolist)
+    yield triton, dict(is_available=_has_kernels)
+    for module, name, kernel in triton_kernels():
+        yield module, {name: _PretendedKernel(kernel, name, on_launch)}
 
 
 class PretendedCUDA(FakeTensorMode):
@@ -140,8 +145,8 @@ class PretendedCUDA(FakeTensorMode):
 
     Of a number that depends on the numbers of tensors, an integer is 1, a
     floating-point number 0.0 and a bool True. A mask holds for half of the entries, and
-    NMS keeps half of the boxes. Numbers that the host has written into a tensor on the
-    CPU are known.
+    NMS keeps half of the boxes. A single number on the CPU that was never elsewhere is
+    known.
 
     Convolutions keep the layout that cuDNN keeps. FakeTensorMode asks PyTorch for the
     layout, which without a GPU answers for convolutions without cuDNN.
@@ -184,13 +189,15 @@ class PretendedCUDA(FakeTensorMode):
         self, func: Any, types: Any, args: Sequence = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in _CONVOLUTIONS or func.overloadpacket.__name__.startswith('_foreach'):
+            _require_one_device(func, args)
         # Operators call others, whose waits are their own.
         operator = None if self._depth else _name_wait(func, args, kwargs)
         if operator is not None:
             self.note_wait(operator)
         self._depth += 1
         try:
-            out: Any = _make_up(func, args)
+            out: Any = _make_up(self, func, args)
             if out is NotImplemented:
                 out = super().dispatch(func, types, args, kwargs)
         finally:
@@ -205,6 +212,15 @@ class PretendedCUDA(FakeTensorMode):
         if kwargs.get('pin_memory'):
             out.has_pinned_memory = True
         return out
+
+
+def _require_one_device(func: Any, args: Sequence) -> None:
+    """Raise what FakeTensorMode forgets for some operators."""
+    leaves = tree_flatten(args)[0]
+    # A tensor of one number may be on the CPU.
+    devices = {str(x.device) for x in leaves if isinstance(x, Tensor) and x.dim()}
+    if len(devices) > 1:
+        raise RuntimeError(f'{func} got tensors on {", ".join(sorted(devices))}.')
 
 
 def _is_inner(module: str) -> bool:
@@ -284,18 +300,25 @@ def _is_mask(index: Optional[Tensor]) -> bool:
 # What is made up.
 
 
-def _make_up(func: Any, args: Sequence) -> Any:
+def _make_up(device: PretendedCUDA, func: Any, args: Sequence) -> Any:
     """The result of an operator that depends on numbers, or NotImplemented."""
     x = args[0] if args else None
     make_up = _MADE_UP.get(func.overloadpacket.__name__)
-    # A constant is a tensor whose numbers are known.
-    if make_up is None or not isinstance(x, FakeTensor) or x.constant is not None:
+    if make_up is None or not isinstance(x, Tensor):
         return NotImplemented
-    return make_up(*args)
+    if not isinstance(x, FakeTensor):
+        if make_up is _item:
+            with no_dispatch():
+                return x.item()
+        x = device.from_tensor(x)
+    # A constant is a tensor whose numbers are known.
+    return NotImplemented if x.constant is not None else make_up(x, *args[1:])
 
 
-def _item(x: FakeTensor) -> Any:
-    return _numbers(x).item()
+def _item(x: Tensor) -> Any:
+    if x.dtype == torch.bool:
+        return True
+    return 0.0 if x.dtype.is_floating_point else 1
 
 
 def _nonzero(x: Tensor) -> Tensor:
@@ -326,7 +349,7 @@ def _index(x: Tensor, indices: Sequence[Optional[Tensor]]) -> Any:
 def _nms(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
     if boxes.device != scores.device:
         raise RuntimeError(
-            f'nms got boxes on {boxes.device}, but scores on {scores.device}.'
+            f'nms got boxes on {boxes.device} and scores on {scores.device}.'
         )
     return boxes.new_empty(_half(scores), dtype=torch.long)
 
@@ -357,21 +380,15 @@ def _half(x: Tensor) -> int:
     return -(-x.numel() // 2)
 
 
-def _numbers(x: FakeTensor) -> np.ndarray:
-    """The numbers of a tensor on the CPU, or what is made up for them."""
-    if x.constant is not None:
-        return x.constant.numpy()
-    number = 0 if x.dtype.is_floating_point else 1
-    return np.full(tuple(x.shape), number, str(x.dtype).split('.')[-1])
-
-
 def _numpy(self: Tensor, *args: Any, **kwargs: Any) -> np.ndarray:
     """``Tensor.numpy``."""
-    if not isinstance(self, FakeTensor):
-        return _real_numpy(self, *args, **kwargs)
+    known = self.constant if isinstance(self, FakeTensor) else self
+    if known is not None:
+        with no_dispatch():
+            return _real_numpy(known, *args, **kwargs)
     if self.device.type != 'cpu':
         raise TypeError(f"can't convert {self.device} device type tensor to numpy.")
-    return _numbers(self)
+    return np.full(tuple(self.shape), _item(self), str(self.dtype).split('.')[-1])
 
 
 def _tolist(self: Tensor) -> Any:
@@ -408,10 +425,10 @@ class _PretendedKernel:
 
     def _launch(self, *args: Any, **kwargs: Any) -> None:
         given = dict(zip(self._names, args), **kwargs)
-        devices = {x.device for x in tree_leaves(given) if isinstance(x, Tensor)}
-        if any(device.type != 'cuda' for device in devices):
-            names = ', '.join(sorted(map(str, devices)))
-            raise RuntimeError(f'{self._name} is given tensors on {names}.')
+        tensors = [x for x in tree_flatten(given)[0] if isinstance(x, Tensor)]
+        if not all(x.is_cuda for x in tensors):
+            devices = ', '.join(sorted({str(x.device) for x in tensors}))
+            raise RuntimeError(f'{self._name} got tensors on {devices}.')
         self._on_launch(self._name, given)
 
 
@@ -434,7 +451,7 @@ def _has_kernels(device: torch.device) -> bool:
 # The backward pass.
 
 
-def _tensor_backward(
+def _backward(
     self: Tensor,
     gradient: Optional[Tensor] = None,
     retain_graph: Optional[bool] = None,

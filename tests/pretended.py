@@ -7,12 +7,17 @@ import pytest
 import torch
 
 from benchmarks.pretended_cuda import AVAILABLE
+from mlla_mm.ops import triton
 
 #: Marks of a test, or of a module of tests.
 needs_pretended_cuda = pytest.mark.skipif(
     not AVAILABLE,
     reason='pretending a GPU needs PyTorch 2.4, whose copies ask no driver',
 )
+needs_triton = pytest.mark.skipif(not triton._has_triton(), reason='needs Triton 3.3')
+
+#: Values of MLLA_OPS on the device.
+OPS = ['naive', 'eager', pytest.param('fused', marks=needs_triton)]
 
 
 def autocast(dtype):
@@ -20,3 +25,11 @@ def autocast(dtype):
     if dtype is None:
         return contextlib.nullcontext()
     return torch.autocast('cuda', getattr(torch, dtype))
+
+
+def describe(tensors):
+    """Shapes, dtypes and strides. The stride of an axis of length 1 means nothing."""
+    return [
+        (x.shape, x.dtype, [s for n, s in zip(x.shape, x.stride()) if n > 1])
+        for x in tensors
+    ]
