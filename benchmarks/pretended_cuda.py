@@ -341,8 +341,10 @@ def _index(x: Tensor, indices: Sequence[Optional[Tensor]]) -> Any:
         return NotImplemented
     chosen: List[Optional[Tensor]] = []
     for index in indices:
-        # A mask stands for one index into each of its axes.
-        chosen += _nonzero(index).unbind(1) if _is_mask(index) else [index]
+        if index is None or not _is_mask(index):
+            chosen.append(index)
+        else:  # a mask stands for one index into each of its axes
+            chosen += _nonzero(index).unbind(1)
     return _aten.index.Tensor(x, chosen)
 
 

@@ -268,9 +268,7 @@ def test_numbers_of_real_tensors_are_known():
     with pretended_cuda() as device:
         assert number.item() == 3
         assert row.tolist() == row.numpy().tolist() == [0, 3]
-        # Results are made up.
-        assert (number + 1).item() == 0
-        assert row.nonzero().shape == (1, 1)
+        assert row.nonzero().shape == (1, 1)  # made up
         assert device.waits == []
 
 
