@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_flatten
 
 from mlla_mm.ops import rotary, triton
 
-#: Whether PyTorch can pretend. Older ones than 2.4 ask the driver when they copy.
+#: Whether PyTorch can pretend. Old ones ask the driver when they copy to the device.
 AVAILABLE = hasattr(torch._C, '_ensureCUDADeviceGuardSet')
 
 _aten = torch.ops.aten
@@ -45,6 +45,8 @@ _CONVOLUTIONS = (_aten.convolution.default, _aten.convolution_backward.default)
 _COPIES = (_aten._to_copy.default, _aten.copy_.default)
 _INDEX_PUT = (_aten.index_put.default, _aten.index_put_.default)
 _DATA_DEPENDENT = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+# So often a line that does nothing but ask for a bool is told True.
+_PATIENCE = 20
 _backward_numbers = itertools.count()
 
 
@@ -83,12 +85,13 @@ def pretended_cuda(
         PretendedCUDA: The device.
 
     Raises:
-        RuntimeError: If PyTorch is older than 2.4. Within the context, if an operator
-            or a kernel gets tensors of different devices.
+        RuntimeError: If PyTorch is too old. Within the context, if an operator or a
+            kernel gets tensors of different devices.
     """
     if not AVAILABLE:
         raise RuntimeError(
-            f'Pretending a GPU needs PyTorch 2.4, and this is {torch.__version__}.'
+            'Pretending a GPU needs torch._C._ensureCUDADeviceGuardSet, which PyTorch '
+            f'2.11 has and {torch.__version__} lacks.'
         )
     device = PretendedCUDA()
     with contextlib.ExitStack() as stack:
@@ -144,9 +147,10 @@ class PretendedCUDA(FakeTensorMode):
     """FakeTensorMode that makes up numbers and lists who waits for them.
 
     Of a number that depends on the numbers of tensors, an integer is 1, a
-    floating-point number 0.0 and a bool True. A mask holds for half of the entries, and
-    NMS keeps half of the boxes. A single number on the CPU that was never elsewhere is
-    known.
+    floating-point number 0.0 and a bool True. A line that asks for a bool again and
+    again gets False at last, so that its loop ends. A mask holds for half of the
+    entries, and NMS keeps half of the boxes. A single number on the CPU that was never
+    elsewhere is known.
 
     Convolutions keep the layout that cuDNN keeps. FakeTensorMode asks PyTorch for the
     layout, which without a GPU answers for convolutions without cuDNN.
@@ -161,6 +165,7 @@ class PretendedCUDA(FakeTensorMode):
         super().__init__(allow_non_fake_inputs=True)
         self.waits: List[Wait] = []
         self._depth = 0
+        self._asked, self._times = '', 0
 
     @property
     def avoid_device_init(self) -> bool:
@@ -172,18 +177,18 @@ class PretendedCUDA(FakeTensorMode):
 
     def note_wait(self, operator: str) -> None:
         """List a wait of the function that calls an operator."""
-        frames = [
-            (frame, line)
-            for frame, line in traceback.walk_stack(None)
-            if not _is_inner(frame.f_globals.get('__name__', ''))
-        ]
-        caller = frames[0][0]
-        place = f'{caller.f_globals["__name__"]}.{caller.f_code.co_name}'
-        stack = tuple(
-            f'{frame.f_code.co_filename}:{line} {frame.f_code.co_name}'
-            for frame, line in frames
-        )
+        place, stack = _callers()
         self.waits.append(Wait(operator, place, stack))
+
+    def answer(self) -> bool:
+        """The bool that the host reads now."""
+        line = _callers()[1][0]
+        self._times = self._times + 1 if line == self._asked else 1
+        self._asked = line
+        if self._times < _PATIENCE:
+            return True
+        self._times = 0
+        return False
 
     def dispatch(
         self, func: Any, types: Any, args: Sequence = (), kwargs: Any = None
@@ -212,6 +217,22 @@ class PretendedCUDA(FakeTensorMode):
         if kwargs.get('pin_memory'):
             out.has_pinned_memory = True
         return out
+
+
+def _callers() -> Tuple[str, Tuple[str, ...]]:
+    """The place and the stack of a :class:`Wait`."""
+    frames = [
+        (frame, line)
+        for frame, line in traceback.walk_stack(None)
+        if not _is_inner(frame.f_globals.get('__name__', ''))
+    ]
+    caller = frames[0][0]
+    place = f'{caller.f_globals["__name__"]}.{caller.f_code.co_name}'
+    stack = tuple(
+        f'{frame.f_code.co_filename}:{line} {frame.f_code.co_name}'
+        for frame, line in frames
+    )
+    return place, stack
 
 
 def _require_one_device(func: Any, args: Sequence) -> None:
@@ -312,7 +333,11 @@ def _make_up(device: PretendedCUDA, func: Any, args: Sequence) -> Any:
                 return x.item()
         x = device.from_tensor(x)
     # A constant is a tensor whose numbers are known.
-    return NotImplemented if x.constant is not None else make_up(x, *args[1:])
+    if x.constant is not None:
+        return NotImplemented
+    if make_up is _item and x.dtype == torch.bool:
+        return device.answer()
+    return make_up(x, *args[1:])
 
 
 def _item(x: Tensor) -> Any:

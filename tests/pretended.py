@@ -12,7 +12,7 @@ from mlla_mm.ops import triton
 #: Marks of a test, or of a module of tests.
 needs_pretended_cuda = pytest.mark.skipif(
     not AVAILABLE,
-    reason='pretending a GPU needs PyTorch 2.4, whose copies ask no driver',
+    reason='needs torch._C._ensureCUDADeviceGuardSet, which old PyTorch lacks',
 )
 needs_triton = pytest.mark.skipif(not triton._has_triton(), reason='needs Triton 3.3')
 

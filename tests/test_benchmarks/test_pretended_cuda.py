@@ -273,6 +273,16 @@ def test_numbers_of_real_tensors_are_known():
 
 
 @needs_pretended_cuda
+def test_loops_end():
+    with pretended_cuda() as device:
+        values = x()
+        while (values > 0).any():
+            values = values / 2
+        assert len(device.waits) > 1
+        assert (values > 0).any()  # another line
+
+
+@needs_pretended_cuda
 def test_numpy_takes_tensors_of_the_cpu():
     with pretended_cuda():
         assert x().cpu().numpy().shape == (4, 6)

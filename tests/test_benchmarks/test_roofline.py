@@ -9,12 +9,13 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.plain_mlla import PlainMLLA
+from benchmarks.pretended_cuda import AVAILABLE
 from mlla_mm.models import MLLA
 from mlla_mm.models.layers import MLLABlock
 from mlla_mm.ops import triton
 
-if not triton._has_triton():  # nor a PyTorch as new as the pretended device needs
-    pytest.skip('needs Triton 3.3', allow_module_level=True)
+if not (AVAILABLE and triton._has_triton()):
+    pytest.skip('needs a pretended GPU and Triton 3.3', allow_module_level=True)
 
 from benchmarks import roofline
 from benchmarks.roofline import GPU, Case, Kernel
