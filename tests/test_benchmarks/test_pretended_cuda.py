@@ -124,6 +124,7 @@ def test_layouts_of_convolutions(layout):
         assert weight.grad.is_contiguous()
 
 
+@needs_pretended_cuda
 @pytest.mark.parametrize('with_cp', [False, True])
 def test_gradients_are_those_of_pytorch_s_engine(with_cp):
     model = MLLA(ARCH, with_cp=with_cp)
@@ -137,6 +138,7 @@ def test_gradients_are_those_of_pytorch_s_engine(with_cp):
             torch.testing.assert_close(parameter.grad, times * grad)
 
 
+@needs_pretended_cuda
 def test_a_checkpoint_recomputes_once_in_each_pass():
     calls = []
 
