@@ -2,71 +2,211 @@
 """A pretended CUDA device, on which models run without a GPU and without numbers.
 
 Tensors have a shape, strides, a dtype and a device, but no memory: see PyTorch's
-``FakeTensorMode``. Code that needs the numbers raises an error, except ``item``, which
-gives 0.
+``FakeTensorMode``. An operator whose tensors are on different devices raises an error.
+Numbers that the host reads are made up. Each operator that makes the host wait for the
+device is listed.
 """
 
 import contextlib
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from typing import Any, Dict, List, Optional, Tuple
+import importlib
+import itertools
+import pkgutil
+import traceback
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 from unittest import mock
 
+import mmengine
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses import fake_tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.function import BackwardCFunction
+from torch.utils._mode_utils import no_dispatch
+from torch.utils._pytree import tree_flatten
 
-from mlla_mm.ops import rotary
+from mlla_mm.ops import rotary, triton
+
+#: Whether PyTorch can pretend. Old ones ask the driver when they copy to the device.
+AVAILABLE = hasattr(torch._C, '_ensureCUDADeviceGuardSet')
 
 _aten = torch.ops.aten
 _Grads = Tuple[Optional[Tensor], ...]
 # What a node of PyTorch's graph has received: gradients by the number of the output.
 _Received = Dict[Any, Dict[int, Tensor]]
+# Called with the name of a Triton kernel and its arguments by name.
+_OnLaunch = Callable[[str, Dict[str, Any]], None]
+
+_CONVOLUTIONS = (_aten.convolution.default, _aten.convolution_backward.default)
+_COPIES = (_aten._to_copy.default, _aten.copy_.default)
+_INDEX_PUT = (_aten.index_put.default, _aten.index_put_.default)
+_DATA_DEPENDENT = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+# So often a line that does nothing but ask for a bool is told True.
+_PATIENCE = 20
+_backward_numbers = itertools.count()
+
+
+class Wait(NamedTuple):
+    """What made the host wait for the device.
+
+    Attributes:
+        operator (str): 'item', 'nonzero', 'index by mask', 'copy to cpu', 'copy to
+            cuda' and so on.
+        place (str): Module and function that called the operator.
+        stack (tuple[str]): File, line and name of all functions that led to it, the
+            innermost first. ``place`` and ``stack`` leave PyTorch's functions out.
+    """
+
+    operator: str
+    place: str
+    stack: Tuple[str, ...]
 
 
 @contextlib.contextmanager
-def pretended_cuda() -> Iterator[FakeTensorMode]:
+def pretended_cuda(
+    on_launch: _OnLaunch = lambda name, arguments: None,
+) -> Iterator['PretendedCUDA']:
     """Make tensors of device 'cuda' without a GPU.
 
-    Within the context all new tensors are pretended, and an operation on tensors of
-    different devices raises RuntimeError, as on the real device.
+    Within the context all new tensors are pretended. Real ones can be used: a model is
+    built before and moved to the device, or built within ``torch.device('cuda')``.
+    Triton's kernels compute nothing. ``Tensor.backward`` is :func:`backward`. PyTorch
+    and MMEngine say that there is a GPU.
+
+    Args:
+        on_launch (Callable): Gets the name of each Triton kernel that is launched, and
+            a dict of its arguments. Defaults to a function that does nothing.
+
+    Yields:
+        PretendedCUDA: The device.
+
+    Raises:
+        RuntimeError: If PyTorch is too old. Within the context, if an operator or a
+            kernel gets tensors of different devices.
     """
-    targets: Dict[str, Any] = {
-        # These look for a device, and would find none.
-        'torch.cuda.device_of': lambda x: contextlib.nullcontext(),
-        'torch.cuda.is_current_stream_capturing': lambda: False,
-        'torch.cuda.is_bf16_supported': lambda *args, **kwargs: True,
-        'torch.cuda.amp.common.amp_definitely_not_available': lambda: False,
-        'torch._subclasses.fake_tensor.init_gpu_context': lambda *args: None,
-    }
+    if not AVAILABLE:
+        raise RuntimeError(
+            'Pretending a GPU needs torch._C._ensureCUDADeviceGuardSet, which PyTorch '
+            f'2.11 has and {torch.__version__} lacks.'
+        )
+    device = PretendedCUDA()
     with contextlib.ExitStack() as stack:
-        for target, function in targets.items():
-            stack.enter_context(mock.patch(target, function))
+        for owner, names in _replacements(device, on_launch):
+            stack.enter_context(mock.patch.multiple(owner, **names))
         # Tables of pretended tensors must not meet real ones.
         for cache in (rotary._TABLES, rotary._ROTATIONS):
             stack.enter_context(mock.patch.dict(cache, clear=True))
-        yield stack.enter_context(_PretendedMode())
+        yield stack.enter_context(device)
 
 
-class _PretendedMode(FakeTensorMode):
-    """FakeTensorMode whose convolutions keep the layout that cuDNN keeps.
+def _replacements(
+    device: 'PretendedCUDA', on_launch: _OnLaunch
+) -> Iterator[Tuple[Any, Dict[str, Any]]]:
+    """What stands in for what looks for a GPU, or for numbers: by owner and name."""
 
-    FakeTensorMode asks PyTorch for the layout. Without a GPU, PyTorch answers for
-    convolutions without cuDNN.
+    def answer(value: object) -> Callable[..., object]:
+        return lambda *args, **kwargs: value
+
+    def synchronize(of: object = None) -> None:
+        device.note_wait('synchronize')
+
+    yield (
+        torch.cuda,
+        dict(
+            is_available=answer(True),
+            device_count=answer(1),
+            current_device=answer(0),
+            device_of=answer(contextlib.nullcontext()),
+            is_bf16_supported=answer(True),
+            is_current_stream_capturing=answer(False),
+            manual_seed_all=answer(None),
+            max_memory_allocated=answer(0),
+            reset_peak_memory_stats=answer(None),
+            synchronize=synchronize,
+        ),
+    )
+    yield torch.cuda.amp.common, dict(amp_definitely_not_available=answer(False))
+    yield fake_tensor, dict(init_gpu_context=answer(None))
+    yield mmengine.device.utils, dict(DEVICE='cuda')
+    # These take many tensors at once only if they know the type of the tensors.
+    known = [Tensor, nn.Parameter, FakeTensor]
+    for name in ('torch.optim.optimizer', 'torch.utils._foreach_utils'):
+        yield importlib.import_module(name), dict(_foreach_supported_types=known)
+    yield Tensor, dict(backward=_backward, numpy=_numpy, __deepcopy__=_deepcopy)
+    yield FakeTensor, dict(tolist=_tolist)
+    yield triton, dict(is_available=_has_kernels)
+    for module, name, kernel in triton_kernels():
+        yield module, {name: _PretendedKernel(kernel, name, on_launch)}
+
+
+class PretendedCUDA(FakeTensorMode):
+    """FakeTensorMode that makes up numbers and lists who waits for them.
+
+    Of a number that depends on the numbers of tensors, an integer is 1, a
+    floating-point number 0.0 and a bool True. A line that asks for a bool again and
+    again gets False at last, so that its loop ends. A mask holds for half of the
+    entries, and NMS keeps half of the boxes. A single number on the CPU that was never
+    elsewhere is known.
+
+    Convolutions keep the layout that cuDNN keeps. FakeTensorMode asks PyTorch for the
+    layout, which without a GPU answers for convolutions without cuDNN.
+
+    Attributes:
+        waits (list[Wait]): What made the host wait: reading numbers, shapes that depend
+            on numbers, and copies between the devices. A copy does not wait if it is
+            ``non_blocking`` and its side on the CPU is pinned.
     """
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+        self.waits: List[Wait] = []
+        self._depth = 0
+        self._asked, self._times = '', 0
 
     @property
     def avoid_device_init(self) -> bool:
         return True  # also on a machine with a GPU
 
+    def synchronisations(self) -> Dict[Tuple[str, str], int]:
+        """How often the host has waited, by operator and place."""
+        return dict(Counter((wait.operator, wait.place) for wait in self.waits))
+
+    def note_wait(self, operator: str) -> None:
+        """List a wait of the function that calls an operator."""
+        place, stack = _callers()
+        self.waits.append(Wait(operator, place, stack))
+
+    def answer(self) -> bool:
+        """The bool that the host reads now."""
+        line = _callers()[1][0]
+        self._times = self._times + 1 if line == self._asked else 1
+        self._asked = line
+        if self._times < _PATIENCE:
+            return True
+        self._times = 0
+        return False
+
     def dispatch(
         self, func: Any, types: Any, args: Sequence = (), kwargs: Any = None
     ) -> Any:
-        if func is _aten._local_scalar_dense.default:
-            return torch.zeros((), dtype=args[0].dtype, device='cpu').item()
-        out: Any = super().dispatch(func, types, args, kwargs)
+        kwargs = kwargs or {}
+        if func in _CONVOLUTIONS or func.overloadpacket.__name__.startswith('_foreach'):
+            _require_one_device(func, args)
+        # Operators call others, whose waits are their own.
+        operator = None if self._depth else _name_wait(func, args, kwargs)
+        if operator is not None:
+            self.note_wait(operator)
+        self._depth += 1
+        try:
+            out: Any = _make_up(self, func, args)
+            if out is NotImplemented:
+                out = super().dispatch(func, types, args, kwargs)
+        finally:
+            self._depth -= 1
         if func is _aten.convolution.default:
             return _as_cudnn(out, args[0], args[1])
         if func is _aten.convolution_backward.default:
@@ -74,7 +214,39 @@ class _PretendedMode(FakeTensorMode):
             of_x, of_weight, of_bias = out
             # cuDNN reads the gradient in the layout of x.
             return _as_cudnn(of_x, x, weight), _as_cudnn(of_weight, x, grad), of_bias
+        if kwargs.get('pin_memory'):
+            out.has_pinned_memory = True
         return out
+
+
+def _callers() -> Tuple[str, Tuple[str, ...]]:
+    """The place and the stack of a :class:`Wait`."""
+    frames = [
+        (frame, line)
+        for frame, line in traceback.walk_stack(None)
+        if not _is_inner(frame.f_globals.get('__name__', ''))
+    ]
+    caller = frames[0][0]
+    place = f'{caller.f_globals["__name__"]}.{caller.f_code.co_name}'
+    stack = tuple(
+        f'{frame.f_code.co_filename}:{line} {frame.f_code.co_name}'
+        for frame, line in frames
+    )
+    return place, stack
+
+
+def _require_one_device(func: Any, args: Sequence) -> None:
+    """Raise what FakeTensorMode forgets for some operators."""
+    leaves = tree_flatten(args)[0]
+    # A tensor of one number may be on the CPU.
+    devices = {str(x.device) for x in leaves if isinstance(x, Tensor) and x.dim()}
+    if len(devices) > 1:
+        raise RuntimeError(f'{func} got tensors on {", ".join(sorted(devices))}.')
+
+
+def _is_inner(module: str) -> bool:
+    """Whether a module is PyTorch's or this one."""
+    return module == __name__ or module.split('.')[0] in ('torch', 'torchvision')
 
 
 def _as_cudnn(out: Optional[Tensor], *factors: Tensor) -> Optional[Tensor]:
@@ -87,12 +259,240 @@ def _as_cudnn(out: Optional[Tensor], *factors: Tensor) -> Optional[Tensor]:
     )
 
 
+# What waits for the device.
+
+
+def _name_wait(func: Any, args: Sequence, kwargs: Dict[str, Any]) -> Optional[str]:
+    """What an operator waits for, or None."""
+    x = args[0] if args else None
+    if not isinstance(x, Tensor):
+        return None
+    if func in _COPIES:
+        return _name_copy(func, args, kwargs)
+    name = func.overloadpacket.__name__
+    if func is _aten.index.Tensor or func in _INDEX_PUT:
+        return _name_index(func, *args)
+    if not x.is_cuda:
+        return None
+    if name == 'repeat_interleave' and kwargs.get('output_size') is not None:
+        return None
+    if name == 'nms' or not _DATA_DEPENDENT.isdisjoint(func.tags):
+        return dict(_local_scalar_dense='item', _unique2='unique').get(name, name)
+    return None
+
+
+def _name_copy(func: Any, args: Sequence, kwargs: Dict[str, Any]) -> Optional[str]:
+    if func is _aten.copy_.default:
+        target, source = args[:2]
+        non_blocking = kwargs.get('non_blocking', args[2] if len(args) > 2 else False)
+        to, is_pinned = target.device, _is_pinned(source) or _is_pinned(target)
+    else:
+        source = args[0]
+        non_blocking = kwargs.get('non_blocking', False)
+        to = torch.device(kwargs.get('device') or source.device)
+        # A new tensor on the CPU is pinned if the copy shall not block.
+        is_pinned = to.type == 'cpu' or _is_pinned(source)
+    if source.device.type == to.type or (non_blocking and is_pinned):
+        return None
+    return f'copy to {to.type}'
+
+
+def _name_index(
+    func: Any, x: Tensor, indices: Sequence[Optional[Tensor]], *values: Any
+) -> Optional[str]:
+    given = [index for index in indices if index is not None]
+    if not x.is_cuda:
+        if any(index.is_cuda for index in given):
+            raise RuntimeError(
+                f'{func} needs indices on cpu, as its tensor is, but they are on cuda.'
+            )
+        return None
+    if any(not index.is_cuda for index in given):
+        return 'copy to cuda'
+    # One value from the host fills the places of a mask, without looking for them.
+    fills = func in _INDEX_PUT and values[0].numel() == 1 and not values[0].is_cuda
+    return 'index by mask' if any(map(_is_mask, given)) and not fills else None
+
+
+def _is_mask(index: Optional[Tensor]) -> bool:
+    return index is not None and index.dtype in (torch.bool, torch.uint8)
+
+
+# What is made up.
+
+
+def _make_up(device: PretendedCUDA, func: Any, args: Sequence) -> Any:
+    """The result of an operator that depends on numbers, or NotImplemented."""
+    x = args[0] if args else None
+    make_up = _MADE_UP.get(func.overloadpacket.__name__)
+    if make_up is None or not isinstance(x, Tensor):
+        return NotImplemented
+    if not isinstance(x, FakeTensor):
+        if make_up is _item:
+            with no_dispatch():
+                return x.item()
+        x = device.from_tensor(x)
+    # A constant is a tensor whose numbers are known.
+    if x.constant is not None:
+        return NotImplemented
+    if make_up is _item and x.dtype == torch.bool:
+        return device.answer()
+    return make_up(x, *args[1:])
+
+
+def _item(x: Tensor) -> Any:
+    if x.dtype == torch.bool:
+        return True
+    return 0.0 if x.dtype.is_floating_point else 1
+
+
+def _nonzero(x: Tensor) -> Tensor:
+    return x.new_empty((_half(x), x.dim()), dtype=torch.long)
+
+
+def _masked_select(x: Tensor, mask: Tensor) -> Tensor:
+    return x.new_empty(_half(torch.broadcast_tensors(x, mask)[0]))
+
+
+def _unique(x: Tensor, *options: bool) -> Tuple[Tensor, Tensor, Tensor]:
+    """Unique values, where the entries of ``x`` are among them, and their counts."""
+    values = x.new_empty(_half(x))
+    inverse = torch.empty_like(x, dtype=torch.long)
+    return values, inverse, torch.empty_like(values, dtype=torch.long)
+
+
+def _index(x: Tensor, indices: Sequence[Optional[Tensor]]) -> Any:
+    if not any(map(_is_mask, indices)):
+        return NotImplemented
+    chosen: List[Optional[Tensor]] = []
+    for index in indices:
+        if index is None or not _is_mask(index):
+            chosen.append(index)
+        else:  # a mask stands for one index into each of its axes
+            chosen += _nonzero(index).unbind(1)
+    return _aten.index.Tensor(x, chosen)
+
+
+def _nms(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
+    if boxes.device != scores.device:
+        raise RuntimeError(
+            f'nms got boxes on {boxes.device} and scores on {scores.device}.'
+        )
+    return boxes.new_empty(_half(scores), dtype=torch.long)
+
+
+def _pin_memory(x: Tensor, *options: Any) -> Tensor:
+    pinned: Any = x.clone()
+    pinned.has_pinned_memory = True
+    return pinned
+
+
+def _is_pinned(x: Tensor, *options: Any) -> bool:
+    return getattr(x, 'has_pinned_memory', False)
+
+
+_MADE_UP: Dict[str, Callable[..., Any]] = dict(
+    _local_scalar_dense=_item,
+    nonzero=_nonzero,
+    masked_select=_masked_select,
+    _unique2=_unique,
+    index=_index,
+    nms=_nms,
+    _pin_memory=_pin_memory,
+    is_pinned=_is_pinned,
+)
+
+
+def _half(x: Tensor) -> int:
+    return -(-x.numel() // 2)
+
+
+def _numpy(self: Tensor, *args: Any, **kwargs: Any) -> np.ndarray:
+    """``Tensor.numpy``."""
+    known = self.constant if isinstance(self, FakeTensor) else self
+    if known is not None:
+        with no_dispatch():
+            return _real_numpy(known, *args, **kwargs)
+    if self.device.type != 'cpu':
+        raise TypeError(f"can't convert {self.device} device type tensor to numpy.")
+    return np.full(tuple(self.shape), _item(self), str(self.dtype).split('.')[-1])
+
+
+def _tolist(self: Tensor) -> Any:
+    """``Tensor.tolist``, which copies all numbers at once."""
+    return self.cpu().numpy().tolist()
+
+
+def _deepcopy(self: Tensor, memo: Dict[int, Any]) -> Tensor:
+    """``Tensor.__deepcopy__``, which otherwise reads the memory."""
+    if id(self) not in memo:
+        copied = self.detach().clone().requires_grad_(self.requires_grad)
+        if isinstance(self, nn.Parameter):
+            copied = nn.Parameter(copied, self.requires_grad)
+        memo[id(self)] = copied
+    return memo[id(self)]
+
+
+_real_numpy = Tensor.numpy
+
+
+# Triton's kernels.
+
+
+class _PretendedKernel:
+    """Replaces a Triton kernel: its launches are told, and nothing is computed."""
+
+    def __init__(self, kernel: Any, name: str, on_launch: _OnLaunch) -> None:
+        self._names = kernel.arg_names
+        self._name = name
+        self._on_launch = on_launch
+
+    def __getitem__(self, grid: Tuple[int, ...]) -> Callable[..., None]:
+        return self._launch
+
+    def _launch(self, *args: Any, **kwargs: Any) -> None:
+        given = dict(zip(self._names, args), **kwargs)
+        tensors = [x for x in tree_flatten(given)[0] if isinstance(x, Tensor)]
+        if not all(x.is_cuda for x in tensors):
+            devices = ', '.join(sorted({str(x.device) for x in tensors}))
+            raise RuntimeError(f'{self._name} got tensors on {devices}.')
+        self._on_launch(self._name, given)
+
+
+def triton_kernels() -> Iterator[Tuple[ModuleType, str, Any]]:
+    """Module, name and function of every Triton kernel, if there is a Triton."""
+    if not triton._has_triton():
+        return
+    for info in pkgutil.iter_modules(triton.__path__):
+        module = importlib.import_module(f'{triton.__name__}.{info.name}')
+        for name, kernel in list(vars(module).items()):
+            if name.endswith('_kernel'):
+                yield module, name, kernel
+
+
+def _has_kernels(device: torch.device) -> bool:
+    """``triton.is_available``."""
+    return device.type == 'cuda' and triton._has_triton()
+
+
+# The backward pass.
+
+
+def _backward(
+    self: Tensor,
+    gradient: Optional[Tensor] = None,
+    retain_graph: Optional[bool] = None,
+) -> None:
+    """``Tensor.backward``."""
+    backward([self], [torch.ones_like(self) if gradient is None else gradient])
+
+
 def backward(outputs: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
     """``torch.autograd.backward``, node by node.
 
     PyTorch's own engine refuses CUDA tensors on a machine without a device. Like that
     engine, this one reduces a gradient to the shape of its tensor, and casts it to the
-    dtype of its tensor.
+    dtype of its tensor. Hooks of tensors and nodes are not called.
 
     Args:
         outputs (Sequence[Tensor]): Tensors that need gradients.
@@ -118,7 +518,9 @@ def backward(outputs: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
     for output, grad in zip(outputs, grads):
         _give(received, output.grad_fn, output.output_nr, grad)
     ready = [node for node in roots if not waits[node]]
-    with torch.no_grad():
+    # A checkpoint recomputes once in each pass, and knows a pass by its number.
+    number = next(_backward_numbers)
+    with torch.no_grad(), mock.patch('torch._C._current_graph_task_id', lambda: number):
         while ready:
             node = ready.pop()
             results = _run(node, received.pop(node, {}))

@@ -10,17 +10,14 @@ cache. The count is a bound to compare measured times and assemblies with.
 
 import argparse
 import contextlib
-import importlib
 import json
 import math
-import pkgutil
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 from unittest import mock
 
@@ -38,7 +35,7 @@ from benchmarks import cases, models  # noqa: E402
 from benchmarks.cases import Case  # noqa: E402
 from benchmarks.pretended_cuda import backward, pretended_cuda  # noqa: E402
 from mlla_mm.evaluation.markdown import markdown_table  # noqa: E402
-from mlla_mm.ops import naive, triton  # noqa: E402
+from mlla_mm.ops import naive  # noqa: E402
 
 MODELS = tuple(f'{a}-{b}' for a, b in product(('mlla', 'plain'), 'tsb'))
 OPS = ('naive', 'eager', 'fused')
@@ -124,9 +121,8 @@ class Counter(TorchDispatchMode):
     """Lists the kernels that operators on CUDA tensors start within the context.
 
     An operator counts as one kernel, and each gradient of a convolution as one. Views
-    and new memory are no kernels. Triton's kernels are listed within
-    :func:`recorded_kernels`. Of their products, those of linear layers count; the small
-    products of attention do not.
+    and new memory are no kernels. Of the products in Triton's kernels, those of linear
+    layers count; the small products of attention do not.
 
     Attributes:
         kernels (list[Kernel]): What was counted.
@@ -151,6 +147,13 @@ class Counter(TorchDispatchMode):
         """List a kernel of the current stage, if the context is entered."""
         if self._is_entered:
             self.kernels.append(Kernel(self.stage, name, size, flops, dtype))
+
+    def add_launch(self, name: str, arguments: Dict[str, Any]) -> None:
+        """List the launch of a Triton kernel."""
+        tensors, flops = _tensors(arguments), 0
+        if name == '_linear_kernel':
+            flops = 2 * arguments['num_rows'] * arguments['N'] * arguments['K']
+        self.add(name, count_bytes(tensors), flops, tensors[0].dtype)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -239,53 +242,6 @@ def _name_convolution(name: str, x: Tensor, weight: Tensor) -> str:
     return f'{name} {kernel}{depthwise}'
 
 
-class _Recorded:
-    """Replaces a Triton kernel: its launches are listed, and nothing is computed."""
-
-    def __init__(self, kernel: Any, name: str, counter: Counter) -> None:
-        self._names = kernel.arg_names
-        self._name = name
-        self._counter = counter
-
-    def __getitem__(self, grid: Tuple[int, ...]) -> Callable[..., None]:
-        return self._launch
-
-    def _launch(self, *args: Any, **kwargs: Any) -> None:
-        given = dict(zip(self._names, args), **kwargs)
-        tensors = _tensors(list(given.values()))
-        if not all(x.is_cuda for x in tensors):
-            devices = ', '.join(sorted({str(x.device) for x in tensors}))
-            raise RuntimeError(f'{self._name} is given tensors on {devices}.')
-        flops = 0
-        if self._name == '_linear_kernel':
-            flops = 2 * given['num_rows'] * given['N'] * given['K']
-        self._counter.add(self._name, count_bytes(tensors), flops, tensors[0].dtype)
-
-
-def triton_kernels() -> Iterator[Tuple[ModuleType, str, Any]]:
-    """Module, name and function of every Triton kernel."""
-    for info in pkgutil.iter_modules(triton.__path__):
-        module = importlib.import_module(f'{triton.__name__}.{info.name}')
-        for name, kernel in list(vars(module).items()):
-            if name.endswith('_kernel'):
-                yield module, name, kernel
-
-
-@contextlib.contextmanager
-def recorded_kernels(counter: Counter) -> Iterator[None]:
-    """Let a counter list the launches of Triton kernels on the pretended device."""
-
-    def is_available(device: torch.device) -> bool:
-        return device.type == 'cuda' and triton._has_triton()
-
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(triton, 'is_available', is_available))
-        for module, name, kernel in triton_kernels() if triton._has_triton() else ():
-            recorded = _Recorded(kernel, name, counter)
-            stack.enter_context(mock.patch.object(module, name, recorded))
-        yield
-
-
 @contextlib.contextmanager
 def counted(ops: str = 'fused') -> Iterator[Counter]:
     """A pretended device, and a counter for it. The counter counts where it is entered.
@@ -295,8 +251,8 @@ def counted(ops: str = 'fused') -> Iterator[Counter]:
             Defaults to 'fused'.
     """
     counter = Counter()
-    with mock.patch.dict('os.environ', MLLA_OPS=ops), pretended_cuda():
-        with recorded_kernels(counter):
+    with mock.patch.dict('os.environ', MLLA_OPS=ops):
+        with pretended_cuda(counter.add_launch):
             yield counter
 
 

@@ -26,7 +26,8 @@ class Float32RPNHead(RPNHead):
     assignment of targets. With float32 maps this is mmdet's head.
 
     Args:
-        *args, **kwargs: Arguments of mmdet's ``RPNHead``.
+        *args: Arguments of mmdet's ``RPNHead``.
+        **kwargs: Further ones.
     """
 
     def forward_single(self, x: Tensor) -> Tuple[Tensor, Tensor]:
@@ -58,7 +59,8 @@ class Float32RoIExtractor(SingleRoIExtractor):
     With float32 maps this is mmdet's extractor.
 
     Args:
-        *args, **kwargs: Arguments of mmdet's ``SingleRoIExtractor``.
+        *args: Arguments of mmdet's ``SingleRoIExtractor``.
+        **kwargs: Further ones.
     """
 
     def forward(
@@ -77,7 +79,8 @@ class Float32RoIExtractor(SingleRoIExtractor):
                 keep their levels. Defaults to None.
 
         Returns:
-            Tensor: Features of shape (K, C, *output_size), in the dtype of the maps.
+            Tensor: Features of shape (K, C, h, w), where (h, w) is ``output_size``, in
+            the dtype of the maps.
         """
         maps = tuple(_at_least_float32(feat) for feat in feats)
         return super().forward(maps, rois, roi_scale_factor).type_as(feats[0])

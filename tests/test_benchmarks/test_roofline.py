@@ -1,6 +1,5 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 import json
-import os
 from collections import Counter
 
 import pytest
@@ -10,16 +9,18 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.plain_mlla import PlainMLLA
+from benchmarks.pretended_cuda import AVAILABLE
 from mlla_mm.models import MLLA
 from mlla_mm.models.layers import MLLABlock
-from mlla_mm.ops import rotary, triton
+from mlla_mm.ops import triton
 
-if not triton._has_triton():  # nor a PyTorch as new as the pretended device needs
-    pytest.skip('needs Triton 3.3', allow_module_level=True)
+if not (AVAILABLE and triton._has_triton()):
+    pytest.skip('needs a pretended GPU and Triton 3.3', allow_module_level=True)
 
 from benchmarks import roofline
-from benchmarks.pretended_cuda import backward, pretended_cuda
 from benchmarks.roofline import GPU, Case, Kernel
+
+from .test_pretended_cuda import state
 
 ARCH = dict(embed_dims=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 2))
 SHAPE = (64, 96)
@@ -204,86 +205,10 @@ def test_convolutions_leave_maps_channels_last(nano):
     assert names.count('clone') == 1 + 4
 
 
-@pytest.mark.parametrize('layout', [torch.channels_last, torch.contiguous_format])
-def test_layouts_of_convolutions(layout):
-    with pretended_cuda(), torch.device('cuda'):
-        x = torch.ones(2, 4, 6, 8).to(memory_format=layout).requires_grad_()
-        weight = torch.ones(8, 4, 3, 3, requires_grad=True)
-        y = F.conv2d(x, weight, padding=1)
-        backward([y], [torch.ones_like(y)])
-        assert all(t.is_contiguous(memory_format=layout) for t in (y, x.grad))
-        # As the parameter, whatever the convolution gives.
-        assert weight.grad.is_contiguous()
-
-
-def test_gradients_are_those_of_pytorch_s_engine():
-    model = build_nano('mlla-t')
-    outputs = model(torch.randn(2, 3, *SHAPE))
-    grads = [torch.randn_like(output) for output in outputs]
-    parameters = list(model.parameters())
-    wanted = torch.autograd.grad(outputs, parameters, grads, retain_graph=True)
-    backward(outputs, grads)
-    for parameter, grad in zip(parameters, wanted):
-        torch.testing.assert_close(parameter.grad, grad)
-
-
-class OnTheWrongDevice(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad.cpu()
-
-
-def test_devices_are_not_mixed():
-    with roofline.counted():
-        x, y = torch.ones(4, 8, device='cuda'), torch.ones(4, 8)
-        with pytest.raises(RuntimeError, match='cuda:0, cpu'):
-            x + y
-        with pytest.raises(RuntimeError, match='_layer_norm_kernel .* on cpu, cuda:0'):
-            triton.layer_norm(x, y[0], y[0], 1e-6)
-        z = OnTheWrongDevice.apply(x.requires_grad_())
-        with pytest.raises(RuntimeError, match='on cuda:0, got one on cpu'):
-            backward([z], [torch.ones_like(z)])
-
-
-def state():
-    """All that a count replaces."""
-    kernels = {
-        (module.__name__, name): kernel
-        for module, name, kernel in roofline.triton_kernels()
-    }
-    return dict(
-        kernels=kernels,
-        environment=dict(os.environ),
-        available=triton.is_available,
-        device_of=torch.cuda.device_of,
-        autocast=torch.cuda.amp.common.amp_definitely_not_available,
-        bf16=torch.cuda.is_bf16_supported,
-        context=torch._subclasses.fake_tensor.init_gpu_context,
-        tables=dict(rotary._TABLES),
-        rotations=dict(rotary._ROTATIONS),
-    )
-
-
-@pytest.mark.parametrize('ops', [None, 'eager'])
-def test_all_is_restored(nano, monkeypatch, ops):
-    monkeypatch.delenv('MLLA_OPS', raising=False)
-    if ops:
-        monkeypatch.setenv('MLLA_OPS', ops)
-    rotary.axis_tables(5, 3, torch.device('cpu'), torch.float32)
+def test_all_is_restored(nano):
     before = state()
-    assert any(name == '_linear_kernel' for _, name in before['kernels'])
     roofline.count_model('mlla-t', Case('backbone', SHAPE, 1))
     assert state() == before
-    with pytest.raises(ZeroDivisionError), roofline.counted() as counter, counter:
-        assert state()['kernels'] != before['kernels']
-        raise ZeroDivisionError
-    assert state() == before
-    # No mode is left either.
-    assert type(torch.ones(1)) is torch.Tensor
 
 
 def test_without_triton_there_is_no_fused_count(nano, monkeypatch):

@@ -8,6 +8,8 @@ from mmcv.cnn.bricks.drop import DropPath as Reference
 from benchmarks.roofline import counted
 from mlla_mm.models.layers import DropPath
 
+from ..pretended import needs_pretended_cuda
+
 HALF = [torch.float16, torch.bfloat16]
 SHAPE = (64, 2, 3, 4)
 
@@ -58,6 +60,7 @@ def test_the_mean_is_that_of_evaluation():
     assert y.mean().item() == pytest.approx(2, abs=0.02)
 
 
+@needs_pretended_cuda
 @pytest.mark.parametrize('dtype', [torch.float32, *HALF])
 def test_one_pass_over_the_map(dtype):
     """On CUDA under autocast, too: the map is read and written once, in its dtype."""

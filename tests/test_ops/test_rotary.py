@@ -8,6 +8,8 @@ from benchmarks.pretended_cuda import pretended_cuda
 from mlla_mm.compat.pytorch import TELLS_EXPORT
 from mlla_mm.ops import rotary, rotary_embedding
 
+from ..pretended import needs_pretended_cuda
+
 
 @pytest.fixture(autouse=True)
 def empty_tables():
@@ -70,6 +72,7 @@ def test_tables_stay_where_they_are():
         assert rotary._TABLES[key] is tables
 
 
+@needs_pretended_cuda
 def test_a_cuda_graph_keeps_the_rotation_that_it_reads(monkeypatch):
     monkeypatch.setattr(rotary, '_ROTATIONS_IN_GRAPHS', {})
     captures = False

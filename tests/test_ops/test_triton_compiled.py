@@ -29,8 +29,7 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from benchmarks.pretended_cuda import backward, pretended_cuda
-from benchmarks.roofline import triton_kernels
+from benchmarks.pretended_cuda import backward, pretended_cuda, triton_kernels
 from mlla_mm.ops.triton import _mlla_attention
 
 CUOBJDUMP = Path(nvidia.__file__).parent / 'bin' / 'cuobjdump'

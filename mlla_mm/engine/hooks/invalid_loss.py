@@ -41,8 +41,8 @@ class StopOnInvalidLossHook(Hook):
     invalid gradients do not.
 
     Every iteration is checked, because the batch is known only then. With the training
-    loops of this package the check costs nothing: they read losses and loss scale of
-    all processes at once, see :func:`mlla_mm.reproducible.update_status.read_update`.
+    loops of this package the check costs nothing: they read the logs, and what other
+    processes have to tell, at once (``mlla_mm.reproducible.update_status``).
 
     Args:
         max_skipped (int): Number of updates, one after another, that mixed precision

@@ -5,16 +5,14 @@ import contextlib
 
 import pytest
 import torch
-from mmengine.utils import digit_version
 
 from benchmarks.pretended_cuda import pretended_cuda
 from mlla_mm.compat import mmcv_ext
 from mlla_mm.compat.mmcv_ext import deformable
 
-pytestmark = pytest.mark.skipif(
-    digit_version(torch.__version__) < digit_version('2.4'),
-    reason='pretending a GPU needs PyTorch 2.4',
-)
+from ...pretended import needs_pretended_cuda
+
+pytestmark = needs_pretended_cuda
 
 # Read on the host, as on a GPU.
 SHAPES = torch.tensor([(6, 4), (3, 2)])
