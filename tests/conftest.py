@@ -10,6 +10,7 @@ from mmengine.visualization import Visualizer
 
 import mlla_mm  # noqa: F401  (before anything imports mmcv.ops)
 from mlla_mm.compat.pytorch import without_tf32
+from mlla_mm.engine import launch
 
 from .durations import Durations
 
@@ -39,13 +40,15 @@ def exact_on_a_gpu(request):
 
 @pytest.fixture(autouse=True)
 def forget_instances():
-    """MMEngine gives runners of one second the same ones, and the folder that they had.
+    """What a process has once, and tests must not share.
 
-    The last logger serves whoever asks for one, also when its file has been closed.
+    MMEngine gives runners of one second the same instances, and the folder that they
+    had. The last logger serves whoever asks for one, also when its file was closed.
     """
     yield
     for cls in (MMLogger, Visualizer, *Visualizer.__subclasses__()):
         cls._instance_dict.clear()
+    launch._local_rank = None
 
 
 @pytest.fixture

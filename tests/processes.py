@@ -257,9 +257,10 @@ def _environments(environment: dict, processes: Optional[int]) -> list:
 
 def _wait(running: list, log) -> None:
     """Until all have ended; one that failed takes the others with it after a while."""
-    while any(process.exitcode is None for process in running):
+    # exitcode asks the system, so it may change from one line to the next.
+    while ends := [process.sentinel for process in running if process.exitcode is None]:
         limit = 30 if any(process.exitcode for process in running) else _LIMIT
-        if not wait([p.sentinel for p in running if p.exitcode is None], limit):
+        if not wait(ends, limit):
             for process in running:
                 process.kill()
                 process.join()

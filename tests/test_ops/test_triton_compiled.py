@@ -27,7 +27,6 @@ if not fused._has_triton():  # nor a PyTorch as new as the pretended device need
 
 from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import JITFunction
 
 from benchmarks.pretended_cuda import backward, pretended_cuda, triton_kernels
 from mlla_mm.ops.triton import _mlla_attention
@@ -58,12 +57,10 @@ class Pointer:
 
 class Launch(NamedTuple):
     kernel: Any
-    args: tuple
-    options: tuple
+    arguments: tuple
 
     def compile(self) -> Any:
-        options = dict(self.options)
-        return self.kernel.run(*self.args, grid=(1,), warmup=True, **options)
+        return self.kernel.run(grid=(1,), warmup=True, **dict(self.arguments))
 
 
 def described(value):
@@ -79,17 +76,13 @@ def launches(arch, mode, dtype, shape=SHAPES[0], readable=True) -> List[Launch]:
     A block that is not readable runs as single layers.
     """
     found, training = {}, mode == 'train'
+    kernels = {name: kernel for _, name, kernel in triton_kernels()}
 
-    def record(kernel, *args, grid, warmup, **options):
-        options = {name: described(value) for name, value in options.items()}
-        launch = Launch(kernel, tuple(map(described, args)), tuple(options.items()))
-        found[launch] = None
+    def record(name, arguments):
+        given = tuple((key, described(value)) for key, value in arguments.items())
+        found[Launch(kernels[name], given)] = None
 
-    with (
-        mock.patch.object(JITFunction, 'run', record),
-        mock.patch.object(fused, 'is_available', lambda device: True),
-        pretended_cuda(),
-    ):
+    with pretended_cuda(on_launch=record):
         with torch.device('cuda'):
             model = MLLA(arch, drop_path_rate=0.2).train(training)
             images = torch.empty(shape)
@@ -135,7 +128,7 @@ def check(found, capability, folder):
         compiled[binary.hash] = launch, binary
     assert compiled
     for launch, binary in compiled.values():
-        name, options = launch.kernel.__name__, dict(launch.options)
+        name, options = launch.kernel.__name__, launch.arguments
         registers, spilled = read_resources(binary.asm['cubin'], folder / 'cubin')
         shared = binary.metadata.shared
         print(name, capability, registers, spilled, shared, options)
@@ -170,7 +163,7 @@ def test_one_launch_of_each_kernel(mode, dtype, capability, tmp_path):
     """The last one of each kernel, and of each step that a kernel can end with."""
     found = {}
     for launch in launches('t', mode, dtype):
-        found[launch.kernel, dict(launch.options).get('MODE')] = launch
+        found[launch.kernel, dict(launch.arguments).get('MODE')] = launch
     check(found.values(), capability, tmp_path)
 
 
@@ -192,8 +185,8 @@ def test_all_launches(mode, precision, arch, capability, tmp_path, monkeypatch):
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_precision_of_products_of_attention(dtype):
     def precisions():
-        options = [dict(launch.options) for launch in launches(NANO, 'train', dtype)]
-        return {found['PRECISION'] for found in options if 'PRECISION' in found}
+        found = [dict(launch.arguments) for launch in launches(NANO, 'train', dtype)]
+        return {given['PRECISION'] for given in found if 'PRECISION' in given}
 
     with without_tf32():
         # Of bfloat16 factors nothing is rounded away.

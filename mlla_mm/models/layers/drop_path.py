@@ -25,7 +25,8 @@ class DropPath(nn.Module):
 
     def forward(self, x: Tensor, branch: Tensor) -> Tensor:
         """Both of shape (N, ...) -> (N, ...)."""
-        scale = self.draw_scale(len(x), branch.dtype, x.device)
+        # In a graph, len(x) would make a number of the batch size.
+        scale = self.draw_scale(x.shape[0], branch.dtype, x.device)
         if scale is None:
             return x + branch
         scale = scale.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
