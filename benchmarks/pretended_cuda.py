@@ -41,7 +41,10 @@ _Received = Dict[Any, Dict[int, Tensor]]
 # Called with the name of a Triton kernel and its arguments by name.
 _OnLaunch = Callable[[str, Dict[str, Any]], None]
 
-_CONVOLUTIONS = (_aten.convolution.default, _aten.convolution_backward.default)
+# Operators whose devices FakeTensorMode, or what is made up here, does not compare.
+_UNCOMPARED = (
+    'convolution convolution_backward index_add index_add_ masked_select'
+).split()
 _COPIES = (_aten._to_copy.default, _aten.copy_.default)
 _INDEX_PUT = (_aten.index_put.default, _aten.index_put_.default)
 _DATA_DEPENDENT = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
@@ -194,7 +197,8 @@ class PretendedCUDA(FakeTensorMode):
         self, func: Any, types: Any, args: Sequence = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _CONVOLUTIONS or func.overloadpacket.__name__.startswith('_foreach'):
+        name = func.overloadpacket.__name__
+        if name in _UNCOMPARED or name.startswith('_foreach'):
             _require_one_device(func, args)
         # Operators call others, whose waits are their own.
         operator = None if self._depth else _name_wait(func, args, kwargs)

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Optional, Tuple
 
@@ -128,8 +129,10 @@ def _rehearse(
     if evaluated.full:
         count = min(EVALUATED_BATCHES, evaluated.full)
         first.val_dataloader.num_batch_per_epoch = count
-    reached, times = _train(first, watch, 'training at the largest scale')
-    memory, tensors = max(all_gather_object(_peak_memory()))
+    peak = _PeakMemoryHook()
+    stage = 'training at the largest scale'
+    reached, times = _train(first, watch, stage, others=(peak,))
+    memory, tensors = max(all_gather_object(peak.measure()))
     update, evaluation = _seconds(times, 'train/time', 1), 0.0
     if evaluated.all:
         evaluation = _seconds(times, 'val/time', EVALUATED_BATCHES) * evaluated.all
@@ -345,13 +348,16 @@ def _shorten(cfg: Config, folder: str, start: Position, batches: int) -> Config:
     return cfg
 
 
-def _train(cfg: Config, watch: '_WatchHook', stage: str) -> Tuple[Position, MessageHub]:
+def _train(
+    cfg: Config, watch: '_WatchHook', stage: str, others: Sequence[Hook] = ()
+) -> Tuple[Position, MessageHub]:
     """Make one of the two runs.
 
     Args:
         cfg (Config): The config of the short run.
         watch (_WatchHook): Follows the run.
         stage (str): What its training is called in a message.
+        others (Sequence[Hook]): Further hooks. Defaults to ().
 
     Returns:
         tuple: How far the run got, and its times. The model and the workers are freed.
@@ -359,7 +365,8 @@ def _train(cfg: Config, watch: '_WatchHook', stage: str) -> Tuple[Position, Mess
     watch.stage = 'building the model, the data loaders and the metric'
     watch.training = stage
     runner = build_runner(cfg, verbose=True)
-    runner.register_hook(watch)
+    for hook in (watch, *others):
+        runner.register_hook(hook)
     runner.train()
     reached, times = Position(runner.epoch, runner.iter), runner.message_hub
     for handler in runner.logger.handlers:
@@ -420,6 +427,25 @@ class _WatchHook(Hook):
         self.stage = 'saving the best checkpoint'
 
 
+class _PeakMemoryHook(Hook):
+    """Reads the peak memory before LoggerHook does, which resets PyTorch's counts."""
+
+    # LoggerHook is BELOW_NORMAL.
+    priority = 'NORMAL'
+
+    def __init__(self) -> None:
+        self._peak = 0, 0
+
+    def after_train_iter(self, *args: Any, **kwargs: Any) -> None:
+        self.measure()
+
+    def measure(self) -> Tuple[int, int]:
+        """The largest :func:`_peak_memory` until now, each of its numbers."""
+        now = _peak_memory()
+        self._peak = max(self._peak[0], now[0]), max(self._peak[1], now[1])
+        return self._peak
+
+
 def _seconds(times: MessageHub, name: str, count: int) -> float:
     """Mean of the last times of MMEngine's IterTimerHook, on the slowest process."""
     values = times.get_scalar(name).data[0][-count:]
@@ -427,7 +453,7 @@ def _seconds(times: MessageHub, name: str, count: int) -> float:
 
 
 def _peak_memory() -> Tuple[int, int]:
-    """Bytes in use at the peak: of the GPU, and of tensors on it.
+    """Bytes in use at the peak since the last reset: of the GPU, and of tensors on it.
 
     The first is what nvidia-smi shows of the GPU. CUDA, NCCL and other programs have
     what is neither free nor PyTorch's. This part is measured now: only PyTorch keeps

@@ -93,11 +93,12 @@ def linear_dtype(x: Tensor) -> torch.dtype:
 
 
 def products_use_tf32() -> bool:
-    """Whether matrix products of float32 tensors on CUDA are taken in TF32.
+    """Whether matrix products of float32 tensors on CUDA may be taken in TF32.
 
     The answer holds for every mixture of ``fp32_precision``, which PyTorch 2.9 has in
     ``torch.backends``, and older flags. ``TORCH_ALLOW_TF32_CUBLAS_OVERRIDE`` and
-    ``NVIDIA_TF32_OVERRIDE=0`` in the environment count, too.
+    ``NVIDIA_TF32_OVERRIDE=0`` in the environment count, too. GPUs before compute
+    capability 8.0 have no TF32 and ignore all of them.
     """
     matmul = torch.backends.cuda.matmul
     if _HAS_PRECISIONS:
@@ -106,7 +107,7 @@ def products_use_tf32() -> bool:
 
 
 def convolutions_use_tf32() -> bool:
-    """Whether convolutions of float32 tensors on CUDA are computed in TF32.
+    """Whether convolutions of float32 tensors on CUDA may be computed in TF32.
 
     PyTorch's default is yes. See :func:`products_use_tf32`.
     """
@@ -120,7 +121,8 @@ def without_tf32() -> Iterator[None]:
     """Compute products and convolutions on CUDA in float32 within the context.
 
     Afterwards the settings have the values of before. A value that an operation
-    inherited is then its own.
+    inherited is then its own. Within the context PyTorch 2.9 and newer raise an error
+    where the older flags are read and disagree, as ``torch.backends.cudnn.flags`` does.
     """
     before = _precisions()
     try:

@@ -62,6 +62,8 @@ class OnTheWrongDevice(torch.autograd.Function):
         lambda x, y: torch._foreach_add_([x], [y]),
         lambda x, y: y[torch.zeros(2, **LONG)],
         lambda x, y: y.index_put_([torch.zeros(2, **LONG)], y[:2]),
+        lambda x, y: x.masked_select(y > 0),
+        lambda x, y: x.index_add(0, torch.zeros(4, dtype=torch.long), x),
         lambda x, y: torchvision.ops.nms(x[:, :4], y[:, 0], 0.5),
         lambda x, y: torchvision.ops.nms(y[:, :4], x[:, 0], 0.5),
     ],

@@ -12,7 +12,7 @@ import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
-from mmengine.runner import Runner
+from mmengine.runner import LogProcessor, Runner
 
 from mlla_mm.checks import rehearsal
 from mlla_mm.datasets.digits import make_ade20k, make_imagenet
@@ -299,3 +299,25 @@ def test_peak_memory_of_a_gpu(monkeypatch):
     for name, value in values.items():
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     assert rehearsal._peak_memory() == (max(in_use), 7_000)
+
+
+def test_peak_memory_of_training_is_kept(config, monkeypatch):
+    """MMEngine's log resets the peak after training, and before the evaluation."""
+    peaks, measured = [(500, 400)], []
+    log, describe = LogProcessor.get_log_after_iter, rehearsal.describe
+
+    def reset(*args):
+        peaks[0] = 300, 100
+        return log(*args)
+
+    def record(cfg, processes, found):
+        measured.append(found)
+        return describe(cfg, processes, found)
+
+    monkeypatch.setattr(rehearsal, 'UPDATES', 1)
+    monkeypatch.setattr(LogProcessor, 'get_log_after_iter', reset)
+    monkeypatch.setattr(rehearsal, '_peak_memory', lambda: peaks[0])
+    monkeypatch.setattr(rehearsal, 'describe', record)
+    assert check(config('classification')) == 0
+    assert peaks == [(300, 100)]
+    assert (measured[0].memory, measured[0].tensors) == (500, 400)

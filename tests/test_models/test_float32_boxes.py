@@ -126,14 +126,13 @@ def rpn(kind=Float32RPNHead):
         nms=dict(type='nms', iou_threshold=1.0),
         min_bbox_size=0,
     )
-    anchors = dict(
-        type='AnchorGenerator', scales=[8], ratios=[0.5, 1.0, 2.0], strides=[64]
-    )
     with DefaultScope.overwrite_default_scope('mmdet'):
         head = kind(
             in_channels=4,
             feat_channels=4,
-            anchor_generator=anchors,
+            anchor_generator=dict(
+                type='AnchorGenerator', scales=[8], ratios=[0.5, 1.0, 2.0], strides=[64]
+            ),
             test_cfg=ConfigDict(test_cfg),
         )
     torch.nn.init.normal_(head.rpn_conv.weight, std=0.3)
