@@ -69,6 +69,12 @@ def train_and_predict(model, batch):
     return loss, grads, predictions
 
 
+def labelled_boxes(instances):
+    """Boxes that are far from each other if their labels differ."""
+    labels = 10000 * instances.labels[:, None]
+    return torch.cat([instances.bboxes, labels], dim=1).double()
+
+
 @needs_stand_in
 @pytest.mark.parametrize('name', CONFIGS, ids=lambda name: name.split('/')[0])
 def test_training_and_predictions_are_those_of_mmcv_s_own_path(name, monkeypatch):
@@ -93,7 +99,10 @@ def test_training_and_predictions_are_those_of_mmcv_s_own_path(name, monkeypatch
         torch.testing.assert_close(grad, expected[1][key], rtol=1e-3, atol=1e-4)
     for ours, theirs in zip(found[2], expected[2]):
         torch.testing.assert_close(ours.scores, theirs.scores, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(ours.bboxes, theirs.bboxes, rtol=1e-4, atol=1e-2)
+        # Predictions of nearly the same score may change places.
+        distances = torch.cdist(labelled_boxes(ours), labelled_boxes(theirs), p=1)
+        assert distances.amin(0).max() < 0.01
+        assert distances.amin(1).max() < 0.01
 
 
 @pytest.mark.parametrize('size', [16, 20])
