@@ -10,7 +10,7 @@ from typing import List, Optional, Tuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import grid_sample
+from torch.nn.functional import grid_sample, pad
 
 from .common import at_least_float32, torchvision_ops
 
@@ -44,7 +44,7 @@ def ms_deform_attn_forward(
         Tensor: Output of shape (N, queries, heads * channels), in the dtype of
         ``value``.
     """
-    batch, queries = sampling_locations.shape[:2]
+    batch, _, heads, _ = value.shape
     levels = _split_levels(
         value, value_spatial_shapes, sampling_locations, attention_weights
     )
@@ -52,8 +52,8 @@ def ms_deform_attn_forward(
         (grid_sample(maps, grids, align_corners=False) * weights[:, None]).sum(-1)
         for maps, grids, weights in levels
     ]
-    output = torch.stack(outputs).sum(0).view(batch, -1, queries).transpose(1, 2)
-    return output.to(value.dtype).contiguous()
+    output = torch.stack(outputs).sum(0).unflatten(0, (batch, heads))
+    return output.flatten(1, 2).transpose(1, 2).to(value.dtype).contiguous()
 
 
 def ms_deform_attn_backward(
@@ -306,6 +306,9 @@ def modulated_deform_conv_forward(
 ) -> None:
     """Deformable convolution with a weight for each sample (Zhu et al., CVPR 2019).
 
+    Shifts and weights may be of a larger output, as DyHead's are. As in mmcv, the first
+    numbers of an image are then taken, one after the other.
+
     Args:
         input (Tensor): As in :func:`deform_conv_forward`.
         weight (Tensor): As in :func:`deform_conv_forward`.
@@ -332,6 +335,8 @@ def modulated_deform_conv_forward(
         *(stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w),
         *(group, deformable_group),
     )
+    size = output.shape[2:]
+    offset, mask = _first_numbers(offset, size), _first_numbers(mask, size)
     output.copy_(
         _deform_conv(input, weight, offset, mask, bias if with_bias else None, settings)
     )
@@ -396,20 +401,37 @@ def modulated_deform_conv_backward(
         *(stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w),
         *(group, deformable_group),
     )
+    size = grad_output.shape[2:]
     grads = _deform_conv_grads(
         grad_output,
         input,
         weight,
-        offset,
-        mask,
+        _first_numbers(offset, size),
+        _first_numbers(mask, size),
         bias if with_bias else None,
         settings,
     )
-    totals = [grad_input, grad_weight, grad_offset, grad_mask]
+    of_input, of_weight, of_offset, of_mask, of_bias = grads
+    grad_input.add_(of_input)
+    grad_weight.add_(of_weight)
+    grad_offset.add_(_fill_with_zeros(of_offset, grad_offset.shape))
+    grad_mask.add_(_fill_with_zeros(of_mask, grad_mask.shape))
     if with_bias:
-        totals.append(grad_bias)
-    for total, grad in zip(totals, grads):
-        total.add_(grad)
+        grad_bias.add_(of_bias)
+
+
+def _first_numbers(tensor: Tensor, size: torch.Size) -> Tensor:
+    """Make a tensor (N, C, H, W) of this size (H', W'), if it is larger."""
+    number = tensor.shape[1] * size.numel()
+    if number >= tensor.shape[1:].numel():
+        return tensor
+    return tensor.flatten(1)[:, :number].unflatten(1, (-1, *size))
+
+
+def _fill_with_zeros(grad: Tensor, shape: torch.Size) -> Tensor:
+    """Turn the gradient by :func:`_first_numbers` into that by the larger tensor."""
+    grad = grad.flatten(1)
+    return pad(grad, (0, shape[1:].numel() - grad.shape[1])).view(shape)
 
 
 # Strides, padding and dilation, each along y and x, groups, and groups of shifts.
@@ -455,9 +477,9 @@ def _clear_at_border(
     There the features begin to differ from zero, so that each side has its derivative.
     torchvision takes the inner side's. Networks start there, with shifts of 0.
     """
-    stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, _, _ = settings
+    stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w, _, shift_groups = settings
     batch, _, height, width = offset.shape
-    shape = (batch, -1, *kernel_size, 2, height, width)
+    shape = (batch, shift_groups, *kernel_size, 2, height, width)
 
     def steps(number: int, size: int) -> Tensor:
         return torch.arange(0, number * size, size, device=offset.device)
@@ -479,6 +501,9 @@ def _factors(
     bias: Optional[Tensor],
 ) -> List[Tensor]:
     """Tensors for torchvision, which wants some in place of a mask and of a bias."""
+    # For a shift that is not a number, its CPU kernel reads memory of others. As in
+    # mmcv, such a shift leads outside.
+    offset = at_least_float32(offset).nan_to_num(torch.inf, torch.inf, -torch.inf)
     if mask is None:
         mask = input.new_zeros(len(input), 1)
     if bias is None:

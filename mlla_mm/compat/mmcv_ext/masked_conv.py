@@ -54,4 +54,4 @@ def masked_col2im_forward(
         width (int): W.
         channels (int): C.
     """
-    im[0, :, mask_h_idx, mask_w_idx] = col
+    im[0, :, mask_h_idx, mask_w_idx] = col.to(im.dtype)  # autocast halves col alone

@@ -27,7 +27,7 @@ def roi_align_forward(
     Args:
         input (Tensor): Features of shape (N, C, H, W).
         rois (Tensor): Image index and ``(x1, y1, x2, y2)`` in input pixels, of shape
-            (K, 5).
+            (K, 5). A RoI that is not finite gives zeros.
         output (Tensor): Output of shape (K, C, aligned_height, aligned_width).
         argmax_y (Tensor): Unused; for max pooling.
         argmax_x (Tensor): Unused; for max pooling.
@@ -47,7 +47,7 @@ def roi_align_forward(
     output.copy_(
         torchvision_ops().roi_align(
             features,
-            rois.to(features.dtype),
+            _finite(rois.to(features.dtype)),
             spatial_scale,
             aligned_height,
             aligned_width,
@@ -94,7 +94,7 @@ def roi_align_backward(
     grad_input.add_(
         torchvision_ops()._roi_align_backward(
             grad,
-            rois.to(grad.dtype),
+            _finite(rois.to(grad.dtype)),
             spatial_scale,
             aligned_height,
             aligned_width,
@@ -103,6 +103,16 @@ def roi_align_backward(
             aligned,
         )
     )
+
+
+def _finite(rois: Tensor) -> Tensor:
+    """Move RoIs whose corners are not all finite to where there are no features.
+
+    For their places, torchvision's CPU kernel reads memory of others.
+    """
+    boxes = rois[:, 1:]
+    is_lost = ~boxes.isfinite().all(1, keepdim=True)
+    return torch.cat([rois[:, :1], boxes.masked_fill(is_lost, -1e6)], dim=1)
 
 
 def _check_pool_mode(pool_mode: int) -> None:
@@ -129,7 +139,8 @@ def roi_pool_forward(
     Args:
         input (Tensor): Features of shape (N, C, H, W).
         rois (Tensor): Image index and ``(x1, y1, x2, y2)`` in input pixels, of shape
-            (K, 5). A RoI is ``x2 - x1 + 1`` pixels wide.
+            (K, 5). A RoI is ``x2 - x1 + 1`` pixels wide. One that is not finite, or
+            ends before it begins, gives zeros.
         output (Tensor): Output of shape (K, C, pooled_height, pooled_width). It is 0
             for bins without pixels.
         argmax (Tensor): Output of the same shape, int32: places ``y * W + x`` of the
@@ -138,7 +149,7 @@ def roi_pool_forward(
         pooled_width (int): Number of bins along x.
         spatial_scale (float): Feature pixels per input pixel.
     """
-    features, rois = at_least_float32(input), at_least_float32(rois)
+    features, rois = at_least_float32(input), _finite(at_least_float32(rois))
     height, width = features.shape[2:]
     images = rois[:, 0].long()[:, None, None]
     tops, bottoms = _bins(rois[:, 2], rois[:, 4], pooled_height, spatial_scale, height)
@@ -165,11 +176,15 @@ def roi_pool_forward(
 def _bins(
     low: Tensor, high: Tensor, number: int, scale: float, size: int
 ) -> Tuple[Tensor, Tensor]:
-    """First feature pixel of each bin, and the one after its last: (K, bins)."""
+    """First feature pixel of each bin, and the one after its last: (K, bins).
+
+    The bins of a RoI that ends before it begins end at 0, so that they are empty.
+    """
     start, length = low * scale, (high + 1 - low) * scale
     edges = torch.arange(number + 1, device=low.device) * (length / number)[:, None]
     edges = (edges + start[:, None]).clamp(0, size)
-    return edges[:, :-1].floor().long(), edges[:, 1:].ceil().long()
+    ends = edges[:, 1:].ceil().masked_fill(length[:, None] <= 0, 0)
+    return edges[:, :-1].floor().long(), ends.long()
 
 
 def _largest(sizes: Tensor) -> int:

@@ -120,6 +120,16 @@ def test_attention_adds_its_gradients(generator):
         torch.testing.assert_close(a + 3, b)
 
 
+def test_attention_without_queries(generator):
+    case = attention_case(generator)
+    case[3:] = case[3][:, :0], case[4][:, :0]
+    output = mmcv_ext.ms_deform_attn_forward(*case, 64)
+    assert output.shape == (2, 0, 21)
+    grads = [torch.zeros_like(case[i]) for i in (0, 3, 4)]
+    mmcv_ext.ms_deform_attn_backward(*case, output, *grads, 64)
+    assert not grads[0].any()
+
+
 def test_attention_refuses_levels_that_do_not_fill_the_features(generator):
     case = attention_case(generator)
     case[1] = SHAPES + 1
@@ -291,6 +301,59 @@ def test_convolution_adds_its_gradients(generator):
         )
     assert ones.any()
     torch.testing.assert_close(halves, 3 + ones / 2)
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@needs_stand_in
+def test_a_shift_that_is_not_a_number_leads_outside(device, generator):
+    case, settings = conv_case('plain', generator)
+    x, offset, mask, weight, bias = (tensor.to(device) for tensor in case)
+    is_lost = torch.rand(offset.shape, generator=generator).to(device) > 0.8
+    results = []
+    for place in (torch.nan, 1000.0):
+        shifts = offset.masked_fill(is_lost, place)
+        plain = mmcv_ops.deform_conv2d(x, shifts, weight, *settings)
+        args = (x, shifts, mask, weight, bias)
+        results.append((plain, mmcv_ops.modulated_deform_conv2d(*args, *settings)))
+    torch.testing.assert_close(*results)
+
+
+def larger_case(generator):
+    """Shifts and weights of DyHead: parts of one tensor, of another level."""
+    case, settings = conv_case('both groups', generator)
+    x, offset, mask, weight, bias = case
+    height, width = offset.shape[2:]
+    channels = offset.shape[1] + mask.shape[1]
+    shape = (2, channels, height + 3, width + 2)
+    both = torch.randn(shape, dtype=torch.float64, generator=generator)
+    return x, both, offset.shape[1:], mask.shape[1:], weight, bias, settings
+
+
+@pytest.mark.parametrize('device', DEVICES)
+def test_of_too_many_shifts_the_first_numbers_are_taken(device, generator):
+    x, both, *shapes, weight, bias, settings = larger_case(generator)
+    x, weight, bias = (tensor.to(device) for tensor in (x, weight, bias))
+    both = both.to(device).requires_grad_()
+    large = both.split([shape[0] for shape in shapes], dim=1)
+    small = [
+        torch.stack([image.reshape(-1)[: shape.numel()].view(shape) for image in part])
+        for part, shape in zip(large, shapes)
+    ]
+    found, expected = (
+        mmcv_ops.modulated_deform_conv2d(x, *parts, weight, bias, *settings)
+        for parts in (large, small)
+    )
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn(found.shape, dtype=torch.float64, generator=generator)
+    grads = [gradients(y, weights.to(device), [both]) for y in (found, expected)]
+    torch.testing.assert_close(*grads)
+
+
+@needs_stand_in
+def test_too_few_shifts_are_refused(generator):
+    (x, offset, *others), settings = conv_case('plain', generator)
+    with pytest.raises(RuntimeError, match='offset output dims'):
+        mmcv_ops.modulated_deform_conv2d(x, offset[..., :-1], *others, *settings)
 
 
 def test_shifts_of_zero_change_nothing(generator):

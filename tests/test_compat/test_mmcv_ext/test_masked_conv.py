@@ -21,6 +21,19 @@ def test_masked_convolution_is_the_convolution_at_its_pixels(
 
 
 @pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_masked_convolution_under_autocast(dtype, device, generator):
+    x = torch.randn(1, 3, 7, 9, generator=generator).to(device, dtype)
+    conv = mmcv_ops.MaskedConv2d(3, 4, 3, padding=1).to(device)
+    everywhere = torch.ones(1, 7, 9, device=device)
+    with torch.autocast(device, torch.bfloat16), torch.no_grad():
+        found = conv(x, everywhere)
+        expected = conv2d(x, conv.weight, conv.bias, padding=1)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, expected.to(dtype), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize('device', DEVICES)
 @pytest.mark.parametrize('dtype', HALF)
 def test_inputs_of_a_pixel(dtype, device):
     from mlla_mm.compat.mmcv_ext import masked_col2im_forward, masked_im2col_forward

@@ -140,6 +140,26 @@ def test_max_pooling_needs_compiled_mmcv():
         mmcv_ops.roi_align(torch.ones(1, 1, 4, 4), rois, 2, 1.0, 0, 'max', True)
 
 
+@needs_stand_in
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('sampling_ratio', [0, 2])
+@pytest.mark.parametrize('value', [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize('pool', ['align', 'max'])
+def test_a_roi_that_is_not_finite_gives_zeros(pool, value, sampling_ratio, device):
+    features = torch.ones(1, 2, 8, 8, device=device, requires_grad=True)
+    rois = torch.tensor([[0.0, 1, 1, 5, 5]]).repeat(5, 1)
+    rois[range(1, 5), range(1, 5)] = value
+    rois = rois.to(device)
+    if pool == 'align':
+        output = mmcv_ops.roi_align(features, rois, 2, 1.0, sampling_ratio, 'avg', True)
+    else:
+        output = mmcv_ops.roi_pool(features, rois, 2)
+    assert output[0].all()
+    assert not output[1:].any()
+    output.sum().backward()
+    torch.testing.assert_close(features.grad.sum().item(), 8.0)
+
+
 def plain_roi_pool(features, rois, bins, scale):
     height, width = features.shape[2:]
     output = []
@@ -216,6 +236,17 @@ def test_roi_pool_does_not_hide_a_feature_that_is_not_a_number():
     inside, outside = mmcv_ops.roi_pool(features, rois, 1).flatten()
     assert not inside.isfinite()
     assert outside == 0
+
+
+@needs_stand_in
+def test_roi_pool_of_a_roi_that_ends_before_it_begins():
+    # Both edges, 2.9 and 2.4, lie in pixel 2.
+    features = torch.ones(1, 1, 4, 4, requires_grad=True)
+    rois = torch.tensor([[0.0, 5.8, 0, 3.8, 3], [0, 0, 5.8, 3, 3.8]])
+    output = mmcv_ops.roi_pool(features, rois, 1, 0.5)
+    assert not output.any()
+    output.sum().backward()
+    assert not features.grad.any()
 
 
 @needs_stand_in
