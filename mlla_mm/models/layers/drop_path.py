@@ -54,7 +54,8 @@ class DropPath(nn.Module):
             return None
         keep = 1 - self.drop_prob
         kept = torch.rand(number, dtype=dtype, device=device).add_(keep).floor_()
-        return kept.to(torch.promote_types(dtype, torch.float32)).div_(keep)
+        # Not in place: torch.export of PyTorch 2.4 refuses that after a cast.
+        return kept.to(torch.promote_types(dtype, torch.float32)) / keep
 
     def extra_repr(self) -> str:
         return f'drop_prob={self.drop_prob:g}'
