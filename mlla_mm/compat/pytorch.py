@@ -6,7 +6,7 @@ Unless noted, the names exist in PyTorch 2.1 to 2.11.
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Optional, Tuple, Union
 
 import torch
@@ -84,6 +84,17 @@ def autocast_dtype(device_type: str) -> torch.dtype:
     if device_type == 'cpu':
         return torch.get_autocast_cpu_dtype()
     return torch.get_autocast_gpu_dtype()
+
+
+def without_autocast(device_type: str) -> AbstractContextManager:
+    """The context in which autocast is off for a device type, 'cpu' or 'cuda'.
+
+    Where it is off already, nothing is done: an exported program would contain the
+    context, and meta tensors have no autocast.
+    """
+    if is_autocast(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 def linear_dtype(x: Tensor) -> torch.dtype:

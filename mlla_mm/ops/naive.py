@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..compat.pytorch import without_autocast
 from .rotary import rotary_embedding
 
 #: Types whose range or precision is not enough for some steps.
@@ -97,12 +98,15 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
     dtype = product_dtype(v)
     q = F.elu(at_least_float32(q)) + 1
     k = F.elu(at_least_float32(k)) + 1
+    # Each factor is multiplied by the root of 1 / n, so that the sum stays in range. A
+    # traced program runs it in half precision if autocast is on where it runs.
+    scale = (height * width) ** -0.5
     q_rotated = _split_heads(rotary_embedding(q).to(dtype), num_heads)
-    k_rotated = _split_heads(rotary_embedding(k).to(dtype), num_heads)
+    k_rotated = _split_heads((rotary_embedding(k) * scale).to(dtype), num_heads)
+    values = _split_heads(v.to(dtype) * scale, num_heads)
     # Autocast would run the products in half precision.
-    with torch.autocast(v.device.type, enabled=False):
-        kv = k_rotated.transpose(-2, -1) @ _split_heads(v.to(dtype), num_heads)
-        y = q_rotated @ (kv / (height * width))
+    with without_autocast(v.device.type):
+        y = q_rotated @ (k_rotated.transpose(-2, -1) @ values)
     norm = _split_heads(q * k.mean(dim=(1, 2), keepdim=True), num_heads)
     norm = norm.sum(dim=-1, keepdim=True) + EPS
     return _merge_heads(at_least_float32(y) / norm, height, width).to(v.dtype)

@@ -89,6 +89,7 @@ class SeededTrainLoop(TrainLoopCounters, BaseLoop):
         If the resumed run was stopped in a validation, that validation comes first.
         """
         runner = self.runner
+        self.status = None
         copy_without_waiting(runner.model)
         self._count_micro_batches()
         handler = signal.getsignal(signal.SIGTERM)
@@ -386,5 +387,7 @@ def train_step(
     for value, total in zip(means, sums):
         value.copy_(total / len(micro_batches))
     return {
-        key: torch.stack([log[key].detach() for log in logs]).mean() for key in logs[0]
+        key: torch.stack([torch.as_tensor(log[key]).detach() for log in logs]).sum()
+        / len(logs)
+        for key in logs[0]
     }

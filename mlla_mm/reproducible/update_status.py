@@ -41,10 +41,16 @@ def read_update(
             The values whose name has 'loss' in it are losses.
         optim_wrapper (OptimWrapper): The wrapper that made the update.
         asks_to_stop (bool): Whether this process asks all to stop. Defaults to False.
+
+    Raises:
+        ValueError: If a value is not one number.
     """
     names = sorted(logs, key=lambda name: 'loss' not in name)
-    tensors = [torch.as_tensor(logs[name]).detach().reshape(()) for name in names]
-    values = torch.stack(tensors) if tensors else torch.zeros(0)
+    numbers = [_as_number(name, logs[name]) for name in names]
+    # Numbers in Python are on the CPU, and a model may be on several devices.
+    device = next((x.device for x in numbers if x.device.type != 'cpu'), None)
+    numbers = [x.to(device, non_blocking=True) for x in numbers]
+    values = torch.stack(numbers) if numbers else torch.zeros(0)
     losses = values[: sum('loss' in name for name in names)]
     scale = loss_scale(optim_wrapper)
     # new_full writes on the device. torch.tensor would wait for it.
@@ -63,3 +69,14 @@ def read_update(
         bool(any_asks),
         None if scale is None else -negated.item(),
     )
+
+
+def _as_number(name: str, value: Any) -> Tensor:
+    """A log of the model as a tensor of shape ()."""
+    number = torch.as_tensor(value).detach()
+    if number.numel() != 1:
+        raise ValueError(
+            f"The model's train_step returned {name!r} of shape {tuple(number.shape)}, "
+            'but a log is one number: return its mean, or leave it out.'
+        )
+    return number.reshape(())

@@ -126,6 +126,17 @@ def test_a_full_disk_does_not_hide_the_cause(tmp_path):
         runner.train()
 
 
+def test_a_batch_that_cannot_be_saved_does_not_hide_the_cause(tmp_path):
+    """Other processes would wait for this one for ever."""
+    runner = Scaled()
+    runner.optim_wrapper.loss_scaler, runner.work_dir = None, tmp_path
+    hook, logs = StopOnInvalidLossHook(), dict(loss=torch.tensor(NAN))
+    hook.before_train(runner)
+    with pytest.raises(DivergedError, match=r'loss nan.*not saved \(.*lambda'):
+        hook.after_train_iter(runner, 0, [lambda: 0], logs)
+    assert not list(tmp_path.iterdir())
+
+
 def test_finite_losses_go_through(tmp_path):
     make_runner(tmp_path, [1e30, -1e30, 0, 4]).train()
     assert not list(tmp_path.glob('invalid_loss*'))
@@ -259,6 +270,40 @@ def test_statistics_that_never_recover_end_mixed_precision(tmp_path, monkeypatch
         train_with_scaler(tmp_path, [1, INF, 1])
     message = str(stopped.value)
     assert 'at iteration 2.' in message and 'layer.1.running_mean' in message
+
+
+def test_buffers_that_are_not_finite_by_intent(tmp_path, monkeypatch):
+    """Masks of attention are -inf where it may not look."""
+
+    def build(self):
+        BaseModel.__init__(self)
+        self.layer = nn.Linear(1, 1, bias=False)
+        self.register_buffer('mask', torch.full((2, 2), -INF).triu(1))
+
+    monkeypatch.setattr(Model, '__init__', build)
+    assert train_with_scaler(tmp_path, [1, NAN, 1], init_scale=64.0).iter == 3
+
+
+@pytest.mark.parametrize('factor', [1, 0.5])
+def test_the_invalid_batch_of_several_is_named(tmp_path, factor):
+    """The update, and what is known of its gradients, comes some batches later."""
+    runner, hook = Scaled(), StopOnInvalidLossHook(max_skipped=1)
+    runner.work_dir = tmp_path
+    updates = iter([False, False, True])
+    runner.optim_wrapper.should_update = lambda: next(updates)
+    hook.before_train(runner)
+    with pytest.raises(DivergedError) as stopped:
+        for runner.iter, loss in enumerate([1.0, NAN, 2.0]):
+            if runner.iter == 2:
+                runner.optim_wrapper.loss_scaler._scale *= factor
+            batch = images([runner.iter])
+            hook.after_train_iter(runner, 0, batch, dict(loss=torch.tensor(loss)))
+    assert runner.iter == 2
+    message = str(stopped.value)
+    assert 'at iteration 2.' in message and 'loss nan' in message
+    assert ('skipped 1 updates' in message) == (factor < 1)
+    saved = replay(tmp_path / 'invalid_loss_iter_2_rank_0.pth')
+    assert saved['iteration'] == 2 and saved['data_batch'][0]['inputs'] == 1
 
 
 @pytest.mark.gpu

@@ -5,7 +5,7 @@ import pytest
 import torch
 from mmcv.cnn.bricks.drop import DropPath as Reference
 
-from benchmarks.roofline import counted
+from mlla_mm.compat.pytorch import TELLS_EXPORT
 from mlla_mm.models.layers import DropPath
 
 from ..pretended import needs_pretended_cuda
@@ -60,10 +60,36 @@ def test_the_mean_is_that_of_evaluation():
     assert y.mean().item() == pytest.approx(2, abs=0.02)
 
 
+def trace(layer, example):
+    return torch.jit.trace(layer, example, check_trace=False)
+
+
+def export(layer, example, strict):
+    batch = torch.export.Dim('batch', min=2, max=128)
+    shapes = ({0: batch}, {0: batch})
+    exported = torch.export.export(layer, example, dynamic_shapes=shapes, strict=strict)
+    assert 'autocast' not in exported.graph_module.code
+    return exported.module()
+
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('strict', [None, True, False])
+def test_a_graph_serves_every_number_of_images(strict, training):
+    if strict is not None and not TELLS_EXPORT:
+        pytest.skip('needs PyTorch 2.7')
+    torch._dynamo.reset()
+    layer, example = DropPath(0.5).train(training), tuple(torch.ones(2, 3, 5))
+    graph = trace(layer, example) if strict is None else export(layer, example, strict)
+    factors = graph(torch.zeros(100, 5), torch.ones(100, 5)).unique(dim=0)
+    assert factors.tolist() == ([[0.0] * 5, [2.0] * 5] if training else [[1.0] * 5])
+
+
 @needs_pretended_cuda
 @pytest.mark.parametrize('dtype', [torch.float32, *HALF])
 def test_one_pass_over_the_map(dtype):
     """On CUDA under autocast, too: the map is read and written once, in its dtype."""
+    from benchmarks.roofline import counted  # needs a new PyTorch
+
     with counted() as counter:
         x = torch.randn(SHAPE, device='cuda', requires_grad=True)
         branch = torch.randn(SHAPE, device='cuda').to(dtype).requires_grad_()

@@ -3,6 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mlla_mm.compat.pytorch import TELLS_EXPORT
 from mlla_mm.ops import linear_attention, rotary_embedding
 
 
@@ -45,3 +46,35 @@ def test_output_is_finite_where_the_normaliser_underflows():
     y = linear_attention(q, k, v, 1)
     assert y.dtype == v.dtype
     assert y.isfinite().all()
+
+
+class Attention(torch.nn.Module):
+    def forward(self, q, k, v):
+        return linear_attention(q, k, v, 1)
+
+
+def test_a_traced_program_under_autocast_stays_in_range():
+    """It runs the products in float16, where the sum over the tokens is infinite."""
+    if torch.__version__ < '2.3':
+        pytest.skip('no float16 kernels on the CPU')
+    q = k = torch.full((1, 256, 256, 8), 4.0)
+    v = 2 * k
+    traced = torch.jit.trace(Attention(), (q, k, v), check_trace=False)
+    with torch.autocast('cpu', torch.float16):
+        actual = traced(q, k, v)
+    torch.testing.assert_close(actual, linear_attention(q, k, v, 1), rtol=1e-2, atol=0)
+
+
+def test_meta_tensors():
+    q, k, v = torch.randn(3, 1, 5, 7, 8, device='meta')
+    assert linear_attention(q, k, v, 2).shape == v.shape
+
+
+@pytest.mark.skipif(not TELLS_EXPORT, reason='no dynamic shapes below PyTorch 2.7')
+@pytest.mark.parametrize('strict', [True, False])
+def test_an_exported_program_has_no_context(strict):
+    """Runtimes of exported programs do not know autocast."""
+    torch._dynamo.reset()
+    example = tuple(torch.randn(3, 1, 5, 7, 8))
+    exported = torch.export.export(Attention(), example, strict=strict)
+    assert 'autocast' not in exported.graph_module.code

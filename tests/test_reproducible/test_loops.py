@@ -91,6 +91,22 @@ def test_running_statistics_are_the_mean_of_as_many_processes(model, micro_batch
         assert torch.equal(model.frozen_bn.state_dict()[key], value), key
 
 
+def test_logs_are_means_over_micro_batches(model):
+    """They may be numbers of Python, and integers."""
+
+    def train_step(data, optim_wrapper):
+        log = Model.train_step(model, data, optim_wrapper)
+        size = len(data['inputs'])
+        return dict(log, size=size, double=2.0 * size, count=torch.tensor(size))
+
+    model.train_step = train_step
+    batches = [[torch.randn(n, 3, dtype=torch.double) for n in (2, 5)]]
+    (log,) = run(model, batches, 2)
+    assert log['loss'].shape == ()
+    found = {name: float(log[name]) for name in ('size', 'double', 'count')}
+    assert found == dict(size=3.5, double=7.0, count=3.5)
+
+
 class Drawing(Model):
     """Draws and keeps a random number for every batch."""
 

@@ -93,6 +93,16 @@ class Stopper(Hook):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+class Between(Hook):
+    """Sends SIGTERM between two updates: while a checkpoint is saved, say."""
+
+    priority = 'LOWEST'
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        if runner.iter == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 class Average(Hook):
     """Has buffers of its own. Its attribute ``ema`` is not that of MESAHook."""
 
@@ -325,6 +335,35 @@ def test_a_flexible_runner_goes_on_with_the_next_update(tmp_path, setting):
 def test_a_signal_to_one_process_stops_all(run_tool, tmp_path):
     (tmp_path / 'script.py').write_text(SCRIPT)
     run_tool('python', tmp_path / 'script.py', tmp_path, processes=2)
+
+
+@pytest.mark.parametrize('setting', [EPOCHS, ITERATIONS], ids=['epochs', 'iterations'])
+@pytest.mark.parametrize('loop, saved', [('ours', 3), ('MMEngine', 2)])
+def test_a_signal_between_two_updates(tmp_path, setting, loop, saved):
+    """It counts for the next one of our loops, and at once for MMEngine's."""
+    before = signal.getsignal(signal.SIGTERM)
+    if loop == 'MMEngine':
+        kind = setting['train_cfg']['type'].replace('Seeded', '')
+        setting = {**setting, 'train_cfg': dict(setting['train_cfg'], type=kind)}
+    with pytest.raises(Preempted):
+        train(tmp_path, [], Between(), **setting)
+    signal.signal(signal.SIGTERM, before)
+    assert newest_checkpoint(tmp_path).name == f'preempted_iter_{saved}.pth'
+
+
+@pytest.mark.parametrize('setting', [EPOCHS, ITERATIONS], ids=['epochs', 'iterations'])
+def test_a_stopped_runner_may_train_again(tmp_path, setting):
+    class Keep(Stopper):
+        def before_run(self, runner):
+            self.runner = runner
+
+    before = signal.getsignal(signal.SIGTERM)
+    record, stopper = [], Keep(2)
+    with pytest.raises(Preempted):
+        train(tmp_path, record, stopper, **setting)
+    signal.signal(signal.SIGTERM, before)
+    stopper.runner.train()
+    assert [entry[1] for entry in record if len(entry) == 6][:5] == [0, 1, 2, 3, 4]
 
 
 def test_nothing_is_saved_before_the_first_update(tmp_path, caplog):

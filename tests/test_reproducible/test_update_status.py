@@ -4,7 +4,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from benchmarks.pretended_cuda import pretended_cuda
 from mlla_mm.reproducible.update_status import read_update
+
+from ..pretended import needs_pretended_cuda
 
 NAN, INF = float('nan'), float('inf')
 WRAPPER = SimpleNamespace()  # without a scaler
@@ -32,6 +35,27 @@ def test_logs_keep_their_names_order_and_values():
 def test_losses_alone_must_be_finite(name, invalid, value):
     logs = dict(loss=torch.tensor(1.0), **{name: torch.tensor(value)})
     assert read_update(logs, WRAPPER).any_invalid == invalid
+
+
+def test_a_log_is_one_number():
+    with pytest.raises(ValueError, match=r"'loss_mask' of shape \(3,\)"):
+        read_update(dict(loss=1.0, loss_mask=torch.ones(3)), WRAPPER)
+
+
+@needs_pretended_cuda
+def test_logs_of_several_devices(monkeypatch):
+    """A model on two GPUs may log numbers of Python, too."""
+    stack = torch.stack
+
+    def stack_as_cuda_does(tensors, *args):
+        assert len({x.device for x in tensors}) == 1
+        return stack(tensors, *args)
+
+    monkeypatch.setattr(torch, 'stack', stack_as_cuda_does)
+    with pretended_cuda():
+        logs = dict(loss=1.0, acc=torch.ones(1, device='cuda'))
+        status = read_update(logs, WRAPPER)
+        assert {x.device.type for x in status.logs.values()} == {'cpu'}
 
 
 def scaler(scale, enabled=True):

@@ -4,6 +4,8 @@ from typing import Optional
 import torch
 from torch import Tensor, nn
 
+from ...compat.pytorch import without_autocast
+
 
 class DropPath(nn.Module):
     """Add a residual branch with stochastic depth (Huang et al., ECCV 2016).
@@ -25,13 +27,13 @@ class DropPath(nn.Module):
 
     def forward(self, x: Tensor, branch: Tensor) -> Tensor:
         """Both of shape (N, ...) -> (N, ...)."""
-        # In a graph, len(x) would make a number of the batch size.
+        # Not len(x), which would fix the number of images in a graph.
         scale = self.draw_scale(x.shape[0], branch.dtype, x.device)
         if scale is None:
             return x + branch
         scale = scale.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
         # Autocast would cast the branch in a pass of its own.
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             return torch.addcmul(x, branch, scale)
 
     def draw_scale(
@@ -52,7 +54,8 @@ class DropPath(nn.Module):
             return None
         keep = 1 - self.drop_prob
         kept = torch.rand(number, dtype=dtype, device=device).add_(keep).floor_()
-        return kept.to(torch.promote_types(dtype, torch.float32)).div_(keep)
+        # Not in place: torch.export of PyTorch 2.4 refuses that after a cast.
+        return kept.to(torch.promote_types(dtype, torch.float32)) / keep
 
     def extra_repr(self) -> str:
         return f'drop_prob={self.drop_prob:g}'
