@@ -43,7 +43,7 @@ _OnLaunch = Callable[[str, Dict[str, Any]], None]
 
 # Operators whose devices FakeTensorMode, or what is made up here, does not compare.
 _UNCOMPARED = (
-    'convolution convolution_backward index_add index_add_ masked_select'
+    'cat convolution convolution_backward index_add index_add_ masked_select stack'
 ).split()
 _COPIES = (_aten._to_copy.default, _aten.copy_.default)
 _INDEX_PUT = (_aten.index_put.default, _aten.index_put_.default)
@@ -241,9 +241,11 @@ def _callers() -> Tuple[str, Tuple[str, ...]]:
 
 def _require_one_device(func: Any, args: Sequence) -> None:
     """Raise what FakeTensorMode forgets for some operators."""
-    leaves = tree_flatten(args)[0]
-    # A tensor of one number may be on the CPU.
-    devices = {str(x.device) for x in leaves if isinstance(x, Tensor) and x.dim()}
+    tensors = [x for x in tree_flatten(args)[0] if isinstance(x, Tensor)]
+    if func.overloadpacket.__name__ not in ('cat', 'stack'):
+        # A tensor of one number may be on the CPU.
+        tensors = [x for x in tensors if x.dim()]
+    devices = {str(x.device) for x in tensors}
     if len(devices) > 1:
         raise RuntimeError(f'{func} got tensors on {", ".join(sorted(devices))}.')
 
