@@ -14,8 +14,8 @@ class DropPath(nn.Module):
 
         y_n = x_n + m_n / (1 - p) branch_n,    m_n = 1 with probability 1 - p, else 0
 
-    In evaluation y = x + branch. The random numbers are those of ``DropPath`` of mmcv
-    and timm, which gives the branch alone.
+    In evaluation y = x + branch. The random numbers are those of mmcv's ``DropPath``,
+    which gives the branch alone.
 
     Args:
         drop_prob (float): The rate p, in [0, 1).
