@@ -40,6 +40,9 @@ SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227}
 REGISTERS = dict(
     _conv_grad_kernel=255, _query_grad_kernel=240, _key_value_grad_kernel=255
 )
+# Bytes that a thread may spill: a number that LayerNorm's gradient needs only behind
+# its loop, with padding.
+SPILLED = dict(_layer_norm_grad_kernel=8)
 NANO = dict(embed_dims=32, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
 SHAPES = [(128, 3, 224, 224), (2, 3, 800, 1280)]
 
@@ -121,7 +124,7 @@ def capability(request):
 
 
 def check(found, capability, folder):
-    """Compile launches. They spill no registers, and their shared memory fits."""
+    """Compile launches, and compare what they take with the bounds."""
     compiled = {}
     for launch in found:
         binary = launch.compile()
@@ -132,7 +135,7 @@ def check(found, capability, folder):
         registers, spilled = read_resources(binary.asm['cubin'], folder / 'cubin')
         shared = binary.metadata.shared
         print(name, capability, registers, spilled, shared, options)
-        assert spilled == 0, launch
+        assert spilled <= SPILLED.get(name, 0), launch
         assert shared <= SHARED_MEMORY[capability] * 1024, launch
         assert registers <= REGISTERS.get(name, 200), launch
 
