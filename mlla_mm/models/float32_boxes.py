@@ -10,11 +10,12 @@ Importing this module needs mmdet.
 
 from typing import Optional, Sequence, Tuple
 
-import torch
 from mmdet.models.dense_heads import RPNHead
 from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
 from mmdet.registry import MODELS
 from torch import Tensor
+
+from ..ops.naive import at_least_float32
 
 
 @MODELS.register_module()
@@ -41,7 +42,7 @@ class Float32RPNHead(RPNHead):
             anchors per pixel.
         """
         score, delta = super().forward_single(x)
-        return _at_least_float32(score), _at_least_float32(delta)
+        return at_least_float32(score), at_least_float32(delta)
 
 
 @MODELS.register_module()
@@ -82,10 +83,5 @@ class Float32RoIExtractor(SingleRoIExtractor):
             Tensor: Features of shape (K, C, h, w), where (h, w) is ``output_size``, in
             the dtype of the maps.
         """
-        maps = tuple(_at_least_float32(feat) for feat in feats)
+        maps = tuple(at_least_float32(feat) for feat in feats)
         return super().forward(maps, rois, roi_scale_factor).type_as(feats[0])
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    """Cast half precision to float32; leave float32 and float64."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -160,8 +160,6 @@ class _MLP(torch.autograd.Function):
 
 def _as_linear_sees(*tensors: Tensor) -> Tuple[Tensor, ...]:
     """Cast tensors as autocast does for a linear layer."""
-    if not is_autocast(tensors[0].device.type):
-        return tensors
     return tuple(x.to(linear_dtype(x)) for x in tensors)
 
 

@@ -7,9 +7,9 @@ from torch import nn
 
 from benchmarks.pretended_cuda import pretended_cuda
 from mlla_mm import ops as dispatched
-from mlla_mm.ops import naive, triton
+from mlla_mm.ops import naive
 
-from ..pretended import OPS, describe, needs_pretended_cuda
+from ..pretended import OPS, describe, needs_pretended_cuda, needs_triton
 
 pytestmark = needs_pretended_cuda
 
@@ -73,11 +73,10 @@ def test_mlla_attention(ops, dtype, shape, heads, monkeypatch):
     )
 
 
+@needs_triton
 @pytest.mark.parametrize('forced', [None, 'fused'])
 def test_kernels_run_where_triton_is(forced, monkeypatch):
     """Also if nothing forces them, as on a GPU."""
-    if not triton._has_triton():
-        pytest.skip('needs Triton 3.3')
     monkeypatch.delenv('MLLA_OPS', raising=False)
     if forced:
         monkeypatch.setenv('MLLA_OPS', forced)

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ...compat.pytorch import is_autocast
 from ._common import SIZES, as_rows, ceil_div, load_float, plan_rows
 from ._sums import add_up
 
@@ -38,7 +39,7 @@ class LayerNorm(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias)
         ctx.eps = eps
         # Autocast computes LayerNorm in float32. Kernels of whole blocks do not.
-        autocast = torch.is_autocast_enabled(x.device.type)
+        autocast = is_autocast(x.device.type)
         return layer_norm(x, weight, bias, eps, torch.float32 if autocast else x.dtype)
 
     @staticmethod
