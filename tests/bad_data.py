@@ -9,18 +9,29 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import pytest
 from mmengine.config import Config
 from PIL import EpsImagePlugin, ExifTags, Image
+
+from mlla_mm.checks.data import require_data
 
 from .nano import NANO
 
 DET, SEG, CLS = 'mmdet', 'mmseg', 'mmpretrain'
 WIDTH, HEIGHT = 60, 40
+PREFIX = 'data_prefix of train_dataloader'
 
 
 def assert_says(error, *words) -> None:
     missing = [word for word in map(str, words) if word not in str(error)]
     assert not missing, (missing, str(error))
+
+
+def assert_refused(scope, root, file, *words) -> None:
+    """A training is refused with an error that names a file and says some words."""
+    with pytest.raises(ValueError) as caught:
+        require_data(config(scope, root), 'train')
+    assert_says(caught.value, root / file, *words)
 
 
 def noise(*shape):
@@ -30,6 +41,10 @@ def noise(*shape):
 def save(path, pixels, **kwargs):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path, **kwargs)
+
+
+def rename(old, new):
+    return lambda root: (root / old).rename(root / new)
 
 
 # What is done to the file of an image.

@@ -8,7 +8,7 @@ from mmengine.config import Config
 
 from ..checkpoints.reader import CheckpointError
 from ..checks.config import check_config, make_work_dir
-from ..checks.data import require_data
+from ..checks.data import describe, require_data
 from ..datasets.corrupt_images import CorruptImageError
 from ..engine import launch, options
 from ..engine.console import build_runner, quiet
@@ -33,7 +33,8 @@ def test(args: argparse.Namespace) -> None:
         check_config(cfg)
         if launch.set_up(cfg).rank == 0:
             options.print_changes(written, cfg)
-            require_data(cfg, 'test')
+            for line in describe(require_data(cfg, 'test')):
+                print(line, flush=True)
             make_work_dir(cfg)
     # One process alone meets a corrupt image. All of them have a bad checkpoint.
     with launch.exit_on_user_error((CorruptImageError,), shared=False):

@@ -10,7 +10,7 @@ from mmengine.config import Config
 from ..checkpoints.reader import CheckpointError
 from ..checks import rehearsal
 from ..checks.config import check_config, check_loop, make_work_dir
-from ..checks.data import require_data
+from ..checks.data import describe, require_data
 from ..datasets.corrupt_images import CorruptImageError
 from ..engine import batch_size, launch, options
 from ..engine.console import build_runner, quiet
@@ -46,7 +46,9 @@ def train(args: argparse.Namespace) -> int:
         layout = launch.set_up(cfg)
         if layout.rank == 0:
             options.print_changes(written, cfg)
-            require_data(cfg, 'train', 'val')
+            report = require_data(cfg, 'train', 'val')
+            for line in describe(report):
+                print(line, flush=True)
             if not args.check:
                 make_work_dir(cfg)
     if args.check:

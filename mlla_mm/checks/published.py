@@ -8,7 +8,8 @@ from typing import Dict, List, NamedTuple, Union
 from mmengine.config import Config
 
 from ..evaluation.published import REPOSITORY
-from .data import PIXELS, Finding, check_splits
+from .data import check_splits
+from .source import PIXELS, Finding
 
 
 class PublishedData(NamedTuple):
@@ -67,7 +68,7 @@ def check_published(
     Args:
         name (str): 'coco', 'ade20k' or 'imagenet'.
         root (str | Path): The folder of the copy, as ``data_root`` in our configs.
-        look (str): How closely to look, one of :data:`mlla_mm.checks.data.LOOKS`.
+        look (str): How closely to look, one of :data:`mlla_mm.checks.source.LOOKS`.
             Defaults to 'pixels'.
 
     Returns:
@@ -94,6 +95,6 @@ def check_published(
     cfg.default_scope = published.scope
     for loader in (cfg.train_dataloader, cfg.val_dataloader):
         loader.dataset.data_root = str(root)
-    findings = check_splits(cfg, look, published.num_images)
+    findings = check_splits(cfg, look, published.num_images).findings
     fix = published.source.format(root=root)
     return [finding._replace(fix=fix) for finding in findings if finding.fatal]

@@ -133,6 +133,32 @@ def innermost_dataset(loader: Any) -> Any:
     return dataset if isinstance(dataset, Mapping) else None
 
 
+def leaf_datasets(loader: Any) -> List[Tuple[str, Any]]:
+    """The data sets of a data loader's config that read files, below all wrappers.
+
+    A wrapper has a ``dataset``, as RepeatDataset does, or a list of ``datasets``, as
+    ConcatDataset does.
+
+    Returns:
+        list[tuple[str, dict]]: Keys in the loader, such as 'dataset.datasets[0]', and
+        configs. Empty if there is no loader.
+    """
+    return list(_leaves(loader, ''))
+
+
+def _leaves(config: Any, key: str) -> Iterator[Tuple[str, Any]]:
+    if not isinstance(config, Mapping):
+        return
+    inner = config.get('datasets')
+    if isinstance(inner, (list, tuple)):
+        for i, part in enumerate(inner):
+            yield from _leaves(part, f'{key}.datasets[{i}]'.lstrip('.'))
+    elif 'dataset' in config:
+        yield from _leaves(config['dataset'], f'{key}.dataset'.lstrip('.'))
+    elif key:
+        yield key, config
+
+
 def as_list(value: Any) -> List[Any]:
     """Make a list of a config's value: one item, a list of items, or nothing."""
     if not value:

@@ -41,8 +41,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from mlla_mm.checks.data import FILES, PIXELS, check_splits
+    from mlla_mm.checks.data import check_splits
     from mlla_mm.checks.published import check_published
+    from mlla_mm.checks.source import FILES, PIXELS
     from mlla_mm.engine import launch
     from mlla_mm.engine.console import quiet
     from mlla_mm.engine.options import read_config
@@ -51,7 +52,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     look = FILES if args.fast else PIXELS
     with launch.exit_on_user_error():
         if args.path is None:
-            findings = check_splits(read_config(args.dataset), look)
+            findings = check_splits(read_config(args.dataset), look).findings
             subject, reference = args.dataset, 'they should be'
         else:
             findings = check_published(args.dataset, args.path, look)

@@ -1,0 +1,86 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+"""Whether the images of a data set are there, and can be read."""
+
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import Callable, Dict, List, NamedTuple, Optional
+
+from ..utils.files import file_problem
+from ..utils.images import image_problem
+from .source import NAMES, PIXELS, Finding, Source, progress, require_folder, several
+
+
+class Problem(NamedTuple):
+    """What is wrong with an image: said of several images, an example, and the fix."""
+
+    kind: str
+    example: str
+    fix: str = 'Replace them, or take them out of the data set.'
+    fatal: bool = True
+
+
+def check_images(
+    images: Sequence[Path],
+    folder: Path,
+    source: Source,
+    check: Optional[Callable[[Path], Optional[Problem]]] = None,
+) -> Iterator[Finding]:
+    """Whether images exist, are as many as expected, and pass a check of each image.
+
+    Args:
+        images (list[Path]): The images of the data set.
+        folder (Path): The folder that has them.
+        source (Source): The data set.
+        check (callable, optional): Says what is wrong with an image; called in threads,
+            as decoding releases the GIL. By default it is :func:`unreadable`.
+    """
+    require_folder(folder, source)
+    where = f'Check data_root and data_prefix of {source.key}.'
+    if source.num_images not in (None, len(images)):
+        number = f'{len(images)} images in {folder}, expected {source.num_images}'
+        yield Finding(number, where)
+    missing = set(missing_files(images))
+    names = [relative(path, folder) for path in images if path in missing]
+    yield from several(f'images are not in {folder}', names, where)
+    source.images = [path for path in images if path not in missing]
+    if source.look == NAMES:
+        return
+    check = check or partial(unreadable, folder=folder, source=source)
+    kinds: Dict[str, List[Problem]] = defaultdict(list)
+    with ThreadPool() as pool:
+        found = pool.imap(check, source.images, chunksize=16)
+        for problem in progress(found, f'Checking {folder}', len(source.images)):
+            if problem is not None:
+                kinds[problem.kind].append(problem)
+    for kind, problems in kinds.items():
+        names = [problem.example for problem in problems]
+        what = f'images in {folder} {kind}'
+        yield from several(what, names, problems[0].fix, problems[0].fatal)
+
+
+def unreadable(path: Path, folder: Path, source: Source) -> Optional[Problem]:
+    """Why an image cannot be read, as closely as the check looks; None if it can."""
+    if source.look == PIXELS:
+        problem = image_problem(path, source.backend)
+    else:
+        problem = file_problem(path)
+    if problem is None:
+        return None
+    return Problem('cannot be read', f'{relative(path, folder)} {problem}')
+
+
+def missing_files(paths: Iterable[Path]) -> List[Path]:
+    """The paths of a list at which there is no file."""
+    # A look into each folder once: a file system over a network answers slowly.
+    parents = {path.parent for path in paths}
+    names = {x: set(os.listdir(x)) if x.is_dir() else set() for x in parents}
+    return [path for path in paths if path.name not in names[path.parent]]
+
+
+def relative(path: Path, folder: Path) -> str:
+    """A path as it is seen from a folder, with slashes."""
+    return Path(os.path.relpath(path, folder)).as_posix()

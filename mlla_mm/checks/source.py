@@ -1,0 +1,153 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+"""What the checks of data have in common: a data set, and what is found in it."""
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Tuple, TypeVar
+
+from rich.progress import track
+
+from ..utils.text import PATH_LIMIT, printable
+
+NAMES, FILES, PIXELS = 'names', 'files', 'pixels'
+LOOKS = (NAMES, FILES, PIXELS)
+"""How closely images are looked at.
+
+'names': annotation files, folders and the names of files, and into a few label maps.
+'files': also whether every image and label map is a file with something in it.
+'pixels': also whether each can be decoded, and its size and labels.
+"""
+
+_NUM_EXAMPLES = 3
+_Item = TypeVar('_Item')
+
+
+class Finding(NamedTuple):
+    """Something that is wrong with the data.
+
+    Attributes:
+        problem (str): What is wrong, with examples.
+        fix (str): How to mend it.
+        fatal (bool): Whether a run would fail, or learn something wrong. Defaults to
+            True.
+    """
+
+    problem: str
+    fix: str
+    fatal: bool = True
+
+
+class UnusableError(Exception):
+    """Ends the check of a data set. Its argument is the last :class:`Finding`."""
+
+
+class ClassCounts(NamedTuple):
+    """How often each class occurs in a data set, as a training sees it.
+
+    Attributes:
+        images (int): Number of images, after the data set's own filters.
+        classes (tuple[str]): Names of the classes, by label.
+        unit (str): What is counted: 'objects', 'pixels' or 'images'.
+        numbers (list[int], optional): Objects, pixels or images of each class. None if
+            they were not counted.
+        images_with (list[int], optional): Number of images with the class, if this is
+            another number.
+    """
+
+    images: int
+    classes: Tuple[str, ...]
+    unit: str
+    numbers: Optional[List[int]] = None
+    images_with: Optional[List[int]] = None
+
+    def __add__(self, other: Any) -> 'ClassCounts':
+        """The counts of two data sets of the same classes together."""
+        return self._replace(
+            images=self.images + other.images,
+            numbers=_add(self.numbers, other.numbers),
+            images_with=_add(self.images_with, other.images_with),
+        )
+
+
+@dataclass
+class Source:
+    """A data set of a config that reads files.
+
+    Attributes:
+        split (str): 'train', 'val' or 'test'.
+        key (str): Its key in the config.
+        dataset (Dataset): Built, but without its annotations and its pipeline.
+        config (dict): Its config.
+        num_classes (int, optional): Number of classes of the model's heads.
+        look (str): How closely to look, one of :data:`LOOKS`.
+        num_images (int, optional): Expected number of images, if it is known.
+        backend (str): What decodes the images, by mmcv's name. Defaults to 'cv2'.
+        counts (ClassCounts, optional): Set by the check of the format, unless the data
+            are too wrong to be counted.
+        images (list[Path]): The images that exist; set by the check of the format.
+    """
+
+    split: str
+    key: str
+    dataset: Any
+    config: Mapping
+    num_classes: Optional[int]
+    look: str
+    num_images: Optional[int] = None
+    backend: str = 'cv2'
+    counts: Optional[ClassCounts] = None
+    images: List[Path] = field(default_factory=list)
+
+
+Check = Callable[[Source], Iterator[Finding]]
+
+
+def require(condition: object, problem: str, fix: str) -> None:
+    """End the check of this data set if it makes no sense to go on."""
+    if not condition:
+        raise UnusableError(Finding(problem, fix))
+
+
+def require_folder(folder: Path, source: Source) -> None:
+    """End the check of this data set if a folder does not exist."""
+    fix = f'Check data_root and data_prefix of {source.key}.'
+    require(folder.is_dir(), f'Folder not found: {folder}', fix)
+
+
+def read_ann_file(source: Source, fix: str) -> str:
+    """The text of the annotation file; ends the check if there is none."""
+    path = Path(source.dataset.ann_file)
+    where = f'Check data_root and ann_file of {source.key}.'
+    require(path.is_file(), f'Annotation file not found: {path}', where)
+    try:
+        text = path.read_text(encoding='utf-8').strip()
+    except UnicodeDecodeError as error:
+        raise UnusableError(Finding(f'{path} is not UTF-8 ({error})', fix)) from error
+    require(text, f'{path} is empty', fix)
+    return text
+
+
+def several(
+    what: str, things: Sequence[str], fix: str, fatal: bool = True
+) -> Iterator[Finding]:
+    """One finding for all things of a kind; none if there are no such things."""
+    if things:
+        yield Finding(f'{len(things)} {what}: {examples(things)}', fix, fatal)
+
+
+def examples(things: Sequence[str]) -> str:
+    """The first things of a list in words, and how many more there are."""
+    shown = ', '.join(printable(thing, PATH_LIMIT) for thing in things[:_NUM_EXAMPLES])
+    more = len(things) - _NUM_EXAMPLES
+    return f'{shown} and {more} more' if more > 0 else shown
+
+
+def progress(items: Iterable[_Item], what: str, total: int) -> Iterable[_Item]:
+    """The items, with a progress bar in a terminal; in a log it would be many lines."""
+    return track(items, what, total, disable=not sys.stdout.isatty(), transient=True)
+
+
+def _add(a: Optional[List[int]], b: Optional[List[int]]) -> Optional[List[int]]:
+    return None if a is None or b is None else [x + y for x, y in zip(a, b)]
