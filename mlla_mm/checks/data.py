@@ -7,19 +7,25 @@ and read their files in the same way. Of other data sets that MMEngine loads it 
 the labels. It looks below wrappers of data sets, such as ``ConcatDataset``.
 """
 
+import copy
+import json
+import os
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import reduce
 from operator import add
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
 
 import numpy as np
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
 from mmengine.registry import DATASETS, DefaultScope
 
-from ..engine.options import kind_of, leaf_datasets, parts_of
+from ..engine.options import describe_changes, kind_of, leaf_datasets, parts_of
+from ..utils.files import write_whole
 from .class_folders import check_folders, check_same_classes
-from .coco import check_coco
+from .coco import check_coco, fix_coco, read_coco
 from .config import check_config, head_classes
 from .label_maps import check_label_maps
 from .source import (
@@ -109,6 +115,8 @@ def check_data(
         return None
     findings = [finding for source in sources for finding in _findings(source)]
     findings += check_same_classes(sources)
+    for split in splits:
+        findings += _check_metrics(cfg, split, sources)
     counts = _counts_by_split(sources)
     for split, number in counts.items():
         findings += _check_counts(split, number, cfg.get('allow_empty_classes', False))
@@ -150,6 +158,64 @@ def describe(report: Optional[Report]) -> Iterator[str]:
         if counts.unit == 'objects' and counts.numbers is not None:
             text += f', {sum(counts.numbers)} objects'
         yield f'{text}, {len(counts.classes)} classes.'
+
+
+def write_fixed(cfg: Config, folder: Union[str, Path]) -> List[str]:
+    """Write repaired copies of a config's annotations in COCO's format.
+
+    A file is written if something in it can be repaired. The originals stay as they
+    are.
+
+    Args:
+        cfg (Config): The config. It is changed in place, and then names the new files.
+        folder (str | Path): The folder for the files. Their names, and their folders
+            below one that they share, stay as they are.
+
+    Returns:
+        list[str]: What was repaired, and what has to be changed in the config.
+
+    Raises:
+        ValueError: If there are no such annotations, if a file cannot be read, or if
+            one is there that would be overwritten. Nothing is written then.
+    """
+    sources: Dict[Path, List[Source]] = defaultdict(list)
+    for split in ('train', 'val', 'test'):
+        for source in _sources(cfg, split, NAMES, None):
+            path = Path(getattr(source.dataset, 'ann_file', '')).resolve()
+            # Annotations of test images alone may not be published.
+            if _check_of(type(source.dataset)) is check_coco and (
+                split != 'test' or path in sources
+            ):
+                sources[path].append(source)
+    if not sources:
+        raise ValueError(
+            f'{cfg.filename} has no annotations in the format of COCO. Others cannot '
+            'be repaired.'
+        )
+    root = os.path.commonpath([path.parent for path in sources])
+    lines, fixed = [], {}
+    for path, same_file in sources.items():
+        target = Path(folder).resolve() / path.relative_to(root)
+        if target.exists():
+            raise ValueError(f'{target} is already there. Choose another folder.')
+        try:
+            content = read_coco(same_file[0])
+        except UnusableError as end:
+            raise ValueError('{0.problem}. {0.fix}'.format(*end.args)) from end
+        done = [line for source in same_file for line in fix_coco(content, source)]
+        lines += [f'{path}: {line}' for line in done or ['nothing to repair']]
+        if done:
+            fixed[path] = target, content
+    before = copy.deepcopy(cfg.to_dict())
+    for path, (target, content) in fixed.items():
+        write_whole(target, json.dumps(content).encode())
+        for source in sources[path]:
+            source.config['ann_file'] = str(target)
+        for part in parts_of([cfg.get('val_evaluator'), cfg.get('test_evaluator')]):
+            if part.get('ann_file') and Path(part['ann_file']).resolve() == path:
+                part['ann_file'] = str(target)
+    changes = list(describe_changes(before, cfg.to_dict()))
+    return lines + ['Change the config:'] * bool(changes) + changes
 
 
 # The data sets of a config.
@@ -271,6 +337,42 @@ def _labels_of(info: Mapping) -> Optional[List[int]]:
     return None
 
 
+def _check_metrics(
+    cfg: Config, split: str, sources: List[Source]
+) -> Iterator[Finding]:
+    """Whether the metric's own annotations are those of the images that it measures.
+
+    It knows images by their ids alone.
+    """
+    sources = [x for x in sources if x.split == split and x.image_ids]
+    counts = Counter(id_ for source in sources for id_ in source.image_ids)
+    evaluator = f'{split}_evaluator'
+    if split == 'train' or not counts or not cfg.get(evaluator):
+        return
+    yield from several(
+        f'ids of images occur in more than one data set of {split}_dataloader',
+        [str(x) for x, count in counts.items() if count > 1],
+        'Number them anew in one of the files: metrics take them for one image.',
+    )
+    read = {Path(source.dataset.ann_file).resolve() for source in sources}
+    for part in parts_of(cfg.get(evaluator)):
+        path = part.get('ann_file')
+        if not path or Path(path).resolve() in read:
+            continue
+        dataset = copy.copy(sources[0].dataset)
+        dataset.ann_file = path
+        other = replace(sources[0], key=evaluator, look=NAMES, dataset=dataset)
+        yield from _findings(other)
+        known = set(other.image_ids)
+        if known:
+            yield from several(
+                f'images of {split}_dataloader are not in {path}, which {evaluator} '
+                'reads: ids',
+                [str(x) for x in counts if x not in known],
+                'Name the same file in ann_file of both.',
+            )
+
+
 def _counts_by_split(sources: List[Source]) -> Dict[str, ClassCounts]:
     """The counts of each split, if all of its data sets were counted alike."""
     found: Dict[str, ClassCounts] = {}
@@ -291,14 +393,21 @@ def _check_counts(
             f'{split}_dataloader.dataset has no image left',
             'Look at its annotations and filter_cfg: all images are filtered away.',
         )
-    elif counts.numbers is not None:
-        names = [x for x, number in zip(counts.classes, counts.numbers) if not number]
-        yield from several(
-            f'classes of {split}_dataloader.dataset have no {counts.unit}',
-            names,
-            'Add some, or leave the classes out of metainfo.classes and num_classes. '
-            'Training goes on without them with allow_empty_classes = True.'
-            if split == 'train'
-            else 'They are not measured.',
-            fatal=split == 'train' and not allow_empty,
+        return
+    if counts.numbers is None:
+        return
+    if split != 'train' and not any(counts.numbers):
+        yield Finding(
+            f'{split}_dataloader.dataset has no {counts.unit} of any class',
+            'Look at its annotations: there is nothing to measure.',
         )
+        return
+    yield from several(
+        f'classes of {split}_dataloader.dataset have no {counts.unit}',
+        [x for x, number in zip(counts.classes, counts.numbers) if not number],
+        'Add some, or leave the classes out of metainfo.classes and num_classes. With '
+        'allow_empty_classes = True in the config a training goes on without them.'
+        if split == 'train'
+        else 'They are not measured.',
+        fatal=split == 'train' and not allow_empty,
+    )

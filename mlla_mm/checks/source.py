@@ -87,6 +87,8 @@ class Source:
         counts (ClassCounts, optional): Set by the check of the format, unless the data
             are too wrong to be counted.
         images (list[Path]): The images that exist; set by the check of the format.
+        image_ids (list): The ids of the images, by which metrics know them; set by the
+            check of COCO's format.
     """
 
     split: str
@@ -99,6 +101,7 @@ class Source:
     backend: str = 'cv2'
     counts: Optional[ClassCounts] = None
     images: List[Path] = field(default_factory=list)
+    image_ids: List[Any] = field(default_factory=list)
 
 
 Check = Callable[[Source], Iterator[Finding]]

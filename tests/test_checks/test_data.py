@@ -1,10 +1,22 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 """Data that do not fit a config, of any format."""
 
-import pytest
-from PIL import Image
+import json
+import shutil
 
-from mlla_mm.checks.data import check_data, check_splits, require_data
+import pytest
+from mmengine.dataset import BaseDataset
+from mmengine.registry import DATASETS
+from PIL import Image
+from pycocotools.coco import COCO
+
+from mlla_mm.checks.data import (
+    check_data,
+    check_splits,
+    describe,
+    require_data,
+    write_fixed,
+)
 
 from .. import bad_data
 from ..bad_data import (
@@ -12,6 +24,7 @@ from ..bad_data import (
     DET,
     SEG,
     assert_says,
+    coco_content,
     config,
 )
 
@@ -97,3 +110,210 @@ def test_images_are_read_as_in_training(folders, backend):
 def test_missing_data():
     with pytest.raises(ValueError, match='nowhere'):
         require_data(config(CLS, 'nowhere'), 'train')
+
+
+# How often each class occurs.
+
+
+@DATASETS.register_module()
+class OwnBoxes(BaseDataset):
+    """A data set of somebody's own format. Its annotations are lists of labels."""
+
+    METAINFO = dict(classes=tuple('abcdefghij'))
+
+    def load_data_list(self):
+        return [
+            dict(
+                img_path=f'{i}.jpg',
+                instances=[dict(bbox_label=x, ignore_flag=x % 2) for x in labels],
+            )
+            for i, labels in enumerate(json.loads(self.ann_file))
+        ]
+
+
+@DATASETS.register_module()
+class OwnLabels(BaseDataset):
+    METAINFO = dict(classes=tuple('abcdefghij'))
+
+    def load_data_list(self):
+        labels = json.loads(self.ann_file)
+        return [dict(img_path=f'{i}.jpg', gt_label=x) for i, x in enumerate(labels)]
+
+
+def own(scope, labels):
+    cfg = config(scope)
+    kind = 'OwnBoxes' if scope == DET else 'OwnLabels'
+    # A name of a file, which is not joined to a folder.
+    cfg.train_dataloader.dataset = dict(type=kind, ann_file=json.dumps(labels))
+    return cfg
+
+
+def test_data_sets_of_an_unknown_format_are_counted():
+    report = check_data(own(DET, [[0, 2, 2], [2, 3], []]), 'train')
+    counts = report.counts['train']
+    assert (counts.images, counts.unit, counts.classes[:2]) == (3, 'objects', ('a', 'b'))
+    # Crowds and the like (ignore_flag) are not learned.
+    assert counts.numbers == [1, 0, 3] + [0] * 7
+    assert counts.images_with == [1, 0, 2] + [0] * 7
+    (finding,) = report.findings
+    assert finding.fatal
+    assert_says(finding.problem, '8 classes of train_dataloader', ': b, d, e and 5')
+    assert_says(finding.fix, 'allow_empty_classes = True')
+
+
+@pytest.mark.parametrize('scope', [DET, CLS])
+def test_labels_outside_the_classes(scope):
+    labels = [*range(10), 10, -1]
+    cfg = own(scope, [labels] if scope == DET else labels)
+    with pytest.raises(ValueError) as caught:
+        require_data(cfg, 'train')
+    where = (0, 0) if scope == DET else (10, 11)
+    outside = ['10 in sample %d', '-1 in sample %d']
+    assert_says(
+        caught.value,
+        'labels of train_dataloader.dataset are not from 0 to 9',
+        *(text % sample for text, sample in zip(outside, where)),
+        'metainfo.classes',
+    )
+
+
+def test_classes_without_images(capsys):
+    cfg = own(CLS, list(range(9)))
+    with pytest.raises(ValueError, match='1 classes of train_dataloader.*: j'):
+        require_data(cfg, 'train')
+    cfg.allow_empty_classes = True
+    lines = list(describe(require_data(cfg, 'train')))
+    assert lines[0].startswith('Warning: 1 classes of train_dataloader')
+    assert lines[1:] == ['Data of train: 9 images, 10 classes.']
+    cfg = own(CLS, list(range(9)))
+    cfg.val_dataloader.dataset = cfg.train_dataloader.dataset
+    (warning,) = require_data(cfg, 'val').findings
+    assert_says(warning.problem, '1 classes of val_dataloader.dataset', ': j')
+
+
+def test_data_without_an_image():
+    with pytest.raises(ValueError, match='train_dataloader.dataset has no image'):
+        require_data(own(DET, []), 'train')
+
+
+def test_classes_are_counted_over_all_data_sets():
+    """Each of them may have some classes alone."""
+    cfg = own(CLS, list(range(6)))
+    other = own(CLS, list(range(4, 10))).train_dataloader.dataset
+    both = [dict(type='RepeatDataset', times=2, dataset=other)]
+    both.append(cfg.train_dataloader.dataset)
+    cfg.train_dataloader.dataset = dict(type='ConcatDataset', datasets=both)
+    report = require_data(cfg, 'train')
+    assert report.counts['train'].numbers == [1, 1, 1, 1, 2, 2, 1, 1, 1, 1]
+    assert report.counts['train'].images == 12
+    cfg.train_dataloader.dataset.datasets[0].dataset.ann_file = '[4, 5]'
+    with pytest.raises(ValueError, match='4 classes of train_dataloader.*: g, h, i'):
+        require_data(cfg, 'train')
+
+
+def test_the_data_set_that_is_wrong_is_named(folders):
+    cfg = config(CLS, folders)
+    good = cfg.train_dataloader.dataset
+    bad = dict(good, data_root='nowhere')
+    cfg.train_dataloader.dataset = dict(type='ConcatDataset', datasets=[good, bad])
+    with pytest.raises(ValueError, match=r'train_dataloader.dataset.datasets\[1\]'):
+        require_data(cfg, 'train')
+
+
+# Annotations of metrics.
+
+
+def test_metric_of_other_annotations(coco):
+    cfg = config(DET, coco)
+    cfg.val_evaluator.ann_file = str(coco / 'coco.json')
+    assert check_data(cfg, 'val').findings == []
+    cfg.val_evaluator.ann_file = str(coco / 'nowhere.json')
+    with pytest.raises(ValueError, match=r'nowhere.json.*ann_file of val_evaluator'):
+        require_data(cfg, 'val')
+
+    content = coco_content()
+    for image in content['images']:
+        image['id'] += 1
+    for annotation in content['annotations']:
+        annotation['image_id'] += 1
+    (coco / 'other.json').write_text(json.dumps(content))
+    cfg.val_evaluator.ann_file = str(coco / 'other.json')
+    with pytest.raises(ValueError) as caught:
+        require_data(cfg, 'val')
+    assert_says(caught.value, 'other.json', 'ids: 0.', 'Name the same file')
+
+
+def test_images_of_two_data_sets_with_one_id(coco):
+    """A metric takes them for one image. In training they are not mixed up."""
+    cfg = config(DET, coco)
+    for split in ('train', 'val'):
+        data = cfg[f'{split}_dataloader'].dataset
+        both = dict(type='ConcatDataset', datasets=[data, data])
+        cfg[f'{split}_dataloader'].dataset = both
+    del cfg.val_evaluator.ann_file
+    assert not [x for x in check_data(cfg, 'train').findings if x.fatal]
+    with pytest.raises(ValueError, match='3 ids of images occur in more than one'):
+        require_data(cfg, 'val')
+
+
+# Repaired annotations.
+
+
+def spoiled(root):
+    """Annotations as some exports write them: no iscrowd, and ids from 0."""
+    content = coco_content()
+    for i, annotation in enumerate(content['annotations']):
+        del annotation['iscrowd']
+        annotation['id'] = i
+    (root / 'coco.json').write_text(json.dumps(content))
+    return content
+
+
+def test_write_fixed(coco, tmp_path_factory):
+    out = tmp_path_factory.mktemp('fixed')
+    cfg = config(DET, coco)
+    cfg.val_evaluator.ann_file = str(coco / 'coco.json')
+    content = spoiled(coco)
+    assert [x for x in check_splits(cfg).findings if x.fatal]
+    lines = '\n'.join(write_fixed(cfg, out))
+    # The original is as it was, and the config names the new file everywhere.
+    assert json.loads((coco / 'coco.json').read_text()) == content
+    fixed = out / 'coco.json'
+    for key in ('train_dataloader.dataset', 'val_dataloader.dataset', 'val_evaluator'):
+        assert f'{key}.ann_file: ' in lines
+    assert lines.count(f'-> {str(fixed)!r}') >= 3
+    assert not [x for x in check_splits(cfg).findings if x.fatal]
+    assert len(COCO(fixed).anns) == 10 and 0 not in COCO(fixed).anns
+
+    again = config(DET, coco)
+    with pytest.raises(ValueError, match='already there. Choose another folder'):
+        write_fixed(again, out)
+    with pytest.raises(ValueError, match='already there. Choose another folder'):
+        write_fixed(again, coco)
+
+
+def test_write_fixed_keeps_the_names_of_folders_that_differ(coco, tmp_path_factory):
+    """Some exports call the file the same in each split's folder."""
+    out = tmp_path_factory.mktemp('fixed')
+    spoiled(coco)
+    cfg = config(DET, coco)
+    for split in ('train', 'val'):
+        (coco / split).mkdir()
+        shutil.copy(coco / 'coco.json', coco / split)
+        cfg[f'{split}_dataloader'].dataset.ann_file = f'{split}/coco.json'
+    write_fixed(cfg, out)
+    assert sorted(x.relative_to(out).as_posix() for x in out.rglob('*.json')) == [
+        'train/coco.json',
+        'val/coco.json',
+    ]
+
+
+def test_nothing_to_write(coco, folders, tmp_path_factory):
+    out = tmp_path_factory.mktemp('fixed')
+    assert write_fixed(config(DET, coco), out) == [f'{coco}/coco.json: nothing to repair']
+    with pytest.raises(ValueError, match='no annotations in the format of COCO'):
+        write_fixed(config(CLS, folders), out)
+    (coco / 'coco.json').write_text('[')
+    with pytest.raises(ValueError, match='coco.json is not JSON'):
+        write_fixed(config(DET, coco), out)
+    assert list(out.iterdir()) == []

@@ -1,12 +1,15 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 """Check the data of a config, or a copy of COCO, ADE20K or ImageNet.
 
-The exit status is 1 if something is wrong.
+The exit status is 1 if something is wrong. Warnings do not change it.
 """
 
 import argparse
 import sys
-from typing import Optional, Sequence
+from itertools import zip_longest
+from typing import Any, Dict, List, Mapping, Optional, Sequence
+
+from mmengine.config import DictAction
 
 DATASETS = ('coco', 'ade20k', 'imagenet')
 
@@ -27,21 +30,32 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         action='store_true',
         help='do not decode images: names, and whether files are empty',
     )
+    parser.add_argument(
+        '--write-fixed',
+        metavar='DIR',
+        help='of a config with annotations in the format of COCO: write repaired files '
+        'into this folder, and leave the originals as they are',
+    )
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        metavar='KEY=VALUE',
+        help='override the config, e.g. train_dataloader.dataset.data_root=data/mine',
+    )
     args = parser.parse_args(argv)
     if (args.path is None) == (args.dataset in DATASETS):
         parser.error(
             f'give a config alone, or one of {", ".join(DATASETS)} and a folder'
         )
+    if args.path is not None and (args.write_fixed or args.cfg_options):
+        parser.error('--write-fixed and --cfg-options need a config')
     return args
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    from mlla_mm.checks.data import check_splits
+    from mlla_mm.checks.data import check_splits, write_fixed
     from mlla_mm.checks.published import check_published
     from mlla_mm.checks.source import FILES, PIXELS
     from mlla_mm.engine import launch
@@ -51,27 +65,68 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     quiet()
     look = FILES if args.fast else PIXELS
     with launch.exit_on_user_error():
-        if args.path is None:
-            findings = check_splits(read_config(args.dataset), look).findings
-            subject, reference = args.dataset, 'they should be'
-        else:
+        if args.path is not None:
             findings = check_published(args.dataset, args.path, look)
             subject, reference = args.path, f'in {args.dataset}'
-    if not findings:
-        scope = 'names, counts and pairs (no image was decoded)' if args.fast else 'all'
-        print(f'{subject}: {scope} as {reference}.')
-        return
-    table = Table(show_lines=True)
-    for column in ('What is wrong', 'How to fix it'):
+        else:
+            cfg = read_config(args.dataset, args.cfg_options)
+            if args.write_fixed:
+                print(*write_fixed(cfg, args.write_fixed), sep='\n')
+            report = check_splits(cfg, look)
+            _print_counts(report.counts)
+            findings, subject = report.findings, args.dataset
+            reference = 'they should be'
+    if findings:
+        _print_table(
+            ['', 'What is wrong', 'How to fix it'],
+            [['error' if x.fatal else 'warning', x.problem, x.fix] for x in findings],
+            show_lines=True,
+        )
+    if any(finding.fatal for finding in findings):
+        sys.exit(1)
+    scope = 'names, counts and pairs (no image was decoded)' if args.fast else 'all'
+    print(f'{subject}: {scope} as {reference}.')
+
+
+def _print_counts(counts: Mapping[str, Any]) -> None:
+    """Images, and objects or shares of pixels, of each class and split."""
+    columns: Dict[str, List[str]] = {}
+    names: List[str] = []
+    for split, found in counts.items():
+        # Splits have the same classes, but for a classifier that is measured on some.
+        names = max(names, list(found.classes), key=len)
+        by_image = found.numbers if found.unit == 'images' else found.images_with
+        columns[f'{split}: images'] = _column(found.images, by_image)
+        if found.numbers is not None and found.unit != 'images':
+            total = sum(found.numbers)
+            share = found.unit == 'pixels' and total > 0
+            columns[f'{split}: {found.unit}'] = _column(total, found.numbers, share)
+    rows = list(zip_longest(['all', *names], *columns.values(), fillvalue=''))
+    if columns:
+        _print_table(['class', *columns], rows)
+
+
+def _column(total: int, numbers: Optional[List[int]], share: bool = False) -> List[str]:
+    """A number of the whole, then of each class, which may be shares of the whole."""
+    parts = [f'{x / total:.2%}' if share else f'{x:,}' for x in numbers or ()]
+    return [f'{total:,}', *parts]
+
+
+def _print_table(heads: List[str], rows: Sequence[Sequence[str]], **options: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(**options)
+    for head in heads:
         # Without this option, long paths and addresses would be cut off.
-        table.add_column(column, overflow='fold')
-    for finding in findings:
+        table.add_column(head, overflow='fold')
+    for row in rows:
         # Text, because rich takes square brackets in strings for styles.
-        table.add_row(Text(finding.problem), Text(finding.fix))
+        table.add_row(*map(Text, row))
     # A log has no width.
     width = None if sys.stdout.isatty() else 160
     Console(width=width).print(table)
-    sys.exit(1)
 
 
 if __name__ == '__main__':
