@@ -2,10 +2,11 @@
 """Annotations in COCO's format, as pycocotools and mmdet read them."""
 
 import copy
+import gc
 import io
 import json
 from collections.abc import Iterator
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, List, Optional
 
@@ -42,9 +43,9 @@ def check_coco(source: Source) -> Iterator[Finding]:
         found = list(rule.find(content, source))
         findings += found
         loads = loads and not (found and rule.blocks)
+    for _ in progress([0], f'Counting objects of {name}', 1) if loads else ():
+        findings += _check_what_is_left(content, source)
     yield from findings
-    if loads:
-        yield from _check_what_is_left(content, source)
     yield from _check_coco_images(content, source)
 
 
@@ -77,7 +78,8 @@ def read_coco(source: Source) -> dict:
     fix = 'Write or download it again.'
     text = read_ann_file(source, fix)
     try:
-        content = json.loads(text)
+        with _without_collection():
+            content = json.loads(text)
     except (ValueError, RecursionError) as error:
         problem = f'{source.dataset.ann_file} is not JSON ({error})'
         raise UnusableError(Finding(problem, fix)) from error
@@ -85,6 +87,18 @@ def read_coco(source: Source) -> dict:
     if source.split == 'test' and isinstance(content, dict):
         content.setdefault('annotations', [])
     return content
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Make millions of objects without a search for unused ones again and again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _check_structure(content: Any, source: Source) -> Iterator[Finding]:
@@ -133,7 +147,8 @@ def _check_coco_images(content: dict, source: Source) -> Iterator[Finding]:
 def _check_what_is_left(content: dict, source: Source) -> Iterator[Finding]:
     """Count what is left after the data set's own filters."""
     dataset = _give(content, source.dataset)
-    dataset.full_init()
+    with _without_collection():
+        dataset.full_init()
     if not len(dataset):
         yield _explain_filters(content, source)
         return

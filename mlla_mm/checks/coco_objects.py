@@ -1,9 +1,9 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 """What pycocotools and mmdet expect of the objects of a file."""
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from math import isfinite, prod
 from typing import Dict, List, Tuple
 
 from ..engine.options import as_list, kind_of, parts_of
@@ -46,9 +46,7 @@ def _evaluates_masks(source: Source) -> bool:
 
 
 def _objects(content: dict, source: Source) -> Iterator[Tuple[dict, float, float]]:
-    """Annotations of the classes with a usable box, and the width and height of their
-    image.
-    """
+    """Annotations of the classes with a usable box; width and height of the image."""
     ids = {category['id'] for category in named_categories(content, source)}
     sizes = {x['id']: (x['width'], x['height']) for x in content['images']}
     for annotation in content['annotations']:
@@ -105,7 +103,7 @@ def _check_boxes(content: dict, source: Source) -> Iterator[Finding]:
 def _box_problem(box: list) -> str:
     try:
         x, y, width, height = box
-        if not math.isfinite(x + y + width + height):
+        if not isfinite(x + y + width + height):
             return 'a box of NaN or infinity'
     except (TypeError, ValueError, OverflowError):
         return 'a box that is not four numbers'
@@ -159,7 +157,7 @@ def _fix_masks(content: dict, source: Source) -> Iterator[str]:
             unusable.append(annotation)
         elif mask != old:
             annotation['segmentation'] = mask
-            is_flat = not isinstance(old[0], list)
+            is_flat = mask == [old]
             done['put into a list' if is_flat else 'rid of unusable polygons'] += 1
     for what, count in done.items():
         yield f'Masks of {count} annotations {what}'
@@ -169,7 +167,11 @@ def _fix_masks(content: dict, source: Source) -> Iterator[str]:
             annotation['segmentation'] = []
         if broken:
             yield f'Unusable masks of {len(broken)} annotations removed'
-    elif 0 < len(unusable) < len(content['annotations']):
+        return
+    classes = {category['id'] for category in named_categories(content, source)}
+    unusable = [x for x in unusable if x['category_id'] in classes]
+    # Without any mask, it is rather the config that is wrong.
+    if 0 < len(unusable) < len(content['annotations']):
         ids = set(map(id, unusable))
         content['annotations'] = [x for x in content['annotations'] if id(x) not in ids]
         yield f'{len(unusable)} annotations without a usable mask left out'
@@ -183,19 +185,13 @@ def _check_areas(content: dict, source: Source) -> Iterator[Finding]:
         ids_of([x for x in annotations if not isinstance(x.get('area'), NUMBER)]),
         fix,
     )
-    yield from several(
-        f'annotations in {path} have an area of NaN or infinity',
-        ids_of(
-            [
-                x
-                for x in annotations
-                if isinstance(x.get('area'), float)
-                and not math.isfinite(x['area'])
-                and is_evaluated(source)
-            ]
-        ),
-        fix,
-    )
+    if is_evaluated(source):
+        areas = ((x, x.get('area')) for x in annotations)
+        yield from several(
+            f'annotations in {path} have an area of NaN or infinity',
+            ids_of([x for x, a in areas if isinstance(a, float) and not isfinite(a)]),
+            fix,
+        )
 
 
 def _fix_areas(content: dict, source: Source) -> Iterator[str]:
@@ -203,7 +199,7 @@ def _fix_areas(content: dict, source: Source) -> Iterator[str]:
     counts: Counter = Counter()
     for annotation in content['annotations']:
         area, size = annotation.get('area'), sizes.get(annotation['image_id'])
-        if isinstance(area, NUMBER) and math.isfinite(area) and area > 0:
+        if isinstance(area, NUMBER) and isfinite(area) and area > 0:
             continue
         origin, mask = 'mask', annotation.get('segmentation')
         if size and not mask_problem(mask, *size):
@@ -212,7 +208,7 @@ def _fix_areas(content: dict, source: Source) -> Iterator[str]:
             area = 0
         # A thin mask may have no pixel.
         if not area and not _box_problem(annotation['bbox']):
-            origin, area = 'box', math.prod(annotation['bbox'][2:])
+            origin, area = 'box', prod(annotation['bbox'][2:])
         if annotation.get('area') != area:
             annotation['area'] = area
             counts[origin] += 1
@@ -239,7 +235,11 @@ def _check_places(content: dict, source: Source) -> Iterator[Finding]:
     if len(outside) * _RARE > total:
         # Few boxes can be read as corners by chance, and not all of a file.
         is_sure = are_corners and len(outside) * 10 > total
-        cause = 'two corners [x1, y1, x2, y2]' if are_corners else 'of other images'
+        cause = (
+            'two corners [x1, y1, x2, y2]'
+            if are_corners
+            else 'of images of another size'
+        )
         yield from several(
             f'of {total} annotations in {source.dataset.ann_file} have a box that '
             'sticks out of the image by more than a pixel',

@@ -70,7 +70,7 @@ def _check_class_names(content: dict, source: Source) -> Iterator[Finding]:
     """mmdet would number the classes that it finds, as if there were no others."""
     path, classes = source.dataset.ann_file, classes_of(source)
     counts = Counter(category['name'] for category in content['categories'])
-    absent = [x for x in classes if x not in counts]
+    absent = [str(x) for x in classes if x not in counts]
     numbers = [x for x in counts if not isinstance(x, str) and str(x) in absent]
     yield from several(
         f'names of categories in {path} are numbers, not text',
@@ -88,7 +88,7 @@ def _check_class_names(content: dict, source: Source) -> Iterator[Finding]:
     )
     yield from several(
         f'names of categories occur more than once in {path}',
-        [x for x in classes if counts[x] > 1],
+        [str(x) for x in classes if counts[x] > 1],
         'Merge these categories, or give each its own name: mmdet counts them as '
         'several classes.',
     )
@@ -187,6 +187,7 @@ def _check_ids(content: dict, source: Source) -> Iterator[Finding]:
 
 def _has_id(item: dict) -> bool:
     identity = item.get('id')
+    # NaN is not itself.
     return isinstance(identity, ID) and identity == identity
 
 

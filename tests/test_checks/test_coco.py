@@ -180,6 +180,8 @@ COCO_ERRORS = {
                               '0, one, 2 and 7 more', 'metainfo.classes'),
     'number as name': (change('categories', name=1), 'coco.json', 'numbers', '1.',
                        'quotes'),
+    'absent class': (edit(lambda content: content['categories'].pop()),
+                     'coco.json: 9.', 'metainfo.classes'),
     'name twice': (edit(same_name), 'coco.json: 1.', 'more than once', 'own name'),
     'another order': (edit(reverse), 'coco.json', 'order', "'9' in place of '0'"),
     # Masks.
@@ -328,6 +330,7 @@ def test_only_some_categories_are_classes(coco):
 
 
 @pytest.mark.parametrize('classes', ['dog', ('0', '1', '1')])
+@pytest.mark.filterwarnings('ignore:dog is not a meta file')
 def test_classes_of_the_config(coco, classes):
     cfg = config(DET, coco)
     cfg.train_dataloader.dataset.metainfo = dict(classes=classes)
