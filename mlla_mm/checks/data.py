@@ -207,6 +207,11 @@ def _check_of(kind: Any) -> Optional[Check]:
     return None if is_published else _check_loaded
 
 
+def is_coco(source: Source) -> bool:
+    """Whether the annotations of a data set are in COCO's format."""
+    return _check_of(type(source.dataset)) is check_coco
+
+
 def _image_backend(pipeline: Any) -> str:
     """What decodes the images of a pipeline, by mmcv's name. OpenCV is the default."""
     for step in parts_of(pipeline):

@@ -11,7 +11,7 @@ import pytest
 from mmengine.registry import DATASETS, DefaultScope
 
 from mlla_mm.checks.coco import fix_coco, read_coco
-from mlla_mm.checks.data import _sources, check_data, require_data
+from mlla_mm.checks.data import _sources, check_data, is_coco, require_data
 from mlla_mm.datasets import digits
 
 from .. import bad_data
@@ -561,6 +561,7 @@ def test_repairs(coco, case):
     findings = check_data(cfg, 'val', look='names').findings
     assert findings or case == 'unusable mask'
     (source,) = _sources(cfg, 'val', 'names', None)
+    assert is_coco(source)
     content = read_coco(source)
     assert_says(fix_coco(content, source), line)
     (coco / 'coco.json').write_text(json.dumps(content))
