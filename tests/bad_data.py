@@ -157,17 +157,18 @@ def coco_content():
             dict(id=i, file_name=f'{i}.jpg', width=WIDTH, height=HEIGHT)
             for i in range(3)
         ],
+        # One object of each class.
         annotations=[
             dict(
-                id=i,
-                image_id=i,
+                id=i + 1,
+                image_id=i % 3,
                 category_id=i,
                 bbox=[4, 4, 20, 20],
                 area=400,
                 segmentation=[[4, 4, 24, 4, 24, 24]],
                 iscrowd=0,
             )
-            for i in range(3)
+            for i in range(10)
         ],
         categories=[dict(id=i, name=str(i)) for i in range(10)],
     )

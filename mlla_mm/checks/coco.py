@@ -1,66 +1,118 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 """Annotations in COCO's format, as pycocotools and mmdet read them."""
 
+import copy
+import gc
+import io
 import json
-import math
-from collections import Counter, defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, List, Optional
 
-from ..engine.options import parts_of
 from ..utils.images import image_size, open_image
-from .config import nearest
+from ..utils.text import printable
+from .coco_objects import OBJECT_RULES
+from .coco_rules import COCO_KEYS, FILE_RULES, classes_of
 from .image_files import Problem, check_images, relative, unreadable
 from .source import (
     PIXELS,
+    ClassCounts,
     Finding,
     Source,
     UnusableError,
-    examples,
+    progress,
     read_ann_file,
     require,
     several,
 )
 
-_ID, _NUMBER = (int, str), (int, float)
-# What mmdet and the rules read, and its types.
-_COCO_KEYS: Dict[str, Dict[str, Any]] = {
-    'images': dict(id=_ID, file_name=str, width=_NUMBER, height=_NUMBER),
-    'annotations': dict(id=_ID, image_id=_ID, category_id=_ID, bbox=list, area=_NUMBER),
-    'categories': dict(id=_ID, name=_ID),
-}
-_NEGATIVE = 'a box of negative width or height'
-_EMPTY = 'a box of no width or height'
+_RULES = (*FILE_RULES, *OBJECT_RULES)
 
 
 def check_coco(source: Source) -> Iterator[Finding]:
+    name = printable(Path(source.dataset.ann_file).name)
+    (content,) = (read_coco(source) for _ in progress([0], f'Reading {name}', 1))
+    incomplete = list(_check_structure(content, source))
+    yield from incomplete
+    if incomplete:
+        return
+    findings: List[Finding] = []
+    loads = True
+    for rule in progress(_RULES, f'Checking {name}', len(_RULES)):
+        found = list(rule.find(content, source))
+        findings += found
+        loads = loads and not (found and rule.blocks)
+    for _ in progress([0], f'Counting objects of {name}', 1) if loads else ():
+        findings += _check_what_is_left(content, source)
+    yield from findings
+    yield from _check_coco_images(content, source)
+
+
+def fix_coco(content: dict, source: Source) -> List[str]:
+    """Repair annotations whose right values follow from the others.
+
+    Args:
+        content (dict): What :func:`read_coco` returns; changed in place.
+        source (Source): The data set. Its config decides whether masks are needed.
+
+    Returns:
+        list[str]: What was done, and how often. Empty if there is nothing to do, or if
+        so much is missing that nothing can be done.
+    """
+    try:
+        if list(_check_structure(content, source)):
+            return []
+    except UnusableError:
+        return []
+    fixes = [rule.fix for rule in _RULES if rule.fix]
+    return [line for fix in fixes for line in fix(content, source)]
+
+
+def read_coco(source: Source) -> dict:
+    """Parse the annotation file.
+
+    Raises:
+        UnusableError: If it is not there, or no JSON.
+    """
     fix = 'Write or download it again.'
     text = read_ann_file(source, fix)
     try:
-        content = json.loads(text)
+        with _without_collection():
+            content = json.loads(text)
     except (ValueError, RecursionError) as error:
         problem = f'{source.dataset.ann_file} is not JSON ({error})'
         raise UnusableError(Finding(problem, fix)) from error
     # Annotations of COCO's test images are not published.
-    if source.key.startswith('test') and isinstance(content, dict):
+    if source.split == 'test' and isinstance(content, dict):
         content.setdefault('annotations', [])
-    incomplete = list(_check_structure(content, source))
-    yield from incomplete
-    for rule in () if incomplete else _COCO_RULES:
-        yield from rule(content, source)
+    return content
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Make millions of objects without a search for unused ones again and again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _check_structure(content: Any, source: Source) -> Iterator[Finding]:
     """Whether everything is there, and has a usable type."""
     path = source.dataset.ann_file
     fix = 'See docs/datasets.md for the format.'
-    names = ', '.join(_COCO_KEYS)
+    names = ', '.join(COCO_KEYS)
     require(isinstance(content, dict), f'{path} holds no dict with {names}', fix)
-    absent = [key for key in _COCO_KEYS if not isinstance(content.get(key), list)]
+    absent = [key for key in COCO_KEYS if not isinstance(content.get(key), list)]
     require(not absent, f'{path} has no list of {" and ".join(absent)}', fix)
     require(content['images'], f'{path} lists no images', fix)
-    for name, keys in _COCO_KEYS.items():
+    classes, what = classes_of(source), f'metainfo.classes of {source.key} is text'
+    require(not isinstance(classes, str), what, f"Write a tuple: ('{classes}',).")
+    for name, keys in COCO_KEYS.items():
         for key, kind in keys.items():
             lacking = [
                 f'number {i}'
@@ -68,83 +120,6 @@ def _check_structure(content: Any, source: Source) -> Iterator[Finding]:
                 if not (isinstance(item, dict) and isinstance(item.get(key), kind))
             ]
             yield from several(f'{name} in {path} have no usable {key}', lacking, fix)
-
-
-def _check_boxes(content: dict, source: Source) -> Iterator[Finding]:
-    kinds: Dict[str, List[str]] = defaultdict(list)
-    for annotation in content['annotations']:
-        kinds[_box_problem(annotation['bbox'])].append(f'id {annotation["id"]}')
-    kinds.pop('', None)
-    for kind, ids in kinds.items():
-        corners = ', not two corners' if kind == _NEGATIVE else ''
-        fix = f'A box is [x, y, width, height] in pixels{corners}.'
-        yield from several(
-            f'annotations with {kind} in {source.dataset.ann_file}',
-            ids,
-            'mmdet leaves them out.' if kind == _EMPTY else fix,
-            fatal=kind != _EMPTY,
-        )
-
-
-def _box_problem(box: list) -> str:
-    if len(box) != 4 or not all(type(x) in _NUMBER for x in box):
-        return 'a box that is not four numbers'
-    if not all(map(math.isfinite, box)):
-        return 'a box of NaN or infinity'
-    if min(box[2:]) < 0:
-        return _NEGATIVE
-    return _EMPTY if 0 in box[2:] else ''
-
-
-def _check_masks(content: dict, source: Source) -> Iterator[Finding]:
-    ids = [
-        f'id {annotation["id"]}'
-        for annotation in content['annotations']
-        if not (annotation.get('segmentation') or _box_problem(annotation['bbox']))
-    ]
-    if any(
-        part.get('type') == 'LoadAnnotations' and part.get('with_mask')
-        for part in parts_of(source.config)
-    ):
-        yield from several(
-            f'annotations with no mask in {source.dataset.ann_file}',
-            ids,
-            'Leave them out of the file, or train without masks: see docs/datasets.md.',
-        )
-
-
-def _check_ids(content: dict, source: Source) -> Iterator[Finding]:
-    for name in _COCO_KEYS:
-        counts = Counter(item['id'] for item in content[name])
-        yield from several(
-            f'ids of {name} occur more than once in {source.dataset.ann_file}',
-            [str(x) for x, count in counts.items() if count > 1],
-            'Number them anew.',
-        )
-
-
-def _check_references(content: dict, source: Source) -> Iterator[Finding]:
-    for key, name in (('category_id', 'categories'), ('image_id', 'images')):
-        known = {item['id'] for item in content[name]}
-        yield from several(
-            f'annotations with an unknown {key} in {source.dataset.ann_file}',
-            [f'id {a["id"]}' for a in content['annotations'] if a[key] not in known],
-            f'Every {key} has to be the id of one of the {name}.',
-        )
-
-
-def _check_class_names(content: dict, source: Source) -> Iterator[Finding]:
-    """mmdet would number the classes that it finds, as if there were no others."""
-    names = [str(category['name']) for category in content['categories']]
-    absent = [x for x in source.dataset.metainfo['classes'] if x not in names]
-    meant = nearest(absent[0], names) if absent else None
-    fix = f"Is '{meant}' meant?" if meant else f'The file has {examples(names)}.'
-    yield from several(
-        f'classes of {source.key} are not in the categories of '
-        f'{source.dataset.ann_file}',
-        absent,
-        f'{fix} Name its categories in metainfo.classes.',
-    )
 
 
 def _check_coco_images(content: dict, source: Source) -> Iterator[Finding]:
@@ -166,11 +141,71 @@ def _check_coco_images(content: dict, source: Source) -> Iterator[Finding]:
     yield from check_images(list(sizes), folder, source, check)
 
 
-_COCO_RULES: Tuple[Callable[[dict, Source], Iterator[Finding]], ...] = (
-    _check_boxes,
-    _check_masks,
-    _check_ids,
-    _check_references,
-    _check_class_names,
-    _check_coco_images,
-)
+# What the data set makes of it.
+
+
+def _check_what_is_left(content: dict, source: Source) -> Iterator[Finding]:
+    """Count what is left after the data set's own filters."""
+    dataset = _give(content, source.dataset)
+    with _without_collection():
+        dataset.full_init()
+    if not len(dataset):
+        yield _explain_filters(content, source)
+        return
+    classes = classes_of(source)
+    numbers, images_with, crowds = [0] * len(classes), [0] * len(classes), 0
+    for image in dataset.data_list:
+        instances = image.get('instances', ())
+        labels = [x['bbox_label'] for x in instances if not x.get('ignore_flag')]
+        crowds += len(instances) - len(labels)
+        for label in labels:
+            numbers[label] += 1
+        for label in set(labels):
+            images_with[label] += 1
+    if crowds and not sum(numbers):
+        yield Finding(
+            f'All {crowds} objects of {source.dataset.ann_file} are crowds',
+            'Write "iscrowd": 0 for single objects: crowds are ignored.',
+            fatal=source.split == 'train',
+        )
+        return
+    is_unpublished = source.split == 'test' and not content['annotations']
+    source.counts = ClassCounts(
+        images=len(dataset),
+        classes=tuple(map(str, classes)),
+        unit='objects',
+        numbers=None if is_unpublished else numbers,
+        images_with=None if is_unpublished else images_with,
+    )
+
+
+def _give(content: dict, dataset: Any) -> Any:
+    """A copy of a data set that loads these annotations instead of its file."""
+    dataset = copy.copy(dataset)
+    api = dataset.COCOAPI()
+    # mmdet writes into the images.
+    api.dataset = dict(content, images=[dict(image) for image in content['images']])
+    with redirect_stdout(io.StringIO()):
+        api.createIndex()
+    # As in mmdet's constructor.
+    api.img_ann_map, api.cat_img_map = api.imgToAnns, api.catToImgs
+    dataset.COCOAPI = lambda path: api
+    dataset.serialize_data = False
+    return dataset
+
+
+def _explain_filters(content: dict, source: Source) -> Finding:
+    images = _give(content, source.dataset).load_data_list()
+    reasons = []
+    empty = sum(not image.get('instances') for image in images)
+    if empty:
+        reasons.append(f'{empty} have no object of the classes')
+    least = (source.dataset.filter_cfg or {}).get('min_size', 0)
+    small = sum(min(x['width'], x['height']) < least for x in content['images'])
+    if small:
+        reasons.append(f'{small} are smaller than min_size={least}')
+    return Finding(
+        f'None of {len(images)} images of {source.dataset.ann_file} is left: '
+        f'{", ".join(reasons) or "all are filtered away"}',
+        f'Look at its annotations, and at filter_cfg and indices of {source.key}.',
+    )

@@ -238,6 +238,7 @@ def _sources(
                 look=look,
                 num_images=num_images,
                 backend=_image_backend(config.get('pipeline')),
+                evaluator=cfg.get(f'{split}_evaluator'),
             )
 
 
@@ -270,6 +271,11 @@ def _check_of(kind: Any) -> Optional[Check]:
     # mmpretrain's own would download what is missing.
     is_published = kind.load_data_list.__module__.startswith('mmpretrain.')
     return None if is_published else _check_loaded
+
+
+def is_coco(source: Source) -> bool:
+    """Whether the annotations of a data set are in COCO's format."""
+    return _check_of(type(source.dataset)) is check_coco
 
 
 def _image_backend(pipeline: Any) -> str:

@@ -84,6 +84,7 @@ class Source:
         look (str): How closely to look, one of :data:`LOOKS`.
         num_images (int, optional): Expected number of images, if it is known.
         backend (str): What decodes the images, by mmcv's name. Defaults to 'cv2'.
+        evaluator (Any): The config of the metrics of its split; None for training.
         counts (ClassCounts, optional): Set by the check of the format, unless the data
             are too wrong to be counted.
         images (list[Path]): The images that exist; set by the check of the format.
@@ -99,6 +100,7 @@ class Source:
     look: str
     num_images: Optional[int] = None
     backend: str = 'cv2'
+    evaluator: Any = None
     counts: Optional[ClassCounts] = None
     images: List[Path] = field(default_factory=list)
     image_ids: List[Any] = field(default_factory=list)

@@ -276,12 +276,13 @@ def write_everywhere(root, pixels, **kwargs):
         save(root / f'train/{i}/0.png', pixels, **kwargs)
     content = coco_content()
     content['images'] = [dict(id=0, file_name='0.png', width=width, height=height)]
-    content['annotations'] = content['annotations'][:1]
-    content['annotations'][0].update(
-        bbox=[0, 0, width, height],
-        area=width * height,
-        segmentation=[[0, 0, width, 0, width, height, 0, height]],
-    )
+    for annotation in content['annotations']:
+        annotation.update(
+            image_id=0,
+            bbox=[0, 0, width, height],
+            area=width * height,
+            segmentation=[[0, 0, width, 0, width, height, 0, height]],
+        )
     (root / 'coco.json').write_text(json.dumps(content))
     return height, width
 

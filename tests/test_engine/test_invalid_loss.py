@@ -379,7 +379,8 @@ def test_all_processes_stop_together(run_tool, tmp_path):
 
 
 DATA = {
-    'mmdet': lambda out: make_coco(out, train=8, val=2, size=64),
+    # Images with a digit of each class.
+    'mmdet': lambda out: make_coco(out, train=12, val=2, size=64),
     'mmseg': lambda out: make_ade20k(out, train=8, val=2, size=64),
     'mmpretrain': lambda out: make_imagenet(out, train=16, val=4, size=32),
 }

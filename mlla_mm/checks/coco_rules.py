@@ -1,0 +1,271 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+"""What pycocotools and mmdet expect of the classes, ids and images of a file."""
+
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any, Callable, Dict, List, NamedTuple, Optional
+
+from ..engine.options import parts_of
+from ..utils.text import printable
+from .config import nearest
+from .source import (
+    Finding,
+    Source,
+    examples,
+    several,
+)
+
+NUMBER = (int, float)
+ID = (*NUMBER, str)
+# What mmdet and the rules read, and its types.
+COCO_KEYS: Dict[str, Dict[str, Any]] = {
+    'images': dict(id=ID, file_name=str, width=NUMBER, height=NUMBER),
+    'annotations': dict(image_id=ID, category_id=ID, bbox=list),
+    'categories': dict(id=ID, name=ID),
+}
+
+
+class Rule(NamedTuple):
+    """Something that annotations have to be.
+
+    Attributes:
+        find (callable): Finds what is wrong with parsed annotations.
+        fix (callable, optional): Repairs them in place. Yields what it did.
+        blocks (bool): Whether mmdet cannot load, or confuses, annotations with which
+            something is wrong. Defaults to False.
+    """
+
+    find: Callable[[dict, Source], Iterator[Finding]]
+    fix: Optional[Callable[[dict, Source], Iterator[str]]] = None
+    blocks: bool = False
+
+
+# What is read, and by whom.
+
+
+def is_evaluated(source: Source) -> bool:
+    """Whether pycocotools reads the file, too."""
+    return any(part.get('ann_file') for part in parts_of(source.evaluator))
+
+
+def classes_of(source: Source) -> Sequence[str]:
+    return source.dataset.metainfo['classes']
+
+
+def named_categories(content: dict, source: Source) -> List[dict]:
+    """The categories that are classes, compared as pycocotools does it."""
+    classes = classes_of(source)
+    return [x for x in content['categories'] if x['name'] in classes]
+
+
+def ids_of(annotations: Sequence[dict]) -> List[str]:
+    return [f'id {annotation.get("id")}' for annotation in annotations]
+
+
+# Classes.
+
+
+def _check_class_names(content: dict, source: Source) -> Iterator[Finding]:
+    """mmdet would number the classes that it finds, as if there were no others."""
+    path, classes = source.dataset.ann_file, classes_of(source)
+    counts = Counter(category['name'] for category in content['categories'])
+    absent = [str(x) for x in classes if x not in counts]
+    numbers = [x for x in counts if not isinstance(x, str) and str(x) in absent]
+    yield from several(
+        f'names of categories in {path} are numbers, not text',
+        list(map(str, numbers)),
+        'Write them in quotes, as in metainfo.classes.',
+    )
+    absent = [x for x in absent if x not in map(str, numbers)]
+    names = list(map(str, counts))
+    meant = nearest(absent[0], names) if absent else None
+    fix = f"Is '{meant}' meant?" if meant else f'The file has {examples(names)}.'
+    yield from several(
+        f'classes of {source.key} are not in the categories of {path}',
+        absent,
+        f'{fix} Name its categories in metainfo.classes.',
+    )
+    yield from several(
+        f'names of categories occur more than once in {path}',
+        [str(x) for x in classes if counts[x] > 1],
+        'Merge these categories, or give each its own name: mmdet counts them as '
+        'several classes.',
+    )
+    yield from several(
+        f'classes occur more than once in metainfo.classes of {source.key}',
+        [str(x) for x, count in Counter(classes).items() if count > 1],
+        'Name each class once.',
+    )
+
+
+def _fix_class_names(content: dict, source: Source) -> Iterator[str]:
+    categories = content['categories']
+    numbers = [x for x in categories if not isinstance(x['name'], str)]
+    for category in numbers:
+        category['name'] = str(category['name'])
+    if numbers:
+        yield f'Names of {len(numbers)} categories made text'
+    taken = {category['name'] for category in categories}
+    seen = set()
+    # A name that was text before is kept.
+    for category in [x for x in categories if x not in numbers] + numbers:
+        name, i = category['name'], 2
+        if name in seen:
+            while f'{name}_{i}' in taken:
+                i += 1
+            category['name'] = f'{name}_{i}'
+            taken.add(category['name'])
+            old, new = printable(name), printable(category['name'])
+            yield f"The category of id {category['id']} renamed from '{old}' to '{new}'"
+        seen.add(name)
+
+
+def _check_order(content: dict, source: Source) -> Iterator[Finding]:
+    """Labels are positions in the file, names of drawn objects those in metainfo."""
+    path, classes = source.dataset.ann_file, list(classes_of(source))
+    named = named_categories(content, source)
+    names = [category['name'] for category in named]
+    if names != classes and Counter(names) == Counter(classes):
+        old, new = next((a, b) for a, b in zip(names, classes) if a != b)
+        yield Finding(
+            f'{path} has its categories in another order than metainfo.classes of '
+            f"{source.key}: '{printable(old)}' in place of '{printable(new)}'",
+            'mmdet numbers the classes in the order of the file. Order its categories, '
+            'or metainfo.classes of all data sets, alike.',
+        )
+    ids = [category['id'] for category in named]
+    is_mixed = len({isinstance(x, str) for x in ids}) > 1
+    by_class = any(part.get('classwise') for part in parts_of(source.evaluator))
+    if by_class and not is_mixed and ids != sorted(ids):
+        yield Finding(
+            f'The ids of the categories in {path} do not ascend, so that '
+            f'{source.split}_evaluator names the results of classes wrongly',
+            'Number the categories in ascending order, or leave classwise out.',
+        )
+
+
+def _fix_order(content: dict, source: Source) -> Iterator[str]:
+    order = {name: i for i, name in enumerate(classes_of(source))}
+    named = [x['name'] for x in named_categories(content, source)]
+    if named != sorted(named, key=order.__getitem__):
+        content['categories'].sort(key=lambda x: order.get(x['name'], len(order)))
+        yield 'Categories ordered as metainfo.classes'
+
+
+# Ids.
+
+
+def _check_ids(content: dict, source: Source) -> Iterator[Finding]:
+    path, with_metric = source.dataset.ann_file, is_evaluated(source)
+    annotations = content['annotations']
+    yield from several(
+        f'annotations in {path} have no usable id',
+        [f'number {i}' for i, x in enumerate(annotations) if not _has_id(x)],
+        'Number them from 1.',
+    )
+    for name in COCO_KEYS:
+        counts = Counter(item['id'] for item in content[name] if _has_id(item))
+        yield from several(
+            f'ids of {name} occur more than once in {path}',
+            [str(x) for x, count in counts.items() if count > 1],
+            'Number them anew.',
+        )
+        if with_metric and name != 'annotations':
+            texts = [x for x in counts if isinstance(x, str)]
+            yield from several(
+                f'ids of {name} in {path} are text, and others are numbers',
+                texts if len(texts) < len(counts) else [],
+                'Make all of them numbers: pycocotools cannot sort them.',
+            )
+    yield from several(
+        f'annotations in {path} have an id of 0, or an id that is no number',
+        ids_of([x for x in annotations if with_metric and _is_unmatched(x)]),
+        'Number them from 1: pycocotools takes 0 for no match.',
+    )
+
+
+def _has_id(item: dict) -> bool:
+    identity = item.get('id')
+    # NaN is not itself.
+    return isinstance(identity, ID) and identity == identity
+
+
+def _is_unmatched(annotation: dict) -> bool:
+    """Whether an id is 0 in the array of numbers that pycocotools keeps it in."""
+    try:
+        return _has_id(annotation) and float(annotation['id']) == 0
+    except (ValueError, OverflowError):
+        return True
+
+
+def _fix_ids(content: dict, source: Source) -> Iterator[str]:
+    annotations = content['annotations']
+    ids = {x['id'] for x in annotations if type(x.get('id')) is int and x['id']}
+    if len(ids) < len(annotations):
+        for i, annotation in enumerate(annotations, 1):
+            annotation['id'] = i
+        yield f'{len(annotations)} annotations numbered anew from 1'
+
+
+def _check_references(content: dict, source: Source) -> Iterator[Finding]:
+    for key, name in (('category_id', 'categories'), ('image_id', 'images')):
+        known = {item['id'] for item in content[name]}
+        yield from several(
+            f'annotations with an unknown {key} in {source.dataset.ann_file}',
+            ids_of([x for x in content['annotations'] if x[key] not in known]),
+            f'Every {key} has to be the id of one of the {name}.',
+        )
+
+
+# Images.
+
+
+def _check_sizes(content: dict, source: Source) -> Iterator[Finding]:
+    yield from several(
+        f'images in {source.dataset.ann_file} have no positive width and height',
+        [
+            image['file_name']
+            for image in content['images']
+            if not (image['width'] > 0 and image['height'] > 0)
+        ],
+        'Write the size of the image in pixels.',
+    )
+
+
+def _check_images_listed_twice(content: dict, source: Source) -> Iterator[Finding]:
+    ids = defaultdict(set)
+    for image in content['images']:
+        ids[os.path.normpath(image['file_name'])].add(image['id'])
+    twice = {name: found for name, found in ids.items() if len(found) > 1}
+    objects: Dict[Any, List[str]] = {x: [] for found in twice.values() for x in found}
+    for annotation in content['annotations'] if twice else ():
+        if annotation['image_id'] in objects:
+            shown = f'{annotation["category_id"]} {annotation["bbox"]}'
+            objects[annotation['image_id']].append(shown)
+    apart = [
+        name
+        for name, found in twice.items()
+        if len({tuple(sorted(objects[x])) for x in found}) > 1
+    ]
+    yield from several(
+        f'images in {source.dataset.ann_file} have several ids with other objects each',
+        apart,
+        'List each image once: objects of the other ids are background.',
+    )
+    yield from several(
+        f'images in {source.dataset.ann_file} have several ids with the same objects',
+        [name for name in twice if name not in apart],
+        'They are used more than once.',
+        fatal=False,
+    )
+
+
+FILE_RULES = (
+    Rule(_check_class_names, _fix_class_names, blocks=True),
+    Rule(_check_order, _fix_order, blocks=True),
+    Rule(_check_ids, _fix_ids, blocks=True),
+    Rule(_check_references),
+    Rule(_check_sizes),
+    Rule(_check_images_listed_twice),
+)
