@@ -28,6 +28,7 @@ def check_images(
     folder: Path,
     source: Source,
     check: Optional[Callable[[Path], Optional[Problem]]] = None,
+    listed: bool = False,
 ) -> Iterator[Finding]:
     """Whether images exist, are as many as expected, and pass a check of each image.
 
@@ -37,13 +38,15 @@ def check_images(
         source (Source): The data set.
         check (callable, optional): Says what is wrong with an image; called in threads,
             as decoding releases the GIL. By default it is :func:`unreadable`.
+        listed (bool): Whether the images were found in the folder, so that they exist.
+            Defaults to False.
     """
     require_folder(folder, source)
     where = f'Check data_root and data_prefix of {source.key}.'
     if source.num_images not in (None, len(images)):
         number = f'{len(images)} images in {folder}, expected {source.num_images}'
         yield Finding(number, where)
-    missing = set(missing_files(images))
+    missing = set() if listed else set(missing_files(images))
     names = [relative(path, folder) for path in images if path in missing]
     yield from several(f'images are not in {folder}', names, where)
     source.images = [path for path in images if path not in missing]

@@ -5,7 +5,17 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Tuple, TypeVar
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Tuple,
+    TypeVar,
+)
 
 from rich.progress import track
 
@@ -87,6 +97,8 @@ class Source:
         counts (ClassCounts, optional): Set by the check of the format, unless the data
             are too wrong to be counted.
         images (list[Path]): The images that exist; set by the check of the format.
+        folder_labels (dict[str, int]): Labels of class folders; set by their check.
+        folded (bool): Whether a KFoldDataset takes a part of it. Defaults to False.
     """
 
     split: str
@@ -99,6 +111,8 @@ class Source:
     backend: str = 'cv2'
     counts: Optional[ClassCounts] = None
     images: List[Path] = field(default_factory=list)
+    folder_labels: Dict[str, int] = field(default_factory=dict)
+    folded: bool = False
 
 
 Check = Callable[[Source], Iterator[Finding]]
