@@ -74,7 +74,8 @@ def check_folders(source: Source) -> Iterator[Finding]:
     samples = read(folder, source)
     yield from samples.findings
     indices = source.config.get('indices')
-    images = _subset([folder / name for name in samples.images], indices)
+    names = _subset(samples.images, indices)
+    images = [os.path.join(dataset.img_prefix, name) for name in names]
     read_files = ', '.join(sorted(dataset.extensions))
     fix = f'Check data_root and data_prefix of {source.key}. {_LAYOUT}'
     require(images, f'No images ({read_files}) in {folder}', fix)

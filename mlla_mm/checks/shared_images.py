@@ -57,7 +57,8 @@ def _same_path(images: Iterable[str], others: Iterable[str]) -> List[Tuple[str, 
     def resolved(paths: Iterable[str]) -> Iterator[Tuple[str, str]]:
         for path in paths:
             folder, name = os.path.split(path)
-            yield os.path.join(real(folder), name), path
+            whole = real(folder)
+            yield (path if whole == folder else os.path.join(whole, name)), path
 
     known = dict(resolved(images))
     return [(known[key], path) for key, path in resolved(others) if key in known]

@@ -15,6 +15,7 @@ from typing import (
     Optional,
     Tuple,
     TypeVar,
+    Union,
 )
 
 from rich.progress import track
@@ -96,7 +97,8 @@ class Source:
         backend (str): What decodes the images, by mmcv's name. Defaults to 'cv2'.
         counts (ClassCounts, optional): Set by the check of the format, unless the data
             are too wrong to be counted.
-        images (list[Path]): The images that exist; set by the check of the format.
+        images (list[str | Path]): The images that exist; set by the check of the
+            format.
         folder_labels (dict[str, int]): Labels of class folders; set by their check.
         folded (bool): Whether a KFoldDataset takes a part of it. Defaults to False.
     """
@@ -110,7 +112,7 @@ class Source:
     num_images: Optional[int] = None
     backend: str = 'cv2'
     counts: Optional[ClassCounts] = None
-    images: List[Path] = field(default_factory=list)
+    images: List[Union[str, Path]] = field(default_factory=list)
     folder_labels: Dict[str, int] = field(default_factory=dict)
     folded: bool = False
 
