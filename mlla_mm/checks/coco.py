@@ -37,6 +37,7 @@ def check_coco(source: Source) -> Iterator[Finding]:
     yield from incomplete
     if incomplete:
         return
+    source.image_ids = [image['id'] for image in content['images']]
     findings: List[Finding] = []
     loads = True
     for rule in progress(_RULES, f'Checking {name}', len(_RULES)):

@@ -28,6 +28,7 @@ from .class_folders import check_folders, check_same_classes
 from .coco import check_coco, fix_coco, read_coco
 from .config import check_config, head_classes
 from .label_maps import check_label_maps
+from .shared_images import check_shared_images
 from .source import (
     NAMES,
     PIXELS,
@@ -117,6 +118,7 @@ def check_data(
     findings += check_same_classes(sources)
     for split in splits:
         findings += _check_metrics(cfg, split, sources)
+    findings += check_shared_images(sources)
     counts = _counts_by_split(sources)
     for split, number in counts.items():
         findings += _check_counts(split, number, cfg.get('allow_empty_classes', False))
@@ -226,7 +228,10 @@ def _sources(
 ) -> Iterator[Source]:
     """The data sets below a data loader for which there is a check."""
     heads = [count for _, count in head_classes(cfg.get('model') or {})]
-    for key, config in leaf_datasets(cfg.get(f'{split}_dataloader')):
+    loader = cfg.get(f'{split}_dataloader')
+    folds = [x for x in parts_of(loader) if kind_of(x) == 'KFoldDataset']
+    folded = [config for fold in folds for _, config in leaf_datasets(fold)]
+    for key, config in leaf_datasets(loader):
         dataset = _build(cfg, config)
         if dataset is not None:
             yield Source(
@@ -239,6 +244,7 @@ def _sources(
                 num_images=num_images,
                 backend=_image_backend(config.get('pipeline')),
                 evaluator=cfg.get(f'{split}_evaluator'),
+                folded=any(config is other for other in folded),
             )
 
 
@@ -343,9 +349,7 @@ def _labels_of(info: Mapping) -> Optional[List[int]]:
     return None
 
 
-def _check_metrics(
-    cfg: Config, split: str, sources: List[Source]
-) -> Iterator[Finding]:
+def _check_metrics(cfg: Config, split: str, sources: List[Source]) -> Iterator[Finding]:
     """Whether the metric's own annotations are those of the images that it measures.
 
     It knows images by their ids alone.

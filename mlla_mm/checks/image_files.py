@@ -4,14 +4,16 @@
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Callable, Dict, List, NamedTuple, Optional
+from typing import Callable, Dict, List, NamedTuple, Optional, Set, TypeVar, Union
 
 from ..utils.files import file_problem
 from ..utils.images import image_problem
 from .source import NAMES, PIXELS, Finding, Source, progress, require_folder, several
+
+_Path = TypeVar('_Path', str, Path, Union[str, Path])
 
 
 class Problem(NamedTuple):
@@ -24,26 +26,30 @@ class Problem(NamedTuple):
 
 
 def check_images(
-    images: Sequence[Path],
+    images: Sequence[Union[str, Path]],
     folder: Path,
     source: Source,
     check: Optional[Callable[[Path], Optional[Problem]]] = None,
+    listed: bool = False,
 ) -> Iterator[Finding]:
     """Whether images exist, are as many as expected, and pass a check of each image.
 
     Args:
-        images (list[Path]): The images of the data set.
+        images (list[str | Path]): The images of the data set. To make a million paths
+            takes seconds, and names alone do not need them.
         folder (Path): The folder that has them.
         source (Source): The data set.
         check (callable, optional): Says what is wrong with an image; called in threads,
             as decoding releases the GIL. By default it is :func:`unreadable`.
+        listed (bool): Whether the images were found in the folder, so that they exist.
+            Defaults to False.
     """
     require_folder(folder, source)
     where = f'Check data_root and data_prefix of {source.key}.'
     if source.num_images not in (None, len(images)):
         number = f'{len(images)} images in {folder}, expected {source.num_images}'
         yield Finding(number, where)
-    missing = set(missing_files(images))
+    missing = set() if listed else set(missing_files(images))
     names = [relative(path, folder) for path in images if path in missing]
     yield from several(f'images are not in {folder}', names, where)
     source.images = [path for path in images if path not in missing]
@@ -52,7 +58,7 @@ def check_images(
     check = check or partial(unreadable, folder=folder, source=source)
     kinds: Dict[str, List[Problem]] = defaultdict(list)
     with ThreadPool() as pool:
-        found = pool.imap(check, source.images, chunksize=16)
+        found = pool.imap(check, map(Path, source.images), chunksize=16)
         for problem in progress(found, f'Checking {folder}', len(source.images)):
             if problem is not None:
                 kinds[problem.kind].append(problem)
@@ -73,14 +79,22 @@ def unreadable(path: Path, folder: Path, source: Source) -> Optional[Problem]:
     return Problem('cannot be read', f'{relative(path, folder)} {problem}')
 
 
-def missing_files(paths: Iterable[Path]) -> List[Path]:
+def missing_files(paths: Iterable[_Path]) -> List[_Path]:
     """The paths of a list at which there is no file."""
+
     # A look into each folder once: a file system over a network answers slowly.
-    parents = {path.parent for path in paths}
-    names = {x: set(os.listdir(x)) if x.is_dir() else set() for x in parents}
-    return [path for path in paths if path.name not in names[path.parent]]
+    @lru_cache(None)
+    def names(folder: str) -> Set[str]:
+        folder = folder or '.'
+        return set(os.listdir(folder)) if os.path.isdir(folder) else set()
+
+    def exists(path: _Path) -> bool:
+        folder, name = os.path.split(path)
+        return name in names(str(folder))
+
+    return [path for path in paths if not exists(path)]
 
 
-def relative(path: Path, folder: Path) -> str:
+def relative(path: Union[str, Path], folder: Path) -> str:
     """A path as it is seen from a folder, with slashes."""
     return Path(os.path.relpath(path, folder)).as_posix()

@@ -5,7 +5,18 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Tuple, TypeVar
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Tuple,
+    TypeVar,
+    Union,
+)
 
 from rich.progress import track
 
@@ -87,9 +98,12 @@ class Source:
         evaluator (Any): The config of the metrics of its split; None for training.
         counts (ClassCounts, optional): Set by the check of the format, unless the data
             are too wrong to be counted.
-        images (list[Path]): The images that exist; set by the check of the format.
+        images (list[str | Path]): The images that exist; set by the check of the
+            format.
         image_ids (list): The ids of the images, by which metrics know them; set by the
             check of COCO's format.
+        folder_labels (dict[str, int]): Labels of class folders; set by their check.
+        folded (bool): Whether a KFoldDataset takes a part of it. Defaults to False.
     """
 
     split: str
@@ -102,8 +116,10 @@ class Source:
     backend: str = 'cv2'
     evaluator: Any = None
     counts: Optional[ClassCounts] = None
-    images: List[Path] = field(default_factory=list)
+    images: List[Union[str, Path]] = field(default_factory=list)
     image_ids: List[Any] = field(default_factory=list)
+    folder_labels: Dict[str, int] = field(default_factory=dict)
+    folded: bool = False
 
 
 Check = Callable[[Source], Iterator[Finding]]

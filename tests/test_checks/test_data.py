@@ -151,7 +151,11 @@ def own(scope, labels):
 def test_data_sets_of_an_unknown_format_are_counted():
     report = check_data(own(DET, [[0, 2, 2], [2, 3], []]), 'train')
     counts = report.counts['train']
-    assert (counts.images, counts.unit, counts.classes[:2]) == (3, 'objects', ('a', 'b'))
+    assert (counts.images, counts.unit, counts.classes[:2]) == (
+        3,
+        'objects',
+        ('a', 'b'),
+    )
     # Crowds and the like (ignore_flag) are not learned.
     assert counts.numbers == [1, 0, 3] + [0] * 7
     assert counts.images_with == [1, 0, 2] + [0] * 7
@@ -310,7 +314,9 @@ def test_write_fixed_keeps_the_names_of_folders_that_differ(coco, tmp_path_facto
 
 def test_nothing_to_write(coco, folders, tmp_path_factory):
     out = tmp_path_factory.mktemp('fixed')
-    assert write_fixed(config(DET, coco), out) == [f'{coco}/coco.json: nothing to repair']
+    assert write_fixed(config(DET, coco), out) == [
+        f'{coco}/coco.json: nothing to repair'
+    ]
     with pytest.raises(ValueError, match='no annotations in the format of COCO'):
         write_fixed(config(CLS, folders), out)
     (coco / 'coco.json').write_text('[')

@@ -112,7 +112,9 @@ def _column(total: int, numbers: Optional[List[int]], share: bool = False) -> Li
     return [f'{total:,}', *parts]
 
 
-def _print_table(heads: List[str], rows: Sequence[Sequence[str]], **options: Any) -> None:
+def _print_table(
+    heads: List[str], rows: Sequence[Sequence[str]], **options: Any
+) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
