@@ -17,10 +17,10 @@ from .coco_rules import COCO_KEYS, FILE_RULES, classes_of
 from .image_files import Problem, check_images, relative, unreadable
 from .source import (
     PIXELS,
-    ClassCounts,
     Finding,
     Source,
     UnusableError,
+    count_labels,
     progress,
     read_ann_file,
     require,
@@ -153,31 +153,22 @@ def _check_what_is_left(content: dict, source: Source) -> Iterator[Finding]:
     if not len(dataset):
         yield _explain_filters(content, source)
         return
-    classes = classes_of(source)
-    numbers, images_with, crowds = [0] * len(classes), [0] * len(classes), 0
-    for image in dataset.data_list:
-        instances = image.get('instances', ())
-        labels = [x['bbox_label'] for x in instances if not x.get('ignore_flag')]
-        crowds += len(instances) - len(labels)
-        for label in labels:
-            numbers[label] += 1
-        for label in set(labels):
-            images_with[label] += 1
-    if crowds and not sum(numbers):
+    labels = [
+        [x['bbox_label'] for x in image.get('instances', ()) if not x['ignore_flag']]
+        for image in dataset.data_list
+    ]
+    crowds = sum(len(image.get('instances', ())) for image in dataset.data_list)
+    if crowds and not any(labels):
         yield Finding(
             f'All {crowds} objects of {source.dataset.ann_file} are crowds',
             'Write "iscrowd": 0 for single objects: crowds are ignored.',
             fatal=source.split == 'train',
         )
         return
-    is_unpublished = source.split == 'test' and not content['annotations']
-    source.counts = ClassCounts(
-        images=len(dataset),
-        classes=tuple(map(str, classes)),
-        unit='objects',
-        numbers=None if is_unpublished else numbers,
-        images_with=None if is_unpublished else images_with,
-    )
+    counts = count_labels(labels, classes_of(source), 'objects')
+    if source.split == 'test' and not content['annotations']:
+        counts = counts._replace(numbers=None, images_with=None)
+    source.counts = counts
 
 
 def _give(content: dict, dataset: Any) -> Any:

@@ -14,7 +14,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import reduce
+from itertools import chain
 from operator import add
+from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
 
 import numpy as np
@@ -37,6 +39,7 @@ from .source import (
     Finding,
     Source,
     UnusableError,
+    count_labels,
     several,
 )
 
@@ -185,9 +188,7 @@ def write_fixed(cfg: Config, folder: Union[str, Path]) -> List[str]:
         for source in _sources(cfg, split, NAMES, None):
             path = Path(getattr(source.dataset, 'ann_file', '')).resolve()
             # Annotations of test images alone may not be published.
-            if _check_of(type(source.dataset)) is check_coco and (
-                split != 'test' or path in sources
-            ):
+            if is_coco(source) and (split != 'test' or path in sources):
                 sources[path].append(source)
     if not sources:
         raise ValueError(
@@ -270,17 +271,23 @@ def _check_of(kind: Any) -> Optional[Check]:
     for base in getattr(kind, '__mro__', ()):
         check = _CHECKS.get((base.__module__.split('.')[0], base.__name__))
         # Another function may read other files.
-        if check is not None and kind.load_data_list is base.load_data_list:
+        same = all(
+            getattr(kind, name, None) is getattr(base, name, None)
+            for name in ('load_data_list', 'COCOAPI')
+        )
+        if check is not None and same:
             return check
     if BaseDataset not in getattr(kind, '__mro__', ()):
         return None
     # mmpretrain's own would download what is missing.
     is_published = kind.load_data_list.__module__.startswith('mmpretrain.')
-    return None if is_published else _check_loaded
+    # Classes of panoptic data sets are not those of their boxes alone.
+    is_panoptic = 'thing_classes' in (getattr(kind, 'METAINFO', None) or {})
+    return None if is_published or is_panoptic else _check_loaded
 
 
 def is_coco(source: Source) -> bool:
-    """Whether the annotations of a data set are in COCO's format."""
+    """Whether the annotations are read in COCO's format."""
     return _check_of(type(source.dataset)) is check_coco
 
 
@@ -307,46 +314,30 @@ def _findings(source: Source) -> Iterator[Finding]:
 def _check_loaded(source: Source) -> Iterator[Finding]:
     """Count the labels of a data set whose files are unknown."""
     dataset = source.dataset
+    dataset.serialize_data = False  # MMEngine cannot do this without images
     dataset.full_init()
+    infos = [dataset.get_data_info(i) for i in range(len(dataset))]
+    labels = [_labels_of(info) for info in infos]
     classes = dataset.metainfo.get('classes') or range(source.num_classes or 0)
-    numbers = [0] * len(classes)
-    images_with = [0] * len(classes)
-    outside: List[str] = []
-    labelled = False
-    for i in range(len(dataset)):
-        info = dataset.get_data_info(i)
-        labels = _labels_of(info)
-        labelled = labelled or labels is not None
-        for label in labels or ():
-            if classes and not 0 <= label < len(classes):
-                outside.append(f'{label} in sample {i}')
-            elif classes:
-                numbers[label] += 1
-        for label in {x for x in labels or () if 0 <= x < len(classes)}:
-            images_with[label] += 1
+    known = range(len(classes))
     yield from several(
         f'labels of {source.key} are not from 0 to {len(classes) - 1}',
-        outside,
+        [str(x) for x in {*chain(*labels)} if classes and x not in known],
         'Labels are the positions of the names in metainfo.classes.',
     )
-    source.counts = ClassCounts(
-        images=len(dataset),
-        classes=tuple(map(str, classes)),
-        unit='objects',
-        numbers=numbers if labelled else None,
-        images_with=images_with if labelled else None,
-    )
+    is_detection = any('instances' in info for info in infos)
+    unit = 'objects' if is_detection else 'images'
+    counts = count_labels(labels, classes, unit)
+    if not (is_detection or any('gt_label' in info for info in infos)):
+        counts = counts._replace(numbers=None, images_with=None)
+    source.counts = counts
 
 
-def _labels_of(info: Mapping) -> Optional[List[int]]:
-    """The labels of a sample; None if it does not tell them."""
+def _labels_of(info: Mapping) -> List[int]:
+    """The labels that a training on the sample learns."""
     if 'instances' in info:
-        return [
-            x['bbox_label'] for x in info['instances'] if not x.get('ignore_flag', 0)
-        ]
-    if 'gt_label' in info:
-        return [int(x) for x in np.atleast_1d(info['gt_label'])]
-    return None
+        return [x['bbox_label'] for x in info['instances'] if not x.get('ignore_flag')]
+    return [int(x) for x in np.atleast_1d(info.get('gt_label', []))]
 
 
 def _check_metrics(cfg: Config, split: str, sources: List[Source]) -> Iterator[Finding]:

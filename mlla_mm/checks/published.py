@@ -1,6 +1,7 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 """What is published of COCO, ADE20K and ImageNet, to check a copy of them."""
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Union
@@ -93,8 +94,12 @@ def check_published(
         REPOSITORY / 'configs' / '_base_' / 'datasets' / published.config
     )
     cfg.default_scope = published.scope
+    ours = cfg.train_dataloader.dataset.data_root
     for loader in (cfg.train_dataloader, cfg.val_dataloader):
         loader.dataset.data_root = str(root)
+    if cfg.val_evaluator.get('ann_file'):
+        ann_file = os.path.relpath(cfg.val_evaluator.ann_file, ours)
+        cfg.val_evaluator.ann_file = str(root / ann_file)
     findings = check_splits(cfg, look, published.num_images).findings
     fix = published.source.format(root=root)
     return [finding._replace(fix=fix) for finding in findings if finding.fatal]

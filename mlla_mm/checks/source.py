@@ -2,7 +2,7 @@
 """What the checks of data have in common: a data set, and what is found in it."""
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import (
@@ -109,7 +109,7 @@ class Source:
     split: str
     key: str
     dataset: Any
-    config: Mapping
+    config: Any
     num_classes: Optional[int]
     look: str
     num_images: Optional[int] = None
@@ -168,6 +168,24 @@ def examples(things: Sequence[str]) -> str:
 def progress(items: Iterable[_Item], what: str, total: int) -> Iterable[_Item]:
     """The items, with a progress bar in a terminal; in a log it would be many lines."""
     return track(items, what, total, disable=not sys.stdout.isatty(), transient=True)
+
+
+def count_labels(
+    labels: Sequence[Sequence[int]], classes: Sequence[Any], unit: str
+) -> ClassCounts:
+    """Count the labels of each image. Labels that are no class are left out."""
+    names = tuple(map(str, classes))
+    numbers, images_with = [0] * len(names), [0] * len(names)
+    for image in labels:
+        for label in image:
+            if 0 <= label < len(names):
+                numbers[label] += 1
+        for label in set(image):
+            if 0 <= label < len(names):
+                images_with[label] += 1
+    return ClassCounts(
+        len(labels), tuple(map(str, classes)), unit, numbers, images_with
+    )
 
 
 def _add(a: Optional[List[int]], b: Optional[List[int]]) -> Optional[List[int]]:

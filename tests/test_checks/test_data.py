@@ -167,16 +167,15 @@ def test_data_sets_of_an_unknown_format_are_counted():
 
 @pytest.mark.parametrize('scope', [DET, CLS])
 def test_labels_outside_the_classes(scope):
-    labels = [*range(10), 10, -1]
+    labels = [*range(10), 10, -2]
     cfg = own(scope, [labels] if scope == DET else labels)
     with pytest.raises(ValueError) as caught:
         require_data(cfg, 'train')
-    where = (0, 0) if scope == DET else (10, 11)
-    outside = ['10 in sample %d', '-1 in sample %d']
     assert_says(
         caught.value,
-        'labels of train_dataloader.dataset are not from 0 to 9',
-        *(text % sample for text, sample in zip(outside, where)),
+        '2 labels of train_dataloader.dataset are not from 0 to 9: ',
+        '10',
+        '-2',
         'metainfo.classes',
     )
 
@@ -229,8 +228,6 @@ def test_the_data_set_that_is_wrong_is_named(folders):
 
 def test_metric_of_other_annotations(coco):
     cfg = config(DET, coco)
-    cfg.val_evaluator.ann_file = str(coco / 'coco.json')
-    assert check_data(cfg, 'val').findings == []
     cfg.val_evaluator.ann_file = str(coco / 'nowhere.json')
     with pytest.raises(ValueError, match=r'nowhere.json.*ann_file of val_evaluator'):
         require_data(cfg, 'val')
@@ -276,7 +273,6 @@ def spoiled(root):
 def test_write_fixed(coco, tmp_path_factory):
     out = tmp_path_factory.mktemp('fixed')
     cfg = config(DET, coco)
-    cfg.val_evaluator.ann_file = str(coco / 'coco.json')
     content = spoiled(coco)
     assert [x for x in check_splits(cfg).findings if x.fatal]
     lines = '\n'.join(write_fixed(cfg, out))

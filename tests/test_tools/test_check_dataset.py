@@ -43,7 +43,7 @@ def test_complete_data(check_dataset, ade20k):
 def findings(result):
     """Columns of a table without spaces, for paths decide where lines are broken."""
     rows = [line.split('│')[1:-1] for line in result.stdout.splitlines()]
-    columns = zip(*(row for row in rows if len(row) == 2))
+    columns = zip(*(row for row in rows if len(row) == 3))
     return [''.join(''.join(column).split()) for column in columns]
 
 
@@ -53,7 +53,7 @@ def test_table_of_findings(check_dataset, ade20k):
     result = check_dataset('ade20k', ade20k, '--fast')
     image.write_bytes(b'x')
     assert result.returncode == 1
-    wrong, fix = findings(result)
+    _, wrong, fix = findings(result)
     assert f'1999imagesin{image.parent},expected2000' in wrong
     assert f'havenoimagein{image.parent}:7.png' in wrong
     assert 'ADEChallengeData2016.zip' in fix
@@ -73,6 +73,8 @@ def test_data_of_a_config(check_dataset, digits_coco, tmp_path):
         f"_base_ = '{base}'\n"
         f"train_dataloader = dict(dataset=dict(data_root='{digits_coco}'))\n"
         f"val_dataloader = dict(dataset=dict(data_root='{digits_coco}'))\n"
+        'val_evaluator = dict(ann_file=\n'
+        f"    '{digits_coco}/annotations/instances_val.json')\n"
     )
     result = check_dataset(config)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -90,7 +92,7 @@ def test_findings_in_the_data_of_a_config(check_dataset, tmp_path):
     config = ROOT / 'configs/detection/mask-rcnn_mlla-t_fpn_1x_coco.py'
     result = check_dataset(config, '--fast', cwd=tmp_path)
     assert result.returncode == 1
-    wrong, _ = findings(result)
+    _, wrong, _ = findings(result)
     for split in ('train', 'val'):
         name = f'data/coco/annotations/instances_{split}2017.json'
         assert f'Annotationfilenotfound:{name}' in wrong
