@@ -7,9 +7,10 @@ from typing import Set, Union
 
 from matplotlib.axes import Axes
 from mmengine.config import Config
-from mmengine.registry import DATASETS, init_default_scope
+from mmengine.registry import init_default_scope
 from mmengine.structures import BaseDataElement
 
+from ..datasets.corrupt_images import CheckedDataset
 from ..utils.images import read_image
 from .sheet import (
     add_legend,
@@ -50,7 +51,7 @@ def training_sheet(
     if num_images < 1:
         raise ValueError(f'The number of images must be at least 1, got {num_images}.')
     init_default_scope(cfg.default_scope)
-    dataset = DATASETS.build(cfg.train_dataloader.dataset)
+    dataset = CheckedDataset(cfg.train_dataloader.dataset)
     draw = _DRAWERS[cfg.default_scope]
     positions = [0] * num_images if repeat else spread(len(dataset), num_images)
     figure, axes = new_sheet(len(positions), ('as stored', 'augmented, with labels'))
