@@ -5,6 +5,7 @@ import textwrap
 from pathlib import Path
 from typing import Set, Union
 
+import numpy as np
 from matplotlib.axes import Axes
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
@@ -59,9 +60,11 @@ def training_sheet(
     for (left, right), i in zip(axes, positions):
         packed = dataset[i]
         sample = packed['data_samples']
+        # Of a mix of images it is the first.
         show(left, read_image(sample.img_path, channel_order='rgb'))
-        # Inputs are (3, H, W), BGR.
-        show(right, packed['inputs'].numpy()[::-1].transpose(1, 2, 0))
+        # Inputs are (3, H, W), BGR, and of mixed images floats or large integers.
+        inputs = packed['inputs'].numpy()[::-1].transpose(1, 2, 0)
+        show(right, inputs.clip(0, 255).astype(np.uint8))
         seen |= draw(right, sample, dataset.metainfo)
     if seen:
         add_legend(figure, dataset.metainfo, seen)

@@ -2,9 +2,10 @@
 """Wrappers of data sets: what checks, tools and runs do with the data sets in them."""
 
 import copy
+import json
 
 import pytest
-from mmengine.config import ConfigDict
+from mmengine.config import Config, ConfigDict
 from mmengine.registry import DATASETS, DefaultScope
 
 from benchmarks.peak_memory import largest_size
@@ -447,3 +448,65 @@ def test_a_decoder_that_fills_up_in_a_mix(two, scope, monkeypatch):
     monkeypatch.setattr(inner, '__getitem__', lambda *_: copy.deepcopy(whole))
     with pytest.raises(CorruptImageError, match='b/images/1.jpg is truncated'):
         dataset[Draw(0, (SAMPLE, 0, 0, 0))]
+
+
+# Tools.
+
+
+def save_two(scope, two, tmp_path, train, val=None):
+    """A config of two data sets, as a file."""
+    roots = two(scope)
+    cfg = config(scope, roots[0])
+    cfg.train_dataloader.dataset = train(*(leaf(scope, x) for x in roots))
+    if val is not None:
+        parts = [leaf(scope, x, 'val') for x in roots]
+        cfg.val_dataloader.dataset = val(*parts)
+    cfg.test_dataloader = cfg.val_dataloader
+    for split in ('train', 'val', 'test'):
+        loader = cfg[f'{split}_dataloader']
+        loader.update(batch_size=2, num_workers=0, persistent_workers=False)
+    cfg.dump(tmp_path / 'config.py')
+    return tmp_path / 'config.py'
+
+
+@pytest.mark.parametrize('scope', [DET, SEG, CLS])
+def test_predictions_on_images(two, call_tool, nano, tmp_path, scope):
+    path = save_two(scope, two, tmp_path, concat, concat)
+    _, checkpoint = nano(scope)
+    image = tmp_path / 'a' / IMAGE[scope]
+    words = 'tools/infer.py', image, path, checkpoint, '--out', tmp_path / 'out'
+    call_tool(*words)
+    results = json.loads((tmp_path / 'out/results.json').read_text())
+    assert results and not [x for x in results if 'error' in x]
+    cfg = config(scope)
+    cfg.merge_from_dict(dict(test_dataloader=Config.fromfile(path).test_dataloader))
+    cfg.test_dataloader.dataset.datasets[1].pipeline[1].scale = (32, 32)
+    cfg.dump(path)
+    result = call_tool(*words, check=False)
+    assert result.returncode == 1
+    assert_says(
+        result.stderr, 'dataset.datasets[0]', 'dataset.datasets[1]', 'pipelines'
+    )
+
+
+def test_updates_of_an_epoch(two, call_tool, tmp_path):
+    """All repeats count: 2 x (3 x 10 + 10) images, in batches of eight."""
+
+    def nested(a, b):
+        return repeat(concat(repeat(a, 3), b))
+
+    path = save_two(CLS, two, tmp_path, nested)
+    cfg = Config.fromfile(path)
+    cfg.train_dataloader.batch_size = 8
+    cfg.auto_scale_lr.base_batch_size = 16
+    cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
+    cfg.default_hooks.checkpoint.save_best = None
+    cfg.dump(path)
+    work_dir = tmp_path / 'work'
+    call_tool(
+        'tools/train.py', path, '--work-dir', work_dir, '--cfg-options',
+        'train_cfg.max_epochs=1',
+    )  # fmt: skip
+    (recipe,) = work_dir.glob('*/recipe.json')
+    found = json.loads(recipe.read_text())['updates per epoch']
+    assert found == dict(recipe=5, actual=10)
