@@ -2,6 +2,7 @@
 """Peak memory of a config's training step, on a synthetic batch."""
 
 import copy
+import math
 from typing import Any, Dict, NamedTuple, Optional, Tuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from mlla_mm.checks.largest_size import pin_scales
 from mlla_mm.engine.ema import ModelEMA
-from mlla_mm.engine.options import parts_of, replace_sync_bn
+from mlla_mm.engine.options import data_pipelines, parts_of, replace_sync_bn
 
 from .meter import Meter, module_bytes
 
@@ -92,21 +93,33 @@ def measure_config(
 
 
 def largest_size(cfg: Config) -> Tuple[int, int]:
-    """Width and height of the largest training image that the config names."""
+    """Width and height of the largest training image that the config names.
+
+    Raises:
+        ValueError: If it names none.
+    """
     fixed = cfg.model.get('data_preprocessor', {}).get('size')
     if fixed:
         return fixed[1], fixed[0]
-    pipeline = copy.deepcopy(cfg.train_dataloader.dataset.pipeline)
-    pin_scales(pipeline)
-    scales = [
-        part['scales'][0] if 'scales' in part else part.get('scale')
-        for part in parts_of(pipeline)
-        if 'Resize' in part.get('type', '')
-    ]
-    *_, last = [scale for scale in scales if scale is not None]
+    found = []
+    for _, pipeline in data_pipelines(cfg.train_dataloader):
+        pipeline = copy.deepcopy(pipeline)
+        pin_scales(pipeline)
+        scales = [
+            part['scales'][0] if 'scales' in part else part.get('scale')
+            for part in parts_of(pipeline)
+            if 'Resize' in part.get('type', '')
+        ]
+        found += [scale for scale in scales if scale is not None][-1:]
+    if not found:
+        raise ValueError(
+            'The training pipeline of the config has no Resize with a scale. Give the '
+            'size of the images with --size.'
+        )
     # The longer side first.
-    pair = last if isinstance(last, (list, tuple)) else (last, last)
-    return max(pair), min(pair)
+    pairs = [x if isinstance(x, (list, tuple)) else (x, x) for x in found]
+    largest = max(pairs, key=math.prod)
+    return max(largest), min(largest)
 
 
 def synthetic_batch(

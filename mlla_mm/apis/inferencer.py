@@ -17,7 +17,7 @@ from mmengine.structures import BaseDataElement
 from mmengine.visualization import Visualizer
 from rich.progress import track
 
-from ..engine.options import innermost_dataset, read_config
+from ..engine.options import kind_of, leaf_datasets, read_config
 from ..utils.allocator import keep_freed_memory
 from ..utils.text import describe_error
 from .inputs import InputType, Picture, count_pictures, find_sources, read_pictures
@@ -62,7 +62,8 @@ class Inferencer:
     Raises:
         FileNotFoundError: If the config or the checkpoint does not exist.
         ValueError: If the config has no known task, no test pipeline or no class names,
-            or if the weights do not fit the model.
+            if its test data sets have several pipelines, or if the weights do not fit
+            the model.
 
     Examples:
         >>> from mlla_mm.apis import Inferencer
@@ -91,8 +92,7 @@ class Inferencer:
             )
         keep_freed_memory()
         self._show_progress = show_progress
-        dataset = innermost_dataset(cfg.get('test_dataloader')) or {}
-        first, *others = dataset.get('pipeline') or [dict(type='none')]
+        first, *others = _test_pipeline(cfg) or [dict(type='none')]
         if not first['type'].endswith('LoadImageFromFile'):
             raise ValueError(
                 'The test pipeline must begin with LoadImageFromFile, got '
@@ -103,9 +103,8 @@ class Inferencer:
         )
         with DefaultScope.overwrite_default_scope(self._scope):
             self._loader = TRANSFORMS.build(first)
-            self._pipeline = Compose(
-                [step for step in others if 'Annotations' not in step['type']]
-            )
+            self._pipeline = Compose(others)
+            (_, dataset), *_ = leaf_datasets(cfg.test_dataloader)
             self.classes, palette = _classes_and_palette(
                 dataset, self.model.dataset_meta
             )
@@ -258,6 +257,22 @@ class Inferencer:
         except Exception as error:
             result['error'] = f'cannot be drawn or written ({describe_error(error)})'
         return result
+
+
+def _test_pipeline(cfg: Config) -> List[Dict[str, Any]]:
+    """The steps of the test pipeline, without those that load annotations."""
+    found = []
+    for key, dataset in leaf_datasets(cfg.get('test_dataloader')):
+        steps = dataset.get('pipeline') or ()
+        found.append((key, [x for x in steps if 'Annotations' not in str(kind_of(x))]))
+    for key, steps in found[1:]:
+        if steps != found[0][1]:
+            raise ValueError(
+                f'test_dataloader.{found[0][0]} and test_dataloader.{key} have other '
+                'pipelines. Give a config with the test data set whose pipeline is to '
+                'be used.'
+            )
+    return found[0][1] if found else []
 
 
 def _size_at_input(item: _Item) -> Optional[Tuple[int, ...]]:

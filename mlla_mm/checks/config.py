@@ -2,35 +2,48 @@
 """Finds mistakes in a config before anything is built from it.
 
 It knows hooks that are switched off, the arguments of MLLA, the channels between the
-backbone and the next part, and the numbers of classes. An error is sure to be one:
-backbones, necks and data sets of other packages are not checked. MMEngine names types
-that are not registered, but for those of the runner and the optimizer.
+backbone and the next part, the classes, and wrappers of data sets. An error is sure to
+be one: backbones, necks and data sets of other packages are not checked. MMEngine names
+types that are not registered, but for those of the runner and the optimizer.
 """
 
 import difflib
 import inspect
+import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any, List, NamedTuple, Optional, Tuple
+from typing import Any, List, NamedTuple, Optional, Set, Tuple
 
 import torch
 from mmengine.config import Config
+from mmengine.fileio import list_from_file
 from mmengine.registry import (
     DATASETS,
     MODELS,
     OPTIMIZERS,
     RUNNERS,
+    TRANSFORMS,
     DefaultScope,
     Registry,
 )
 
 from ..arch import parse_arch
 from ..compat.mmcv_ext import is_stand_in
-from ..engine.options import innermost_dataset, kind_of, parts_of
+from ..engine.options import (
+    as_list,
+    data_pipelines,
+    kind_of,
+    leaf_datasets,
+    parts_of,
+    wrapping_datasets,
+)
 from ..models.backbones import MLLA
 from ..reproducible.loops import require_seeded
+from ..utils.text import printable
 
+_SPLITS = ('train', 'val', 'test')
 # The default hooks that None switches off.
 _OF_MMENGINE = (
     'runtime_info timer sampler_seed logger param_scheduler checkpoint'
@@ -47,6 +60,8 @@ _BEHIND_NECK = (
     'roi_head.bbox_roi_extractor.out_channels',
     'roi_head.mask_roi_extractor.out_channels',
 )
+# Transforms of mmdet that mix images and boxes alone.
+_WITHOUT_MASKS = ('Mosaic', 'MixUp')
 # Heads that pool maps to several sizes with AdaptiveAvgPool2d.
 _POOLING_HEADS = ('PSPHead', 'UPerHead', 'APCHead')
 
@@ -76,8 +91,11 @@ def check_config(cfg: Config) -> None:
             # Test-time augmentation wraps the model.
             model = model.get('module', model)
             _check_channels(model)
-            for split in ('train', 'val', 'test'):
-                _check_classes(model, cfg.get(f'{split}_dataloader'), split)
+        for split in _SPLITS:
+            _check_wrappers(cfg.get(f'{split}_dataloader'), f'{split}_dataloader')
+            _check_ann_file(cfg, split)
+        if isinstance(model, Mapping):
+            _check_classes(model, cfg)
 
 
 def check_loop(cfg: Config) -> None:
@@ -326,29 +344,172 @@ def _parts(value: Any, path: str) -> Iterator[Tuple[str, Mapping]]:
             yield from _parts(item, f'{path}[{i}]')
 
 
-def _dataset_classes(dataset: Mapping) -> Sequence[str]:
+class _Classes(NamedTuple):
+    """Names of the classes of a data set, and its key."""
+
+    key: str
+    names: Sequence[str]
+
+
+def _dataset_classes(dataset: Mapping, key: str) -> Sequence[str]:
     """Names of the classes by a data set's config or type; empty if unknown."""
     metainfo = dataset.get('metainfo')
-    classes = metainfo.get('classes') if isinstance(metainfo, Mapping) else None
-    if classes is None:
-        known = getattr(_class(DATASETS, dataset.get('type')), 'METAINFO', None) or {}
-        # Panoptic data sets have more classes than the heads for things.
-        classes = None if 'thing_classes' in known else known.get('classes')
+    metainfo = metainfo if isinstance(metainfo, Mapping) else {}
+    if 'CLASSES' in metainfo:
+        raise ValueError(
+            f'{key}.metainfo has CLASSES, which nothing reads: write classes instead.'
+        )
+    # The second is an argument of mmpretrain's data sets, which metainfo overrides.
+    for where, classes in (
+        (f'{key}.metainfo.classes', metainfo.get('classes')),
+        (f'{key}.classes', dataset.get('classes')),
+    ):
+        if classes is not None:
+            return _named_classes(classes, where)
+    known = getattr(_class(DATASETS, dataset.get('type')), 'METAINFO', None) or {}
+    # Panoptic data sets have more classes than the heads for things.
+    classes = None if 'thing_classes' in known else known.get('classes')
     return classes if isinstance(classes, (list, tuple)) else ()
 
 
-def _check_classes(model: Mapping, loader: Any, split: str) -> None:
-    classes = _dataset_classes(innermost_dataset(loader) or {})
+def _named_classes(classes: Any, key: str) -> Sequence[str]:
+    """The names that a config gives, or that are in the file which it names."""
+    if isinstance(classes, (set, frozenset)):
+        raise ValueError(
+            f'{key} is a set, whose order differs between runs. Labels are positions: '
+            'write a tuple.'
+        )
+    if isinstance(classes, str):
+        if '://' in classes:
+            return ()
+        path = os.path.expanduser(classes)
+        if not os.path.isfile(path):
+            raise ValueError(
+                f'{key} is the text {printable(repr(classes))}, and there is no such '
+                'file of names. For one class write a comma: '
+                f'({printable(repr(classes))},).'
+            )
+        classes = list_from_file(path)
+    return classes if isinstance(classes, (list, tuple)) else ()
+
+
+def _check_classes(model: Mapping, cfg: Config) -> None:
+    """Whether the heads and all data sets mean the same by a label."""
+    found = {
+        split: [
+            _Classes(key, _dataset_classes(dataset, key))
+            for key, dataset in _leaves(cfg, split)
+        ]
+        for split in _SPLITS
+    }
+    heads = list(head_classes(model))
     # Heads of models that are given the classes in words have places for words.
-    if not classes or 'language_model' in model:
+    if not heads or 'language_model' in model:
         return
-    names = ', '.join(map(str, classes[:3])) + (', ...' if len(classes) > 3 else '')
-    for path, count in head_classes(model):
+    known = {split: [x for x in found[split] if x.names] for split in _SPLITS}
+    for split, leaves in known.items():
+        for leaf in leaves[1:]:
+            _expect_same(leaves[0], leaf)
+        for leaf in leaves[:1]:
+            _check_names(leaf, cfg)
+            _check_number(heads, leaf, split)
+    for one, other in zip(known['train'][:1], known['val'][:1]):
+        # A classifier can be evaluated on fewer classes.
+        if len(one.names) == len(other.names):
+            _expect_same(one, other)
+
+
+def _leaves(cfg: Config, split: str) -> Iterator[Tuple[str, Mapping]]:
+    """The data sets of a split that read files, with their keys in the config."""
+    for key, dataset in leaf_datasets(cfg.get(f'{split}_dataloader')):
+        yield f'{split}_dataloader.{key}', dataset
+
+
+def _expect_same(one: _Classes, other: _Classes) -> None:
+    for i, pair in enumerate(zip_longest(one.names, other.names)):
+        if pair[0] != pair[1]:
+            first, second = (
+                'missing' if name is None else printable(repr(name)) for name in pair
+            )
+            raise ValueError(
+                f'{one.key} and {other.key} have other classes: label {i} is {first} '
+                f'in the first, and {second} in the second. Give both the same names '
+                'in the same order in metainfo.classes.'
+            )
+
+
+def _check_names(classes: _Classes, cfg: Config) -> None:
+    """Names are found in the data by mmdet and mmseg, and by mmpretrain only shown."""
+    seen: Set[str] = set()
+    # ImageNet has two kinds of cranes.
+    for name in classes.names if cfg.get('default_scope') != 'mmpretrain' else ():
+        if name in seen:
+            raise ValueError(
+                f'{classes.key} has the class {printable(repr(name))} twice. Remove '
+                'one of them from metainfo.classes.'
+            )
+        seen.add(name)
+
+
+def _check_number(
+    heads: Iterable[Tuple[str, int]], classes: _Classes, split: str
+) -> None:
+    names = classes.names
+    text = ', '.join(map(str, names[:3])) + (', ...' if len(names) > 3 else '')
+    for path, count in heads:
         # A classifier of more classes can be evaluated on some of them.
         on_some = split != 'train' and path in _OF_CLASSIFIERS
-        if count < len(classes) or (count > len(classes) and not on_some):
+        if count < len(names) or (count > len(names) and not on_some):
             raise ValueError(
                 f'{path} is {count}, but the data set of {split}_dataloader has '
-                f'{len(classes)} classes ({names}). Set the number, or '
+                f'{len(names)} classes ({text}). Set the number, or '
                 'metainfo.classes of the data set.'
+            )
+
+
+# Data sets of data sets.
+
+
+def _check_wrappers(loader: Any, name: str) -> None:
+    """Whether wrappers have arguments of others, and can mix what they are to mix."""
+    for key, wrapper in wrapping_datasets(loader):
+        kind = _class(DATASETS, wrapper.get('type'))
+        known = inspect.signature(kind).parameters if inspect.isclass(kind) else {}
+        unknown = [x for x in wrapper if x not in (*known, 'type', '_scope_')]
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in known.values())
+        if known and unknown and not takes_any:
+            raise ValueError(
+                f'{name}.{key} has {unknown[0]}, which is not an argument of '
+                f'{kind.__name__}: give it to the data set in it. If it is of a base '
+                'config, add _delete_=True.'
+            )
+    for key, steps in data_pipelines(loader):
+        masks = any(part.get('with_mask') for part in parts_of(steps))
+        for part in parts_of(steps) if masks else ():
+            kind = kind_of(part)
+            module = getattr(_class(TRANSFORMS, part.get('type')), '__module__', '')
+            if kind in _WITHOUT_MASKS and module.startswith('mmdet.'):
+                raise ValueError(
+                    f"{name}.{key}: mmdet's {kind} leaves masks where they were. Use "
+                    f'Cached{kind}, or load no masks and train without a mask_head.'
+                )
+
+
+def _check_ann_file(cfg: Config, split: str) -> None:
+    """Whether a metric has the annotations of all images that it is given."""
+    leaves = list(_leaves(cfg, split))
+    files = [
+        os.path.join(x.get('data_root') or '', x.get('ann_file') or '')
+        for _, x in leaves
+    ]
+    paths = list(map(os.path.normpath, files))
+    for metric in as_list(cfg.get(f'{split}_evaluator')):
+        path = metric.get('ann_file') if isinstance(metric, Mapping) else None
+        others = [key for (key, _), x in zip(leaves, paths) if x != paths[0]]
+        if others and path and os.path.normpath(path) in paths:
+            raise ValueError(
+                f'{split}_evaluator.ann_file has the annotations of one data set, but '
+                f'{leaves[0][0]} and {others[0]} have two. Evaluate with a metric for '
+                f"each: {split}_evaluator = dict(type='MultiDatasetsEvaluator', "
+                'metrics=[...], dataset_prefixes=[...]).'
             )

@@ -126,7 +126,9 @@ def _rehearse(
     updates = UPDATES * cfg.optim_wrapper.get('accumulative_counts', 1)
     first = _shorten(cfg, folder, start, min(updates, batches.full))
     first.train_dataloader.dataset = largest
-    if evaluated.full:
+    evaluators = map(kind_of, as_list(cfg.get('val_evaluator')))
+    # mmdet's evaluator of several data sets needs all of their images.
+    if evaluated.full and 'MultiDatasetsEvaluator' not in evaluators:
         count = min(EVALUATED_BATCHES, evaluated.full)
         first.val_dataloader.num_batch_per_epoch = count
     peak = _PeakMemoryHook()
@@ -330,7 +332,7 @@ def _shorten(cfg: Config, folder: str, start: Position, batches: int) -> Config:
     if hooks.get('checkpoint'):
         hooks['checkpoint'].update(interval=1, save_begin=0, save_last=True)
     cfg.default_hooks = hooks
-    for evaluator in as_list(cfg.get('val_evaluator')):
+    for evaluator in parts_of(cfg.get('val_evaluator')):
         for key in {'outfile_prefix', 'output_dir', 'out_file_path'} & set(evaluator):
             evaluator[key] = str(Path(folder, Path(evaluator[key] or key).name))
     # A detector that has learnt nothing yet would have no detections to evaluate.

@@ -2,6 +2,8 @@
 """Images that cannot be read: an error that names the file, or skipped and counted."""
 
 import os
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, List, Optional, Tuple, Union
 
@@ -40,7 +42,9 @@ class CheckedDataset(Dataset):
     OpenCV does before version 4.12.
 
     All attributes are those of the wrapped data set, so hooks and metrics read them, or
-    switch the pipeline, as without the wrapper.
+    switch the pipeline, as without the wrapper. But ``metainfo`` is always a dict:
+    mmdet's ConcatDataset has a list where its data sets differ, be it in a colour,
+    which metrics and visualizers do not take. It then is that of the first data set.
 
     Args:
         dataset (dict | Dataset): The data set, or its config. Files are known for data
@@ -61,10 +65,21 @@ class CheckedDataset(Dataset):
     def __init__(self, dataset: Union[dict, Dataset]) -> None:
         is_config = isinstance(dataset, dict)
         self.dataset = DATASETS.build(dataset) if is_config else dataset
+        for mixing in _mixing_datasets(self.dataset):
+            # The other images of a mix are known below it alone.
+            if not isinstance(mixing.dataset, CheckedDataset):
+                mixing.dataset = type(self)(mixing.dataset)
+
+    @property
+    def metainfo(self) -> Any:
+        metainfo = self.dataset.metainfo
+        return metainfo[0] if isinstance(metainfo, list) else metainfo
 
     def __getitem__(self, index: int) -> Any:
         try:
             sample = self.dataset[index]
+        except CorruptImageError:
+            raise
         except Exception as error:
             for path in _files_of_index(self.dataset, index):
                 self._refuse(path, image_problem(path) or _thin_problem(path), error)
@@ -99,6 +114,17 @@ class CheckedDataset(Dataset):
             setattr(self.dataset, name, value)
 
 
+def _mixing_datasets(dataset: Any) -> Iterator[Any]:
+    """The wrappers that load several samples for one."""
+    if any(base.__name__ == 'MultiImageMixDataset' for base in type(dataset).__mro__):
+        yield dataset
+    own = getattr(dataset, '__dict__', {})
+    parts = own.get('datasets')
+    for part in parts if isinstance(parts, list) else [own.get('dataset')]:
+        if part is not None:
+            yield from _mixing_datasets(part)
+
+
 def _thin_problem(path: Path) -> Optional[str]:
     """Whether a side has one pixel, or may have less than one after resizing.
 
@@ -122,10 +148,13 @@ def _files_of_index(dataset: Any, index: int) -> List[Path]:
 
 def _files_of_sample(sample: Any) -> List[Path]:
     """The files of a sample, if the sample tells them."""
-    packed = sample.get('data_samples') if isinstance(sample, dict) else None
+    sample = sample if isinstance(sample, dict) else {}
+    # Below a wrapper that mixes samples, they are not packed yet.
+    packed = sample.get('data_samples', sample)
     if isinstance(packed, (list, tuple)):  # the views of test-time augmentation
         packed = packed[0]
-    paths = [getattr(packed, key, None) for key in _FILE_KEYS]
+    get = packed.get if isinstance(packed, dict) else partial(getattr, packed)
+    paths = [get(key, None) for key in _FILE_KEYS]
     return [Path(path) for path in paths if path]
 
 

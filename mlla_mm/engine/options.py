@@ -125,14 +125,6 @@ def parts_of(config: Any) -> Iterator[dict]:
             yield from parts_of(value)
 
 
-def innermost_dataset(loader: Any) -> Any:
-    """The config of a data loader's data set, without wrappers; None if unclear."""
-    dataset = loader.get('dataset') if isinstance(loader, Mapping) else None
-    while isinstance(dataset, Mapping) and 'dataset' in dataset:
-        dataset = dataset['dataset']
-    return dataset if isinstance(dataset, Mapping) else None
-
-
 def leaf_datasets(loader: Any) -> List[Tuple[str, Any]]:
     """The data sets of a data loader's config that read files, below all wrappers.
 
@@ -143,20 +135,48 @@ def leaf_datasets(loader: Any) -> List[Tuple[str, Any]]:
         list[tuple[str, dict]]: Keys in the loader, such as 'dataset.datasets[0]', and
         configs. Empty if there is no loader.
     """
-    return list(_leaves(loader, ''))
+    return [(key, chain[-1]) for key, chain in _chains(loader)]
 
 
-def _leaves(config: Any, key: str) -> Iterator[Tuple[str, Any]]:
+def wrapping_datasets(loader: Any) -> List[Tuple[str, Any]]:
+    """The wrappers of a data loader's config, like :func:`leaf_datasets`."""
+    found = {}
+    for key, chain in _chains(loader):
+        for wrapper in reversed(chain[1:-1]):
+            key = key.rpartition('.')[0]
+            found[key] = wrapper
+    return sorted(found.items())
+
+
+def data_pipelines(loader: Any) -> List[Tuple[str, List[Any]]]:
+    """What a data loader's config does with the samples of each of its data sets.
+
+    Returns:
+        list[tuple[str, list]]: Keys as those of :func:`leaf_datasets`, and the steps of
+        the data set's own pipeline, then of those of its wrappers: MultiImageMixDataset
+        has one.
+    """
+    return [
+        (key, [step for x in reversed(chain) for step in as_list(x.get('pipeline'))])
+        for key, chain in _chains(loader)
+    ]
+
+
+def _chains(
+    config: Any, key: str = '', outer: Tuple[Any, ...] = ()
+) -> Iterator[Tuple[str, Tuple[Any, ...]]]:
+    """Each data set that reads files, behind the loader and its wrappers."""
     if not isinstance(config, Mapping):
         return
-    inner = config.get('datasets')
-    if isinstance(inner, (list, tuple)):
-        for i, part in enumerate(inner):
-            yield from _leaves(part, f'{key}.datasets[{i}]'.lstrip('.'))
-    elif 'dataset' in config:
-        yield from _leaves(config['dataset'], f'{key}.dataset'.lstrip('.'))
-    elif key:
-        yield key, config
+    chain = (*outer, config)
+    parts = config.get('datasets')
+    if isinstance(parts, (list, tuple)) and any(isinstance(x, Mapping) for x in parts):
+        for i, part in enumerate(parts):
+            yield from _chains(part, f'{key}.datasets[{i}]'.lstrip('.'), chain)
+    elif isinstance(config.get('dataset'), Mapping):
+        yield from _chains(config['dataset'], f'{key}.dataset'.lstrip('.'), chain)
+    elif outer:
+        yield key, chain
 
 
 def as_list(value: Any) -> List[Any]:
@@ -215,16 +235,17 @@ def enable_tta(cfg: Config) -> None:
     """Test with the config's test-time augmentation.
 
     Raises:
-        ValueError: If the config has no ``tta_model`` or no ``tta_pipeline``.
+        ValueError: If the config has no ``tta_model``, ``tta_pipeline`` or test data.
     """
-    for key in ('tta_model', 'tta_pipeline'):
+    for key in ('tta_model', 'tta_pipeline', 'test_dataloader'):
         if key not in cfg:
             raise ValueError(
                 f'--tta needs {key} in the config, and {cfg.filename} has none. '
                 "(mmdet's test-time augmentation does not support masks.)"
             )
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
-    innermost_dataset(cfg.test_dataloader).pipeline = cfg.tta_pipeline
+    for _, dataset in leaf_datasets(cfg.test_dataloader):
+        dataset['pipeline'] = cfg.tta_pipeline
 
 
 def set_resume(cfg: Config, resume: Optional[str]) -> None:
@@ -333,8 +354,14 @@ def dump_predictions(cfg: Config, path: str) -> None:
         path (str): The folder, or the file. A file's name ends in .pkl or .pickle.
 
     Raises:
-        ValueError: If the name does not fit the task.
+        ValueError: If the name does not fit the task, or the evaluator has metrics for
+            several data sets.
     """
+    if 'MultiDatasetsEvaluator' in map(kind_of, as_list(cfg.test_evaluator)):
+        raise ValueError(
+            '--out does not go with a MultiDatasetsEvaluator. Test each of its data '
+            'sets alone.'
+        )
     is_pickle = path.endswith(('.pkl', '.pickle'))
     if cfg.default_scope == 'mmseg':
         if is_pickle:

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import List, NamedTuple, Union
 
 from mmengine.config import Config
-from mmengine.registry import DATASETS, init_default_scope
+from mmengine.registry import init_default_scope
 
 from ..checkpoints.reader import load_pickle_file
+from ..datasets.corrupt_images import CheckedDataset
 from ..utils.records import is_number, read_record
 from ..utils.text import printable
 from ..visualization import predictions as sheets
@@ -100,7 +101,7 @@ def write_report(cfg: Config, work_dir: Union[str, Path]) -> List[str]:
 
 def _draw_predictions(cfg: Config, path: Path, out: Path, title: str) -> None:
     init_default_scope(cfg.default_scope)
-    dataset = DATASETS.build(cfg.test_dataloader.dataset)
+    dataset = CheckedDataset(cfg.test_dataloader.dataset)
     if cfg.default_scope == 'mmseg':
         sheets.segmentation_sheet(dataset, path, out, title)
         return

@@ -57,7 +57,8 @@ def detection_sheet(
     """
     classes, colors = dataset.metainfo['classes'], class_colors(dataset.metainfo)
     infos = (dataset.get_data_info(i) for i in range(len(dataset)))
-    instances = {info['img_id']: info['instances'] for info in infos}
+    # Data sets in a wrapper may have the same numbers of images.
+    instances = {info['img_path']: info['instances'] for info in infos}
     results = _checked(predictions, dataset)
     chosen = [results[i] for i in spread(len(results), num_images)]
     figure, axes = new_sheet(
@@ -71,7 +72,7 @@ def detection_sheet(
         for ax in panels:
             show(ax, image)
         with _errors_of_predictions():
-            truth = instances[result['img_id']]
+            truth = instances[result['img_path']]
             found = result['pred_instances']
             # mmdet finds 100 instances in an image at most.
             kept = np.flatnonzero(found['scores'] > score_thr)[:100]
@@ -114,8 +115,6 @@ def segmentation_sheet(
     Raises:
         ValueError: If a label map is not of the size of its image.
     """
-    # With reduce_zero_label, 0 in a file means unlabelled, and classes begin at 1.
-    offset = int(dataset.reduce_zero_label)
     chosen = spread(len(dataset), num_images)
     figure, axes = new_sheet(
         len(chosen),
@@ -125,6 +124,8 @@ def segmentation_sheet(
     seen: Set[int] = set()
     for panels, i in zip(axes, chosen):
         info = dataset.get_data_info(i)
+        # With reduce_zero_label, 0 in a file means unlabelled, and classes begin at 1.
+        offset = int(info['reduce_zero_label'])
         image = read_image(info['img_path'], channel_order='rgb')
         predicted = predictions / f'{Path(info["img_path"]).stem}.png'
         for ax, path in zip(panels, (None, info['seg_map_path'], predicted)):
@@ -163,7 +164,7 @@ def classification_sheet(
     Raises:
         PredictionsError: If these are no predictions for the test set.
     """
-    classes = dataset.CLASSES
+    classes = dataset.metainfo.get('classes')
     results = _checked(predictions, dataset)
     chosen = [results[i] for i in spread(len(results), num_images)]
     rows = math.ceil(len(chosen) / columns)

@@ -5,11 +5,13 @@ import textwrap
 from pathlib import Path
 from typing import Set, Union
 
+import numpy as np
 from matplotlib.axes import Axes
 from mmengine.config import Config
-from mmengine.registry import DATASETS, init_default_scope
+from mmengine.registry import init_default_scope
 from mmengine.structures import BaseDataElement
 
+from ..datasets.corrupt_images import CheckedDataset
 from ..utils.images import read_image
 from .sheet import (
     add_legend,
@@ -50,7 +52,7 @@ def training_sheet(
     if num_images < 1:
         raise ValueError(f'The number of images must be at least 1, got {num_images}.')
     init_default_scope(cfg.default_scope)
-    dataset = DATASETS.build(cfg.train_dataloader.dataset)
+    dataset = CheckedDataset(cfg.train_dataloader.dataset)
     draw = _DRAWERS[cfg.default_scope]
     positions = [0] * num_images if repeat else spread(len(dataset), num_images)
     figure, axes = new_sheet(len(positions), ('as stored', 'augmented, with labels'))
@@ -58,9 +60,11 @@ def training_sheet(
     for (left, right), i in zip(axes, positions):
         packed = dataset[i]
         sample = packed['data_samples']
+        # Of a mix of images it is the first.
         show(left, read_image(sample.img_path, channel_order='rgb'))
-        # Inputs are (3, H, W), BGR.
-        show(right, packed['inputs'].numpy()[::-1].transpose(1, 2, 0))
+        # Inputs are (3, H, W), BGR, and of mixed images floats or large integers.
+        inputs = packed['inputs'].numpy()[::-1].transpose(1, 2, 0)
+        show(right, inputs.clip(0, 255).astype(np.uint8))
         seen |= draw(right, sample, dataset.metainfo)
     if seen:
         add_legend(figure, dataset.metainfo, seen)

@@ -68,7 +68,9 @@ def test_good_data(coco, masks, folders):
 
 def test_data_sets_without_a_check(folders):
     cfg = config(CLS, folders)
-    cfg.train_dataloader.dataset = dict(type='CIFAR10', data_root='nowhere')
+    names = cfg.val_dataloader.dataset.metainfo
+    other = dict(type='CIFAR10', data_root='nowhere', metainfo=names)
+    cfg.train_dataloader.dataset = other
     assert check_data(cfg, 'train') is None
     require_data(cfg, 'train')
     assert check_splits(cfg).findings == []

@@ -321,3 +321,21 @@ def test_peak_memory_of_training_is_kept(config, monkeypatch):
     assert check(config('classification')) == 0
     assert peaks == [(300, 100)]
     assert (measured[0].memory, measured[0].tensors) == (500, 400)
+
+
+def test_an_evaluator_of_several_data_sets(config, capfd):
+    """mmdet's needs images of each of them, so none is left out."""
+    pytest.importorskip('mmdet')
+    cfg = config('detection')
+    one = cfg.val_dataloader.dataset
+    datasets = [dict(one, indices=4), dict(one, indices=1)]
+    cfg.val_dataloader.dataset = dict(type='ConcatDataset', datasets=datasets)
+    cfg.val_dataloader.batch_size = 1
+    metric = dict(cfg.val_evaluator, metric='bbox')
+    cfg.val_evaluator = dict(
+        type='MultiDatasetsEvaluator',
+        metrics=[metric, dict(metric)],
+        dataset_prefixes=['a', 'b'],
+    )
+    cfg.default_hooks.checkpoint.save_best = 'b/coco/bbox_mAP'
+    assert check(cfg) == 0, capfd.readouterr()

@@ -53,6 +53,12 @@ def titles(figure):
     return [ax.get_title() for ax in figure.axes]
 
 
+def wrap(cfg, *others):
+    """Test on several data sets."""
+    datasets = [cfg.test_dataloader.dataset, *others]
+    cfg.test_dataloader.dataset = dict(type='ConcatDataset', datasets=datasets)
+
+
 def detector(tmp_path):
     """A config, its annotations, an image of these, and the image's own."""
     pytest.importorskip('mmdet')
@@ -68,8 +74,14 @@ def detector(tmp_path):
     return cfg, stored, image, truth
 
 
-def test_detection(tmp_path, work_dir, figures):
+@pytest.mark.parametrize('wrapped', [False, True])
+def test_detection(tmp_path, work_dir, figures, wrapped):
     cfg, stored, image, truth = detector(tmp_path)
+    if wrapped:
+        # Other images of the same numbers, in which nothing is.
+        (tmp_path / 'other.json').write_text(json.dumps({**stored, 'annotations': []}))
+        other = dict(ann_file=str(tmp_path / 'other.json'), data_root=str(tmp_path))
+        wrap(cfg, dict(cfg.test_dataloader.dataset, **other))
     names = {category['id']: category['name'] for category in stored['categories']}
     mask = truth[0]['segmentation']
     # A box to the very edge, one that hides the first, and one below the threshold.
@@ -108,9 +120,12 @@ def segmentor(tmp_path, val):
     return cfg, sorted((data / 'annotations' / 'validation').iterdir())
 
 
-def test_segmentation(tmp_path, work_dir, figures):
+@pytest.mark.parametrize('wrapped', [False, True])
+def test_segmentation(tmp_path, work_dir, figures, wrapped):
     """A perfect prediction looks like the ground truth, another one does not."""
     cfg, maps = segmentor(tmp_path, val=3)
+    if wrapped:
+        wrap(cfg)
     folder = work_dir('mmseg')
     predictions = folder / 'test' / 'predictions'
     predictions.mkdir()
@@ -163,8 +178,11 @@ def classifier(tmp_path):
     return cfg, next((data / 'val' / '3').iterdir())
 
 
-def test_classification(tmp_path, work_dir, figures):
+@pytest.mark.parametrize('wrapped', [False, True])
+def test_classification(tmp_path, work_dir, figures, wrapped):
     cfg, picture = classifier(tmp_path)
+    if wrapped:
+        wrap(cfg)
     results = [
         dict(
             img_path=str(picture),

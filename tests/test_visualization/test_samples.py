@@ -115,3 +115,35 @@ def test_errors():
         training_sheet(Config(dict(default_scope='mmagic')), 'x.png')
     with pytest.raises(ValueError, match='at least 1, got 0'):
         training_sheet(Config(dict(default_scope='mmseg')), 'x.png', num_images=0)
+
+
+@pytest.mark.parametrize(
+    'mix',
+    [
+        [dict(type='Mosaic', img_scale=(64, 64))],
+        # Its images are floats.
+        [dict(type='MixUp', img_scale=(64, 64))],
+        # Its images are integers of 64 bits, and it pastes by masks.
+        [dict(type='CopyPaste', max_num_pasted=2)],
+    ],
+    ids=lambda mix: mix[0]['type'],
+)
+def test_mixed_images(figures, tmp_path, mix):
+    pytest.importorskip('mmdet')
+    name, make = TASKS['mmdet']
+    cfg = Config.fromfile(CONFIGS / f'{name}.py')
+    dataset = cfg.train_dataloader.dataset
+    dataset.data_root = str(make(tmp_path / 'data', train=4, val=1, size=64))
+    dataset.pipeline[1].with_mask = mix[0]['type'] == 'CopyPaste'
+    load, pack = dataset.pipeline[:2], dataset.pipeline[-1]
+    cfg.train_dataloader.dataset = dict(
+        type='MultiImageMixDataset',
+        dataset=dict(dataset, pipeline=load),
+        pipeline=[*mix, pack],
+    )
+    for left, right in pairs(cfg, figures, tmp_path, num_images=2):
+        assert picture(left).dtype == picture(right).dtype == np.uint8
+        # As bright as the image that it begins with: nothing is cut off at 1.
+        assert 0.5 < picture(right).mean() / picture(left).mean() < 2
+        assert picture(right).std() > 5
+        assert right.patches
