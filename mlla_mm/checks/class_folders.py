@@ -63,13 +63,6 @@ class _Samples(NamedTuple):
 def check_folders(source: Source) -> Iterator[Finding]:
     dataset, folder = source.dataset, Path(source.dataset.img_prefix)
     require_folder(folder, source)
-    classes = dataset.metainfo.get('classes')
-    # MMEngine would take the letters for classes.
-    require(
-        not isinstance(classes, str),
-        f'metainfo.classes of {source.key} is a text: {examples([repr(classes)])}',
-        'Give a list of names, or the path of a file with a name in each line.',
-    )
     read = _read_list if dataset.ann_file else _read_folders
     samples = read(folder, source)
     yield from samples.findings

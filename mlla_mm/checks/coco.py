@@ -111,8 +111,6 @@ def _check_structure(content: Any, source: Source) -> Iterator[Finding]:
     absent = [key for key in COCO_KEYS if not isinstance(content.get(key), list)]
     require(not absent, f'{path} has no list of {" and ".join(absent)}', fix)
     require(content['images'], f'{path} lists no images', fix)
-    classes, what = classes_of(source), f'metainfo.classes of {source.key} is text'
-    require(not isinstance(classes, str), what, f"Write a tuple: ('{classes}',).")
     for name, keys in COCO_KEYS.items():
         for key, kind in keys.items():
             lacking = [

@@ -25,7 +25,7 @@ from .source import (
 
 _BOX = 'A box is [x, y, width, height] in pixels'
 # One in so many annotations may be left out: public data sets have a few odd ones.
-_RARE = 1000
+_RARE = 100
 _TINY = 'a box of less than a pixel in width or height'
 _NO_RLE = 'a run-length encoding, which poly2mask=False leaves out'
 _LEFT_OUT = (NO_POLYGON, INCOMPLETE, _NO_RLE)

@@ -92,11 +92,6 @@ def _check_class_names(content: dict, source: Source) -> Iterator[Finding]:
         'Merge these categories, or give each its own name: mmdet counts them as '
         'several classes.',
     )
-    yield from several(
-        f'classes occur more than once in metainfo.classes of {source.key}',
-        [str(x) for x, count in Counter(classes).items() if count > 1],
-        'Name each class once.',
-    )
 
 
 def _fix_class_names(content: dict, source: Source) -> Iterator[str]:

@@ -348,7 +348,9 @@ def _check_metrics(cfg: Config, split: str, sources: List[Source]) -> Iterator[F
     sources = [x for x in sources if x.split == split and x.image_ids]
     counts = Counter(id_ for source in sources for id_ in source.image_ids)
     evaluator = f'{split}_evaluator'
-    if split == 'train' or not counts or not cfg.get(evaluator):
+    metrics = list(parts_of(cfg.get(evaluator)))
+    # mmdet's MultiDatasetsEvaluator has a metric for each data set.
+    if not (counts and metrics) or 'MultiDatasetsEvaluator' in map(kind_of, metrics):
         return
     yield from several(
         f'ids of images occur in more than one data set of {split}_dataloader',
@@ -356,7 +358,7 @@ def _check_metrics(cfg: Config, split: str, sources: List[Source]) -> Iterator[F
         'Number them anew in one of the files: metrics take them for one image.',
     )
     read = {Path(source.dataset.ann_file).resolve() for source in sources}
-    for part in parts_of(cfg.get(evaluator)):
+    for part in metrics:
         path = part.get('ann_file')
         if not path or Path(path).resolve() in read:
             continue

@@ -238,6 +238,115 @@ REFUSED = {
         [f'train/{i}/1.jpg' for i in range(11)],
         dict(metainfo=dict(classes=[str(i) for i in range(11)])), 11,
         '9 class folders', '10 has label 2, and is metainfo.classes[10]'),
+    'first images': ((), dict(indices=5)),
+    'last images': ((), dict(indices=-4)),
+    'some images': ((), dict(indices=[0, 4, 3, 3])),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('case', LAYOUTS)
+def test_images_and_labels_are_those_of_mmpretrain(tmp_path, case):
+    names, options = LAYOUTS[case]
+    lay_out(tmp_path / 'train', *CATS, *DOGS, *names)
+    (tmp_path / 'train.txt').write_text(LISTED)
+    if 'extensions' not in options:
+        os.mkfifo(tmp_path / 'train/dog/pipe.jpg')
+    (tmp_path / 'train/dog/link.jpg').symlink_to('nowhere')
+    (tmp_path / 'train/dog/good.jpg').symlink_to('1.jpeg')
+    (tmp_path / 'train/dog/linked').symlink_to('../cat')
+    config = custom(tmp_path, **options).train_dataloader.dataset
+    source = Source('train', '', build(config, lazy_init=True), config, None, 'names')
+    findings, dataset = list(check_folders(source)), build(config)
+    infos = [dataset.get_data_info(i) for i in range(len(dataset))]
+    assert [str(path) for path in source.images] == [x['img_path'] for x in infos]
+    if 'ann_file' not in options:
+        assert source.folder_labels == getattr(dataset, 'folder_to_idx', {})
+    if source.counts is None:
+        assert any(finding.fatal for finding in findings)
+        return
+    assert source.counts.images == len(dataset)
+    if options.get('with_label', True):
+        numbers = np.bincount(dataset.get_gt_labels(), minlength=2).tolist()
+        assert source.counts.numbers == numbers
+        assert source.counts.classes == tuple(dataset.CLASSES or '01')
+    else:
+        assert source.counts.numbers is None
+
+
+GOOD = [f'{split}/{x}' for split in ('train', 'val') for x in (*CATS, *DOGS[:4])]
+HARMLESS = {
+    'nothing odd': ((), {}),
+    'hidden files': (('train/cat/._9.jpg', 'train/.DS_Store', 'train/a.txt'), {}),
+    'a folder of images in each class': (
+        ('train/cat/sub/9.jpg', 'train/horse/images/1.jpg'), {}),
+    'classes of other names': ((), dict(metainfo=dict(classes=['Katze', 'Hund']))),
+    'underscores': ((), dict(metainfo=dict(classes=['CAT', 'Dog']))),
+    'the same image in two formats': (('train/cat/1.webp', 'train/dog/1.gif'), {}),
+    'masks left out': (
+        ('train/cat/a.tiff', 'train/dog/a.tiff'),
+        dict(extensions=['.jpg', '.jpeg', '.png'])),
+    'dates in a list': (
+        (), dict(ann_file='{}.txt',
+                 train='a/1.jpg 0\na/2.jpg 1\nb/3.jpg 0\n',
+                 val='a/9.jpg 1\nb/8.jpg 0\n')),
+}  # fmt: skip
+
+
+def write_lists(root, options):
+    for split in ('train', 'val'):
+        lines = options.pop(split, '')
+        (root / f'{split}.txt').write_text(lines)
+        names = [line.rpartition(' ')[0] for line in lines.splitlines()]
+        lay_out(root / split, *filter(None, names))
+    return options
+
+
+@pytest.mark.parametrize('case', HARMLESS)
+def test_harmless(tmp_path, case):
+    names, options = HARMLESS[case]
+    lay_out(tmp_path, *GOOD, *names)
+    cfg = custom(tmp_path, **write_lists(tmp_path, dict(options)))
+    assert look_at(cfg) == look_at(cfg, 'val') == []
+    if 'horse' not in str(names):
+        assert look_at(cfg, 'train', 'val') == []
+
+
+FIVE = [f'train/{i}/{k}.jpg' for i in range(5) for k in range(4)]
+DOG_FIRST = dict(classes=['dog', 'cat'])
+# Files, options, number of classes, and what is said: problem and way out.
+REFUSED = {
+    'a class of another format': (
+        [*GOOD, 'train/fox/a.webp', 'train/fox/b.jpg/'], {}, 3,
+        'left out, because of their extension: fox/a.webp', "'.webp'"),
+    'a fifth of another format': (
+        [*FIVE, *(f'train/{i}/x.tiff' for i in range(5))], {}, 5,
+        '5 images', '0/x.tiff', "'.tiff'"),
+    'without labels': (
+        ['train/1.jpg', 'train/2.webp'], dict(with_label=False), None,
+        '1 images', '2.webp', "'.webp'"),
+    'no images': (['train/cat/1.txt'], {}, None, 'No images', '.jpg', 'FOLDER/CLASS'),
+    'a folder of Jupyter': (
+        [*GOOD, 'train/.ipynb_checkpoints/1.jpg'], {}, 3,
+        'get a label: .ipynb_checkpoints', 'Remove', 'positions'),
+    'a folder of Windows': (
+        [*GOOD, 'train/$RECYCLE.BIN/'], {}, None, '$RECYCLE.BIN', 'Remove'),
+    'too few classes': (GOOD, {}, 3, '2 class folders', '3 classes', 'num_classes'),
+    'one deeper': (
+        ['train/train/cat/1.jpg', 'train/train/dog/1.jpg'], {}, 2,
+        'one class folder', ': train.', "'train/train'"),
+    'two deeper': (
+        ['train/a/b/cat/1.jpg', 'train/a/b/dog/1.jpg', 'train/__MACOSX/._1.jpg'], {}, 2,
+        'one class folder', ': a.', "'train/a/b'"),
+    'too high': (
+        GOOD, dict(data_prefix=''), 2, 'splits as class folders: train, val',
+        "'train'"),
+    'classes of another order': (
+        GOOD, dict(metainfo=DOG_FIRST), 2,
+        'cat has label 0, and is metainfo.classes[1]', 'Sort metainfo.classes'),
+    'numbers sorted as text': (
+        [f'train/{i}/1.jpg' for i in range(11)],
+        dict(metainfo=dict(classes=[str(i) for i in range(11)])), 11,
+        '9 class folders', '10 has label 2, and is metainfo.classes[10]'),
     'classes as a text': (
         GOOD, dict(metainfo=dict(classes='classes.txt')), 2, "'classes.txt'", 'list'),
     'first images': (
