@@ -172,6 +172,7 @@ def _sources(
                 look=look,
                 num_images=num_images,
                 backend=_image_backend(config.get('pipeline')),
+                cfg=cfg,
             )
 
 

@@ -84,6 +84,7 @@ class Source:
         look (str): How closely to look, one of :data:`LOOKS`.
         num_images (int, optional): Expected number of images, if it is known.
         backend (str): What decodes the images, by mmcv's name. Defaults to 'cv2'.
+        cfg (Config): The whole config. Defaults to an empty one.
         counts (ClassCounts, optional): Set by the check of the format, unless the data
             are too wrong to be counted.
         images (list[Path]): The images that exist; set by the check of the format.
@@ -97,6 +98,7 @@ class Source:
     look: str
     num_images: Optional[int] = None
     backend: str = 'cv2'
+    cfg: Mapping = field(default_factory=dict)
     counts: Optional[ClassCounts] = None
     images: List[Path] = field(default_factory=list)
 
