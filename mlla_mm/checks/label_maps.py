@@ -13,7 +13,7 @@ import numpy as np
 from mmengine.fileio import list_dir_or_file
 from PIL import Image
 
-from ..engine.options import kind_of, parts_of
+from ..engine.options import kind_of, leaf_datasets, parts_of
 from ..utils.images import FORMATS, image_size, open_image, try_decoding
 from .image_files import (
     Problem,
@@ -91,6 +91,11 @@ def check_label_maps(source: Source) -> Iterator[Finding]:
     source.counts = maps.counts(len(images))
 
 
+def _is_alone(source: Source) -> bool:
+    """Whether no other data set of a ConcatDataset may have what this one lacks."""
+    return '.datasets[' not in source.key
+
+
 # Files that are left out.
 
 
@@ -102,7 +107,7 @@ def _image_suffixes() -> Set[str]:
 def _list_files(folder: Path, suffix: Optional[str] = None) -> Set[str]:
     """Paths of files, as mmseg lists them: without hidden ones."""
     names = list_dir_or_file(folder, list_dir=False, suffix=suffix, recursive=True)
-    return {os.path.normpath(folder / name) for name in names}
+    return {os.path.abspath(folder / name) for name in names}
 
 
 def _no_images(folder: Path, dataset: Any) -> str:
@@ -119,8 +124,7 @@ def _check_left_out(
     """Whether images and label maps are left out, which mmseg does in silence."""
     dataset = source.dataset
     suffix, map_suffix = dataset.img_suffix, dataset.seg_map_suffix
-    root = os.path.normpath(folder)
-    map_root = os.path.normpath(map_folder)
+    root, map_root = os.path.abspath(folder), os.path.abspath(map_folder)
     known = _image_suffixes()
     all_maps = _list_files(map_folder, map_suffix)
     files = _list_files(folder)
@@ -129,13 +133,16 @@ def _check_left_out(
         stem = os.path.relpath(path[: len(path) - len(end)], root)
         return os.path.join(map_root, stem) + map_suffix
 
-    lonely = all_maps - {map_of(x, suffix) for x in files if x.endswith(suffix)}
+    # Another data set of the split may read the images of another suffix.
+    loader = source.cfg.get(f'{source.split}_dataloader')
+    read = (suffix, *(x.get('img_suffix', suffix) for _, x in leaf_datasets(loader)))
+    lonely = all_maps - {map_of(x, y) for x in files for y in read if x.endswith(y)}
     # A suffix may have more than the type of the file, such as '_leftImg8bit.png'.
     words = suffix.rpartition('.')[0]
     left_out = {}
     for path in files - all_maps:
         kind = os.path.splitext(path)[1]
-        if kind.lower() in known and not path.endswith(suffix):
+        if kind.lower() in known and not path.endswith(read):
             end = words + kind
             left_out[path] = map_of(path, end) if path.endswith(end) else None
     pairs = {path for path, label_map in left_out.items() if label_map in lonely}
@@ -473,8 +480,7 @@ class _LabelMaps:
             is_fatal = is_fatal or cause is not None
         elif cause is not None and self._lacks_last():
             name = f'No pixel of class {self.classes[-1]}'
-        # The other data sets of a ConcatDataset may have the other classes.
-        is_fatal = is_fatal and self.is_known and '.datasets[' not in source.key
+        is_fatal = is_fatal and self.is_known and _is_alone(source)
         if name and (is_fatal or cause or not seen):
             self.is_countable = not is_fatal
             yield Finding(f'{name} is in the {maps}', cause or _LABEL_FIX, is_fatal)

@@ -133,6 +133,29 @@ def test_what_mmseg_leaves_out_in_silence(masks):
         assert len(DATASETS.build(config(SEG, masks).train_dataloader.dataset)) == 2
 
 
+def test_a_data_set_for_each_suffix(masks, monkeypatch):
+    to_png(1)(masks)
+    cfg = config(SEG, masks)
+    monkeypatch.chdir(masks)
+    parts = [
+        dict(
+            cfg.train_dataloader.dataset,
+            img_suffix=suffix,
+            data_root='.',
+            data_prefix=dict(img_path='images', seg_map_path=str(masks / 'maps')),
+        )
+        for suffix in ('.jpg', '.png')
+    ]
+    cfg.train_dataloader.dataset = dict(type='ConcatDataset', datasets=parts)
+    report = check_data(cfg, 'train')
+    assert report.findings == []
+    assert report.counts['train'].images == 3
+    to_tif = rename('images/2.jpg', 'images/2.tif')
+    to_tif(masks)
+    first, second = found_in(cfg, NAMES)
+    assert_says(first.problem, 'have a label map: 2.tif')
+
+
 @pytest.mark.parametrize('look', [NAMES, FILES, PIXELS])
 def test_other_files(masks, look):
     for name in ('images/.hidden.png', 'images/1.json', 'images/1.png', 'maps/.4.png'):
