@@ -57,7 +57,8 @@ def check_label_maps(source: Source) -> Iterator[Finding]:
         lines = f'Mend {dataset.ann_file}: its lines are names of images.'
         read_ann_file(source, lines)
     infos = dataset.load_data_list()
-    require(infos, _no_images(folder, dataset), f'Check img_suffix of {source.key}.')
+    problem = '' if infos else _no_images(folder, dataset)
+    require(infos, problem, f'Check img_suffix of {source.key}.')
     dataset.data_list = infos
     if dataset._indices is not None:
         infos = dataset._get_unserialized_subset(dataset._indices)
@@ -105,9 +106,10 @@ def _image_suffixes() -> Set[str]:
 
 
 def _list_files(folder: Path, suffix: Optional[str] = None) -> Set[str]:
-    """Paths of files, as mmseg lists them: without hidden ones."""
-    names = list_dir_or_file(folder, list_dir=False, suffix=suffix, recursive=True)
-    return {os.path.abspath(folder / name) for name in names}
+    """Absolute paths of files, as mmseg lists them: without hidden ones."""
+    root = os.path.abspath(folder)
+    names = list_dir_or_file(root, list_dir=False, suffix=suffix, recursive=True)
+    return {os.path.join(root, name) for name in names}
 
 
 def _no_images(folder: Path, dataset: Any) -> str:
@@ -130,8 +132,7 @@ def _check_left_out(
     files = _list_files(folder)
 
     def map_of(path: str, end: str) -> str:
-        stem = os.path.relpath(path[: len(path) - len(end)], root)
-        return os.path.join(map_root, stem) + map_suffix
+        return map_root + path[len(root) : len(path) - len(end)] + map_suffix
 
     # Another data set of the split may read the images of another suffix.
     loader = source.cfg.get(f'{source.split}_dataloader')
