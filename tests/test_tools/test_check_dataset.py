@@ -35,9 +35,8 @@ def ade20k(tmp_path_factory):
             folder = root / kind / split
             folder.mkdir(parents=True)
             for i in range(count):
-                os.link(
-                    files[suffix], f'{folder}/{i}.{suffix}'
-                )  # faster than a file each
+                # This is faster than a file each.
+                os.link(files[suffix], f'{folder}/{i}.{suffix}')
     return root
 
 
