@@ -244,7 +244,7 @@ def _sources(
                 look=look,
                 num_images=num_images,
                 backend=_image_backend(config.get('pipeline')),
-                evaluator=cfg.get(f'{split}_evaluator'),
+                cfg=cfg,
                 folded=any(config is other for other in folded),
             )
 

@@ -56,16 +56,29 @@ def check_images(
     if source.look == NAMES:
         return
     check = check or partial(unreadable, folder=folder, source=source)
-    kinds: Dict[str, List[Problem]] = defaultdict(list)
+    problems = find_problems(source.images, check, f'Checking {folder}')
+    yield from as_findings(problems, f'images in {folder}')
+
+
+def find_problems(
+    paths: Sequence[Union[str, Path]],
+    check: Callable[[Path], Optional[Problem]],
+    title: str,
+) -> List[Problem]:
+    """What a check of each image finds; it is called in threads."""
     with ThreadPool() as pool:
-        found = pool.imap(check, map(Path, source.images), chunksize=16)
-        for problem in progress(found, f'Checking {folder}', len(source.images)):
-            if problem is not None:
-                kinds[problem.kind].append(problem)
-    for kind, problems in kinds.items():
-        names = [problem.example for problem in problems]
-        what = f'images in {folder} {kind}'
-        yield from several(what, names, problems[0].fix, problems[0].fatal)
+        found = pool.imap(check, map(Path, paths), chunksize=16)
+        return [x for x in progress(found, title, len(paths)) if x is not None]
+
+
+def as_findings(problems: Iterable[Problem], what: str) -> Iterator[Finding]:
+    """One finding for all problems of a kind."""
+    kinds: Dict[str, List[Problem]] = defaultdict(list)
+    for problem in problems:
+        kinds[problem.kind].append(problem)
+    for kind, alike in kinds.items():
+        names = [problem.example for problem in alike]
+        yield from several(f'{what} {kind}', names, alike[0].fix, alike[0].fatal)
 
 
 def unreadable(path: Path, folder: Path, source: Source) -> Optional[Problem]:

@@ -95,7 +95,7 @@ class Source:
         look (str): How closely to look, one of :data:`LOOKS`.
         num_images (int, optional): Expected number of images, if it is known.
         backend (str): What decodes the images, by mmcv's name. Defaults to 'cv2'.
-        evaluator (Any): The config of the metrics of its split; None for training.
+        cfg (Config): The whole config. Defaults to an empty one.
         counts (ClassCounts, optional): Set by the check of the format, unless the data
             are too wrong to be counted.
         images (list[str | Path]): The images that exist; set by the check of the
@@ -114,12 +114,17 @@ class Source:
     look: str
     num_images: Optional[int] = None
     backend: str = 'cv2'
-    evaluator: Any = None
+    cfg: Any = field(default_factory=dict)
     counts: Optional[ClassCounts] = None
     images: List[Union[str, Path]] = field(default_factory=list)
     image_ids: List[Any] = field(default_factory=list)
     folder_labels: Dict[str, int] = field(default_factory=dict)
     folded: bool = False
+
+    @property
+    def evaluator(self) -> Any:
+        """The config of the metrics of its split; None for training."""
+        return self.cfg.get(f'{self.split}_evaluator')
 
 
 Check = Callable[[Source], Iterator[Finding]]

@@ -8,7 +8,7 @@ import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, BinaryIO, Optional, Tuple, Union
+from typing import TYPE_CHECKING, Any, BinaryIO, Callable, Optional, Tuple, Union
 
 from mmengine.fileio import LocalBackend, register_backend
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -163,23 +163,43 @@ def image_problem(path: Union[str, Path], backend: str = 'cv2') -> Optional[str]
     """
     import mmcv
 
-    problem = file_problem(path) or size_problem(path)
-    if problem is not None:
-        return problem
-    try:
+    def decode() -> Any:
         with open_image(path) as image:
             image.load()
-        decoded = mmcv.imread(path, backend=backend)
+        return mmcv.imread(path, backend=backend)
+
+    return try_decoding(path, decode)[1]
+
+
+def try_decoding(
+    path: Union[str, Path], decode: Callable[[], Any]
+) -> Tuple[Any, Optional[str]]:
+    """Decode an image whose size is allowed, with words for what may be wrong.
+
+    Args:
+        path (str | Path): The file.
+        decode (callable): Reads it. It gives None where OpenCV does.
+
+    Returns:
+        tuple[Any, str | None]: What ``decode`` gives, and None; or None, and words as
+        :func:`image_problem` gives them.
+    """
+    problem = file_problem(path) or size_problem(path)
+    if problem is not None:
+        return None, problem
+    try:
+        decoded = decode()
     except UnidentifiedImageError:
-        return f'is not an image ({", ".join(FORMATS)})'
+        return None, f'is not an image ({", ".join(FORMATS)})'
     except MemoryError:
-        return 'does not fit into memory'
+        return None, 'does not fit into memory'
     # Decoders raise errors of many types for broken files.
     except Exception as error:
-        cut = 'runcated' in str(error)
-        return 'is truncated' if cut else f'cannot be decoded ({describe_error(error)})'
+        if 'runcated' in str(error):
+            return None, 'is truncated'
+        return None, f'cannot be decoded ({describe_error(error)})'
     # OpenCV returns None for what it cannot decode.
-    return None if decoded is not None else 'cannot be decoded by OpenCV'
+    return decoded, None if decoded is not None else 'cannot be decoded by OpenCV'
 
 
 def size_problem(path: Union[str, Path]) -> Optional[str]:

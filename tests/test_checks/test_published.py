@@ -134,7 +134,8 @@ def test_label_maps_of_ade20k(ade20k):
     found = [finding.problem for finding in check_published('ade20k', ade20k)]
     assert len(found) == 4
     assert_says(found, f'are not in {maps}: 1.png', 'have no image', 'lonely.png')
-    assert_says(found, 'labels above 150: 0.jpg', '1.png is empty')
+    assert_says(found, 'labels above 150 (151 in 2400 pixels): 0.png')
+    assert_says(found, '1.png is empty')
 
 
 def test_boxes_of_no_size_are_in_coco(coco):

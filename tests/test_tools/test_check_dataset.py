@@ -1,8 +1,10 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 import os
 
+import numpy as np
 import pytest
 
+from ..bad_data import save
 from ..processes import ROOT
 
 
@@ -19,16 +21,22 @@ def check_dataset(run_tool):
 
 @pytest.fixture(scope='module')
 def ade20k(tmp_path_factory):
-    """As many files as ADE20K has: not images, which --fast does not see."""
-    file = tmp_path_factory.mktemp('file') / 'x'
-    file.write_bytes(b'x')
+    """As many files as ADE20K has: not images, which --fast does not see.
+
+    It looks into a few label maps.
+    """
+    folder = tmp_path_factory.mktemp('file')
+    files = dict(jpg=folder / 'x', png=folder / 'map.png')
+    files['jpg'].write_bytes(b'x')
+    save(files['png'], np.arange(151, dtype=np.uint8).reshape(1, 151))
     root = tmp_path_factory.mktemp('ade') / 'ADEChallengeData2016'
     for split, count in (('training', 20210), ('validation', 2000)):
         for kind, suffix in (('images', 'jpg'), ('annotations', 'png')):
             folder = root / kind / split
             folder.mkdir(parents=True)
             for i in range(count):
-                os.link(file, f'{folder}/{i}.{suffix}')  # faster than a file each
+                # This is faster than a file each.
+                os.link(files[suffix], f'{folder}/{i}.{suffix}')
     return root
 
 
