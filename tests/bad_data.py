@@ -145,7 +145,7 @@ def config(scope, root=None, suffix='.jpg'):
         if scope == DET:
             dataset.ann_file = 'coco.json'
             dataset.data_prefix = dict(img='images')
-            cfg.val_evaluator.ann_file = str(root / 'coco.json')
+            cfg.val_evaluator.ann_file = f'{root}/coco.json'
         elif scope == SEG:
             dataset.data_prefix = dict(img_path='images', seg_map_path='maps')
             dataset.img_suffix = suffix

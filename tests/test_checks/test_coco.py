@@ -329,15 +329,6 @@ def test_only_some_categories_are_classes(coco):
     assert require_data(config(DET, coco), 'train').findings == []
 
 
-@pytest.mark.parametrize('classes', ['dog', ('0', '1', '1')])
-@pytest.mark.filterwarnings('ignore:dog is not a meta file')
-def test_classes_of_the_config(coco, classes):
-    cfg = config(DET, coco)
-    cfg.train_dataloader.dataset.metainfo = dict(classes=classes)
-    with pytest.raises(ValueError, match='metainfo.classes of train_dataloader'):
-        require_data(cfg, 'train')
-
-
 def test_images_listed_twice_with_the_same_objects(coco):
     def repeat(content):
         content['images'].append(dict(content['images'][0], id=3))
@@ -357,7 +348,7 @@ def test_annotations_of_test_images_may_be_unpublished(coco):
     del content['annotations']
     (coco / 'coco.json').write_text(json.dumps(content))
     cfg = config(DET, coco)
-    cfg.test_dataloader = cfg.val_dataloader
+    cfg.test_dataloader, cfg.test_evaluator = cfg.val_dataloader, cfg.val_evaluator
     counts = require_data(cfg, 'test').counts['test']
     assert counts.images == 3 and counts.numbers is None
     with pytest.raises(ValueError, match='has no list of annotations'):
@@ -389,6 +380,7 @@ def test_digits_have_no_finding(tmp_path, look):
     root = digits.make_coco(tmp_path / 'data', train=20, val=20, size=64)
     for split in ('train', 'val'):
         cfg[f'{split}_dataloader'].dataset.data_root = str(root)
+    cfg.val_evaluator.ann_file = f'{root}/annotations/instances_val.json'
     report = check_data(cfg, 'train', 'val', look=look)
     assert report.findings == []
     for split, counts in report.counts.items():
