@@ -11,9 +11,11 @@ import pytest
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS, VISUALIZERS, DefaultScope
+from mmengine.registry import DATASETS, MODELS, VISUALIZERS, DefaultScope
 from mmengine.runner import Runner
 
+from mlla_mm.checks.config import check_config
+from mlla_mm.checks.data import require_data
 from mlla_mm.datasets.digits import make_ade20k, make_coco, make_imagenet
 from mlla_mm.engine.options import replace_sync_bn
 from mlla_mm.models import MLLA
@@ -126,6 +128,21 @@ def test_own_objects(read, tmp_path, monkeypatch):
     cfg.train_dataloader.dataset.filter_cfg = None
     metrics = run(cfg, tmp_path / 'work')
     assert {'coco/bbox_mAP', 'coco/segm_mAP'} < set(metrics)
+
+
+def test_two_data_sets(read, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, count in (('my_objects', 20), ('more_objects', 30)):
+        make_coco(f'data/{name}', train=count, val=2, size=64)
+    cfg = read('detection/my_two_sets')
+    check_config(cfg)
+    counts = require_data(cfg, 'train').counts['train']
+    data = DATASETS.build(cfg.train_dataloader.dataset)
+    kept = [len(dataset) for dataset in data.datasets]
+    # Images of rare classes are repeated.
+    assert kept[0] <= 20 and kept[1] >= 30
+    assert counts.images == kept[0] + len(data.datasets[1].dataset)
+    assert len(data[len(data) - 1]['data_samples'].gt_instances)
 
 
 def test_own_masks(read, tmp_path, monkeypatch):
