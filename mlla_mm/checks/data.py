@@ -330,7 +330,7 @@ def _findings(source: Source) -> Iterator[Finding]:
         yield from check(source)
     except UnusableError as end:
         yield end.args[0]
-    # Such as a folder that may not be read, or links in a circle
+    # Such as a folder that may not be read, or links in a circle.
     except OSError as error:
         path = printable(error.filename, PATH_LIMIT)
         fix = f'Mend it, or take it out of the data of {source.key}.'

@@ -307,7 +307,9 @@ def likely_cause(
     shown = ', '.join(map(str, values[:5])) + (', ...' if len(values) > 5 else '')
     zero = ' and set reduce_zero_label=False' if reduce_zero_label else ''
     is_apart = len(values) > 1 and min(np.diff(values)) >= 10
-    if values == [0, _IGNORED_LABEL] or (is_apart and above and len(values) == 2):
+    # Of several classes, some images may have one, and 255 where nothing is labelled.
+    is_binary = values == [0, _IGNORED_LABEL] and num_classes <= 2
+    if is_binary or (is_apart and above and len(values) == 2):
         return f'Values {values[0]} and {values[1]}: is a binary mask saved as a ' + (
             f'picture? Write 0 and 1{zero}.'
         )

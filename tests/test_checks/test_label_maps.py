@@ -376,6 +376,14 @@ def test_classes_that_never_occur(masks):
     require_data(config(SEG, masks), 'train', 'val')  # it looks into a few
 
 
+def test_few_labels_of_a_validation(masks):
+    fill(0, 255)(masks)
+    cfg = seg_config(masks, [*'abc'], reduce_zero_label=False)
+    assert found_in(cfg, NAMES, 'val') == []
+    with pytest.raises(ValueError, match='Only label 0'):
+        require_data(cfg, 'train')
+
+
 def test_classes_that_may_lack(masks):
     """The last class may be rare. The user says so, or it is the validation."""
     fill(*range(11))(masks)
@@ -597,6 +605,7 @@ CAUSES = [
     ([0, 255], 2, False, 'Write 0 and 1.'),
     ([0, 255], 2, True, 'set reduce_zero_label=False.'),
     ([0, 254], 2, False, 'Write 0 and 1.'),
+    ([0, 255], 3, False, None),
     ([0, 1, 255], 2, False, None),
     ([0, 1], 2, False, None),
     ([0, 1], 2, True, 'reduce_zero_label=False'),
