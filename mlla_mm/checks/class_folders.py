@@ -21,6 +21,7 @@ from .source import (
     require,
     require_folder,
     several,
+    subset,
 )
 
 _LAYOUT = 'Lay the images out as FOLDER/CLASS/IMAGE.'
@@ -66,26 +67,16 @@ def check_folders(source: Source) -> Iterator[Finding]:
     read = _read_list if dataset.ann_file else _read_folders
     samples = read(folder, source)
     yield from samples.findings
-    indices = source.config.get('indices')
-    names = _subset(samples.images, indices)
-    images = [os.path.join(dataset.img_prefix, name) for name in names]
     read_files = ', '.join(sorted(dataset.extensions))
     fix = f'Check data_root and data_prefix of {source.key}. {_LAYOUT}'
-    require(images, f'No images ({read_files}) in {folder}', fix)
+    require(samples.images, f'No images ({read_files}) in {folder}', fix)
+    names = subset(samples.images, source)
+    images = [os.path.join(dataset.img_prefix, name) for name in names]
     # Else the numbers would only repeat what is wrong.
     if not any(finding.fatal for finding in samples.findings):
-        labels = _subset(samples.labels, indices)
+        labels = samples.labels and subset(samples.labels, source)
         source.counts = _count(len(images), labels, source)
     yield from check_images(images, folder, source, listed=not dataset.ann_file)
-
-
-def _subset(items: List[Any], indices: Any) -> List[Any]:
-    """What MMEngine's ``indices`` leave of the samples."""
-    if indices is None or not items:
-        return items
-    if isinstance(indices, int):
-        return items[:indices] if indices >= 0 else items[indices:]
-    return [items[i] for i in indices if -len(items) <= i < len(items)]
 
 
 def _count(images: int, labels: List[int], source: Source) -> ClassCounts:

@@ -26,6 +26,7 @@ from mmengine.registry import DATASETS, DefaultScope
 
 from ..engine.options import describe_changes, kind_of, leaf_datasets, parts_of
 from ..utils.files import write_whole
+from ..utils.text import PATH_LIMIT, describe_error, printable
 from .class_folders import check_folders, check_same_classes
 from .coco import check_coco, fix_coco, read_coco
 from .config import check_config, head_classes
@@ -40,6 +41,7 @@ from .source import (
     Source,
     UnusableError,
     count_labels,
+    examples,
     several,
 )
 
@@ -233,11 +235,12 @@ def _sources(
     folds = [x for x in parts_of(loader) if kind_of(x) == 'KFoldDataset']
     folded = [config for fold in folds for _, config in leaf_datasets(fold)]
     for key, config in leaf_datasets(loader):
-        dataset = _build(cfg, config)
+        key = f'{split}_dataloader.{key}'
+        dataset = _build(cfg, config, key)
         if dataset is not None:
             yield Source(
                 split=split,
-                key=f'{split}_dataloader.{key}',
+                key=key,
                 dataset=dataset,
                 config=config,
                 num_classes=heads[0] if heads else None,
@@ -249,7 +252,7 @@ def _sources(
             )
 
 
-def _build(cfg: Config, config: Mapping) -> Any:
+def _build(cfg: Config, config: Mapping, key: str) -> Any:
     """A data set without its annotations; None if there is no check for it."""
     if not isinstance(config.get('type'), str):
         return None
@@ -263,7 +266,24 @@ def _build(cfg: Config, config: Mapping) -> Any:
                 registry.build(config)  # raises the error that names the type
             if _check_of(kind) is None:
                 return None
-            return registry.build(dict(config, lazy_init=True, pipeline=[]))
+            try:
+                return registry.build(dict(config, lazy_init=True, pipeline=[]))
+            # Some data sets of mmseg assert, without a word, that files exist.
+            except AssertionError as error:
+                raise ValueError(_why_not_built(config, key, error)) from error
+
+
+def _why_not_built(config: Mapping, key: str, error: AssertionError) -> str:
+    prefix = config.get('data_prefix') or {}
+    names = list(prefix.values()) if isinstance(prefix, Mapping) else [prefix]
+    root = config.get('data_root') or ''
+    paths = [os.path.join(root, x) for x in [*names, config.get('ann_file')] if x]
+    missing = [path for path in paths if not os.path.exists(path)]
+    reason = f'not found: {examples(missing)}' if missing else describe_error(error)
+    return (
+        f'{config["type"]} cannot be built ({reason}). Check data_root, data_prefix, '
+        f'ann_file and the other options of {key}.'
+    )
 
 
 def _check_of(kind: Any) -> Optional[Check]:
@@ -291,12 +311,16 @@ def is_coco(source: Source) -> bool:
     return _check_of(type(source.dataset)) is check_coco
 
 
-def _image_backend(pipeline: Any) -> str:
-    """What decodes the images of a pipeline, by mmcv's name. OpenCV is the default."""
-    for step in parts_of(pipeline):
-        if 'LoadImage' in str(kind_of(step)) and step.get('imdecode_backend'):
-            return step['imdecode_backend']
-    return 'cv2'
+def _image_backend(pipeline: Any) -> Optional[str]:
+    """What decodes the images of a pipeline, by mmcv's name. OpenCV is the default.
+
+    None if another transform reads them, such as those of mmseg for arrays of NumPy.
+    """
+    steps = list(parts_of(pipeline))
+    loads = [step for step in steps if 'LoadImageFromFile' in str(kind_of(step))]
+    if steps and not loads:
+        return None
+    return (loads and loads[0].get('imdecode_backend')) or 'cv2'
 
 
 def _findings(source: Source) -> Iterator[Finding]:
@@ -306,6 +330,11 @@ def _findings(source: Source) -> Iterator[Finding]:
         yield from check(source)
     except UnusableError as end:
         yield end.args[0]
+    # Such as a folder that may not be read, or links in a circle.
+    except OSError as error:
+        path = printable(error.filename, PATH_LIMIT)
+        fix = f'Mend it, or take it out of the data of {source.key}.'
+        yield Finding(f'{path} cannot be read ({error.strerror})', fix)
 
 
 # Labels.

@@ -46,6 +46,8 @@ def check_images(
     """
     require_folder(folder, source)
     where = f'Check data_root and data_prefix of {source.key}.'
+    if os.path.isfile(source.dataset.ann_file):
+        where = f'{where} Names of images are read from {source.dataset.ann_file}.'
     if source.num_images not in (None, len(images)):
         number = f'{len(images)} images in {folder}, expected {source.num_images}'
         yield Finding(number, where)
@@ -83,7 +85,7 @@ def as_findings(problems: Iterable[Problem], what: str) -> Iterator[Finding]:
 
 def unreadable(path: Path, folder: Path, source: Source) -> Optional[Problem]:
     """Why an image cannot be read, as closely as the check looks; None if it can."""
-    if source.look == PIXELS:
+    if source.look == PIXELS and source.backend is not None:
         problem = image_problem(path, source.backend)
     else:
         problem = file_problem(path)

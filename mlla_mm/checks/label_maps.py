@@ -4,7 +4,6 @@
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 from typing import Any, List, NamedTuple, Optional, Set, Tuple
@@ -14,6 +13,7 @@ from mmengine.fileio import list_dir_or_file
 from PIL import Image
 
 from ..engine.options import kind_of, leaf_datasets, parts_of
+from ..utils.files import file_problem
 from ..utils.images import FORMATS, image_size, open_image, try_decoding
 from .image_files import (
     Problem,
@@ -25,7 +25,6 @@ from .image_files import (
     unreadable,
 )
 from .source import (
-    FILES,
     PIXELS,
     ClassCounts,
     Finding,
@@ -35,12 +34,13 @@ from .source import (
     require,
     require_folder,
     several,
+    subset,
 )
 
 _NUM_VALUES = 256
 _IGNORED_LABEL = 255
 _SAMPLE = 32
-_OPENMMLAB = ('mlla_mm', 'mmcv', 'mmdet', 'mmengine', 'mmpretrain', 'mmseg')
+_OPENMMLAB = {'mlla_mm', 'mmcv', 'mmdet', 'mmengine', 'mmpretrain', 'mmseg'}
 _UNREADABLE = 'have a label map that cannot be read'
 _LABEL_FIX = (
     'A label map is a PNG file of one 8-bit channel, of the size of its image, with '
@@ -52,23 +52,30 @@ def check_label_maps(source: Source) -> Iterator[Finding]:
     dataset = source.dataset
     folder = Path(dataset.data_prefix.get('img_path') or '')
     require_folder(folder, source)
+    fix = f'Check data_prefix and seg_map_suffix of {source.key}.'
     has_list = dataset.ann_file and not os.path.isdir(dataset.ann_file)
     if has_list:
-        lines = f'Mend {dataset.ann_file}: its lines are names of images.'
+        path, suffix = dataset.ann_file, dataset.img_suffix
+        lines = f'Lines of {path} are names of images without {suffix}.'
         read_ann_file(source, lines)
+        fix = f'{fix} {lines}'
     infos = dataset.load_data_list()
     problem = '' if infos else _no_images(folder, dataset)
     require(infos, problem, f'Check img_suffix of {source.key}.')
-    dataset.data_list = infos
-    if dataset._indices is not None:
-        infos = dataset._get_unserialized_subset(dataset._indices)
+    infos = subset(infos, source)
     images = [Path(info['img_path']) for info in infos]
     if 'seg_map_path' not in infos[0]:
+        require(
+            _reading_of(source.config.get('pipeline')) is None,
+            f'data_prefix of {source.key} has no seg_map_path, but LoadAnnotations is '
+            'in its pipeline',
+            'Name the folder of the label maps. If there are none, leave '
+            'LoadAnnotations out.',
+        )
         yield from check_images(images, folder, source)
         return
     pairs = {Path(info['img_path']): Path(info['seg_map_path']) for info in infos}
     map_folder = Path(dataset.data_prefix['seg_map_path'])
-    fix = f'Check data_prefix and seg_map_suffix of {source.key}.'
     require(map_folder.is_dir(), f'Folder not found: {map_folder}', fix)
     missing = set(missing_files(pairs.values()))
     names = sorted(relative(path, map_folder) for path in missing)
@@ -90,11 +97,6 @@ def check_label_maps(source: Source) -> Iterator[Finding]:
         yield from maps.check_sample([x for x in source.images if x in pairs])
     yield from maps.check_labels()
     source.counts = maps.counts(len(images))
-
-
-def _is_alone(source: Source) -> bool:
-    """Whether no other data set of a ConcatDataset may have what this one lacks."""
-    return '.datasets[' not in source.key
 
 
 # Files that are left out.
@@ -215,7 +217,7 @@ def _reading_of(pipeline: Any) -> Optional[_Reading]:
     images = [step for step in steps if 'LoadImage' in str(kind_of(step))]
     return _Reading(
         backend=backend,
-        is_known=packages <= {*_OPENMMLAB},
+        is_known=packages <= _OPENMMLAB,
         turns_images=all(
             x.get('color_type', 'color') in ('color', 'grayscale') for x in images
         ),
@@ -305,7 +307,9 @@ def likely_cause(
     shown = ', '.join(map(str, values[:5])) + (', ...' if len(values) > 5 else '')
     zero = ' and set reduce_zero_label=False' if reduce_zero_label else ''
     is_apart = len(values) > 1 and min(np.diff(values)) >= 10
-    if values == [0, _IGNORED_LABEL] or (is_apart and above and len(values) == 2):
+    # Of several classes, some images may have one, and 255 where nothing is labelled.
+    is_binary = values == [0, _IGNORED_LABEL] and num_classes <= 2
+    if is_binary or (is_apart and above and len(values) == 2):
         return f'Values {values[0]} and {values[1]}: is a binary mask saved as a ' + (
             f'picture? Write 0 and 1{zero}.'
         )
@@ -358,6 +362,8 @@ class _LabelMaps:
         self.folder, self.map_folder = folder, map_folder
         self.reading = _reading_of(source.config.get('pipeline'))
         self.is_known = self.reading is not None and self.reading.is_known
+        # Another data set of a ConcatDataset may have what this one lacks.
+        self.is_all = self.is_known and '.datasets[' not in source.key
         names = dataset.metainfo.get('classes') or range(source.num_classes or 0)
         self.classes = tuple(map(str, names))
         # One class may be a sigmoid: 0 is the background, and 1 the class.
@@ -368,9 +374,10 @@ class _LabelMaps:
         has_queries = any('num_queries' in head for head in heads)
         num_needed = len(self.classes) if has_queries else self.num_labels
         self.num_needed = min(num_needed, 2)
-        ignored = {_IGNORED_LABEL, dataset.ignore_index}
-        ignored |= {head['ignore_index'] for head in heads if 'ignore_index' in head}
-        is_ignored = np.isin(self.labels, [x for x in ignored if x is not None])
+        # mmseg does not use ignore_index of the data set.
+        ignored = {head['ignore_index'] for head in heads if 'ignore_index' in head}
+        ignored = {_IGNORED_LABEL, *ignored} - {None}
+        is_ignored = np.isin(self.labels, list(ignored))
         self.is_outside = (self.labels >= self.num_labels) & ~is_ignored
         self.is_class = (self.labels < self.num_labels) & ~is_ignored
 
@@ -384,9 +391,11 @@ class _LabelMaps:
 
     def look_at(self, image: Path) -> Optional[Problem]:
         """Whether the label map of an image is a file with something in it."""
-        files = replace(self.source, look=FILES)
-        problem = unreadable(self.pairs[image], self.folder, files)
-        return problem and problem._replace(kind=_UNREADABLE)
+        return self._unreadable(image, file_problem(self.pairs[image]))
+
+    def _unreadable(self, image: Path, problem: Optional[str]) -> Optional[Problem]:
+        name = relative(self.pairs[image], self.folder)
+        return Problem(_UNREADABLE, f'{name} {problem}') if problem else None
 
     def look_into(self, image: Path) -> Optional[Problem]:
         """What is wrong with the label map of an image; counts its labels if nothing.
@@ -398,7 +407,7 @@ class _LabelMaps:
             return self.look_at(image)
         decoded, problem = try_decoding(path, lambda: _decode(path, reading.backend))
         if problem is not None:
-            return Problem(_UNREADABLE, f'{relative(path, self.folder)} {problem}')
+            return self._unreadable(image, problem)
         with self.lock:
             self.looked += 1
         values, kind, mode = decoded
@@ -436,7 +445,8 @@ class _LabelMaps:
             problems = [x for x in problems if x.kind != _UNREADABLE]
         what = f'of the {len(some)} images looked into in {self.folder}'
         yield from as_findings(problems, what)
-        if not problems and not self.outside and self._seem_useless():
+        is_good = not problems and not self.outside
+        if self.is_all and is_good and self._seem_useless():
             rest = [images[i] for i in sorted({*range(len(images))} - {*places})]
             find_problems(rest, self._look_for_classes, title)
 
@@ -481,10 +491,13 @@ class _LabelMaps:
             is_fatal = is_fatal or cause is not None
         elif cause is not None and self._lacks_last():
             name = f'No pixel of class {self.classes[-1]}'
-        is_fatal = is_fatal and self.is_known and _is_alone(source)
+        is_fatal = is_fatal and self.is_all
         if name and (is_fatal or cause or not seen):
             self.is_countable = not is_fatal
-            yield Finding(f'{name} is in the {maps}', cause or _LABEL_FIX, is_fatal)
+            fix = cause or _LABEL_FIX
+            if is_fatal and not cause:
+                fix += ' With allow_empty_classes = True in the config a run starts.'
+            yield Finding(f'{name} is in the {maps}', fix, is_fatal)
 
     def _lacks_last(self) -> bool:
         """Whether the class of the highest label is in none of all label maps."""

@@ -94,7 +94,8 @@ class Source:
         num_classes (int, optional): Number of classes of the model's heads.
         look (str): How closely to look, one of :data:`LOOKS`.
         num_images (int, optional): Expected number of images, if it is known.
-        backend (str): What decodes the images, by mmcv's name. Defaults to 'cv2'.
+        backend (str, optional): What decodes the images, by mmcv's name. None if it is
+            unknown. Defaults to 'cv2'.
         cfg (Config): The whole config. Defaults to an empty one.
         counts (ClassCounts, optional): Set by the check of the format, unless the data
             are too wrong to be counted.
@@ -113,7 +114,7 @@ class Source:
     num_classes: Optional[int]
     look: str
     num_images: Optional[int] = None
-    backend: str = 'cv2'
+    backend: Optional[str] = 'cv2'
     cfg: Any = field(default_factory=dict)
     counts: Optional[ClassCounts] = None
     images: List[Union[str, Path]] = field(default_factory=list)
@@ -161,6 +162,23 @@ def several(
     """One finding for all things of a kind; none if there are no such things."""
     if things:
         yield Finding(f'{len(things)} {what}: {examples(things)}', fix, fatal)
+
+
+def subset(samples: List[Any], source: Source) -> List[Any]:
+    """What MMEngine's ``indices`` leave of samples; ends the check if it is nothing."""
+    indices = source.config.get('indices')
+    if indices is None:
+        return samples
+    fix, count = f'Mend indices of {source.key}, or leave them out.', len(samples)
+    if isinstance(indices, int):
+        kept = samples[:indices] if indices >= 0 else samples[indices:]
+    else:
+        outside = [str(i) for i in indices if not -count <= i < count]
+        what = f'indices of {source.key} are not those of its {count} images'
+        require(not outside, f'{what}: {examples(outside)}', fix)
+        kept = [samples[i] for i in indices]
+    require(kept, f'indices of {source.key} leave none of its {count} images', fix)
+    return kept
 
 
 def examples(things: Sequence[str]) -> str:

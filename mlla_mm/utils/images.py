@@ -164,8 +164,10 @@ def image_problem(path: Union[str, Path], backend: str = 'cv2') -> Optional[str]
     import mmcv
 
     def decode() -> Any:
-        with open_image(path) as image:
-            image.load()
+        # This reads TIFF files that Pillow does not know.
+        if backend != 'tifffile':
+            with open_image(path) as image:
+                image.load()
         return mmcv.imread(path, backend=backend)
 
     return try_decoding(path, decode)[1]

@@ -7,6 +7,7 @@ import torch
 from mmengine.registry import DATASETS, TRANSFORMS, DefaultScope
 from PIL import Image
 
+from mlla_mm.checks import label_maps
 from mlla_mm.checks.data import check_data, require_data
 from mlla_mm.checks.label_maps import likely_cause
 from mlla_mm.checks.source import FILES, NAMES, PIXELS
@@ -375,6 +376,14 @@ def test_classes_that_never_occur(masks):
     require_data(config(SEG, masks), 'train', 'val')  # it looks into a few
 
 
+def test_few_labels_of_a_validation(masks):
+    fill(0, 255)(masks)
+    cfg = seg_config(masks, [*'abc'], reduce_zero_label=False)
+    assert found_in(cfg, NAMES, 'val') == []
+    with pytest.raises(ValueError, match='Only label 0'):
+        require_data(cfg, 'train')
+
+
 def test_classes_that_may_lack(masks):
     """The last class may be rare. The user says so, or it is the validation."""
     fill(*range(11))(masks)
@@ -384,7 +393,8 @@ def test_classes_that_may_lack(masks):
     assert not any(x.fatal for x in found_in(cfg))
 
 
-def test_a_second_class_is_looked_for(masks):
+def test_a_second_class_is_looked_for(masks, monkeypatch):
+    decode = label_maps._decode
     for i in range(3, 70):
         for name in (f'images/{i}.jpg', f'maps/{i}.png'):
             (masks / name).symlink_to(masks / name.replace(f'{i}.', '0.'))
@@ -403,6 +413,11 @@ def test_a_second_class_is_looked_for(masks):
     (masks / 'images/66.jpg').unlink()
     cfg.train_dataloader.dataset = dict(type='ConcatDataset', datasets=[half, half])
     assert found_in(cfg, NAMES) == []
+    # Then nothing would be refused: the other label maps are not read.
+    read = []
+    monkeypatch.setattr(label_maps, '_decode', lambda *x: read.append(x) or decode(*x))
+    assert found_in(cfg, NAMES) == []
+    assert len(read) == 2 * 32
 
 
 # What is no mistake.
@@ -502,10 +517,95 @@ def test_the_score_of_binary_pictures(masks):
     assert areas[3].tolist() == [HEIGHT * WIDTH / 2, 0]
 
 
+# Other ways to name and to read files.
+
+
+def test_lists_of_names_with_suffixes(masks):
+    (masks / 'train.txt').write_text('0.jpg\n1.jpg\n')
+    cfg = seg_config(masks, ann_file='train.txt')
+    maps, images = found_in(cfg, NAMES)
+    assert_says(maps.problem, 'not in', '0.jpg.png')
+    assert_says(maps.fix, f'Lines of {masks}/train.txt', 'without .jpg')
+    assert_says(images.fix, f'read from {masks}/train.txt')
+
+
+def test_no_folder_of_label_maps_is_named(masks):
+    cfg = seg_config(masks)
+    del cfg.train_dataloader.dataset.data_prefix.seg_map_path
+    (finding,) = found_in(cfg, NAMES)
+    assert_says(finding.problem, 'no seg_map_path', 'LoadAnnotations')
+    with pytest.raises(KeyError, match='seg_map_path'):  # without the check
+        loaded(cfg)
+    del cfg.train_dataloader.dataset.pipeline[1]
+    assert found_in(cfg) == []
+
+
+@pytest.mark.parametrize('indices', [0, [], [0, 7]])
+def test_indices_without_images(masks, indices):
+    (finding,) = found_in(seg_config(masks, indices=indices), NAMES)
+    assert_says(finding.problem, 'indices of train_dataloader.dataset', '3 images')
+
+
+def test_an_ignored_label_of_the_data_set(masks):
+    """mmseg does not use it."""
+    fill(*range(12))(masks)
+    cfg = seg_config(masks, ignore_index=11, reduce_zero_label=False)
+    (finding,) = found_in(cfg, NAMES)
+    assert_says(finding.problem, 'above 10')
+
+
+def test_data_sets_that_assert(masks):
+    """mmseg says nothing but AssertionError."""
+    cfg = seg_config(masks)
+    for kind in ('DRIVEDataset', 'PascalVOCDataset'):
+        cfg.train_dataloader.dataset = dict(
+            type=kind,
+            data_root=str(masks),
+            data_prefix=dict(img_path='pictures', seg_map_path='maps'),
+            ann_file='',
+        )
+        with pytest.raises(ValueError) as caught:
+            require_data(cfg, 'train')
+        assert_says(caught.value, kind, f'not found: {masks}/pictures', 'data_prefix')
+
+
+def test_arrays_of_numpy(masks):
+    for path in masks.glob('images/*'):
+        np.save(path.with_suffix('.npy'), noise(HEIGHT, WIDTH, 25))
+        path.unlink()
+    cfg = seg_config(masks, img_suffix='.npy')
+    cfg.train_dataloader.dataset.pipeline[0] = dict(type='LoadImageFromNpyFile')
+    assert found_in(cfg) == []
+
+
+def test_tiff_files_of_five_channels(masks):
+    """Pillow does not know them."""
+    tifffile = pytest.importorskip('tifffile')
+    for path in masks.glob('images/*'):
+        tifffile.imwrite(
+            path.with_suffix('.tif'),
+            noise(HEIGHT, WIDTH, 5),
+            planarconfig='contig',
+            photometric='minisblack',
+        )
+        path.unlink()
+    cfg = seg_config(masks, img_suffix='.tif')
+    assert any(x.fatal for x in found_in(cfg))
+    load = cfg.train_dataloader.dataset.pipeline[0]
+    load.update(imdecode_backend='tifffile', color_type='unchanged')
+    assert found_in(cfg) == []
+
+
+def test_links_in_a_circle(masks):
+    (masks / 'images/self.jpg').symlink_to('self.jpg')
+    assert_refused(SEG, masks, 'images/self.jpg', 'cannot be read (Too many levels')
+
+
 CAUSES = [
     ([0, 255], 2, False, 'Write 0 and 1.'),
     ([0, 255], 2, True, 'set reduce_zero_label=False.'),
     ([0, 254], 2, False, 'Write 0 and 1.'),
+    ([0, 255], 3, False, None),
     ([0, 1, 255], 2, False, None),
     ([0, 1], 2, False, None),
     ([0, 1], 2, True, 'reduce_zero_label=False'),
