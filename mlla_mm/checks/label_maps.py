@@ -12,6 +12,7 @@ import numpy as np
 from mmengine.fileio import list_dir_or_file
 from PIL import Image
 
+from ..compat.openmmlab import loads_label_maps
 from ..engine.options import kind_of, leaf_datasets, parts_of
 from ..utils.files import file_problem
 from ..utils.images import FORMATS, image_size, open_image, try_decoding
@@ -196,7 +197,6 @@ class _Reading(NamedTuple):
 
 def _reading_of(pipeline: Any) -> Optional[_Reading]:
     """How a pipeline reads label maps. None if mmseg's transform does not read them."""
-    from mmseg.datasets.transforms import LoadAnnotations
     from mmseg.registry import TRANSFORMS
 
     steps = [step for step in parts_of(pipeline) if 'type' in step]
@@ -204,8 +204,7 @@ def _reading_of(pipeline: Any) -> Optional[_Reading]:
         TRANSFORMS.get(x['type']) if isinstance(x['type'], str) else x['type']
         for x in steps
     ]
-    load = LoadAnnotations._load_seg_map
-    loads = [getattr(kind, '_load_seg_map', None) is load for kind in kinds]
+    loads = list(map(loads_label_maps, kinds))
     if not any(loads):
         return None
     first = loads.index(True)

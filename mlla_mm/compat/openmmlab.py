@@ -198,3 +198,13 @@ def has_logger() -> bool:
 def classification_losses(head: Any, logits: Tensor, data_samples: list) -> dict:
     """Losses of an mmpretrain head (1.2.0, 1.3.6) for given logits."""
     return head._get_loss(logits, data_samples)
+
+
+def loads_label_maps(kind: Any) -> bool:
+    """Whether a transform's class reads label maps as mmseg's LoadAnnotations does.
+
+    mmseg 1.2.2 and 1.4.2.
+    """
+    from mmseg.datasets.transforms import LoadAnnotations
+
+    return getattr(kind, '_load_seg_map', None) is LoadAnnotations._load_seg_map

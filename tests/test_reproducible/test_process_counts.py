@@ -282,6 +282,8 @@ def with_truth(content: dict, found: List[dict]) -> dict:
             zip(detections['labels'], detections['bboxes'])
         )[::7]:
             width, height = right - left, bottom - top
+            if min(width, height) < 1:  # mmdet leaves such objects out
+                continue
             content['annotations'].append(
                 dict(
                     id=len(content['annotations']) + 1,
