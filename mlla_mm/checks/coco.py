@@ -122,7 +122,8 @@ def _check_structure(content: Any, source: Source) -> Iterator[Finding]:
     require(isinstance(content, dict), f'{path} holds no dict with {names}', fix)
     absent = [key for key in COCO_KEYS if not isinstance(content.get(key), list)]
     require(not absent, f'{path} has no list of {" and ".join(absent)}', fix)
-    require(content['images'], f'{path} lists no images', fix)
+    for name in ('images', 'categories'):
+        require(content[name], f'{path} lists no {name}', fix)
     for name, keys in COCO_KEYS.items():
         for key, kind in keys.items():
             lacking = [
@@ -134,7 +135,7 @@ def _check_structure(content: Any, source: Source) -> Iterator[Finding]:
 
 
 def _check_coco_images(content: dict, source: Source) -> Iterator[Finding]:
-    folder = Path(source.dataset.data_prefix.get('img', ''))
+    folder = Path(source.dataset.data_prefix['img'])
     sizes = {
         folder / image['file_name']: (image['width'], image['height'])
         for image in content['images']

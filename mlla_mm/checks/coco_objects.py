@@ -17,11 +17,7 @@ from .coco_masks import (
     repaired_mask,
 )
 from .coco_rules import NUMBER, Rule, ids_of, is_evaluated, objects_of_classes
-from .source import (
-    Finding,
-    Source,
-    several,
-)
+from .source import Finding, Source, several
 
 _BOX = 'A box is [x, y, width, height] in pixels'
 # One in so many annotations may be left out: public data sets have a few odd ones.
@@ -51,7 +47,7 @@ def _objects(content: dict, source: Source) -> Iterator[Tuple[dict, float, float
     sizes = {x['id']: (x['width'], x['height']) for x in content['images']}
     for annotation in objects_of_classes(content, source):
         size = sizes.get(annotation['image_id'])
-        if size and not _box_problem(annotation['bbox']):
+        if size and _is_box(annotation['bbox']):
             yield (annotation, *size)
 
 
@@ -83,27 +79,20 @@ def _fix_crowds(content: dict, source: Source) -> Iterator[str]:
 
 
 def _check_boxes(content: dict, source: Source) -> Iterator[Finding]:
-    kinds = defaultdict(list)
-    for annotation in content['annotations']:
-        problem = _box_problem(annotation['bbox'])
-        if problem:
-            kinds[problem].append(annotation)
-    for kind, annotations in kinds.items():
-        yield from several(
-            f'annotations with {kind} in {source.dataset.ann_file}',
-            ids_of(annotations),
-            f'{_BOX}.',
-        )
+    yield from several(
+        f'annotations in {source.dataset.ann_file} have a box that is not four finite '
+        'numbers',
+        ids_of([x for x in content['annotations'] if not _is_box(x['bbox'])]),
+        f'{_BOX}.',
+    )
 
 
-def _box_problem(box: list) -> str:
+def _is_box(box: list) -> bool:
     try:
         x, y, width, height = box
-        if not isfinite(x + y + width + height):
-            return 'a box of NaN or infinity'
+        return isfinite(x + y + width + height)
     except (TypeError, ValueError, OverflowError):
-        return 'a box that is not four numbers'
-    return ''
+        return False
 
 
 def _check_masks(content: dict, source: Source) -> Iterator[Finding]:
@@ -141,7 +130,8 @@ def _check_masks(content: dict, source: Source) -> Iterator[Finding]:
 
 
 def _fix_masks(content: dict, source: Source) -> Iterator[str]:
-    is_needed = bool(_mask_loaders(source) or _evaluates_masks(source))
+    if not (_mask_loaders(source) or _evaluates_masks(source)):
+        return
     sizes = {x['id']: (x['width'], x['height']) for x in content['images']}
     done: Counter = Counter()
     unusable = []
@@ -158,13 +148,6 @@ def _fix_masks(content: dict, source: Source) -> Iterator[str]:
             done['put into a list' if is_flat else 'rid of unusable polygons'] += 1
     for what, count in done.items():
         yield f'Masks of {count} annotations {what}'
-    if not is_needed:
-        broken = [x for x in unusable if x.get('segmentation')]
-        for annotation in broken:
-            annotation['segmentation'] = []
-        if broken:
-            yield f'Unusable masks of {len(broken)} annotations removed'
-        return
     objects = objects_of_classes(content, source)
     ids = set(map(id, objects)) & set(map(id, unusable))
     # What is left out becomes background.
@@ -203,7 +186,7 @@ def _fix_areas(content: dict, source: Source) -> Iterator[str]:
         else:
             area = 0
         # A thin mask may have no pixel.
-        if not (area or _box_problem(annotation['bbox'])):
+        if not area and _is_box(annotation['bbox']):
             origin, area = 'box', prod(max(x, 0) for x in annotation['bbox'][2:])
         if annotation.get('area') != area:
             annotation['area'] = area

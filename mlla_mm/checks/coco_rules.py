@@ -9,12 +9,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional
 from ..engine.options import parts_of
 from ..utils.text import printable
 from .config import nearest
-from .source import (
-    Finding,
-    Source,
-    examples,
-    several,
-)
+from .source import Finding, Source, examples, several
 
 NUMBER = (int, float)
 ID = (*NUMBER, str)
@@ -86,7 +81,9 @@ def _check_class_names(content: dict, source: Source) -> Iterator[Finding]:
     absent = [x for x in absent if x not in map(str, numbers)]
     names = list(map(str, counts))
     meant = nearest(absent[0], names) if absent else None
-    fix = f"Is '{meant}' meant?" if meant else f'The file has {examples(names)}.'
+    fix = f'The file has {examples(names)}.'
+    if meant:
+        fix = f"Is '{printable(meant)}' meant?"
     yield from several(
         f'classes of {source.key} are not in the categories of {path}',
         absent,
@@ -229,30 +226,25 @@ def _fix_ids(content: dict, source: Source) -> Iterator[str]:
 
 
 def _check_references(content: dict, source: Source) -> Iterator[Finding]:
-    path, annotations = source.dataset.ann_file, content['annotations']
-    categories = {category['id'] for category in content['categories']}
-    yield from several(
-        f'annotations with an unknown category_id in {path}',
-        ids_of([x for x in annotations if x['category_id'] not in categories]),
-        'Every category_id has to be the id of one of the categories.',
-    )
-    images = {image['id'] for image in content['images']}
-    unknown = [x for x in annotations if x['image_id'] not in images]
-    texts = set(map(str, images)) if unknown else set()
-    meant = [x for x in unknown if str(x['image_id']) in texts]
-    yield from several(
-        f'annotations in {path} have text as image_id, and their images a number as '
-        'id, or the reverse',
-        ids_of(meant),
-        'Write both as numbers.',
-    )
-    # A file of fewer images may keep the annotations of all.
-    yield from several(
-        f'annotations with an unknown image_id in {path}',
-        ids_of([] if meant else unknown),
-        'They are left out: no image has this id.',
-        fatal=False,
-    )
+    path = source.dataset.ann_file
+    for key, name in (('category_id', 'categories'), ('image_id', 'images')):
+        known = {item['id'] for item in content[name]}
+        unknown = [x for x in content['annotations'] if x[key] not in known]
+        texts = set(map(str, known)) if unknown else set()
+        meant = [x for x in unknown if str(x[key]) in texts]
+        yield from several(
+            f'annotations in {path} have text as {key}, and {name} have numbers as id, '
+            'or the reverse',
+            ids_of(meant),
+            'Write all of them as numbers.',
+        )
+        yield from several(
+            f'annotations with an unknown {key} in {path}',
+            ids_of([] if meant else unknown),
+            f'mmdet leaves these objects out: none of the {name} has this id.',
+            # A file of fewer images may keep the annotations of all.
+            fatal=name == 'categories',
+        )
 
 
 # Images.

@@ -265,6 +265,28 @@ def test_metric_of_more_images_than_are_used(coco):
     require_data(cfg, 'val')
 
 
+def test_metric_of_images_of_another_format(coco):
+    cfg = config(DET, coco)
+    content, both = coco_content(), coco_content()
+    for i in range(3):
+        content['images'][i]['id'] += 3
+    for annotation in content['annotations']:
+        annotation['image_id'] += 3
+    (coco / 'more.json').write_text(json.dumps(content))
+    both['images'] += content['images']
+    both['annotations'] += [dict(x, id=x['id'] + 10) for x in content['annotations']]
+    (coco / 'both.json').write_text(json.dumps(both))
+    data = cfg.val_dataloader.dataset
+    # It has a reader of its own.
+    more = dict(data, type='Objects365V1Dataset', ann_file='more.json')
+    more['metainfo'] = dict(classes=tuple(map(str, range(10))))
+    cfg.val_dataloader.dataset = dict(type='ConcatDataset', datasets=[data, more])
+    cfg.val_evaluator.ann_file = str(coco / 'both.json')
+    report = require_data(cfg, 'val')
+    assert [x.problem for x in report.findings if 'not used' in x.problem] == []
+    assert report.counts['val'].images == 6
+
+
 def test_images_of_two_data_sets_with_one_id(coco):
     """A metric takes them for one image. In training they are not mixed up."""
     cfg = config(DET, coco)
