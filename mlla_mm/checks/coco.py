@@ -13,7 +13,7 @@ from typing import Any, List, Optional
 from ..utils.images import image_size, open_image
 from ..utils.text import printable
 from .coco_objects import OBJECT_RULES
-from .coco_rules import COCO_KEYS, FILE_RULES, classes_of
+from .coco_rules import COCO_KEYS, FILE_RULES, classes_of, objects_of_classes
 from .image_files import Problem, check_images, relative, unreadable
 from .source import (
     PIXELS,
@@ -31,13 +31,26 @@ _RULES = (*FILE_RULES, *OBJECT_RULES)
 
 
 def check_coco(source: Source) -> Iterator[Finding]:
+    require(
+        'img' in source.dataset.data_prefix,
+        f'{source.key}.data_prefix has no img, the folder of the images',
+        "Write data_prefix=dict(img='train/'), or img='' for data_root itself.",
+    )
     name = printable(Path(source.dataset.ann_file).name)
     (content,) = (read_coco(source) for _ in progress([0], f'Reading {name}', 1))
-    incomplete = list(_check_structure(content, source))
-    yield from incomplete
-    if incomplete:
-        return
-    source.image_ids = [image['id'] for image in content['images']]
+    with _without_collection():
+        findings = list(_check_structure(content, source))
+        is_complete = not findings
+        if is_complete:
+            findings = _check_content(content, source, name)
+    yield from findings
+    if is_complete:
+        yield from _check_coco_images(content, source)
+
+
+def _check_content(content: dict, source: Source, name: str) -> List[Finding]:
+    with_object = {x['image_id'] for x in objects_of_classes(content, source)}
+    source.image_ids = {x['id']: x['id'] in with_object for x in content['images']}
     findings: List[Finding] = []
     loads = True
     for rule in progress(_RULES, f'Checking {name}', len(_RULES)):
@@ -46,8 +59,7 @@ def check_coco(source: Source) -> Iterator[Finding]:
         loads = loads and not (found and rule.blocks)
     for _ in progress([0], f'Counting objects of {name}', 1) if loads else ():
         findings += _check_what_is_left(content, source)
-    yield from findings
-    yield from _check_coco_images(content, source)
+    return findings
 
 
 def fix_coco(content: dict, source: Source) -> List[str]:
@@ -110,7 +122,8 @@ def _check_structure(content: Any, source: Source) -> Iterator[Finding]:
     require(isinstance(content, dict), f'{path} holds no dict with {names}', fix)
     absent = [key for key in COCO_KEYS if not isinstance(content.get(key), list)]
     require(not absent, f'{path} has no list of {" and ".join(absent)}', fix)
-    require(content['images'], f'{path} lists no images', fix)
+    for name in ('images', 'categories'):
+        require(content[name], f'{path} lists no {name}', fix)
     for name, keys in COCO_KEYS.items():
         for key, kind in keys.items():
             lacking = [
@@ -122,7 +135,7 @@ def _check_structure(content: Any, source: Source) -> Iterator[Finding]:
 
 
 def _check_coco_images(content: dict, source: Source) -> Iterator[Finding]:
-    folder = Path(source.dataset.data_prefix.get('img', ''))
+    folder = Path(source.dataset.data_prefix['img'])
     sizes = {
         folder / image['file_name']: (image['width'], image['height'])
         for image in content['images']
@@ -146,8 +159,7 @@ def _check_coco_images(content: dict, source: Source) -> Iterator[Finding]:
 def _check_what_is_left(content: dict, source: Source) -> Iterator[Finding]:
     """Count what is left after the data set's own filters."""
     dataset = _give(content, source.dataset)
-    with _without_collection():
-        dataset.full_init()
+    dataset.full_init()
     if not len(dataset):
         yield _explain_filters(content, source)
         return
@@ -155,18 +167,20 @@ def _check_what_is_left(content: dict, source: Source) -> Iterator[Finding]:
         [x['bbox_label'] for x in image.get('instances', ()) if not x['ignore_flag']]
         for image in dataset.data_list
     ]
-    crowds = sum(len(image.get('instances', ())) for image in dataset.data_list)
-    if crowds and not any(labels):
+    total = sum(len(image.get('instances', ())) for image in dataset.data_list)
+    objects = sum(map(len, labels))
+    if objects * 2 < total:
         yield Finding(
-            f'All {crowds} objects of {source.dataset.ann_file} are crowds',
+            f'{total - objects} of {total} objects in {source.dataset.ann_file} are '
+            'crowds',
             'Write "iscrowd": 0 for single objects: crowds are ignored.',
-            fatal=source.split == 'train',
+            fatal=not objects,
         )
-        return
     counts = count_labels(labels, classes_of(source), 'objects')
     if source.split == 'test' and not content['annotations']:
         counts = counts._replace(numbers=None, images_with=None)
     source.counts = counts
+    source.used_ids = [image['img_id'] for image in dataset.data_list]
 
 
 def _give(content: dict, dataset: Any) -> Any:

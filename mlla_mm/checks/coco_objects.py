@@ -16,16 +16,13 @@ from .coco_masks import (
     mask_problem,
     repaired_mask,
 )
-from .coco_rules import NUMBER, Rule, ids_of, is_evaluated, named_categories
-from .source import (
-    Finding,
-    Source,
-    several,
-)
+from .coco_rules import NUMBER, Rule, ids_of, is_evaluated, objects_of_classes
+from .source import Finding, Source, several
 
 _BOX = 'A box is [x, y, width, height] in pixels'
 # One in so many annotations may be left out: public data sets have a few odd ones.
 _RARE = 100
+_NEGATIVE = 'a box of negative width or height'
 _TINY = 'a box of less than a pixel in width or height'
 _NO_RLE = 'a run-length encoding, which poly2mask=False leaves out'
 _LEFT_OUT = (NO_POLYGON, INCOMPLETE, _NO_RLE)
@@ -47,20 +44,15 @@ def _evaluates_masks(source: Source) -> bool:
 
 def _objects(content: dict, source: Source) -> Iterator[Tuple[dict, float, float]]:
     """Annotations of the classes with a usable box; width and height of the image."""
-    ids = {category['id'] for category in named_categories(content, source)}
     sizes = {x['id']: (x['width'], x['height']) for x in content['images']}
-    for annotation in content['annotations']:
+    for annotation in objects_of_classes(content, source):
         size = sizes.get(annotation['image_id'])
-        if (
-            size
-            and annotation['category_id'] in ids
-            and not _box_problem(annotation['bbox'])
-        ):
+        if size and _is_box(annotation['bbox']):
             yield (annotation, *size)
 
 
 def _check_crowds(content: dict, source: Source) -> Iterator[Finding]:
-    path, annotations = source.dataset.ann_file, content['annotations']
+    path, annotations = source.dataset.ann_file, objects_of_classes(content, source)
     with_metric = is_evaluated(source)
     yield from several(
         f'annotations in {path} have no iscrowd',
@@ -87,27 +79,20 @@ def _fix_crowds(content: dict, source: Source) -> Iterator[str]:
 
 
 def _check_boxes(content: dict, source: Source) -> Iterator[Finding]:
-    kinds = defaultdict(list)
-    for annotation in content['annotations']:
-        problem = _box_problem(annotation['bbox'])
-        if problem:
-            kinds[problem].append(annotation)
-    for kind, annotations in kinds.items():
-        yield from several(
-            f'annotations with {kind} in {source.dataset.ann_file}',
-            ids_of(annotations),
-            f'{_BOX}, not two corners.' if 'negative' in kind else f'{_BOX}.',
-        )
+    yield from several(
+        f'annotations in {source.dataset.ann_file} have a box that is not four finite '
+        'numbers',
+        ids_of([x for x in content['annotations'] if not _is_box(x['bbox'])]),
+        f'{_BOX}.',
+    )
 
 
-def _box_problem(box: list) -> str:
+def _is_box(box: list) -> bool:
     try:
         x, y, width, height = box
-        if not isfinite(x + y + width + height):
-            return 'a box of NaN or infinity'
+        return isfinite(x + y + width + height)
     except (TypeError, ValueError, OverflowError):
-        return 'a box that is not four numbers'
-    return 'a box of negative width or height' if min(width, height) < 0 else ''
+        return False
 
 
 def _check_masks(content: dict, source: Source) -> Iterator[Finding]:
@@ -116,7 +101,9 @@ def _check_masks(content: dict, source: Source) -> Iterator[Finding]:
         return
     takes_rle = all(part.get('poly2mask', True) for part in loaders)
     kinds: Dict[str, List[dict]] = defaultdict(list)
+    total = 0
     for annotation, width, height in _objects(content, source):
+        total += 1
         # mmdet leaves the object out before it reads the mask.
         if not evaluates_masks and _reason_to_leave_out(annotation, width, height):
             continue
@@ -127,7 +114,6 @@ def _check_masks(content: dict, source: Source) -> Iterator[Finding]:
         # A crowd is ignored, whatever its mask.
         if problem and not (problem in _LEFT_OUT and annotation.get('iscrowd')):
             kinds[problem].append(annotation)
-    total = len(content['annotations'])
     path = source.dataset.ann_file
     for kind, annotations in kinds.items():
         breaks = evaluates_masks and kind not in (_NO_RLE, BAD_LATER)
@@ -144,7 +130,8 @@ def _check_masks(content: dict, source: Source) -> Iterator[Finding]:
 
 
 def _fix_masks(content: dict, source: Source) -> Iterator[str]:
-    is_needed = bool(_mask_loaders(source) or _evaluates_masks(source))
+    if not (_mask_loaders(source) or _evaluates_masks(source)):
+        return
     sizes = {x['id']: (x['width'], x['height']) for x in content['images']}
     done: Counter = Counter()
     unusable = []
@@ -161,20 +148,12 @@ def _fix_masks(content: dict, source: Source) -> Iterator[str]:
             done['put into a list' if is_flat else 'rid of unusable polygons'] += 1
     for what, count in done.items():
         yield f'Masks of {count} annotations {what}'
-    if not is_needed:
-        broken = [x for x in unusable if x.get('segmentation')]
-        for annotation in broken:
-            annotation['segmentation'] = []
-        if broken:
-            yield f'Unusable masks of {len(broken)} annotations removed'
-        return
-    classes = {category['id'] for category in named_categories(content, source)}
-    unusable = [x for x in unusable if x['category_id'] in classes]
-    # Without any mask, it is rather the config that is wrong.
-    if 0 < len(unusable) < len(content['annotations']):
-        ids = set(map(id, unusable))
+    objects = objects_of_classes(content, source)
+    ids = set(map(id, objects)) & set(map(id, unusable))
+    # What is left out becomes background.
+    if 0 < len(ids) * _RARE <= len(objects):
         content['annotations'] = [x for x in content['annotations'] if id(x) not in ids]
-        yield f'{len(unusable)} annotations without a usable mask left out'
+        yield f'{len(ids)} annotations without a usable mask left out'
 
 
 def _check_areas(content: dict, source: Source) -> Iterator[Finding]:
@@ -186,7 +165,7 @@ def _check_areas(content: dict, source: Source) -> Iterator[Finding]:
         fix,
     )
     if is_evaluated(source):
-        areas = ((x, x.get('area')) for x in annotations)
+        areas = ((x, x.get('area')) for x in objects_of_classes(content, source))
         yield from several(
             f'annotations in {path} have an area of NaN or infinity',
             ids_of([x for x, a in areas if isinstance(a, float) and not isfinite(a)]),
@@ -207,8 +186,8 @@ def _fix_areas(content: dict, source: Source) -> Iterator[str]:
         else:
             area = 0
         # A thin mask may have no pixel.
-        if not area and not _box_problem(annotation['bbox']):
-            origin, area = 'box', prod(annotation['bbox'][2:])
+        if not area and _is_box(annotation['bbox']):
+            origin, area = 'box', prod(max(x, 0) for x in annotation['bbox'][2:])
         if annotation.get('area') != area:
             annotation['area'] = area
             counts[origin] += 1
@@ -224,7 +203,9 @@ def _check_places(content: dict, source: Source) -> Iterator[Finding]:
     for annotation, width, height in _objects(content, source):
         x, y, w, h = annotation['bbox']
         total += 1
-        are_corners = are_corners and x <= w <= width + 1 and y <= h <= height + 1
+        are_corners = are_corners and (
+            -1 <= x <= w <= width + 1 and -1 <= y <= h <= height + 1
+        )
         reason = _reason_to_leave_out(annotation, width, height)
         if reason:
             kinds[reason].append(annotation)
@@ -252,6 +233,8 @@ def _check_places(content: dict, source: Source) -> Iterator[Finding]:
 def _reason_to_leave_out(annotation: dict, width: float, height: float) -> str:
     """Why mmdet leaves an object out; '' if it does not."""
     x, y, w, h = annotation['bbox']
+    if w < 0 or h < 0:
+        return _NEGATIVE
     if w < 1 or h < 1:
         return _TINY
     if not (x < width and y < height and x + w > 0 and y + h > 0):
@@ -267,6 +250,8 @@ def _left_out(
     fix = 'mmdet leaves these objects out.'
     if kind == _TINY and all(max(x['bbox']) <= 1 for x in annotations):
         fix += f' Are the boxes fractions of the image? {_BOX}.'
+    if kind == _NEGATIVE:
+        fix += f' {_BOX}, not two corners.'
     yield from several(
         f'of {total} annotations in {source.dataset.ann_file} have {kind}',
         ids_of(annotations),

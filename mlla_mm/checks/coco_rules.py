@@ -9,12 +9,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional
 from ..engine.options import parts_of
 from ..utils.text import printable
 from .config import nearest
-from .source import (
-    Finding,
-    Source,
-    examples,
-    several,
-)
+from .source import Finding, Source, examples, several
 
 NUMBER = (int, float)
 ID = (*NUMBER, str)
@@ -59,6 +54,12 @@ def named_categories(content: dict, source: Source) -> List[dict]:
     return [x for x in content['categories'] if x['name'] in classes]
 
 
+def objects_of_classes(content: dict, source: Source) -> List[dict]:
+    """The annotations that mmdet and pycocotools make objects of."""
+    ids = {category['id'] for category in named_categories(content, source)}
+    return [x for x in content['annotations'] if x['category_id'] in ids]
+
+
 def ids_of(annotations: Sequence[dict]) -> List[str]:
     return [f'id {annotation.get("id")}' for annotation in annotations]
 
@@ -80,11 +81,14 @@ def _check_class_names(content: dict, source: Source) -> Iterator[Finding]:
     absent = [x for x in absent if x not in map(str, numbers)]
     names = list(map(str, counts))
     meant = nearest(absent[0], names) if absent else None
-    fix = f"Is '{meant}' meant?" if meant else f'The file has {examples(names)}.'
+    fix = f'The file has {examples(names)}.'
+    if meant:
+        fix = f"Is '{printable(meant)}' meant?"
     yield from several(
         f'classes of {source.key} are not in the categories of {path}',
         absent,
-        f'{fix} Name its categories in metainfo.classes.',
+        f'{fix} Name the categories of the file in metainfo.classes, or add the '
+        'classes to the file.',
     )
     yield from several(
         f'names of categories occur more than once in {path}',
@@ -95,25 +99,32 @@ def _check_class_names(content: dict, source: Source) -> Iterator[Finding]:
 
 
 def _fix_class_names(content: dict, source: Source) -> Iterator[str]:
-    categories = content['categories']
-    numbers = [x for x in categories if not isinstance(x['name'], str)]
-    for category in numbers:
-        category['name'] = str(category['name'])
-    if numbers:
-        yield f'Names of {len(numbers)} categories made text'
-    taken = {category['name'] for category in categories}
-    seen = set()
-    # A name that was text before is kept.
-    for category in [x for x in categories if x not in numbers] + numbers:
-        name, i = category['name'], 2
-        if name in seen:
-            while f'{name}_{i}' in taken:
-                i += 1
-            category['name'] = f'{name}_{i}'
-            taken.add(category['name'])
-            old, new = printable(name), printable(category['name'])
-            yield f"The category of id {category['id']} renamed from '{old}' to '{new}'"
-        seen.add(name)
+    """A class has one name in a config, so all categories of the name are meant."""
+    classes, count = classes_of(source), 0
+    for category in content['categories']:
+        name = category['name']
+        if name not in classes and str(name) in classes:
+            category['name'] = str(name)
+            count += 1
+    if count:
+        yield f'Names of {count} categories made text'
+    first: Dict[Any, dict] = {}
+    others = [
+        category
+        for category in named_categories(content, source)
+        if first.setdefault(category['name'], category) is not category
+    ]
+    ids = {category['id']: first[category['name']]['id'] for category in others}
+    for annotation in content['annotations'] if ids else ():
+        old = annotation['category_id']
+        annotation['category_id'] = ids.get(old, old)
+    content['categories'] = [
+        x for x in content['categories'] if first.get(x['name'], x) is x
+    ]
+    for category in others:
+        old, new = category['id'], first[category['name']]['id']
+        name = printable(category['name'])
+        yield f"The category '{name}' of id {old} merged with that of id {new}"
 
 
 def _check_order(content: dict, source: Source) -> Iterator[Finding]:
@@ -130,9 +141,15 @@ def _check_order(content: dict, source: Source) -> Iterator[Finding]:
             'or metainfo.classes of all data sets, alike.',
         )
     ids = [category['id'] for category in named]
-    is_mixed = len({isinstance(x, str) for x in ids}) > 1
-    by_class = any(part.get('classwise') for part in parts_of(source.evaluator))
-    if by_class and not is_mixed and ids != sorted(ids):
+    texts = [x for x in ids if isinstance(x, str)]
+    if not any(part.get('classwise') for part in parts_of(source.evaluator)):
+        return
+    yield from several(
+        f'ids of categories in {path} are text',
+        texts,
+        'Make them numbers, or leave classwise out: it takes each letter for an id.',
+    )
+    if not texts and ids != sorted(ids):
         yield Finding(
             f'The ids of the categories in {path} do not ascend, so that '
             f'{source.split}_evaluator names the results of classes wrongly',
@@ -154,13 +171,18 @@ def _fix_order(content: dict, source: Source) -> Iterator[str]:
 def _check_ids(content: dict, source: Source) -> Iterator[Finding]:
     path, with_metric = source.dataset.ann_file, is_evaluated(source)
     annotations = content['annotations']
+    objects = objects_of_classes(content, source) if with_metric else []
     yield from several(
         f'annotations in {path} have no usable id',
         [f'number {i}' for i, x in enumerate(annotations) if not _has_id(x)],
         'Number them from 1.',
     )
     for name in COCO_KEYS:
-        counts = Counter(item['id'] for item in content[name] if _has_id(item))
+        items = content[name]
+        if name == 'images':
+            # Of an image that is listed again, mmdet and pycocotools keep one.
+            items = {(x['id'], x['file_name']): x for x in items}.values()
+        counts = Counter(item['id'] for item in items if _has_id(item))
         yield from several(
             f'ids of {name} occur more than once in {path}',
             [str(x) for x, count in counts.items() if count > 1],
@@ -175,7 +197,7 @@ def _check_ids(content: dict, source: Source) -> Iterator[Finding]:
             )
     yield from several(
         f'annotations in {path} have an id of 0, or an id that is no number',
-        ids_of([x for x in annotations if with_metric and _is_unmatched(x)]),
+        ids_of(list(filter(_is_unmatched, objects))),
         'Number them from 1: pycocotools takes 0 for no match.',
     )
 
@@ -204,12 +226,24 @@ def _fix_ids(content: dict, source: Source) -> Iterator[str]:
 
 
 def _check_references(content: dict, source: Source) -> Iterator[Finding]:
+    path = source.dataset.ann_file
     for key, name in (('category_id', 'categories'), ('image_id', 'images')):
         known = {item['id'] for item in content[name]}
+        unknown = [x for x in content['annotations'] if x[key] not in known]
+        texts = set(map(str, known)) if unknown else set()
+        meant = [x for x in unknown if str(x[key]) in texts]
         yield from several(
-            f'annotations with an unknown {key} in {source.dataset.ann_file}',
-            ids_of([x for x in content['annotations'] if x[key] not in known]),
-            f'Every {key} has to be the id of one of the {name}.',
+            f'annotations in {path} have text as {key}, and {name} have numbers as id, '
+            'or the reverse',
+            ids_of(meant),
+            'Write all of them as numbers.',
+        )
+        yield from several(
+            f'annotations with an unknown {key} in {path}',
+            ids_of([] if meant else unknown),
+            f'mmdet leaves these objects out: none of the {name} has this id.',
+            # A file of fewer images may keep the annotations of all.
+            fatal=name == 'categories',
         )
 
 

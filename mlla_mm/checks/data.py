@@ -183,12 +183,14 @@ def write_fixed(cfg: Config, folder: Union[str, Path]) -> List[str]:
 
     Raises:
         ValueError: If there are no such annotations, if a file cannot be read, or if
-            one is there that would be overwritten. Nothing is written then.
+            one is there that would be overwritten. Nothing is written then. Also if a
+            file cannot be written.
     """
     sources: Dict[Path, List[Source]] = defaultdict(list)
     for split in ('train', 'val', 'test'):
         for source in _sources(cfg, split, NAMES, None):
-            path = Path(getattr(source.dataset, 'ann_file', '')).resolve()
+            # Not the file that a link leads to: its name may be a checksum.
+            path = Path(os.path.abspath(getattr(source.dataset, 'ann_file', '')))
             # Annotations of test images alone may not be published.
             if is_coco(source) and (split != 'test' or path in sources):
                 sources[path].append(source)
@@ -200,7 +202,7 @@ def write_fixed(cfg: Config, folder: Union[str, Path]) -> List[str]:
     root = os.path.commonpath([path.parent for path in sources])
     lines, fixed = [], {}
     for path, same_file in sources.items():
-        target = Path(folder).resolve() / path.relative_to(root)
+        target = Path(os.path.abspath(folder)) / path.relative_to(root)
         if target.exists():
             raise ValueError(f'{target} is already there. Choose another folder.')
         try:
@@ -213,11 +215,15 @@ def write_fixed(cfg: Config, folder: Union[str, Path]) -> List[str]:
             fixed[path] = target, content
     before = copy.deepcopy(cfg.to_dict())
     for path, (target, content) in fixed.items():
-        write_whole(target, json.dumps(content).encode())
+        try:
+            write_whole(target, json.dumps(content).encode())
+        except OSError as error:
+            problem = f'{target} cannot be written ({error.strerror})'
+            raise ValueError(f'{problem}. Choose another folder.') from error
         for source in sources[path]:
             source.config['ann_file'] = str(target)
         for part in parts_of([cfg.get('val_evaluator'), cfg.get('test_evaluator')]):
-            if part.get('ann_file') and Path(part['ann_file']).resolve() == path:
+            if part.get('ann_file') and os.path.abspath(part['ann_file']) == str(path):
                 part['ann_file'] = str(target)
     changes = list(describe_changes(before, cfg.to_dict()))
     return lines + ['Change the config:'] * bool(changes) + changes
@@ -386,23 +392,36 @@ def _check_metrics(cfg: Config, split: str, sources: List[Source]) -> Iterator[F
         [str(x) for x, count in counts.items() if count > 1],
         'Number them anew in one of the files: metrics take them for one image.',
     )
-    read = {Path(source.dataset.ann_file).resolve() for source in sources}
-    for part in metrics:
-        path = part.get('ann_file')
-        if not path or Path(path).resolve() in read:
+    read = {Path(source.dataset.ann_file).resolve(): source for source in sources}
+    used = {id_ for source in sources for id_ in source.used_ids}
+    # Data sets of other formats, and folds, use images that are not known.
+    is_known = len(sources) == len(leaf_datasets(cfg[f'{split}_dataloader'])) and all(
+        source.used_ids and not source.folded for source in sources
+    )
+    for path in dict.fromkeys(x['ann_file'] for x in metrics if x.get('ann_file')):
+        file = read.get(Path(path).resolve())
+        if file is None:
+            dataset = copy.copy(sources[0].dataset)
+            dataset.ann_file = path
+            file = replace(sources[0], key=evaluator, look=NAMES, dataset=dataset)
+            file.image_ids = {}
+            yield from _findings(file)
+        if not file.image_ids:
             continue
-        dataset = copy.copy(sources[0].dataset)
-        dataset.ann_file = path
-        other = replace(sources[0], key=evaluator, look=NAMES, dataset=dataset)
-        yield from _findings(other)
-        known = set(other.image_ids)
-        if known:
-            yield from several(
-                f'images of {split}_dataloader are not in {path}, which {evaluator} '
-                'reads: ids',
-                [str(x) for x in counts if x not in known],
-                'Name the same file in ann_file of both.',
-            )
+        yield from several(
+            f'images of {split}_dataloader are not in {path}, which {evaluator} reads: '
+            'ids',
+            [str(x) for x in counts if x not in file.image_ids],
+            'Name the same file in ann_file of both.',
+        )
+        yield from several(
+            f'images with objects in {path}, which {evaluator} reads, are not used by '
+            f'{split}_dataloader: ids',
+            [str(x) for x, has in file.image_ids.items() if has and x not in used]
+            if is_known
+            else [],
+            'Their objects count as missed: write a file of the used images for both.',
+        )
 
 
 def _counts_by_split(sources: List[Source]) -> Dict[str, ClassCounts]:

@@ -101,8 +101,11 @@ class Source:
             are too wrong to be counted.
         images (list[str | Path]): The images that exist; set by the check of the
             format.
-        image_ids (list): The ids of the images, by which metrics know them; set by the
-            check of COCO's format.
+        image_ids (dict[Any, bool]): The ids of the images in the file, by which metrics
+            know them, and whether they have an object of a class; set by the check of
+            COCO's format.
+        used_ids (list): The ids of the images that the data set's own filters leave;
+            set by the check of COCO's format.
         folder_labels (dict[str, int]): Labels of class folders; set by their check.
         folded (bool): Whether a KFoldDataset takes a part of it. Defaults to False.
     """
@@ -118,7 +121,8 @@ class Source:
     cfg: Any = field(default_factory=dict)
     counts: Optional[ClassCounts] = None
     images: List[Union[str, Path]] = field(default_factory=list)
-    image_ids: List[Any] = field(default_factory=list)
+    image_ids: Dict[Any, bool] = field(default_factory=dict)
+    used_ids: List[Any] = field(default_factory=list)
     folder_labels: Dict[str, int] = field(default_factory=dict)
     folded: bool = False
 

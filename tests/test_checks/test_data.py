@@ -246,6 +246,47 @@ def test_metric_of_other_annotations(coco):
     assert_says(caught.value, 'other.json', 'ids: 0.', 'Name the same file')
 
 
+def test_metric_of_more_images_than_are_used(coco):
+    """It would count the objects of the others as missed."""
+    cfg = config(DET, coco)
+    content = coco_content()
+    content['images'].append(dict(content['images'][0], id=3, file_name='3.jpg'))
+    shutil.copy(coco / 'images/1.jpg', coco / 'images/3.jpg')
+    (coco / 'other.json').write_text(json.dumps(content))
+    cfg.val_evaluator.ann_file = str(coco / 'other.json')
+    # This image has no objects.
+    assert require_data(cfg, 'val')
+    cfg = config(DET, coco)
+    cfg.val_dataloader.dataset.indices = 2
+    with pytest.raises(ValueError) as caught:
+        require_data(cfg, 'val')
+    assert_says(caught.value, '1 images with objects', 'coco.json', 'ids: 2.', 'both')
+    del cfg.val_evaluator.ann_file
+    require_data(cfg, 'val')
+
+
+def test_metric_of_images_of_another_format(coco):
+    cfg = config(DET, coco)
+    content, both = coco_content(), coco_content()
+    for i in range(3):
+        content['images'][i]['id'] += 3
+    for annotation in content['annotations']:
+        annotation['image_id'] += 3
+    (coco / 'more.json').write_text(json.dumps(content))
+    both['images'] += content['images']
+    both['annotations'] += [dict(x, id=x['id'] + 10) for x in content['annotations']]
+    (coco / 'both.json').write_text(json.dumps(both))
+    data = cfg.val_dataloader.dataset
+    # It has a reader of its own.
+    more = dict(data, type='Objects365V1Dataset', ann_file='more.json')
+    more['metainfo'] = dict(classes=tuple(map(str, range(10))))
+    cfg.val_dataloader.dataset = dict(type='ConcatDataset', datasets=[data, more])
+    cfg.val_evaluator.ann_file = str(coco / 'both.json')
+    report = require_data(cfg, 'val')
+    assert [x.problem for x in report.findings if 'not used' in x.problem] == []
+    assert report.counts['val'].images == 6
+
+
 def test_images_of_two_data_sets_with_one_id(coco):
     """A metric takes them for one image. In training they are not mixed up."""
     cfg = config(DET, coco)
@@ -308,6 +349,20 @@ def test_write_fixed_keeps_the_names_of_folders_that_differ(coco, tmp_path_facto
         'train/coco.json',
         'val/coco.json',
     ]
+
+
+def test_write_fixed_of_links(coco, tmp_path_factory):
+    """Tools that keep data in a store link to files with checksums as names."""
+    store = tmp_path_factory.mktemp('store') / 'd41d8cd9'
+    content = spoiled(coco)
+    (coco / 'coco.json').rename(store)
+    (coco / 'coco.json').symlink_to(store)
+    (coco / 'file').touch()
+    with pytest.raises(ValueError, match='file/coco.json cannot be written.*Choose'):
+        write_fixed(config(DET, coco), coco / 'file')
+    write_fixed(config(DET, coco), coco / 'fixed')
+    assert len(COCO(coco / 'fixed/coco.json').anns) == 10
+    assert json.loads(store.read_text()) == content
 
 
 def test_nothing_to_write(coco, folders, tmp_path_factory):
