@@ -400,6 +400,7 @@ def _check_metrics(cfg: Config, split: str, sources: List[Source]) -> Iterator[F
     )
     for path in dict.fromkeys(x['ann_file'] for x in metrics if x.get('ann_file')):
         file = read.get(Path(path).resolve())
+        is_other = file is None
         if file is None:
             dataset = copy.copy(sources[0].dataset)
             dataset.ann_file = path
@@ -421,6 +422,8 @@ def _check_metrics(cfg: Config, split: str, sources: List[Source]) -> Iterator[F
             if is_known
             else [],
             'Their objects count as missed: write a file of the used images for both.',
+            # With indices, the user has asked for a part of the images.
+            fatal=is_other,
         )
 
 
