@@ -5,10 +5,10 @@ import copy
 import gc
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any, List, Optional
+from typing import Any, Dict, List, Optional
 
 from ..utils.images import image_size, open_image
 from ..utils.text import printable
@@ -31,12 +31,34 @@ _RULES = (*FILE_RULES, *OBJECT_RULES)
 
 
 def check_coco(source: Source) -> Iterator[Finding]:
-    name = printable(Path(source.dataset.ann_file).name)
+    """Look at annotations and images."""
+    content = yield from check_annotations(source)
+    if content:
+        yield from _check_coco_images(content, source)
+
+
+def check_annotations(
+    source: Source,
+) -> Generator[Finding, None, Optional[Dict[str, Any]]]:
+    """Look at annotations alone.
+
+    Yields:
+        Finding: What is wrong.
+
+    Returns:
+        dict | None: The annotations, unless they are too wrong to go on.
+    """
+    name = printable(Path(source.dataset.ann_file or '').name)
     (content,) = (read_coco(source) for _ in progress([0], f'Reading {name}', 1))
+    has_prefix = 'img' in source.dataset.data_prefix
+    problem = f'{source.key} has no data_prefix.img'
+    require(
+        has_prefix, problem, "Write data_prefix=dict(img='train/'), or '' for none."
+    )
     incomplete = list(_check_structure(content, source))
     yield from incomplete
     if incomplete:
-        return
+        return None
     source.image_ids = [image['id'] for image in content['images']]
     findings: List[Finding] = []
     loads = True
@@ -47,7 +69,7 @@ def check_coco(source: Source) -> Iterator[Finding]:
     for _ in progress([0], f'Counting objects of {name}', 1) if loads else ():
         findings += _check_what_is_left(content, source)
     yield from findings
-    yield from _check_coco_images(content, source)
+    return content
 
 
 def fix_coco(content: dict, source: Source) -> List[str]:
