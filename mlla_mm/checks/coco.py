@@ -5,10 +5,10 @@ import copy
 import gc
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any, List, Optional
+from typing import Any, Dict, List, Optional
 
 from ..utils.images import image_size, open_image
 from ..utils.text import printable
@@ -31,12 +31,29 @@ _RULES = (*FILE_RULES, *OBJECT_RULES)
 
 
 def check_coco(source: Source) -> Iterator[Finding]:
+    """Look at annotations and images."""
+    content = yield from check_annotations(source)
+    if content:
+        yield from _check_coco_images(content, source)
+
+
+def check_annotations(
+    source: Source,
+) -> Generator[Finding, None, Optional[Dict[str, Any]]]:
+    """Look at annotations alone.
+
+    Yields:
+        Finding: What is wrong.
+
+    Returns:
+        dict | None: The annotations, unless they are too wrong to go on.
+    """
     require(
         'img' in source.dataset.data_prefix,
-        f'{source.key}.data_prefix has no img, the folder of the images',
+        f'{source.key} has no data_prefix.img, the folder of the images',
         "Write data_prefix=dict(img='train/'), or img='' for data_root itself.",
     )
-    name = printable(Path(source.dataset.ann_file).name)
+    name = printable(Path(source.dataset.ann_file or '').name)
     (content,) = (read_coco(source) for _ in progress([0], f'Reading {name}', 1))
     with _without_collection():
         findings = list(_check_structure(content, source))
@@ -44,8 +61,7 @@ def check_coco(source: Source) -> Iterator[Finding]:
         if is_complete:
             findings = _check_content(content, source, name)
     yield from findings
-    if is_complete:
-        yield from _check_coco_images(content, source)
+    return content if is_complete else None
 
 
 def _check_content(content: dict, source: Source, name: str) -> List[Finding]:

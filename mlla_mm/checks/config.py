@@ -11,14 +11,12 @@ import difflib
 import inspect
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import zip_longest
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, List, NamedTuple, Optional, Set, Tuple
+from typing import Any, List, NamedTuple, Optional
 
 import torch
 from mmengine.config import Config
-from mmengine.fileio import list_from_file
 from mmengine.registry import (
     DATASETS,
     MODELS,
@@ -32,25 +30,22 @@ from mmengine.registry import (
 from ..arch import parse_arch
 from ..compat.mmcv_ext import is_stand_in
 from ..engine.options import (
+    SPLITS,
     as_list,
     data_pipelines,
+    datasets_of,
     kind_of,
-    leaf_datasets,
     parts_of,
     wrapping_datasets,
 )
 from ..models.backbones import MLLA
 from ..reproducible.loops import require_seeded
-from ..utils.text import printable
+from .classes import check_classes, class_of, named_parts
 
-_SPLITS = ('train', 'val', 'test')
 # The default hooks that None switches off.
 _OF_MMENGINE = (
     'runtime_info timer sampler_seed logger param_scheduler checkpoint'
 ).split()
-# Keys of heads whose classes are those of the data set.
-_HEADS = ('bbox_head', 'mask_head', 'decode_head', 'auxiliary_head', 'head')
-_OF_CLASSIFIERS = ('model.head.num_classes', 'model.data_preprocessor.num_classes')
 # Necks whose in_channels are the channels of all maps of the backbone.
 _NECKS = ('FPN', 'PAFPN', 'BFP', 'ChannelMapper', 'NASFPN', 'FPN_CARAFE')
 # What follows such a neck, by the keys that hold its out_channels.
@@ -91,11 +86,11 @@ def check_config(cfg: Config) -> None:
             # Test-time augmentation wraps the model.
             model = model.get('module', model)
             _check_channels(model)
-        for split in _SPLITS:
+        for split in SPLITS:
             _check_wrappers(cfg.get(f'{split}_dataloader'), f'{split}_dataloader')
             _check_ann_file(cfg, split)
         if isinstance(model, Mapping):
-            _check_classes(model, cfg)
+            check_classes(model, cfg)
 
 
 def check_loop(cfg: Config) -> None:
@@ -195,22 +190,11 @@ def nearest(name: str, names: Iterable[str]) -> Optional[str]:
 
 def _require_registered(kind: Any, registry: Registry, key: str) -> None:
     """Name an unknown type, where MMEngine does not (as it does for all others)."""
-    if kind is not None and _class(registry, kind) is None:
+    if kind is not None and class_of(registry, kind) is None:
         raise ValueError(
             f"{key} is '{kind}', which is not registered. Name the module that "
             'registers it in custom_imports.'
         )
-
-
-def _class(registry: Registry, kind: Any) -> Any:
-    """The class of a ``type``, or None if it cannot be found."""
-    if not isinstance(kind, str):
-        return kind
-    with registry.switch_scope_and_registry(None) as scoped:
-        try:
-            return scoped.get(kind)
-        except (ImportError, RuntimeError):
-            return None
 
 
 # Channels.
@@ -247,7 +231,7 @@ def _check_channels(model: Mapping) -> None:
         _expect(_as_list(head.get('in_channels')), last, 'model.head.in_channels')
     if neck is None:
         for key in ('decode_head', 'auxiliary_head'):
-            for path, part in _parts(model.get(key), f'model.{key}'):
+            for path, part in named_parts(model.get(key), f'model.{key}'):
                 _check_decode_head(part, outputs, path)
 
 
@@ -255,7 +239,7 @@ def _backbone_outputs(backbone: Any) -> Optional[_Outputs]:
     """What an MLLA gives; None for another backbone. Checks the arguments of MLLA."""
     if not isinstance(backbone, Mapping):
         return None
-    kind = _class(MODELS, backbone.get('type'))
+    kind = class_of(MODELS, backbone.get('type'))
     if not (inspect.isclass(kind) and issubclass(kind, MLLA)):
         return None
     options = {k: v for k, v in backbone.items() if k not in ('type', 'init_cfg')}
@@ -316,164 +300,13 @@ def _expect(channels: Any, outputs: _Outputs, path: str) -> None:
         )
 
 
-# Classes.
-
-
-def head_classes(model: Mapping) -> Iterator[Tuple[str, int]]:
-    """Numbers of classes in the config of a model, with their keys."""
-    found = list(_parts(model.get('data_preprocessor'), 'model.data_preprocessor'))
-    parents = [('model', model), *_parts(model.get('roi_head'), 'model.roi_head')]
-    for path, parent in parents:
-        for key in _HEADS:
-            found += _parts(parent.get(key), f'{path}.{key}')
-    main = {part.get('type') for path, part in found if 'decode_head' in path}
-    for path, part in found:
-        # Other auxiliary heads may have a task of their own, such as edges.
-        other = 'auxiliary_head' in path and part.get('type') not in {'FCNHead', *main}
-        count = part.get('num_classes')
-        if isinstance(count, int) and not (other or part.get('class_agnostic')):
-            yield f'{path}.num_classes', count
-
-
-def _parts(value: Any, path: str) -> Iterator[Tuple[str, Mapping]]:
-    """A part of a model, or each part of a list, with its key."""
-    if isinstance(value, Mapping):
-        yield path, value
-    elif isinstance(value, (list, tuple)):
-        for i, item in enumerate(value):
-            yield from _parts(item, f'{path}[{i}]')
-
-
-class _Classes(NamedTuple):
-    """Names of the classes of a data set, and its key."""
-
-    key: str
-    names: Sequence[str]
-
-
-def _dataset_classes(dataset: Mapping, key: str) -> Sequence[str]:
-    """Names of the classes by a data set's config or type; empty if unknown."""
-    metainfo = dataset.get('metainfo')
-    metainfo = metainfo if isinstance(metainfo, Mapping) else {}
-    if 'CLASSES' in metainfo:
-        raise ValueError(
-            f'{key}.metainfo has CLASSES, which nothing reads: write classes instead.'
-        )
-    # The second is an argument of mmpretrain's data sets, which metainfo overrides.
-    for where, classes in (
-        (f'{key}.metainfo.classes', metainfo.get('classes')),
-        (f'{key}.classes', dataset.get('classes')),
-    ):
-        if classes is not None:
-            return _named_classes(classes, where)
-    known = getattr(_class(DATASETS, dataset.get('type')), 'METAINFO', None) or {}
-    # Panoptic data sets have more classes than the heads for things.
-    classes = None if 'thing_classes' in known else known.get('classes')
-    return classes if isinstance(classes, (list, tuple)) else ()
-
-
-def _named_classes(classes: Any, key: str) -> Sequence[str]:
-    """The names that a config gives, or that are in the file which it names."""
-    if isinstance(classes, (set, frozenset)):
-        raise ValueError(
-            f'{key} is a set, whose order differs between runs. Labels are positions: '
-            'write a tuple.'
-        )
-    if isinstance(classes, str):
-        if '://' in classes:
-            return ()
-        path = os.path.expanduser(classes)
-        if not os.path.isfile(path):
-            raise ValueError(
-                f'{key} is the text {printable(repr(classes))}, and there is no such '
-                'file of names. For one class write a comma: '
-                f'({printable(repr(classes))},).'
-            )
-        classes = list_from_file(path)
-    return classes if isinstance(classes, (list, tuple)) else ()
-
-
-def _check_classes(model: Mapping, cfg: Config) -> None:
-    """Whether the heads and all data sets mean the same by a label."""
-    found = {
-        split: [
-            _Classes(key, _dataset_classes(dataset, key))
-            for key, dataset in _leaves(cfg, split)
-        ]
-        for split in _SPLITS
-    }
-    heads = list(head_classes(model))
-    # Heads of models that are given the classes in words have places for words.
-    if not heads or 'language_model' in model:
-        return
-    known = {split: [x for x in found[split] if x.names] for split in _SPLITS}
-    for split, leaves in known.items():
-        for leaf in leaves[1:]:
-            _expect_same(leaves[0], leaf)
-        for leaf in leaves[:1]:
-            _check_names(leaf, cfg)
-            _check_number(heads, leaf, split)
-    for one, other in zip(known['train'][:1], known['val'][:1]):
-        # A classifier can be evaluated on fewer classes.
-        if len(one.names) == len(other.names):
-            _expect_same(one, other)
-
-
-def _leaves(cfg: Config, split: str) -> Iterator[Tuple[str, Mapping]]:
-    """The data sets of a split that read files, with their keys in the config."""
-    for key, dataset in leaf_datasets(cfg.get(f'{split}_dataloader')):
-        yield f'{split}_dataloader.{key}', dataset
-
-
-def _expect_same(one: _Classes, other: _Classes) -> None:
-    for i, pair in enumerate(zip_longest(one.names, other.names)):
-        if pair[0] != pair[1]:
-            first, second = (
-                'missing' if name is None else printable(repr(name)) for name in pair
-            )
-            raise ValueError(
-                f'{one.key} and {other.key} have other classes: label {i} is {first} '
-                f'in the first, and {second} in the second. Give both the same names '
-                'in the same order in metainfo.classes.'
-            )
-
-
-def _check_names(classes: _Classes, cfg: Config) -> None:
-    """Names are found in the data by mmdet and mmseg, and by mmpretrain only shown."""
-    seen: Set[str] = set()
-    # ImageNet has two kinds of cranes.
-    for name in classes.names if cfg.get('default_scope') != 'mmpretrain' else ():
-        if name in seen:
-            raise ValueError(
-                f'{classes.key} has the class {printable(repr(name))} twice. Remove '
-                'one of them from metainfo.classes.'
-            )
-        seen.add(name)
-
-
-def _check_number(
-    heads: Iterable[Tuple[str, int]], classes: _Classes, split: str
-) -> None:
-    names = classes.names
-    text = ', '.join(map(str, names[:3])) + (', ...' if len(names) > 3 else '')
-    for path, count in heads:
-        # A classifier of more classes can be evaluated on some of them.
-        on_some = split != 'train' and path in _OF_CLASSIFIERS
-        if count < len(names) or (count > len(names) and not on_some):
-            raise ValueError(
-                f'{path} is {count}, but the data set of {split}_dataloader has '
-                f'{len(names)} classes ({text}). Set the number, or '
-                'metainfo.classes of the data set.'
-            )
-
-
 # Data sets of data sets.
 
 
 def _check_wrappers(loader: Any, name: str) -> None:
     """Whether wrappers have arguments of others, and can mix what they are to mix."""
     for key, wrapper in wrapping_datasets(loader):
-        kind = _class(DATASETS, wrapper.get('type'))
+        kind = class_of(DATASETS, wrapper.get('type'))
         known = inspect.signature(kind).parameters if inspect.isclass(kind) else {}
         unknown = [x for x in wrapper if x not in (*known, 'type', '_scope_')]
         takes_any = any(p.kind is p.VAR_KEYWORD for p in known.values())
@@ -487,7 +320,7 @@ def _check_wrappers(loader: Any, name: str) -> None:
         masks = any(part.get('with_mask') for part in parts_of(steps))
         for part in parts_of(steps) if masks else ():
             kind = kind_of(part)
-            module = getattr(_class(TRANSFORMS, part.get('type')), '__module__', '')
+            module = getattr(class_of(TRANSFORMS, part.get('type')), '__module__', '')
             if kind in _WITHOUT_MASKS and module.startswith('mmdet.'):
                 raise ValueError(
                     f"{name}.{key}: mmdet's {kind} leaves masks where they were. Use "
@@ -497,16 +330,16 @@ def _check_wrappers(loader: Any, name: str) -> None:
 
 def _check_ann_file(cfg: Config, split: str) -> None:
     """Whether a metric has the annotations of all images that it is given."""
-    leaves = list(_leaves(cfg, split))
+    leaves = list(datasets_of(cfg, split))
     files = [
-        os.path.join(x.get('data_root') or '', x.get('ann_file') or '')
+        os.path.join(*(str(x.get(key) or '') for key in ('data_root', 'ann_file')))
         for _, x in leaves
     ]
     paths = list(map(os.path.normpath, files))
     for metric in as_list(cfg.get(f'{split}_evaluator')):
         path = metric.get('ann_file') if isinstance(metric, Mapping) else None
         others = [key for (key, _), x in zip(leaves, paths) if x != paths[0]]
-        if others and path and os.path.normpath(path) in paths:
+        if others and path and os.path.normpath(str(path)) in paths:
             raise ValueError(
                 f'{split}_evaluator.ann_file has the annotations of one data set, but '
                 f'{leaves[0][0]} and {others[0]} have two. Evaluate with a metric for '

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import reduce
 from itertools import chain
-from operator import add
+from operator import add, index
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
 
@@ -24,12 +24,20 @@ from mmengine.config import Config
 from mmengine.dataset import BaseDataset
 from mmengine.registry import DATASETS, DefaultScope
 
-from ..engine.options import describe_changes, kind_of, leaf_datasets, parts_of
+from ..engine.options import (
+    SPLITS,
+    datasets_of,
+    describe_changes,
+    kind_of,
+    leaf_datasets,
+    parts_of,
+)
 from ..utils.files import write_whole
 from ..utils.text import PATH_LIMIT, describe_error, printable
 from .class_folders import check_folders, check_same_classes
-from .coco import check_coco, fix_coco, read_coco
-from .config import check_config, head_classes
+from .classes import class_of, head_classes
+from .coco import check_annotations, check_coco, fix_coco, read_coco
+from .config import check_config
 from .label_maps import check_label_maps
 from .shared_images import check_shared_images
 from .source import (
@@ -58,10 +66,12 @@ class Report(NamedTuple):
     Attributes:
         findings (list[Finding]): What is wrong; empty if nothing is.
         counts (dict[str, ClassCounts]): How often each class occurs, by split.
+        unchecked (list[str]): Keys of the data sets for which there is no check.
     """
 
     findings: List[Finding]
     counts: Dict[str, ClassCounts]
+    unchecked: List[str]
 
 
 def check_splits(
@@ -84,9 +94,16 @@ def check_splits(
     if report is None:
         raise ValueError(
             f'There is no check for the data sets of {cfg.filename}. There are checks '
-            'for CocoDataset, BaseSegDataset, CustomDataset and their subclasses.'
+            "for local files that subclasses of MMEngine's BaseDataset read."
         )
-    return report
+    unchecked = several(
+        'data sets were not checked',
+        report.unchecked,
+        'There is no check for their class, or their files are not local. Rehearse the '
+        'training with --check.',
+        fatal=False,
+    )
+    return report._replace(findings=[*report.findings, *unchecked])
 
 
 def check_data(
@@ -127,7 +144,9 @@ def check_data(
     counts = _counts_by_split(sources)
     for split, number in counts.items():
         findings += _check_counts(split, number, cfg.get('allow_empty_classes', False))
-    return Report(findings, counts)
+    checked = [source.key for source in sources]
+    keys = [key for split in splits for key, _ in datasets_of(cfg, split)]
+    return Report(findings, counts, [key for key in keys if key not in checked])
 
 
 def require_data(cfg: Config, *splits: str) -> Optional[Report]:
@@ -187,7 +206,7 @@ def write_fixed(cfg: Config, folder: Union[str, Path]) -> List[str]:
             file cannot be written.
     """
     sources: Dict[Path, List[Source]] = defaultdict(list)
-    for split in ('train', 'val', 'test'):
+    for split in SPLITS:
         for source in _sources(cfg, split, NAMES, None):
             # Not the file that a link leads to: its name may be a checksum.
             path = Path(os.path.abspath(getattr(source.dataset, 'ann_file', '')))
@@ -238,10 +257,13 @@ def _sources(
     """The data sets below a data loader for which there is a check."""
     heads = [count for _, count in head_classes(cfg.get('model') or {})]
     loader = cfg.get(f'{split}_dataloader')
+    if isinstance(loader, Mapping) and loader.get('dataset') in (None, {}):
+        raise ValueError(
+            f'{split}_dataloader has no dataset. See docs/datasets.md for examples.'
+        )
     folds = [x for x in parts_of(loader) if kind_of(x) == 'KFoldDataset']
     folded = [config for fold in folds for _, config in leaf_datasets(fold)]
-    for key, config in leaf_datasets(loader):
-        key = f'{split}_dataloader.{key}'
+    for key, config in datasets_of(cfg, split):
         dataset = _build(cfg, config, key)
         if dataset is not None:
             yield Source(
@@ -260,36 +282,49 @@ def _sources(
 
 def _build(cfg: Config, config: Mapping, key: str) -> Any:
     """A data set without its annotations; None if there is no check for it."""
-    if not isinstance(config.get('type'), str):
-        return None
-    backend = (config.get('backend_args') or {}).get('backend', 'local')
-    if backend != 'local' or '://' in str(config.get('data_root')):
+    if not config.get('type'):
+        raise ValueError(f'{key} has no type. See docs/datasets.md for examples.')
+    if _is_remote(config):
         return None
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmengine')):
-        with DATASETS.switch_scope_and_registry(None) as registry:
-            kind = registry.get(config['type'])
-            if kind is None:
-                registry.build(config)  # raises the error that names the type
-            if _check_of(kind) is None:
-                return None
-            try:
-                return registry.build(dict(config, lazy_init=True, pipeline=[]))
-            # Some data sets of mmseg assert, without a word, that files exist.
-            except AssertionError as error:
-                raise ValueError(_why_not_built(config, key, error)) from error
+        kind = class_of(DATASETS, config['type'])
+        if kind is None:
+            DATASETS.build(config)  # raises the error that names the type
+        if _check_of(kind) is None:
+            return None
+        try:
+            dataset = DATASETS.build(dict(config, lazy_init=True, pipeline=[]))
+        except Exception as error:
+            if kind.__module__.split('.')[0] not in (package for package, _ in _CHECKS):
+                return None  # somebody's own class may take other arguments
+            raise ValueError(_why_not_built(config, key, error)) from error
+    # Annotations that its class has loaded already are loaded again, as a list.
+    dataset._fully_initialized = dataset.serialize_data = False
+    return dataset
 
 
-def _why_not_built(config: Mapping, key: str, error: AssertionError) -> str:
+def _why_not_built(config: Mapping, key: str, error: Exception) -> str:
     prefix = config.get('data_prefix') or {}
     names = list(prefix.values()) if isinstance(prefix, Mapping) else [prefix]
     root = config.get('data_root') or ''
     paths = [os.path.join(root, x) for x in [*names, config.get('ann_file')] if x]
+    reason = describe_error(error)
+    # Some data sets of mmseg assert, without a word, that files exist.
     missing = [path for path in paths if not os.path.exists(path)]
-    reason = f'not found: {examples(missing)}' if missing else describe_error(error)
+    if isinstance(error, AssertionError) and missing:
+        reason = f'not found: {examples(missing)}'
     return (
-        f'{config["type"]} cannot be built ({reason}). Check data_root, data_prefix, '
-        f'ann_file and the other options of {key}.'
+        f'{kind_of(dict(config))} of {key} cannot be built ({reason}). Compare its '
+        'arguments with those of docs/datasets.md.'
     )
+
+
+def _is_remote(config: Mapping) -> bool:
+    """Whether a data set reads files that are not local."""
+    places = [config.get(key) for key in ('data_root', 'ann_file', 'data_prefix')]
+    options = config.get('backend_args')
+    backend = options.get('backend') if isinstance(options, Mapping) else None
+    return '://' in str(places) or backend not in (None, 'local')
 
 
 def _check_of(kind: Any) -> Optional[Check]:
@@ -329,8 +364,9 @@ def _image_backend(pipeline: Any) -> Optional[str]:
     return (loads and loads[0].get('imdecode_backend')) or 'cv2'
 
 
-def _findings(source: Source) -> Iterator[Finding]:
-    check = _check_of(type(source.dataset))
+def _findings(source: Source, check: Optional[Check] = None) -> Iterator[Finding]:
+    """What a check finds; by default, that of the data set's class."""
+    check = check or _check_of(type(source.dataset))
     assert check is not None
     try:
         yield from check(source)
@@ -349,81 +385,87 @@ def _findings(source: Source) -> Iterator[Finding]:
 def _check_loaded(source: Source) -> Iterator[Finding]:
     """Count the labels of a data set whose files are unknown."""
     dataset = source.dataset
-    dataset.serialize_data = False  # MMEngine cannot do this without images
     dataset.full_init()
-    infos = [dataset.get_data_info(i) for i in range(len(dataset))]
-    labels = [_labels_of(info) for info in infos]
     classes = dataset.metainfo.get('classes') or range(source.num_classes or 0)
+    source.counts = ClassCounts(len(dataset), tuple(map(str, classes)), 'images')
+    # Its own function may read files.
+    if type(dataset).get_data_info is not BaseDataset.get_data_info:
+        return
+    infos = dataset.data_list
+    try:
+        labels = [_labels_of(info) for info in infos]
+    except (AttributeError, KeyError, TypeError):
+        return  # a transform may make labels of what there is
+    is_detection = any('instances' in info for info in infos)
+    if not (classes and (is_detection or any('gt_label' in info for info in infos))):
+        return
     known = range(len(classes))
     yield from several(
         f'labels of {source.key} are not from 0 to {len(classes) - 1}',
-        [str(x) for x in {*chain(*labels)} if classes and x not in known],
+        [str(x) for x in {*chain(*labels)} if x not in known],
         'Labels are the positions of the names in metainfo.classes.',
     )
-    is_detection = any('instances' in info for info in infos)
-    unit = 'objects' if is_detection else 'images'
-    counts = count_labels(labels, classes, unit)
-    if not (is_detection or any('gt_label' in info for info in infos)):
-        counts = counts._replace(numbers=None, images_with=None)
-    source.counts = counts
+    source.counts = count_labels(
+        labels, classes, 'objects' if is_detection else 'images'
+    )
 
 
 def _labels_of(info: Mapping) -> List[int]:
     """The labels that a training on the sample learns."""
     if 'instances' in info:
-        return [x['bbox_label'] for x in info['instances'] if not x.get('ignore_flag')]
-    return [int(x) for x in np.atleast_1d(info.get('gt_label', []))]
+        objects = [x for x in info['instances'] if not x.get('ignore_flag')]
+        return [index(x['bbox_label']) for x in objects]
+    return [index(x) for x in np.atleast_1d(info.get('gt_label', []))]
 
 
 def _check_metrics(cfg: Config, split: str, sources: List[Source]) -> Iterator[Finding]:
     """Whether the metric's own annotations are those of the images that it measures.
 
-    It knows images by their ids alone.
+    It knows images by their ids alone, and measures all that its annotations have.
     """
     sources = [x for x in sources if x.split == split and x.image_ids]
     counts = Counter(id_ for source in sources for id_ in source.image_ids)
-    evaluator = f'{split}_evaluator'
+    evaluator, loader = f'{split}_evaluator', f'{split}_dataloader'
     metrics = list(parts_of(cfg.get(evaluator)))
     # mmdet's MultiDatasetsEvaluator has a metric for each data set.
     if not (counts and metrics) or 'MultiDatasetsEvaluator' in map(kind_of, metrics):
         return
     yield from several(
-        f'ids of images occur in more than one data set of {split}_dataloader',
+        f'ids of images occur in more than one data set of {loader}',
         [str(x) for x, count in counts.items() if count > 1],
         'Number them anew in one of the files: metrics take them for one image.',
     )
     read = {Path(source.dataset.ann_file).resolve(): source for source in sources}
     used = {id_ for source in sources for id_ in source.used_ids}
     # Data sets of other formats, and folds, use images that are not known.
-    is_known = len(sources) == len(leaf_datasets(cfg[f'{split}_dataloader'])) and all(
+    is_known = len(sources) == len(datasets_of(cfg, split)) and all(
         source.used_ids and not source.folded for source in sources
     )
-    for path in dict.fromkeys(x['ann_file'] for x in metrics if x.get('ann_file')):
+    paths = [str(part['ann_file']) for part in metrics if part.get('ann_file')]
+    for path in dict.fromkeys(x for x in paths if '://' not in x):
         file = read.get(Path(path).resolve())
-        is_other = file is None
         if file is None:
             dataset = copy.copy(sources[0].dataset)
             dataset.ann_file = path
             file = replace(sources[0], key=evaluator, look=NAMES, dataset=dataset)
             file.image_ids = {}
-            yield from _findings(file)
+            yield from _findings(file, check_annotations)
         if not file.image_ids:
             continue
         yield from several(
-            f'images of {split}_dataloader are not in {path}, which {evaluator} reads: '
-            'ids',
+            f'images of {loader} are not in {path}, which {evaluator} reads: ids',
             [str(x) for x in counts if x not in file.image_ids],
             'Name the same file in ann_file of both.',
         )
+        unused = [str(x) for x, has in file.image_ids.items() if has and x not in used]
         yield from several(
             f'images with objects in {path}, which {evaluator} reads, are not used by '
-            f'{split}_dataloader: ids',
-            [str(x) for x, has in file.image_ids.items() if has and x not in used]
-            if is_known
-            else [],
-            'Their objects count as missed: write a file of the used images for both.',
-            # With indices, the user has asked for a part of the images.
-            fatal=is_other,
+            f'{loader}: ids',
+            unused if is_known else [],
+            'Their objects count as missed. Name the same file in ann_file of both, '
+            'and write test_mode=True, which switches filter_cfg off.',
+            # A part is what the user asks for with indices.
+            fatal=all(source.config.get('indices') is None for source in sources),
         )
 
 

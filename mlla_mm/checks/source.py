@@ -149,7 +149,7 @@ def require_folder(folder: Path, source: Source) -> None:
 
 def read_ann_file(source: Source, fix: str) -> str:
     """The text of the annotation file; ends the check if there is none."""
-    path = Path(source.dataset.ann_file)
+    path = Path(source.dataset.ann_file or '')
     where = f'Check data_root and ann_file of {source.key}.'
     require(path.is_file(), f'Annotation file not found: {path}', where)
     try:

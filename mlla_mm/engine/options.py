@@ -15,7 +15,10 @@ from ..checkpoints.pretrained import require_weights
 from ..checkpoints.reader import trust_checkpoints
 from ..compat.openmmlab import lay_out_configs_once
 from ..reproducible.resume import newest_checkpoint, seed_of
-from ..utils.text import printable
+from ..utils.text import PATH_LIMIT, printable
+
+SPLITS = ('train', 'val', 'test')
+"""What ``_dataloader`` follows in the keys of a config."""
 
 
 def read_config(path: str, options: Optional[dict] = None) -> Config:
@@ -26,9 +29,15 @@ def read_config(path: str, options: Optional[dict] = None) -> Config:
 
     Raises:
         FileNotFoundError: If there is no such file.
+        ValueError: If it is a file of another kind, such as a checkpoint.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f'Config not found: {path}. See configs/ for ours.')
+    if Path(path).suffix not in ('.py', '.json', '.yaml', '.yml'):
+        raise ValueError(
+            f'{printable(path, PATH_LIMIT)} is no config, whose name would end in .py: '
+            'check the order of the arguments.'
+        )
     cfg = Config.fromfile(path)
     if options:
         cfg.merge_from_dict(options)
@@ -136,6 +145,12 @@ def leaf_datasets(loader: Any) -> List[Tuple[str, Any]]:
         configs. Empty if there is no loader.
     """
     return [(key, chain[-1]) for key, chain in _chains(loader)]
+
+
+def datasets_of(cfg: Config, split: str) -> List[Tuple[str, Any]]:
+    """The data sets of a split that read files, with their keys in the config."""
+    loader = f'{split}_dataloader'
+    return [(f'{loader}.{key}', x) for key, x in leaf_datasets(cfg.get(loader))]
 
 
 def wrapping_datasets(loader: Any) -> List[Tuple[str, Any]]:

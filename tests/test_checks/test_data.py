@@ -5,11 +5,13 @@ import json
 import shutil
 
 import pytest
+from mmengine.config import Config
 from mmengine.dataset import BaseDataset
 from mmengine.registry import DATASETS
 from PIL import Image
 from pycocotools.coco import COCO
 
+from mlla_mm.checks.config import check_config
 from mlla_mm.checks.data import (
     check_data,
     check_splits,
@@ -73,7 +75,9 @@ def test_data_sets_without_a_check(folders):
     cfg.train_dataloader.dataset = other
     assert check_data(cfg, 'train') is None
     require_data(cfg, 'train')
-    assert check_splits(cfg).findings == []
+    (warning,) = check_splits(cfg).findings
+    assert not warning.fatal
+    assert_says(warning.problem, 'were not checked: train_dataloader.dataset')
     cfg.val_dataloader.dataset.type = 'ImageNett'
     with pytest.raises(KeyError, match='ImageNett is not in the'):
         check_splits(cfg)
@@ -107,6 +111,72 @@ def test_images_are_read_as_in_training(folders, backend):
     found = [finding.problem for finding in check_data(cfg, 'train').findings]
     assert len(found) == (backend == 'cv2')
     assert_says(found, *['3/image.png cannot be decoded by OpenCV'] * len(found))
+
+
+@pytest.mark.parametrize(
+    'changes, words',
+    [
+        (dict(img_prefix='images'), ['TypeError', "'img_prefix'"]),
+        (dict(data_prefix='images'), ['AttributeError']),
+        (dict(ann_file=['coco.json']), ['TypeError']),
+        (dict(data_prefix=dict(img=3)), ['TypeError', 'prefix should be a string']),
+    ],
+)
+def test_wrong_arguments(coco, changes, words):
+    """The first two are those of mmdet before version 3."""
+    cfg = config(DET, coco)
+    dataset = dict(cfg.train_dataloader.dataset, **changes)
+    cfg = cfg.to_dict()
+    cfg['train_dataloader']['dataset'] = dataset
+    check_config(Config(cfg))
+    with pytest.raises(ValueError) as caught:
+        require_data(Config(cfg), 'train')
+    assert_says(caught.value, 'train_dataloader.dataset cannot be built', *words)
+
+
+def test_no_annotations_and_no_folder(coco):
+    cfg = config(DET, coco)
+    cfg.train_dataloader.dataset.ann_file = None
+    with pytest.raises(ValueError, match='Annotation file not found'):
+        require_data(cfg, 'train')
+    cfg = config(DET, coco)
+    cfg.train_dataloader.dataset.data_prefix = {}
+    with pytest.raises(ValueError, match='train_dataloader.dataset has no data_prefix'):
+        require_data(cfg, 'train')
+
+
+@pytest.mark.parametrize(
+    'dataset, words',
+    [
+        (None, 'train_dataloader has no dataset. See docs'),
+        ({}, 'train_dataloader has no dataset. See docs'),
+        (dict(data_root='data'), 'train_dataloader.dataset has no type. See docs'),
+    ],
+)
+def test_no_data_set(coco, dataset, words):
+    cfg = config(DET, coco)
+    cfg.train_dataloader.dataset = dataset
+    with pytest.raises(ValueError, match=words):
+        require_data(cfg, 'train')
+    cfg.val_dataloader = cfg.val_evaluator = cfg.val_cfg = None
+    assert require_data(cfg, 'val') is None
+
+
+@pytest.mark.parametrize(
+    'changes',
+    [
+        dict(data_root='s3://bucket/data'),
+        dict(ann_file='s3://bucket/coco.json'),
+        dict(data_prefix=dict(img='http://host/images/')),
+        dict(backend_args=dict(backend='petrel')),
+    ],
+)
+def test_files_that_are_not_local(coco, changes):
+    cfg = config(DET, coco)
+    cfg.train_dataloader.dataset.update(changes)
+    assert require_data(cfg, 'train') is None
+    cfg.val_evaluator.ann_file = 's3://bucket/coco.json'
+    assert not [x for x in require_data(cfg, 'val').findings if x.fatal]
 
 
 def test_missing_data():
@@ -247,20 +317,40 @@ def test_metric_of_other_annotations(coco):
 
 
 def test_metric_of_more_images_than_are_used(coco):
-    """It would count the objects of the others as missed."""
+    """It counts the objects of the others as missed."""
     cfg = config(DET, coco)
     content = coco_content()
-    content['images'].append(dict(content['images'][0], id=3, file_name='3.jpg'))
-    shutil.copy(coco / 'images/1.jpg', coco / 'images/3.jpg')
-    (coco / 'other.json').write_text(json.dumps(content))
-    cfg.val_evaluator.ann_file = str(coco / 'other.json')
+    content['images'].append(dict(content['images'][0], id=7, file_name='7.jpg'))
+    (coco / 'train.json').write_text(json.dumps(content))
+    cfg.val_evaluator.ann_file = str(coco / 'train.json')
     # This image has no objects.
-    assert require_data(cfg, 'val')
-    cfg = config(DET, coco)
-    cfg.val_dataloader.dataset.indices = 2
+    assert require_data(cfg, 'val').findings == []
+    content['annotations'].append(dict(content['annotations'][0], id=11, image_id=7))
+    (coco / 'train.json').write_text(json.dumps(content))
     with pytest.raises(ValueError) as caught:
         require_data(cfg, 'val')
-    assert_says(caught.value, '1 images with objects', 'coco.json', 'ids: 2.', 'both')
+    assert_says(
+        caught.value, '1 images with objects in ', 'train.json, which val_evaluator',
+        'not used by val_dataloader: ids: 7.', 'Name the same file',
+    )  # fmt: skip
+
+
+def test_images_that_are_measured_but_left_out(coco):
+    cfg = config(DET, coco)
+    cfg.val_dataloader.dataset.indices = 2
+    (warning,) = require_data(cfg, 'val').findings
+    assert_says(warning.problem, '1 images with objects', 'coco.json', 'ids: 2')
+    del cfg.val_dataloader.dataset.indices
+    cfg.val_dataloader.dataset.filter_cfg = dict(filter_empty_gt=True, min_size=50)
+    require_data(cfg, 'val')
+    del cfg.val_dataloader.dataset.test_mode
+    content = coco_content()
+    content['images'][0].update(width=60, height=60)
+    (coco / 'coco.json').write_text(json.dumps(content))
+    with pytest.raises(
+        ValueError, match='2 images with objects.* write test_mode=True'
+    ):
+        require_data(cfg, 'val')
     del cfg.val_evaluator.ann_file
     require_data(cfg, 'val')
 

@@ -114,6 +114,13 @@ def test_run_arguments(tmp_path):
         run_config(tmp_path / 'c.py')
 
 
+def test_a_checkpoint_in_place_of_a_config(tmp_path):
+    path = tmp_path / 'epoch_1.pth'
+    path.write_bytes(b'x')
+    with pytest.raises(ValueError, match='epoch_1.pth is no config, .* the order of'):
+        options.read_config(str(path))
+
+
 def test_checkpoints_are_not_trusted_by_default(tmp_path):
     path = tmp_path / 'a.py'
     path.write_text('')

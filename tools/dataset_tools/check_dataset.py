@@ -28,7 +28,8 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument(
         '--fast',
         action='store_true',
-        help='do not decode images: names, and whether files are empty',
+        help='decode a few label maps alone: annotations, names, and whether files are '
+        'empty',
     )
     parser.add_argument(
         '--write-fixed',
@@ -84,8 +85,11 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         )
     if any(finding.fatal for finding in findings):
         sys.exit(1)
-    scope = 'names, counts and pairs (no image was decoded)' if args.fast else 'all'
-    print(f'{subject}: {scope} as {reference}.')
+    scope = 'names, counts and pairs (--fast)' if args.fast else 'all'
+    verdict = (
+        'no error, but see the warnings' if findings else f'{scope} as {reference}'
+    )
+    print(f'{subject}: {verdict}.')
 
 
 def _print_counts(counts: Mapping[str, Any]) -> None:
@@ -94,7 +98,8 @@ def _print_counts(counts: Mapping[str, Any]) -> None:
     names: List[str] = []
     for split, found in counts.items():
         # Splits have the same classes, but for a classifier that is measured on some.
-        names = max(names, list(found.classes), key=len)
+        if found.numbers is not None:
+            names = max(names, list(found.classes), key=len)
         by_image = found.numbers if found.unit == 'images' else found.images_with
         columns[f'{split}: images'] = _column(found.images, by_image)
         if found.numbers is not None and found.unit != 'images':
