@@ -109,11 +109,6 @@ def test_images_are_read_as_in_training(folders, backend):
     assert_says(found, *['3/image.png cannot be decoded by OpenCV'] * len(found))
 
 
-def test_missing_data():
-    with pytest.raises(ValueError, match='nowhere'):
-        require_data(config(CLS, 'nowhere'), 'train')
-
-
 # How often each class occurs.
 
 
