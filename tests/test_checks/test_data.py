@@ -30,6 +30,7 @@ from ..bad_data import (
 
 for package in ('mmdet', 'mmseg', 'mmpretrain'):
     pytest.importorskip(package)
+from mmdet.datasets import CocoDataset  # noqa: E402
 
 
 @pytest.mark.parametrize('scope', [DET, SEG, CLS])
@@ -74,6 +75,12 @@ def test_data_sets_without_a_check(folders):
     assert check_data(cfg, 'train') is None
     require_data(cfg, 'train')
     assert check_splits(cfg).findings == []
+    remote = dict(type='CustomDataset', data_root='s3://bucket', data_prefix='train')
+    panoptic = dict(type='mmdet.CocoPanopticDataset', ann_file='nowhere.json')
+    for dataset in (remote, panoptic):
+        cfg.train_dataloader.dataset = dataset
+        assert check_data(cfg, 'train') is None
+    cfg.train_dataloader.dataset = other
     cfg.val_dataloader.dataset.type = 'ImageNett'
     with pytest.raises(KeyError, match='ImageNett is not in the'):
         check_splits(cfg)
@@ -110,6 +117,22 @@ def test_images_are_read_as_in_training(folders, backend):
 
 
 # How often each class occurs.
+
+
+@DATASETS.register_module()
+class OwnFormat(CocoDataset):
+    """It reads other files than the class from which it inherits."""
+
+    def load_data_list(self):
+        instances = [dict(bbox_label=i, ignore_flag=0) for i in range(10)]
+        return [dict(img_path='0.jpg', instances=instances)]
+
+
+def test_a_subclass_that_reads_other_files():
+    cfg = config(DET, 'nowhere')
+    cfg.train_dataloader.dataset.update(type='OwnFormat', filter_cfg=None)
+    report = check_data(cfg, 'train')
+    assert report.findings == [] and report.counts['train'].numbers == [1] * 10
 
 
 @DATASETS.register_module()
@@ -178,13 +201,14 @@ def test_labels_outside_the_classes(scope):
 
 
 def test_classes_without_images(capsys):
-    cfg = own(CLS, list(range(9)))
+    # The first image has two classes.
+    cfg = own(CLS, [[0, 1], *range(2, 9)])
     with pytest.raises(ValueError, match='1 classes of train_dataloader.*: j'):
         require_data(cfg, 'train')
     cfg.allow_empty_classes = True
     lines = list(describe(require_data(cfg, 'train')))
     assert lines[0].startswith('Warning: 1 classes of train_dataloader')
-    assert lines[1:] == ['Data of train: 9 images, 10 classes.']
+    assert lines[1:] == ['Data of train: 8 images, 10 classes.']
     cfg = own(CLS, list(range(9)))
     cfg.val_dataloader.dataset = cfg.train_dataloader.dataset
     (warning,) = require_data(cfg, 'val').findings
@@ -194,6 +218,10 @@ def test_classes_without_images(capsys):
 def test_data_without_an_image():
     with pytest.raises(ValueError, match='train_dataloader.dataset has no image'):
         require_data(own(DET, []), 'train')
+    cfg = own(DET, [[], [1]])  # what is ignored is not measured
+    cfg.val_dataloader.dataset = cfg.train_dataloader.dataset
+    with pytest.raises(ValueError, match='val_dataloader.dataset has no objects of'):
+        require_data(cfg, 'val')
 
 
 def test_classes_are_counted_over_all_data_sets():
@@ -252,6 +280,9 @@ def test_images_of_two_data_sets_with_one_id(coco):
     assert not [x for x in check_data(cfg, 'train').findings if x.fatal]
     with pytest.raises(ValueError, match='3 ids of images occur in more than one'):
         require_data(cfg, 'val')
+    metrics = [cfg.val_evaluator, cfg.val_evaluator]
+    cfg.val_evaluator = dict(type='MultiDatasetsEvaluator', metrics=metrics)
+    require_data(cfg, 'val')
 
 
 # Repaired annotations.

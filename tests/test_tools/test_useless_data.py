@@ -76,6 +76,8 @@ def test_a_training_is_refused(run_tool, tmp_path, scope):
     (line,) = result.stderr.splitlines()
     assert line.startswith('Error: ')
     assert_says(line, *words)
+    # Validation lacks the images of a class, too.
+    assert line.endswith(' (1 more)') == (scope == CLS)
     assert sorted(tmp_path.rglob('*')) == before
 
 
