@@ -160,7 +160,6 @@ def _check_what_is_left(content: dict, source: Source) -> Iterator[Finding]:
         yield Finding(
             f'All {crowds} objects of {source.dataset.ann_file} are crowds',
             'Write "iscrowd": 0 for single objects: crowds are ignored.',
-            fatal=source.split == 'train',
         )
         return
     counts = count_labels(labels, classes_of(source), 'objects')
