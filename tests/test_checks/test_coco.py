@@ -352,7 +352,7 @@ def test_crowds_alone(coco):
     annotate(*range(10), iscrowd=1)(coco)
     for split in ('train', 'val'):
         with pytest.raises(
-            ValueError, match=r'All 10 .*coco.json .*crowds.* ignored\.$'
+            ValueError, match=r'All 10 .*coco.json .* crowds.* ignored\.$'
         ):
             require_data(config(DET, coco), split)
 
