@@ -192,6 +192,8 @@ def _check_what_is_left(content: dict, source: Source) -> Iterator[Finding]:
             'Write "iscrowd": 0 for single objects: crowds are ignored.',
             fatal=not objects,
         )
+        if not objects:
+            return
     counts = count_labels(labels, classes_of(source), 'objects')
     if source.split == 'test' and not content['annotations']:
         counts = counts._replace(numbers=None, images_with=None)

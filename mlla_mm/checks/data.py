@@ -24,6 +24,7 @@ from mmengine.config import Config
 from mmengine.dataset import BaseDataset
 from mmengine.registry import DATASETS, DefaultScope
 
+from ..compat.openmmlab import load_again_as_list
 from ..engine.options import (
     SPLITS,
     datasets_of,
@@ -298,24 +299,23 @@ def _build(cfg: Config, config: Mapping, key: str) -> Any:
             if kind.__module__.split('.')[0] not in (package for package, _ in _CHECKS):
                 return None  # somebody's own class may take other arguments
             raise ValueError(_why_not_built(config, key, error)) from error
-    # Annotations that its class has loaded already are loaded again, as a list.
-    dataset._fully_initialized = dataset.serialize_data = False
+    # Its class may have loaded the annotations already.
+    load_again_as_list(dataset)
     return dataset
 
 
 def _why_not_built(config: Mapping, key: str, error: Exception) -> str:
-    prefix = config.get('data_prefix') or {}
-    names = list(prefix.values()) if isinstance(prefix, Mapping) else [prefix]
-    root = config.get('data_root') or ''
-    paths = [os.path.join(root, x) for x in [*names, config.get('ann_file')] if x]
     reason = describe_error(error)
     # Some data sets of mmseg assert, without a word, that files exist.
-    missing = [path for path in paths if not os.path.exists(path)]
-    if isinstance(error, AssertionError) and missing:
-        reason = f'not found: {examples(missing)}'
+    if isinstance(error, AssertionError):
+        prefix, root = config.get('data_prefix'), config.get('data_root') or ''
+        names = prefix.values() if isinstance(prefix, Mapping) else [prefix]
+        paths = [os.path.join(root, x) for x in [*names, config.get('ann_file')] if x]
+        missing = [path for path in paths if not os.path.exists(path)]
+        reason = f'not found: {examples(missing)}' if missing else reason
     return (
-        f'{kind_of(dict(config))} of {key} cannot be built ({reason}). Compare its '
-        'arguments with those of docs/datasets.md.'
+        f'{key} cannot be built ({reason}). Check data_root, data_prefix, ann_file and '
+        f'the other arguments of {kind_of(dict(config))}.'
     )
 
 

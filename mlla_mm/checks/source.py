@@ -210,9 +210,7 @@ def count_labels(
         for label in set(image):
             if 0 <= label < len(names):
                 images_with[label] += 1
-    return ClassCounts(
-        len(labels), tuple(map(str, classes)), unit, numbers, images_with
-    )
+    return ClassCounts(len(labels), names, unit, numbers, images_with)
 
 
 def _add(a: Optional[List[int]], b: Optional[List[int]]) -> Optional[List[int]]:

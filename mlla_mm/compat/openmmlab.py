@@ -208,3 +208,8 @@ def loads_label_maps(kind: Any) -> bool:
     from mmseg.datasets.transforms import LoadAnnotations
 
     return getattr(kind, '_load_seg_map', None) is LoadAnnotations._load_seg_map
+
+
+def load_again_as_list(dataset: Any) -> None:
+    """Let a data set of MMEngine load its annotations anew, not serialised. Both."""
+    dataset._fully_initialized = dataset.serialize_data = False

@@ -32,6 +32,7 @@ from ..bad_data import (
 
 for package in ('mmdet', 'mmseg', 'mmpretrain'):
     pytest.importorskip(package)
+from mmdet.datasets import CocoDataset  # noqa: E402
 
 
 @pytest.mark.parametrize('scope', [DET, SEG, CLS])
@@ -78,6 +79,12 @@ def test_data_sets_without_a_check(folders):
     (warning,) = check_splits(cfg).findings
     assert not warning.fatal
     assert_says(warning.problem, 'were not checked: train_dataloader.dataset')
+    remote = dict(type='CustomDataset', data_root='s3://bucket', data_prefix='train')
+    panoptic = dict(type='mmdet.CocoPanopticDataset', ann_file='nowhere.json')
+    for dataset in (remote, panoptic):
+        cfg.train_dataloader.dataset = dataset
+        assert check_data(cfg, 'train') is None
+    cfg.train_dataloader.dataset = other
     cfg.val_dataloader.dataset.type = 'ImageNett'
     with pytest.raises(KeyError, match='ImageNett is not in the'):
         check_splits(cfg)
@@ -179,12 +186,23 @@ def test_files_that_are_not_local(coco, changes):
     assert not [x for x in require_data(cfg, 'val').findings if x.fatal]
 
 
-def test_missing_data():
-    with pytest.raises(ValueError, match='nowhere'):
-        require_data(config(CLS, 'nowhere'), 'train')
-
-
 # How often each class occurs.
+
+
+@DATASETS.register_module()
+class OwnFormat(CocoDataset):
+    """It reads other files than the class from which it inherits."""
+
+    def load_data_list(self):
+        instances = [dict(bbox_label=i, ignore_flag=0) for i in range(10)]
+        return [dict(img_path='0.jpg', instances=instances)]
+
+
+def test_a_subclass_that_reads_other_files():
+    cfg = config(DET, 'nowhere')
+    cfg.train_dataloader.dataset.update(type='OwnFormat', filter_cfg=None)
+    report = check_data(cfg, 'train')
+    assert report.findings == [] and report.counts['train'].numbers == [1] * 10
 
 
 @DATASETS.register_module()
@@ -253,13 +271,14 @@ def test_labels_outside_the_classes(scope):
 
 
 def test_classes_without_images(capsys):
-    cfg = own(CLS, list(range(9)))
+    # The first image has two classes.
+    cfg = own(CLS, [[0, 1], *range(2, 9)])
     with pytest.raises(ValueError, match='1 classes of train_dataloader.*: j'):
         require_data(cfg, 'train')
     cfg.allow_empty_classes = True
     lines = list(describe(require_data(cfg, 'train')))
     assert lines[0].startswith('Warning: 1 classes of train_dataloader')
-    assert lines[1:] == ['Data of train: 9 images, 10 classes.']
+    assert lines[1:] == ['Data of train: 8 images, 10 classes.']
     cfg = own(CLS, list(range(9)))
     cfg.val_dataloader.dataset = cfg.train_dataloader.dataset
     (warning,) = require_data(cfg, 'val').findings
@@ -269,6 +288,10 @@ def test_classes_without_images(capsys):
 def test_data_without_an_image():
     with pytest.raises(ValueError, match='train_dataloader.dataset has no image'):
         require_data(own(DET, []), 'train')
+    cfg = own(DET, [[], [1]])  # what is ignored is not measured
+    cfg.val_dataloader.dataset = cfg.train_dataloader.dataset
+    with pytest.raises(ValueError, match='val_dataloader.dataset has no objects of'):
+        require_data(cfg, 'val')
 
 
 def test_classes_are_counted_over_all_data_sets():
@@ -338,8 +361,8 @@ def test_metric_of_more_images_than_are_used(coco):
 def test_images_that_are_measured_but_left_out(coco):
     cfg = config(DET, coco)
     cfg.val_dataloader.dataset.indices = 2
-    (warning,) = require_data(cfg, 'val').findings
-    assert_says(warning.problem, '1 images with objects', 'coco.json', 'ids: 2')
+    warnings = [finding.problem for finding in require_data(cfg, 'val').findings]
+    assert_says(warnings, '1 images with objects', 'coco.json', 'ids: 2')
     del cfg.val_dataloader.dataset.indices
     cfg.val_dataloader.dataset.filter_cfg = dict(filter_empty_gt=True, min_size=50)
     require_data(cfg, 'val')
@@ -388,6 +411,9 @@ def test_images_of_two_data_sets_with_one_id(coco):
     assert not [x for x in check_data(cfg, 'train').findings if x.fatal]
     with pytest.raises(ValueError, match='3 ids of images occur in more than one'):
         require_data(cfg, 'val')
+    metrics = [cfg.val_evaluator, cfg.val_evaluator]
+    cfg.val_evaluator = dict(type='MultiDatasetsEvaluator', metrics=metrics)
+    require_data(cfg, 'val')
 
 
 # Repaired annotations.

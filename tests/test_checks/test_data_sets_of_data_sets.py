@@ -175,6 +175,10 @@ CLASS_ERRORS = {
         repeat(concat(named('a', 'b'))), named(*NAMES),
         ['bbox_head.num_classes is 10', 'train_dataloader has 2 classes (a, b)'],
     ),
+    'fewer in validation': (
+        named(*NAMES), named(*NAMES[:8]),
+        ['bbox_head.num_classes is 10', 'val_dataloader has 8 classes (0, 1, 2, ...)'],
+    ),
     'no comma': (
         dict(type='CocoDataset', metainfo=dict(classes='red')), named(*NAMES),
         ['train_dataloader.dataset.metainfo.classes', 'comma', "('red',)"],
@@ -215,7 +219,9 @@ def test_classes_that_agree(tmp_path):
     in_file = dict(type='CocoDataset', metainfo=dict(classes=str(names)))
     own = dict(type='CustomDataset', data_root='of a type whose classes are unknown')
     as_list = dict(type='CocoDataset', metainfo=dict(classes=[*NAMES]))
-    for dataset in (in_file, as_list, concat(in_file, as_list, repeat(named(*NAMES)))):
+    remote = dict(type='CocoDataset', metainfo=dict(classes='s3://bucket/names.txt'))
+    both = concat(in_file, as_list, repeat(named(*NAMES)))
+    for dataset in (in_file, as_list, remote, both):
         check_config(with_data(DET, dataset, named(*NAMES)))
     cfg = with_data(DET, named(*NAMES), named(*NAMES))
     cfg.test_dataloader.dataset = named(*OTHER)  # they are not those of training
@@ -281,6 +287,33 @@ def test_wrappers_that_cannot_work(case):
     with pytest.raises(ValueError) as caught:
         check_config(cfg)
     assert_says(caught.value, *words)
+
+
+@DATASETS.register_module()
+class OwnWrapper:
+    """A wrapper that gives arguments to another class."""
+
+    def __init__(self, dataset, **kwargs):
+        pass
+
+
+class Mosaic:
+    """A transform that mixes masks, too."""
+
+
+def test_wrappers_that_work():
+    load = dict(type='LoadAnnotations', with_mask=True)
+    own = [load, dict(type=Mosaic)]
+    boxes = [dict(load, with_mask=False), dict(type='Mosaic')]
+    cfg = config(DET)
+    for dataset in (
+        dict(type='OwnWrapper', dataset=named(*NAMES), times=2),
+        mixed(named(*NAMES, pipeline=boxes), dict(type='MixUp')),
+        named(*NAMES, pipeline=own),
+        named(*NAMES, pipeline=[load, dict(type='CachedMosaic')]),
+    ):
+        cfg.train_dataloader.dataset = dataset
+        check_config(cfg)
 
 
 def test_mosaics_of_mmdet_leave_masks_alone(coco):

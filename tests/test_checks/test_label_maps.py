@@ -128,6 +128,25 @@ def test_folders_of_label_maps(masks, case):
     assert_refused(SEG, masks, *words)
 
 
+def test_a_list_of_images(masks):
+    """It may name some of the images, and those of other suffixes are not its own."""
+    path, cfg = masks / 'train.txt', seg_config(masks, ann_file='train.txt')
+    to_png(1)(masks)
+    for content, *words in (
+        (None, 'Annotation file not found', 'ann_file of train_dataloader'),
+        ('', 'is empty', 'names of images'),
+        ('0\n7\n', f'label maps are not in {masks}/maps: 7.png', 'seg_map_suffix'),
+    ):
+        if content is not None:
+            path.write_text(content)
+        with pytest.raises(ValueError) as caught:
+            require_data(cfg, 'train')
+        assert_says(caught.value, *words)
+    path.write_text('0\n2\n')
+    report = require_data(cfg, 'train')
+    assert report.findings == [] and report.counts['train'].images == 2
+
+
 def test_what_mmseg_leaves_out_in_silence(masks):
     to_png(1)(masks)
     with DefaultScope.overwrite_default_scope(SEG):
@@ -406,6 +425,11 @@ def test_a_second_class_is_looked_for(masks, monkeypatch):
     (masks / 'maps/66.png').unlink()
     save(masks / 'maps/66.png', repeated([0, 1]))
     assert found_in(cfg, NAMES) == []
+    # The last class may be rare, unless all label maps were looked into.
+    fill(*range(11))(masks)
+    whole = config(SEG, masks)
+    assert not any(x.fatal for x in found_in(whole, NAMES))
+    assert any(x.fatal for x in found_in(whole))
     # Of two data sets, one may have no object.
     half = cfg.train_dataloader.dataset
     fill(0)(masks)
@@ -429,11 +453,14 @@ def heads(cfg, **options):
 
 
 def test_one_sigmoid_channel(masks):
-    fill(0, 1)(masks)
+    fill(0, 1, 1)(masks)
     for classes in (BINARY, ['car']):
         cfg = seg_config(masks, classes, reduce_zero_label=False)
         heads(cfg, num_classes=len(classes), out_channels=1)
         assert found_in(cfg) == found_in(cfg, NAMES) == []
+        counts = check_data(cfg, 'train').counts['train']
+        assert counts.numbers == [HEIGHT * WIDTH, 2 * HEIGHT * WIDTH][-len(classes) :]
+        assert counts.images_with == [3] * len(classes)
     # mmseg's loss wants labels of 0 and 1, also for one class.
     from mmseg.models.losses import binary_cross_entropy
 
