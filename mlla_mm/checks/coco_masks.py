@@ -4,6 +4,7 @@
 import math
 from typing import Any, List, Optional
 
+FLAT = 'a mask that is no list of polygons'
 # What mmdet leaves out of a training, and pycocotools cannot evaluate.
 NO_POLYGON = 'no polygon of at least three points'
 INCOMPLETE = 'a run-length encoding without size or counts'
@@ -33,7 +34,7 @@ def mask_problem(mask: Any, width: float, height: float) -> str:
     if not isinstance(mask, list):
         return 'a mask that is neither polygons nor a run-length encoding'
     if not isinstance(mask[0], list):
-        return 'a mask that is no list of polygons'
+        return FLAT
     if not all(map(_are_coordinates, mask)):
         return 'a polygon that is no list of coordinates'
     usable = [len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in mask]

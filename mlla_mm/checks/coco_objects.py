@@ -10,19 +10,28 @@ from ..engine.options import as_list, kind_of, parts_of
 from .coco_masks import (
     BAD_FIRST,
     BAD_LATER,
+    FLAT,
     INCOMPLETE,
     NO_POLYGON,
     mask_area,
     mask_problem,
     repaired_mask,
 )
-from .coco_rules import NUMBER, Rule, ids_of, is_evaluated, objects_of_classes
+from .coco_rules import (
+    BY_TOOL,
+    NUMBER,
+    Rule,
+    ids_of,
+    is_evaluated,
+    objects_of_classes,
+)
 from .source import Finding, Source, several
 
 _BOX = 'A box is [x, y, width, height] in pixels'
 # One in so many annotations may be left out: public data sets have a few odd ones.
 _RARE = 100
 _NEGATIVE = 'a box of negative width or height'
+_NO_AREA = 'an area of 0 or less'
 _TINY = 'a box of less than a pixel in width or height'
 _NO_RLE = 'a run-length encoding, which poly2mask=False leaves out'
 _LEFT_OUT = (NO_POLYGON, INCOMPLETE, _NO_RLE)
@@ -57,13 +66,14 @@ def _check_crowds(content: dict, source: Source) -> Iterator[Finding]:
     yield from several(
         f'annotations in {path} have no iscrowd',
         ids_of([x for x in annotations if with_metric and x.get('iscrowd') is None]),
-        'Write "iscrowd": 0, without which pycocotools fails.',
+        f'pycocotools fails without it. Write "iscrowd": 0: {BY_TOOL}',
     )
     known = (*NUMBER, type(None))
     yield from several(
         f'annotations in {path} have an iscrowd that is no number',
         ids_of([x for x in annotations if not isinstance(x.get('iscrowd'), known)]),
-        'Write 0 or 1 without quotes: any text counts as a crowd, which is ignored.',
+        'Any text counts as a crowd, which is ignored. Write 0 or 1 without quotes: '
+        f'{BY_TOOL}',
     )
 
 
@@ -120,11 +130,12 @@ def _check_masks(content: dict, source: Source) -> Iterator[Finding]:
         if kind in _LEFT_OUT and not breaks:
             yield from _left_out(kind, annotations, total, source)
         else:
+            mend = f'Mend the masks: {BY_TOOL}' if kind == FLAT else 'Mend the masks.'
             yield from several(
                 f'annotations with {kind} in {path}',
                 ids_of(annotations),
-                'Mend the masks, or leave these annotations out of the file, or train '
-                'without masks: see docs/datasets.md.',
+                f'{mend} Or leave these annotations out of the file, or train without '
+                'masks: see docs/datasets.md.',
                 fatal=breaks or kind not in (BAD_FIRST, BAD_LATER),
             )
 
@@ -158,7 +169,7 @@ def _fix_masks(content: dict, source: Source) -> Iterator[str]:
 
 def _check_areas(content: dict, source: Source) -> Iterator[Finding]:
     path, annotations = source.dataset.ann_file, content['annotations']
-    fix = 'Write the number of pixels of the mask, or of the box.'
+    fix = f'Write the number of pixels of the mask, or of the box: {BY_TOOL}'
     yield from several(
         f'annotations in {path} have no usable area',
         ids_of([x for x in annotations if not isinstance(x.get('area'), NUMBER)]),
@@ -240,7 +251,7 @@ def _reason_to_leave_out(annotation: dict, width: float, height: float) -> str:
     if not (x < width and y < height and x + w > 0 and y + h > 0):
         return 'a box outside of the image'
     area = annotation.get('area')
-    return 'an area of 0 or less' if isinstance(area, NUMBER) and area <= 0 else ''
+    return _NO_AREA if isinstance(area, NUMBER) and area <= 0 else ''
 
 
 def _left_out(
@@ -248,6 +259,8 @@ def _left_out(
 ) -> Iterator[Finding]:
     """A finding about annotations that mmdet leaves out."""
     fix = 'mmdet leaves these objects out.'
+    if kind == _NO_AREA:
+        fix += f' Write the area of the mask, or of the box: {BY_TOOL}'
     if kind == _TINY and all(max(x['bbox']) <= 1 for x in annotations):
         fix += f' Are the boxes fractions of the image? {_BOX}.'
     if kind == _NEGATIVE:

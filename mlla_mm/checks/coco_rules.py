@@ -21,6 +21,10 @@ COCO_KEYS: Dict[str, Dict[str, Any]] = {
 }
 
 
+# Ends the way out of what is repaired.
+BY_TOOL = 'check_dataset.py --write-fixed does it.'
+
+
 class Rule(NamedTuple):
     """Something that annotations have to be.
 
@@ -76,7 +80,7 @@ def _check_class_names(content: dict, source: Source) -> Iterator[Finding]:
     yield from several(
         f'names of categories in {path} are numbers, not text',
         list(map(str, numbers)),
-        'Write them in quotes, as in metainfo.classes.',
+        f'Write them in quotes, as in metainfo.classes: {BY_TOOL}',
     )
     absent = [x for x in absent if x not in map(str, numbers)]
     names = list(map(str, counts))
@@ -93,8 +97,8 @@ def _check_class_names(content: dict, source: Source) -> Iterator[Finding]:
     yield from several(
         f'names of categories occur more than once in {path}',
         [str(x) for x in classes if counts[x] > 1],
-        'Merge these categories, or give each its own name: mmdet counts them as '
-        'several classes.',
+        'mmdet counts them as several classes. Give each its own name, or merge them: '
+        f'{BY_TOOL}',
     )
 
 
@@ -137,8 +141,8 @@ def _check_order(content: dict, source: Source) -> Iterator[Finding]:
         yield Finding(
             f'{path} has its categories in another order than metainfo.classes of '
             f"{source.key}: '{printable(old)}' in place of '{printable(new)}'",
-            'mmdet numbers the classes in the order of the file. Order its categories, '
-            'or metainfo.classes of all data sets, alike.',
+            'mmdet numbers classes in the order of the file. Order metainfo.classes of '
+            f'all data sets so, or the categories of the file: {BY_TOOL}',
         )
     ids = [category['id'] for category in named]
     texts = [x for x in ids if isinstance(x, str)]
@@ -175,7 +179,7 @@ def _check_ids(content: dict, source: Source) -> Iterator[Finding]:
     yield from several(
         f'annotations in {path} have no usable id',
         [f'number {i}' for i, x in enumerate(annotations) if not _has_id(x)],
-        'Number them from 1.',
+        f'Number them from 1: {BY_TOOL}',
     )
     for name in COCO_KEYS:
         items = content[name]
@@ -186,7 +190,7 @@ def _check_ids(content: dict, source: Source) -> Iterator[Finding]:
         yield from several(
             f'ids of {name} occur more than once in {path}',
             [str(x) for x, count in counts.items() if count > 1],
-            'Number them anew.',
+            f'Number them anew{f": {BY_TOOL}" if name == "annotations" else "."}',
         )
         if with_metric and name != 'annotations':
             texts = [x for x in counts if isinstance(x, str)]
@@ -198,7 +202,7 @@ def _check_ids(content: dict, source: Source) -> Iterator[Finding]:
     yield from several(
         f'annotations in {path} have an id of 0, or an id that is no number',
         ids_of(list(filter(_is_unmatched, objects))),
-        'Number them from 1: pycocotools takes 0 for no match.',
+        f'pycocotools takes 0 for no match. Number them from 1: {BY_TOOL}',
     )
 
 

@@ -181,9 +181,9 @@ def describe(report: Optional[Report]) -> Iterator[str]:
     for finding in report.findings:
         yield f'Warning: {finding.problem}. {finding.fix}'
     for split, counts in report.counts.items():
-        text = f'Data of {split}: {counts.images} images'
+        text = f'Data of {split}: {counts.images:,} images'
         if counts.unit == 'objects' and counts.numbers is not None:
-            text += f', {sum(counts.numbers)} objects'
+            text += f', {sum(counts.numbers):,} objects'
         yield f'{text}, {len(counts.classes)} classes.'
 
 

@@ -81,7 +81,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         _print_table(
             ['', 'What is wrong', 'How to fix it'],
             [['error' if x.fatal else 'warning', x.problem, x.fix] for x in findings],
-            show_lines=True,
+            lines=True,
         )
     if any(finding.fatal for finding in findings):
         sys.exit(1)
@@ -108,7 +108,7 @@ def _print_counts(counts: Mapping[str, Any]) -> None:
             columns[f'{split}: {found.unit}'] = _column(total, found.numbers, share)
     rows = list(zip_longest(['all', *names], *columns.values(), fillvalue=''))
     if columns:
-        _print_table(['class', *columns], rows)
+        _print_table(['class', *columns], rows, justify='right')
 
 
 def _column(total: int, numbers: Optional[List[int]], share: bool = False) -> List[str]:
@@ -118,16 +118,19 @@ def _column(total: int, numbers: Optional[List[int]], share: bool = False) -> Li
 
 
 def _print_table(
-    heads: List[str], rows: Sequence[Sequence[str]], **options: Any
+    heads: List[str],
+    rows: Sequence[Sequence[str]],
+    justify: Any = 'left',
+    lines: bool = False,
 ) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(**options)
-    for head in heads:
-        # Without this option, long paths and addresses would be cut off.
-        table.add_column(head, overflow='fold')
+    table = Table(show_lines=lines)
+    for i, head in enumerate(heads):
+        # Without folding, long paths and addresses would be cut off.
+        table.add_column(head, justify=justify if i else 'left', overflow='fold')
     for row in rows:
         # Text, because rich takes square brackets in strings for styles.
         table.add_row(*map(Text, row))
