@@ -56,6 +56,8 @@ def is_used(mask):
     return not results['gt_ignore_flags'].any()
 
 
+# The first is that of newer versions of NumPy.
+_NEGATIVE = (OverflowError, ValueError)
 # What mmdet does: an error, no training with the mask, or the usable part.
 MASKS = {
     'polygon': ([GOOD], True, [GOOD]),
@@ -76,7 +78,7 @@ MASKS = {
     'turned': (dict(size=[60, 40], counts=[0, 2400]), True, None),
     'other size': (dict(size=[40, 61], counts=[0, 2440]), ValueError, None),
     'long': (dict(size=[40, 60], counts=[0, 9999999]), ValueError, None),
-    'negative': (dict(size=[40, 60], counts=[-1, 2401]), OverflowError, None),
+    'negative': (dict(size=[40, 60], counts=[-1, 2401]), _NEGATIVE, None),
 }
 
 
