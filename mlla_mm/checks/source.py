@@ -18,6 +18,7 @@ from typing import (
     Union,
 )
 
+from rich.markup import escape
 from rich.progress import track
 
 from ..utils.text import PATH_LIMIT, printable
@@ -194,7 +195,9 @@ def examples(things: Sequence[str]) -> str:
 
 def progress(items: Iterable[_Item], what: str, total: int) -> Iterable[_Item]:
     """The items, with a progress bar in a terminal; in a log it would be many lines."""
-    return track(items, what, total, disable=not sys.stdout.isatty(), transient=True)
+    # rich takes square brackets in the name of a folder for styles.
+    title, silent = escape(printable(what)), not sys.stdout.isatty()
+    return track(items, title, total, disable=silent, transient=True)
 
 
 def count_labels(

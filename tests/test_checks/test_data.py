@@ -19,6 +19,7 @@ from mlla_mm.checks.data import (
     require_data,
     write_fixed,
 )
+from mlla_mm.checks.source import progress
 
 from .. import bad_data
 from ..bad_data import (
@@ -184,6 +185,12 @@ def test_files_that_are_not_local(coco, changes):
     assert require_data(cfg, 'train') is None
     cfg.val_evaluator.ann_file = 's3://bucket/coco.json'
     assert not [x for x in require_data(cfg, 'val').findings if x.fatal]
+
+
+def test_names_of_folders_in_the_progress_bar(monkeypatch, capsys):
+    monkeypatch.setattr('sys.stdout.isatty', lambda: True)
+    assert list(progress([1], 'a[/b]\x1b[31m', 1)) == [1]
+    assert '\x1b[31m' not in capsys.readouterr().out
 
 
 # How often each class occurs.
