@@ -200,3 +200,8 @@ def make_folders(root: Path) -> Path:
             pixels = noise(8, 8, 3) if split == 'train' else ~noise(8, 8, 3)
             save(root / f'{split}/{i}/image.png', pixels)
     return root
+
+
+# How the data of a task are made, and one of their images.
+MAKE = {DET: make_coco, SEG: make_masks, CLS: make_folders}
+IMAGE = {DET: 'images/1.jpg', SEG: 'images/1.jpg', CLS: 'train/1/image.png'}

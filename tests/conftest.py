@@ -151,3 +151,27 @@ def nano(tmp_path_factory):
         return made[scope].copy(), path
 
     return get
+
+
+# Good data of each format, for a test to spoil.
+
+
+@pytest.fixture
+def coco(tmp_path) -> Path:
+    from . import bad_data
+
+    return bad_data.make_coco(tmp_path)
+
+
+@pytest.fixture
+def masks(tmp_path) -> Path:
+    from . import bad_data
+
+    return bad_data.make_masks(tmp_path)
+
+
+@pytest.fixture
+def folders(tmp_path) -> Path:
+    from . import bad_data
+
+    return bad_data.make_folders(tmp_path)

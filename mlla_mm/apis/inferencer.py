@@ -17,7 +17,7 @@ from mmengine.structures import BaseDataElement
 from mmengine.visualization import Visualizer
 from rich.progress import track
 
-from ..engine.options import kind_of, leaf_datasets, read_config
+from ..engine.options import datasets_of, kind_of, read_config
 from ..utils.allocator import keep_freed_memory
 from ..utils.text import describe_error
 from .inputs import InputType, Picture, count_pictures, find_sources, read_pictures
@@ -104,7 +104,7 @@ class Inferencer:
         with DefaultScope.overwrite_default_scope(self._scope):
             self._loader = TRANSFORMS.build(first)
             self._pipeline = Compose(others)
-            (_, dataset), *_ = leaf_datasets(cfg.test_dataloader)
+            (_, dataset), *_ = datasets_of(cfg, 'test')
             self.classes, palette = _classes_and_palette(
                 dataset, self.model.dataset_meta
             )
@@ -262,15 +262,14 @@ class Inferencer:
 def _test_pipeline(cfg: Config) -> List[Dict[str, Any]]:
     """The steps of the test pipeline, without those that load annotations."""
     found = []
-    for key, dataset in leaf_datasets(cfg.get('test_dataloader')):
+    for key, dataset in datasets_of(cfg, 'test'):
         steps = dataset.get('pipeline') or ()
         found.append((key, [x for x in steps if 'Annotations' not in str(kind_of(x))]))
     for key, steps in found[1:]:
         if steps != found[0][1]:
             raise ValueError(
-                f'test_dataloader.{found[0][0]} and test_dataloader.{key} have other '
-                'pipelines. Give a config with the test data set whose pipeline is to '
-                'be used.'
+                f'{found[0][0]} and {key} have other pipelines. Give a config with the '
+                'test data set whose pipeline is to be used.'
             )
     return found[0][1] if found else []
 

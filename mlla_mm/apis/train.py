@@ -46,8 +46,7 @@ def train(args: argparse.Namespace) -> int:
         layout = launch.set_up(cfg)
         if layout.rank == 0:
             options.print_changes(written, cfg)
-            report = require_data(cfg, 'train', 'val')
-            for line in describe(report):
+            for line in describe(require_data(cfg, 'train', 'val')):
                 print(line, flush=True)
             if not args.check:
                 make_work_dir(cfg)

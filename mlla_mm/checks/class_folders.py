@@ -20,6 +20,7 @@ from .source import (
     read_ann_file,
     require,
     require_folder,
+    require_none,
     several,
     subset,
 )
@@ -350,8 +351,7 @@ def _read_list(folder: Path, source: Source) -> _Samples:
     lines = list_from_file(path)
     if not with_label:
         wrong = [f'line {i}' for i, line in enumerate(lines, 1) if not line.strip()]
-        shown = f'{len(wrong)} lines of {path} are empty: {examples(wrong)}'
-        require(not wrong, shown, fix)
+        require_none(f'lines of {path} are empty', wrong, fix)
         return _Samples(lines, [], [])
     count = _num_classes(source) or math.inf
     pairs = [line.strip().rpartition(' ') for line in lines]
@@ -361,8 +361,7 @@ def _read_list(folder: Path, source: Source) -> _Samples:
         if not (name and label.isdecimal() and int(label) < count)
     ]
     what = form if count == math.inf else f'a label from 0 to {count - 1}'
-    shown = f'{len(wrong)} lines of {path} without {what}: {examples(wrong)}'
-    require(not wrong, shown, fix)
+    require_none(f'lines of {path} without {what}', wrong, fix)
     images, labels = [name for name, _, _ in pairs], [int(x) for *_, x in pairs]
     source.folder_labels = _labels_of_folders(images, labels)
     return _Samples(images, labels, list(_check_positions(source)))

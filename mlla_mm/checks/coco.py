@@ -21,10 +21,12 @@ from .source import (
     Source,
     UnusableError,
     count_labels,
+    labels_of,
     progress,
     read_ann_file,
     require,
     several,
+    stage,
 )
 
 _RULES = (*FILE_RULES, *OBJECT_RULES)
@@ -54,7 +56,8 @@ def check_annotations(
         "Write data_prefix=dict(img='train/'), or img='' for data_root itself.",
     )
     name = printable(Path(source.dataset.ann_file or '').name)
-    (content,) = (read_coco(source) for _ in progress([0], f'Reading {name}', 1))
+    with stage(f'Reading {name}'):
+        content = read_coco(source)
     with _without_collection():
         findings = list(_check_structure(content, source))
         is_complete = not findings
@@ -73,8 +76,9 @@ def _check_content(content: dict, source: Source, name: str) -> List[Finding]:
         found = list(rule.find(content, source))
         findings += found
         loads = loads and not (found and rule.blocks)
-    for _ in progress([0], f'Counting objects of {name}', 1) if loads else ():
-        findings += _check_what_is_left(content, source)
+    if loads:
+        with stage(f'Counting objects of {name}'):
+            findings += _check_what_is_left(content, source)
     return findings
 
 
@@ -179,10 +183,7 @@ def _check_what_is_left(content: dict, source: Source) -> Iterator[Finding]:
     if not len(dataset):
         yield _explain_filters(content, source)
         return
-    labels = [
-        [x['bbox_label'] for x in image.get('instances', ()) if not x['ignore_flag']]
-        for image in dataset.data_list
-    ]
+    labels = [labels_of(image) for image in dataset.data_list]
     total = sum(len(image.get('instances', ())) for image in dataset.data_list)
     objects = sum(map(len, labels))
     if objects * 2 < total:

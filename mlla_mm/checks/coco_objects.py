@@ -4,7 +4,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from math import isfinite, prod
-from typing import Dict, List, Tuple
+from typing import Any, Dict, List, Tuple
 
 from ..engine.options import as_list, kind_of, parts_of
 from .coco_masks import (
@@ -51,9 +51,14 @@ def _evaluates_masks(source: Source) -> bool:
     )
 
 
+def _sizes(content: dict) -> Dict[Any, Tuple[float, float]]:
+    """Width and height of the images, by their ids."""
+    return {x['id']: (x['width'], x['height']) for x in content['images']}
+
+
 def _objects(content: dict, source: Source) -> Iterator[Tuple[dict, float, float]]:
     """Annotations of the classes with a usable box; width and height of the image."""
-    sizes = {x['id']: (x['width'], x['height']) for x in content['images']}
+    sizes = _sizes(content)
     for annotation in objects_of_classes(content, source):
         size = sizes.get(annotation['image_id'])
         if size and _is_box(annotation['bbox']):
@@ -143,7 +148,7 @@ def _check_masks(content: dict, source: Source) -> Iterator[Finding]:
 def _fix_masks(content: dict, source: Source) -> Iterator[str]:
     if not (_mask_loaders(source) or _evaluates_masks(source)):
         return
-    sizes = {x['id']: (x['width'], x['height']) for x in content['images']}
+    sizes = _sizes(content)
     done: Counter = Counter()
     unusable = []
     for annotation in content['annotations']:
@@ -185,7 +190,7 @@ def _check_areas(content: dict, source: Source) -> Iterator[Finding]:
 
 
 def _fix_areas(content: dict, source: Source) -> Iterator[str]:
-    sizes = {x['id']: (x['width'], x['height']) for x in content['images']}
+    sizes = _sizes(content)
     counts: Counter = Counter()
     for annotation in content['annotations']:
         area, size = annotation.get('area'), sizes.get(annotation['image_id'])

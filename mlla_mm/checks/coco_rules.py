@@ -19,8 +19,6 @@ COCO_KEYS: Dict[str, Dict[str, Any]] = {
     'annotations': dict(image_id=ID, category_id=ID, bbox=list),
     'categories': dict(id=ID, name=ID),
 }
-
-
 # Ends the way out of what is repaired.
 BY_TOOL = 'check_dataset.py --write-fixed does it.'
 

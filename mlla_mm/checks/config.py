@@ -330,12 +330,10 @@ def _check_wrappers(loader: Any, name: str) -> None:
 
 def _check_ann_file(cfg: Config, split: str) -> None:
     """Whether a metric has the annotations of all images that it is given."""
-    leaves = list(datasets_of(cfg, split))
-    files = [
-        os.path.join(*(str(x.get(key) or '') for key in ('data_root', 'ann_file')))
-        for _, x in leaves
-    ]
-    paths = list(map(os.path.normpath, files))
+    leaves = datasets_of(cfg, split)
+    roots = [str(x.get('data_root') or '') for _, x in leaves]
+    files = [str(x.get('ann_file') or '') for _, x in leaves]
+    paths = list(map(os.path.normpath, map(os.path.join, roots, files)))
     for metric in as_list(cfg.get(f'{split}_evaluator')):
         path = metric.get('ann_file') if isinstance(metric, Mapping) else None
         others = [key for (key, _), x in zip(leaves, paths) if x != paths[0]]

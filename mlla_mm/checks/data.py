@@ -15,11 +15,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import reduce
 from itertools import chain
-from operator import add, index
+from operator import add
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
 
-import numpy as np
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
 from mmengine.registry import DATASETS, DefaultScope
@@ -51,6 +50,7 @@ from .source import (
     UnusableError,
     count_labels,
     examples,
+    labels_of,
     several,
 )
 
@@ -209,10 +209,12 @@ def write_fixed(cfg: Config, folder: Union[str, Path]) -> List[str]:
     sources: Dict[Path, List[Source]] = defaultdict(list)
     for split in SPLITS:
         for source in _sources(cfg, split, NAMES, None):
+            if not is_coco(source):
+                continue
             # Not the file that a link leads to: its name may be a checksum.
-            path = Path(os.path.abspath(getattr(source.dataset, 'ann_file', '')))
+            path = Path(os.path.abspath(source.dataset.ann_file or ''))
             # Annotations of test images alone may not be published.
-            if is_coco(source) and (split != 'test' or path in sources):
+            if split != 'test' or path in sources:
                 sources[path].append(source)
     if not sources:
         raise ValueError(
@@ -393,7 +395,7 @@ def _check_loaded(source: Source) -> Iterator[Finding]:
         return
     infos = dataset.data_list
     try:
-        labels = [_labels_of(info) for info in infos]
+        labels = [labels_of(info) for info in infos]
     except (AttributeError, KeyError, TypeError):
         return  # a transform may make labels of what there is
     is_detection = any('instances' in info for info in infos)
@@ -408,14 +410,6 @@ def _check_loaded(source: Source) -> Iterator[Finding]:
     source.counts = count_labels(
         labels, classes, 'objects' if is_detection else 'images'
     )
-
-
-def _labels_of(info: Mapping) -> List[int]:
-    """The labels that a training on the sample learns."""
-    if 'instances' in info:
-        objects = [x for x in info['instances'] if not x.get('ignore_flag')]
-        return [index(x['bbox_label']) for x in objects]
-    return [index(x) for x in np.atleast_1d(info.get('gt_label', []))]
 
 
 def _check_metrics(cfg: Config, split: str, sources: List[Source]) -> Iterator[Finding]:

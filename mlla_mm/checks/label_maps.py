@@ -13,7 +13,7 @@ from mmengine.fileio import list_dir_or_file
 from PIL import Image
 
 from ..compat.openmmlab import loads_label_maps
-from ..engine.options import kind_of, leaf_datasets, parts_of
+from ..engine.options import datasets_of, kind_of, parts_of
 from ..utils.files import file_problem
 from ..utils.images import FORMATS, image_size, open_image, try_decoding
 from .image_files import (
@@ -138,8 +138,8 @@ def _check_left_out(
         return map_root + path[len(root) : len(path) - len(end)] + map_suffix
 
     # Another data set of the split may read the images of another suffix.
-    loader = source.cfg.get(f'{source.split}_dataloader')
-    read = (suffix, *(x.get('img_suffix', suffix) for _, x in leaf_datasets(loader)))
+    leaves = datasets_of(source.cfg, source.split)
+    read = (suffix, *(x.get('img_suffix', suffix) for _, x in leaves))
     lonely = all_maps - {map_of(x, y) for x in files for y in read if x.endswith(y)}
     # A suffix may have more than the type of the file, such as '_leftImg8bit.png'.
     words = suffix.rpartition('.')[0]

@@ -2,8 +2,10 @@
 """What the checks of data have in common: a data set, and what is found in it."""
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from operator import index
 from pathlib import Path
 from typing import (
     Any,
@@ -18,6 +20,7 @@ from typing import (
     Union,
 )
 
+import numpy as np
 from rich.markup import escape
 from rich.progress import track
 
@@ -169,6 +172,12 @@ def several(
         yield Finding(f'{len(things)} {what}: {examples(things)}', fix, fatal)
 
 
+def require_none(what: str, things: Sequence[str], fix: str) -> None:
+    """End the check of this data set if there are such things."""
+    for finding in several(what, things, fix):
+        raise UnusableError(finding)
+
+
 def subset(samples: List[Any], source: Source) -> List[Any]:
     """What MMEngine's ``indices`` leave of samples; ends the check if it is nothing."""
     indices = source.config.get('indices')
@@ -198,6 +207,25 @@ def progress(items: Iterable[_Item], what: str, total: int) -> Iterable[_Item]:
     # rich takes square brackets in the name of a folder for styles.
     title, silent = escape(printable(what)), not sys.stdout.isatty()
     return track(items, title, total, disable=silent, transient=True)
+
+
+@contextmanager
+def stage(what: str) -> Iterator[None]:
+    """Name in a terminal what takes a while and has no parts to count."""
+    for _ in progress([0], what, 1):
+        yield
+
+
+def labels_of(info: Mapping) -> List[int]:
+    """The labels that a training learns of a sample, as MMEngine's data sets list it.
+
+    Raises:
+        AttributeError, KeyError, TypeError: If a label is no number, or is not there.
+    """
+    if 'instances' in info:
+        objects = [x for x in info['instances'] if not x.get('ignore_flag')]
+        return [index(x['bbox_label']) for x in objects]
+    return [index(x) for x in np.atleast_1d(info.get('gt_label', []))]
 
 
 def count_labels(

@@ -259,7 +259,7 @@ def enable_tta(cfg: Config) -> None:
                 "(mmdet's test-time augmentation does not support masks.)"
             )
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
-    for _, dataset in leaf_datasets(cfg.test_dataloader):
+    for _, dataset in datasets_of(cfg, 'test'):
         dataset['pipeline'] = cfg.tta_pipeline
 
 

@@ -25,6 +25,8 @@ from .. import bad_data
 from ..bad_data import (
     CLS,
     DET,
+    IMAGE,
+    MAKE,
     SEG,
     assert_says,
     coco_content,
@@ -43,12 +45,8 @@ from mmdet.datasets import CocoDataset  # noqa: E402
 @pytest.mark.usefixtures('no_waiting')
 def test_files_of_strangers(tmp_path, monkeypatch, scope, spoil, tmp_path_factory):
     marker = bad_data.fake_ghostscript(monkeypatch, tmp_path_factory.mktemp('bin'))
-    make, name = {
-        DET: (bad_data.make_coco, 'images/1.jpg'),
-        SEG: (bad_data.make_masks, 'images/1.jpg'),
-        CLS: (bad_data.make_folders, 'train/4/image.png'),
-    }[scope]
-    make(tmp_path)
+    name = IMAGE[scope]
+    MAKE[scope](tmp_path)
     getattr(bad_data, spoil)(tmp_path / name)
     found = check_data(config(scope, tmp_path), 'train').findings
     assert not marker.exists()
@@ -498,4 +496,8 @@ def test_nothing_to_write(coco, folders, tmp_path_factory):
     (coco / 'coco.json').write_text('[')
     with pytest.raises(ValueError, match='coco.json is not JSON'):
         write_fixed(config(DET, coco), out)
+    cfg = config(DET, coco)
+    cfg.train_dataloader.dataset.ann_file = None
+    with pytest.raises(ValueError, match='Annotation file not found'):
+        write_fixed(cfg, out)
     assert list(out.iterdir()) == []

@@ -19,10 +19,11 @@ from mlla_mm.engine.options import (
 )
 from mlla_mm.reproducible.seeding import SAMPLE, Draw, SeededDataset
 
-from .. import bad_data
 from ..bad_data import (
     CLS,
     DET,
+    IMAGE,
+    MAKE,
     SEG,
     assert_says,
     coco_content,
@@ -32,9 +33,6 @@ from ..bad_data import (
 
 for package in ('mmdet', 'mmseg', 'mmpretrain'):
     pytest.importorskip(package)
-
-MAKE = {DET: bad_data.make_coco, SEG: bad_data.make_masks, CLS: bad_data.make_folders}
-IMAGE = {DET: 'images/1.jpg', SEG: 'images/1.jpg', CLS: 'train/1/image.png'}
 
 
 def concat(*datasets, **more):

@@ -24,6 +24,7 @@ from ..bad_data import (  # fmt: skip
     CLS,
     DET,
     HEIGHT,
+    MAKE,
     SEG,
     WIDTH,
     assert_says,
@@ -42,18 +43,6 @@ from ..runs import without_workers
 
 for package in ('mmdet', 'mmseg', 'mmpretrain'):
     pytest.importorskip(package)
-
-MAKE = {DET: bad_data.make_coco, SEG: bad_data.make_masks, CLS: bad_data.make_folders}
-
-
-@pytest.fixture
-def masks(tmp_path):
-    return MAKE[SEG](tmp_path)
-
-
-@pytest.fixture
-def folders(tmp_path):
-    return MAKE[CLS](tmp_path)
 
 
 # Images in training.
