@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mlla_mm.checks.largest_size import pin_scales
 from mlla_mm.engine.ema import ModelEMA
-from mlla_mm.engine.options import data_pipelines, parts_of, replace_sync_bn
+from mlla_mm.engine.parts import data_pipelines, parts_of, replace_sync_bn
 
 from .meter import Meter, module_bytes
 

@@ -53,8 +53,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     from mlla_mm.apis import load_model
     from mlla_mm.apis.export import FORMATS, export_model, select_part
     from mlla_mm.engine import launch
+    from mlla_mm.engine.config_files import read_config
     from mlla_mm.engine.console import quiet
-    from mlla_mm.engine.options import read_config
 
     quiet()
     with launch.exit_on_user_error():

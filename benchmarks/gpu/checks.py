@@ -275,7 +275,7 @@ def _train(
     from mmengine.registry import MODELS, DefaultScope
 
     from mlla_mm.engine.ema import ModelEMA
-    from mlla_mm.engine.options import replace_sync_bn
+    from mlla_mm.engine.parts import replace_sync_bn
     from mlla_mm.reproducible.loops import train_step
 
     cfg = Config.fromfile(ROOT / 'configs' / path)

@@ -17,7 +17,8 @@ from mmengine.structures import BaseDataElement
 from mmengine.visualization import Visualizer
 from rich.progress import track
 
-from ..engine.options import datasets_of, kind_of, read_config
+from ..engine.config_files import read_config
+from ..engine.parts import datasets_of, kind_of
 from ..utils.allocator import keep_freed_memory
 from ..utils.text import describe_error
 from .inputs import InputType, Picture, count_pictures, find_sources, read_pictures

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..checkpoints.layout import check_fit, find_weights, to_own_names
 from ..checkpoints.pretrained import load_pretrained, require_weights
 from ..checkpoints.reader import fetch_checkpoint, load_checkpoint_file
-from ..engine.options import replace_sync_bn
+from ..engine.parts import replace_sync_bn
 from ..models import MLLA, fusing
 from ..utils.allocator import keep_freed_memory
 from ..utils.text import printable

@@ -11,6 +11,7 @@ from ..checks.config import check_config, make_work_dir
 from ..checks.data import describe, require_data
 from ..datasets.corrupt_images import CorruptImageError
 from ..engine import launch, options
+from ..engine.config_files import print_changes, read_run_config
 from ..engine.console import build_runner, quiet
 from ..engine.toolboxes import load_own_toolbox_alone
 
@@ -26,13 +27,13 @@ def test(args: argparse.Namespace) -> None:
     """
     with launch.exit_on_user_error():
         load_own_toolbox_alone(args.config)
-        written, cfg = options.read_run_config(args.config)
+        written, cfg = read_run_config(args.config)
         apply_command_line(cfg, args)
         if not args.verbose:
             quiet(cfg.get('default_scope'))
         check_config(cfg)
         if launch.set_up(cfg).rank == 0:
-            options.print_changes(written, cfg)
+            print_changes(written, cfg)
             for line in describe(require_data(cfg, 'test')):
                 print(line, flush=True)
             make_work_dir(cfg)

@@ -13,6 +13,7 @@ from ..checks.config import check_config, check_loop, make_work_dir
 from ..checks.data import describe, require_data
 from ..datasets.corrupt_images import CorruptImageError
 from ..engine import batch_size, launch, options
+from ..engine.config_files import print_changes, read_run_config
 from ..engine.console import build_runner, quiet
 from ..engine.hooks import DivergedError, RecordRecipeHook
 from ..engine.recipe import describe_recipe, describe_run
@@ -35,7 +36,7 @@ def train(args: argparse.Namespace) -> int:
     """
     with launch.exit_on_user_error():
         load_own_toolbox_alone(args.config)
-        written, cfg = options.read_run_config(args.config)
+        written, cfg = read_run_config(args.config)
         notice = apply_command_line(cfg, args)
         if not args.verbose:
             quiet(cfg.get('default_scope'))
@@ -45,7 +46,7 @@ def train(args: argparse.Namespace) -> int:
         options.require_pretrained(cfg)
         layout = launch.set_up(cfg)
         if layout.rank == 0:
-            options.print_changes(written, cfg)
+            print_changes(written, cfg)
             for line in describe(require_data(cfg, 'train', 'val')):
                 print(line, flush=True)
             if not args.check:

@@ -10,7 +10,7 @@ from mmengine.config import Config
 from mmengine.fileio import list_from_file
 from mmengine.registry import DATASETS, Registry
 
-from ..engine.options import SPLITS, datasets_of, wrapping_datasets
+from ..engine.parts import SPLITS, datasets_of, wrapping_datasets
 from ..utils.text import printable
 
 # Keys of heads whose classes are those of the data set.

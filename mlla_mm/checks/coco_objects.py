@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from math import isfinite, prod
 from typing import Any, Dict, List, Tuple
 
-from ..engine.options import as_list, kind_of, parts_of
+from ..engine.parts import as_list, kind_of, parts_of
 from .coco_masks import (
     BAD_FIRST,
     BAD_LATER,

@@ -6,9 +6,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any, Callable, Dict, List, NamedTuple, Optional
 
-from ..engine.options import parts_of
-from ..utils.text import printable
-from .config import nearest
+from ..engine.parts import parts_of
+from ..utils.text import nearest, printable
 from .source import Finding, Source, examples, several
 
 NUMBER = (int, float)

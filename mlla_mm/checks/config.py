@@ -7,11 +7,10 @@ be one: backbones, necks and data sets of other packages are not checked. MMEngi
 types that are not registered, but for those of the runner and the optimizer.
 """
 
-import difflib
 import inspect
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, List, NamedTuple, Optional
 
@@ -29,7 +28,7 @@ from mmengine.registry import (
 
 from ..arch import parse_arch
 from ..compat.mmcv_ext import is_stand_in
-from ..engine.options import (
+from ..engine.parts import (
     SPLITS,
     as_list,
     data_pipelines,
@@ -40,6 +39,7 @@ from ..engine.options import (
 )
 from ..models.backbones import MLLA
 from ..reproducible.loops import require_seeded
+from ..utils.text import nearest
 from .classes import check_classes, class_of, named_parts
 
 # The default hooks that None switches off.
@@ -174,18 +174,6 @@ def make_work_dir(cfg: Config) -> None:
             f'{copy} is a link, folder or pipe, but MMEngine copies the config there. '
             'Remove it, or choose another folder with --work-dir.'
         )
-
-
-def nearest(name: str, names: Iterable[str]) -> Optional[str]:
-    """The name that is most like another name, or None if no name is like it.
-
-    Args:
-        name (str): The other name. Upper and lower case are the same.
-        names (Iterable[str]): The names to choose from.
-    """
-    by_lower = {x.lower(): x for x in sorted(names)}
-    found = difflib.get_close_matches(name.lower(), by_lower, n=1)
-    return by_lower[found[0]] if found else None
 
 
 def _require_registered(kind: Any, registry: Registry, key: str) -> None:

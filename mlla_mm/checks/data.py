@@ -24,14 +24,8 @@ from mmengine.dataset import BaseDataset
 from mmengine.registry import DATASETS, DefaultScope
 
 from ..compat.openmmlab import load_again_as_list
-from ..engine.options import (
-    SPLITS,
-    datasets_of,
-    describe_changes,
-    kind_of,
-    leaf_datasets,
-    parts_of,
-)
+from ..engine.config_files import describe_changes
+from ..engine.parts import SPLITS, datasets_of, kind_of, leaf_datasets, parts_of
 from ..utils.files import write_whole
 from ..utils.text import PATH_LIMIT, describe_error, printable
 from .class_folders import check_folders, check_same_classes

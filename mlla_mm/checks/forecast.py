@@ -11,7 +11,7 @@ import torch
 from mmengine.config import Config
 
 from ..engine.batch_size import accumulated_batches
-from ..engine.options import default_hook
+from ..engine.parts import default_hook
 
 
 class CheckError(Exception):

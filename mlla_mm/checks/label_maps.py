@@ -13,7 +13,7 @@ from mmengine.fileio import list_dir_or_file
 from PIL import Image
 
 from ..compat.openmmlab import loads_label_maps
-from ..engine.options import datasets_of, kind_of, parts_of
+from ..engine.parts import datasets_of, kind_of, parts_of
 from ..utils.files import file_problem
 from ..utils.images import FORMATS, image_size, open_image, try_decoding
 from .image_files import (

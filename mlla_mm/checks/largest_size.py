@@ -7,7 +7,7 @@ from typing import Any, Optional, Set, Tuple
 import torch
 from mmengine.dist import all_gather_object
 
-from ..engine.options import kind_of, parts_of
+from ..engine.parts import kind_of, parts_of
 
 PROBED_IMAGES = 64
 """Training images that are loaded to find the largest size."""

@@ -44,7 +44,8 @@ from ..checkpoints.reader import CheckpointError
 from ..datasets.corrupt_images import CorruptImageError
 from ..engine import launch
 from ..engine.console import build_runner
-from ..engine.options import as_list, kind_of, parts_of, set_resume
+from ..engine.options import set_resume
+from ..engine.parts import as_list, kind_of, parts_of
 from ..reproducible.preemption import handle_sigterm
 from ..reproducible.resume import require_resumable
 from ..reproducible.seeding import SeededDataset

@@ -6,7 +6,7 @@ from typing import Optional
 from mmengine.config import Config
 
 from ..reproducible.loops import is_seeded, require_seeded
-from .options import as_list, hooks_of, kind_of
+from .parts import as_list, hooks_of, kind_of
 
 
 def accumulated_batches(cfg: Config) -> int:

@@ -22,7 +22,7 @@ from ..reproducible.resume import newest_checkpoint
 from ..utils.allocator import keep_freed_memory
 from ..utils.files import write_whole
 from ..utils.text import printable
-from .options import replace_sync_bn
+from .parts import replace_sync_bn
 
 # A file in the work_dir. It says why torchrun must not start the run again.
 _ENDED_NAME = '.ended'

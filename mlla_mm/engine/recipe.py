@@ -10,7 +10,7 @@ from mmengine.config import Config
 from ..compat.pytorch import products_use_tf32
 from .batch_size import accumulated_batches, recipe_batch_size, total_batch_size
 from .ema import recipe_decay
-from .options import hooks_of, kind_of, parts_of, pretrained_of
+from .parts import hooks_of, kind_of, parts_of, pretrained_of
 
 Items = Dict[str, Any]
 

@@ -11,7 +11,7 @@ from mmengine.analysis.print_helper import complexity_stats_table
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 
-from ..engine.options import replace_sync_bn
+from ..engine.parts import replace_sync_bn
 from .published import PublishedModel
 
 Shape = Tuple[int, int]

@@ -1,8 +1,10 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""Makes text of strangers, such as file names, safe to print in messages."""
+"""Text of messages: strangers' words made safe to print, and the nearest name."""
 
+import difflib
+from collections.abc import Iterable
 from pathlib import PurePath
-from typing import Any
+from typing import Any, Optional
 
 #: Limit that keeps paths whole: no system has longer ones.
 PATH_LIMIT = 4096
@@ -55,3 +57,15 @@ def describe_error(error: BaseException) -> str:
     return printable(
         f'{type(error).__name__}: {text}' if text else type(error).__name__
     )
+
+
+def nearest(name: str, names: Iterable[str]) -> Optional[str]:
+    """The name that is most like another name, or None if no name is like it.
+
+    Args:
+        name (str): The other name. Upper and lower case are the same.
+        names (Iterable[str]): The names to choose from.
+    """
+    by_lower = {x.lower(): x for x in sorted(names)}
+    found = difflib.get_close_matches(name.lower(), by_lower, n=1)
+    return by_lower[found[0]] if found else None

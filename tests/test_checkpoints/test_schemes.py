@@ -270,7 +270,7 @@ def build(task: str, name: str):
     cfg = Config.fromfile(CONFIGS / task / f'{name}.py')
     cfg.model.backbone.init_cfg = None
     if task == 'segmentation':
-        from mlla_mm.engine.options import replace_sync_bn
+        from mlla_mm.engine.parts import replace_sync_bn
 
         replace_sync_bn(cfg.model)
     scope = f'{package[task]}-{torch.rand(1).item()}'

@@ -11,12 +11,8 @@ from mmengine.registry import DATASETS, DefaultScope
 from benchmarks.peak_memory import largest_size
 from mlla_mm.checks.config import check_config
 from mlla_mm.datasets.corrupt_images import CheckedDataset, CorruptImageError
-from mlla_mm.engine.options import (
-    data_pipelines,
-    dump_predictions,
-    enable_tta,
-    leaf_datasets,
-)
+from mlla_mm.engine.options import dump_predictions, enable_tta
+from mlla_mm.engine.parts import data_pipelines, leaf_datasets
 from mlla_mm.reproducible.seeding import SAMPLE, Draw, SeededDataset
 
 from ..bad_data import (

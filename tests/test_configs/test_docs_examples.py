@@ -17,7 +17,7 @@ from mmengine.runner import Runner
 from mlla_mm.checks.config import check_config
 from mlla_mm.checks.data import require_data
 from mlla_mm.datasets.digits import make_ade20k, make_coco, make_imagenet
-from mlla_mm.engine.options import replace_sync_bn
+from mlla_mm.engine.parts import replace_sync_bn
 from mlla_mm.models import MLLA
 
 from ..processes import ROOT

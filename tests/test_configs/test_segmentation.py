@@ -20,7 +20,7 @@ from torch import nn
 
 from mlla_mm.datasets import digits
 from mlla_mm.engine import options
-from mlla_mm.engine.options import replace_sync_bn
+from mlla_mm.engine.parts import replace_sync_bn
 
 from .. import reference
 

@@ -9,7 +9,7 @@ import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS
 
-from mlla_mm.engine import launch, options
+from mlla_mm.engine import launch, parts
 
 from ..processes import ROOT, free_port, listening
 
@@ -52,7 +52,7 @@ def test_sync_bn_becomes_bn():
             dict(norm_cfg=dict(type='LN')),
         ],
     )
-    options.replace_sync_bn(model)
+    parts.replace_sync_bn(model)
     assert model.backbone.norm_cfg == dict(type='BN', requires_grad=True)
     assert [head.norm_cfg.type for head in model.heads] == ['BN', 'LN']
 
@@ -75,7 +75,7 @@ import os
 import torch
 from mmengine.config import Config
 from mmengine.dist import all_reduce, get_rank
-from mlla_mm.engine import launch
+from mlla_mm.engine import launch, parts
 from tests.processes import listening
 
 cfg = Config(dict(launcher='pytorch', model=dict()))
@@ -266,7 +266,7 @@ import torch
 from mmengine.config import Config
 from mmengine.dist import all_reduce, get_world_size, init_dist
 from mmengine.logging import MMLogger
-from mlla_mm.engine import launch
+from mlla_mm.engine import launch, parts
 
 # What srun --gpus-per-task=1 sets in place of torchrun.
 rank = os.environ['RANK']

@@ -9,7 +9,7 @@ from mmengine.config import Config
 from mmengine.hooks import EMAHook
 
 from mlla_mm.checkpoints.reader import checkpoints_are_trusted, trust_checkpoints
-from mlla_mm.engine import options
+from mlla_mm.engine import config_files, options, parts
 
 from ..processes import load_tool, run_tool
 
@@ -75,7 +75,7 @@ def test_what_a_checkpoint_says_is_checked_whatever_the_config_names(tmp_path):
     assert cfg.default_hooks == dict(resumed_state=hook)
     cfg = make(work_dir=str(tmp_path), custom_hooks=[hook])
     options.set_resume(cfg, 'auto')
-    assert options.hooks_of(cfg) == [hook]
+    assert parts.hooks_of(cfg) == [hook]
 
 
 def test_tta_wraps_the_model_and_its_pipeline():
@@ -94,7 +94,7 @@ def run_config(*words):
     parser = argparse.ArgumentParser()
     load_tool('tools/arguments.py').add_run_arguments(parser)
     args = parser.parse_args([str(word) for word in words])
-    cfg = options.read_config(args.config)
+    cfg = config_files.read_config(args.config)
     options.apply_run_arguments(cfg, args)
     return cfg
 
@@ -118,7 +118,7 @@ def test_a_checkpoint_in_place_of_a_config(tmp_path):
     path = tmp_path / 'epoch_1.pth'
     path.write_bytes(b'x')
     with pytest.raises(ValueError, match='epoch_1.pth is no config, .* the order of'):
-        options.read_config(str(path))
+        config_files.read_config(str(path))
 
 
 def test_checkpoints_are_not_trusted_by_default(tmp_path):
@@ -149,11 +149,11 @@ def test_checkpoints_are_not_trusted_by_default(tmp_path):
     ],
 )
 def test_names_of_types(kind, name):
-    assert options.kind_of(dict(type=kind)) == name
+    assert parts.kind_of(dict(type=kind)) == name
 
 
 def changes_of(written, run):
-    return list(options.describe_changes(written.to_dict(), run.to_dict()))
+    return list(config_files.describe_changes(written.to_dict(), run.to_dict()))
 
 
 def test_changes_of_a_config():
@@ -185,7 +185,7 @@ def test_everything_of_ours_is_registered(tmp_path):
         "default_scope = 'mmpretrain'\ncustom_imports = dict(imports=['re'])"
     )
     script = (
-        'from mlla_mm.engine.options import read_config\n'
+        'from mlla_mm.engine.config_files import read_config\n'
         'from mmengine.registry import MODELS\n'
         f'read_config({str(path)!r})\n'
         "assert 'MESAClassifier' in MODELS.module_dict"

@@ -14,7 +14,7 @@ from benchmarks.pretended_cuda import backward, pretended_cuda
 from mlla_mm.compat.mmcv_ext import is_stand_in
 from mlla_mm.compat.openmmlab import count_in_micro_batches
 from mlla_mm.engine.ema import ModelEMA
-from mlla_mm.engine.options import replace_sync_bn
+from mlla_mm.engine.parts import replace_sync_bn
 from mlla_mm.models import MLLA
 from mlla_mm.ops import rotary
 from mlla_mm.reproducible.loops import train_step

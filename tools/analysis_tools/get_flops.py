@@ -33,9 +33,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
     from mmengine.utils import track_iter_progress
 
+    from mlla_mm.engine.config_files import read_config
     from mlla_mm.engine.console import quiet
     from mlla_mm.engine.launch import exit_on_user_error
-    from mlla_mm.engine.options import read_config
     from mlla_mm.evaluation.complexity import COLUMNS, complexity_row, count_complexity
     from mlla_mm.evaluation.markdown import markdown_table
     from mlla_mm.evaluation.published import published_models

@@ -37,8 +37,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 
     from benchmarks.peak_memory import measure_config
     from mlla_mm.engine import launch
+    from mlla_mm.engine.config_files import read_config
     from mlla_mm.engine.console import quiet
-    from mlla_mm.engine.options import read_config
 
     quiet()
     # MMEngine would list the rate of every parameter.

@@ -60,8 +60,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     from mlla_mm.checks.published import check_published
     from mlla_mm.checks.source import FILES, PIXELS
     from mlla_mm.engine import launch
+    from mlla_mm.engine.config_files import read_config
     from mlla_mm.engine.console import quiet
-    from mlla_mm.engine.options import read_config
 
     quiet()
     look = FILES if args.fast else PIXELS

@@ -22,9 +22,9 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
+    from mlla_mm.engine.config_files import read_config
     from mlla_mm.engine.console import quiet
     from mlla_mm.engine.launch import exit_on_user_error
-    from mlla_mm.engine.options import read_config
 
     quiet()
     with exit_on_user_error():

@@ -1,0 +1,124 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+"""Finds the parts of a config: its data sets, pipelines, hooks and weights."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, List, Optional, Tuple
+
+from mmengine.config import Config
+
+SPLITS = ('train', 'val', 'test')
+"""What ``_dataloader`` follows in the keys of a config."""
+
+
+def parts_of(config: Any) -> Iterator[dict]:
+    """All dicts of a config's part, each before those that are in it."""
+    if isinstance(config, dict):
+        yield config
+        config = list(config.values())
+    if isinstance(config, (list, tuple)):
+        for value in config:
+            yield from parts_of(value)
+
+
+def leaf_datasets(loader: Any) -> List[Tuple[str, Any]]:
+    """The data sets of a data loader's config that read files, below all wrappers.
+
+    A wrapper has a ``dataset``, as RepeatDataset does, or a list of ``datasets``, as
+    ConcatDataset does.
+
+    Returns:
+        list[tuple[str, dict]]: Keys in the loader, such as 'dataset.datasets[0]', and
+        configs. Empty if there is no loader.
+    """
+    return [(key, chain[-1]) for key, chain in _chains(loader)]
+
+
+def datasets_of(cfg: Config, split: str) -> List[Tuple[str, Any]]:
+    """The data sets of a split that read files, with their keys in the config."""
+    loader = f'{split}_dataloader'
+    return [(f'{loader}.{key}', x) for key, x in leaf_datasets(cfg.get(loader))]
+
+
+def wrapping_datasets(loader: Any) -> List[Tuple[str, Any]]:
+    """The wrappers of a data loader's config, like :func:`leaf_datasets`."""
+    found = {}
+    for key, chain in _chains(loader):
+        for wrapper in reversed(chain[1:-1]):
+            key = key.rpartition('.')[0]
+            found[key] = wrapper
+    return sorted(found.items())
+
+
+def data_pipelines(loader: Any) -> List[Tuple[str, List[Any]]]:
+    """What a data loader's config does with the samples of each of its data sets.
+
+    Returns:
+        list[tuple[str, list]]: Keys as those of :func:`leaf_datasets`, and the steps of
+        the data set's own pipeline, then of those of its wrappers: MultiImageMixDataset
+        has one.
+    """
+    return [
+        (key, [step for x in reversed(chain) for step in as_list(x.get('pipeline'))])
+        for key, chain in _chains(loader)
+    ]
+
+
+def _chains(
+    config: Any, key: str = '', outer: Tuple[Any, ...] = ()
+) -> Iterator[Tuple[str, Tuple[Any, ...]]]:
+    """Each data set that reads files, behind the loader and its wrappers."""
+    if not isinstance(config, Mapping):
+        return
+    chain = (*outer, config)
+    parts = config.get('datasets')
+    if isinstance(parts, (list, tuple)) and any(isinstance(x, Mapping) for x in parts):
+        for i, part in enumerate(parts):
+            yield from _chains(part, f'{key}.datasets[{i}]'.lstrip('.'), chain)
+    elif isinstance(config.get('dataset'), Mapping):
+        yield from _chains(config['dataset'], f'{key}.dataset'.lstrip('.'), chain)
+    elif outer:
+        yield key, chain
+
+
+def as_list(value: Any) -> List[Any]:
+    """Make a list of a config's value: one item, a list of items, or nothing."""
+    if not value:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def hooks_of(cfg: Config) -> List[dict]:
+    """The configs of a run's hooks, those of ``default_hooks`` first."""
+    defaults = cfg.get('default_hooks') or {}
+    hooks = [*defaults.values(), *as_list(cfg.get('custom_hooks'))]
+    return [hook for hook in hooks if isinstance(hook, dict)]
+
+
+def default_hook(cfg: Config, name: str) -> dict:
+    """The config of one of ``default_hooks``; empty if there is none."""
+    return (cfg.get('default_hooks') or {}).get(name) or {}
+
+
+def kind_of(part: dict) -> Optional[str]:
+    """The name of a part's ``type``, also of a class, and without a scope like mmdet.
+
+    None if there is no type.
+    """
+    kind = part.get('type')
+    return kind and str(getattr(kind, '__name__', kind)).rpartition('.')[2]
+
+
+def pretrained_of(part: dict) -> List[dict]:
+    """The ``init_cfg`` of a model's part that read a checkpoint."""
+    return [
+        init_cfg
+        for init_cfg in as_list(part.get('init_cfg'))
+        if isinstance(init_cfg, dict) and kind_of(init_cfg) == 'Pretrained'
+    ]
+
+
+def replace_sync_bn(model: Any) -> None:
+    """Turn every SyncBN of a model config into BN, in place."""
+    for part in parts_of(model):
+        if kind_of(part) in ('SyncBN', 'MMSyncBN'):
+            part['type'] = 'BN'
