@@ -12,6 +12,7 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor
 
 from mlla_mm.checks.largest_size import pin_scales
+from mlla_mm.engine.arguments import named_arguments
 from mlla_mm.engine.ema import ModelEMA
 from mlla_mm.engine.parts import data_pipelines, parts_of, replace_sync_bn
 
@@ -77,13 +78,15 @@ def measure_config(
     size = size or largest_size(cfg)
     batch = synthetic_batch(cfg, batch_size, size)
 
-    model = MODELS.build(cfg.model).to(meter.device).train()
+    with named_arguments(cfg):
+        model = MODELS.build(cfg.model).to(meter.device).train()
     resident = module_bytes(model)
     if hasattr(model, 'set_teacher'):
         teacher = ModelEMA(model, 0.5).module
         model.set_teacher(teacher)
         resident += module_bytes(teacher)
-    optim_wrapper = build_optim_wrapper(model, wrapper)
+    with named_arguments(cfg):
+        optim_wrapper = build_optim_wrapper(model, wrapper)
 
     def steps() -> None:
         for _ in range(2):  # the first step creates the optimiser's states

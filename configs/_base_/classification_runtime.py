@@ -1,8 +1,5 @@
 _base_ = './default_runtime.py'
 
-# The classifiers need mmpretrain, which importing mlla_mm does not load.
-custom_imports = dict(imports=['mlla_mm', 'mlla_mm.models.classifiers'])
-
 default_scope = 'mmpretrain'
 default_hooks = dict(
     logger=dict(interval=100),

@@ -17,6 +17,7 @@ from mmengine.structures import BaseDataElement
 from mmengine.visualization import Visualizer
 from rich.progress import track
 
+from ..engine.arguments import named_arguments
 from ..engine.config_files import read_config
 from ..engine.parts import datasets_of, kind_of
 from ..utils.allocator import keep_freed_memory
@@ -102,7 +103,8 @@ class Inferencer:
         self.model = load_model(
             cfg, checkpoint, device, ema, trust_checkpoint, fuse_conv_bn
         )
-        with DefaultScope.overwrite_default_scope(self._scope):
+        scope = DefaultScope.overwrite_default_scope(self._scope)
+        with named_arguments(cfg), scope:
             self._loader = TRANSFORMS.build(first)
             self._pipeline = Compose(others)
             (_, dataset), *_ = datasets_of(cfg, 'test')

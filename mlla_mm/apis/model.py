@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..checkpoints.layout import check_fit, find_weights, to_own_names
 from ..checkpoints.pretrained import load_pretrained, require_weights
 from ..checkpoints.reader import fetch_checkpoint, load_checkpoint_file
+from ..engine.arguments import named_arguments
 from ..engine.parts import replace_sync_bn
 from ..models import MLLA, fusing
 from ..utils.allocator import keep_freed_memory
@@ -200,7 +201,8 @@ def load_model(
     model_cfg = cfg.model.copy()
     # In evaluation they are the same, but SyncBN needs a process group.
     replace_sync_bn(model_cfg)
-    with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
+    scope = DefaultScope.overwrite_default_scope(cfg.get('default_scope'))
+    with named_arguments(cfg), scope:
         model = MODELS.build(model_cfg)
     check_fit(model.state_dict(), weights, str(checkpoint))
     model.load_state_dict(weights, strict=False)

@@ -9,9 +9,11 @@ from mmengine.config import Config
 from ..checkpoints.reader import CheckpointError
 from ..checks.config import check_config, make_work_dir
 from ..checks.data import describe, require_data
+from ..checks.runner_keys import require_parts
 from ..datasets.corrupt_images import CorruptImageError
 from ..engine import launch, options
-from ..engine.config_files import print_changes, read_run_config
+from ..engine.arguments import named_arguments
+from ..engine.config_files import print_changes, print_old_keys, read_run_config
 from ..engine.console import build_runner, quiet
 from ..engine.toolboxes import load_own_toolbox_alone
 
@@ -31,9 +33,10 @@ def test(args: argparse.Namespace) -> None:
         apply_command_line(cfg, args)
         if not args.verbose:
             quiet(cfg.get('default_scope'))
-        check_config(cfg)
+        check_config(cfg, ('test',))
         if launch.set_up(cfg).rank == 0:
             print_changes(written, cfg)
+            print_old_keys(cfg)
             for line in describe(require_data(cfg, 'test')):
                 print(line, flush=True)
             make_work_dir(cfg)
@@ -41,7 +44,8 @@ def test(args: argparse.Namespace) -> None:
     with launch.exit_on_user_error((CorruptImageError,), shared=False):
         with launch.exit_on_user_error((CheckpointError,)):
             # A variable would keep the runner, which keeps the process group alive.
-            build_runner(cfg, args.verbose).test()
+            with named_arguments(cfg):
+                build_runner(cfg, args.verbose).test()
     launch.tear_down()
 
 
@@ -58,6 +62,7 @@ def apply_command_line(cfg: Config, args: argparse.Namespace) -> None:
         FileNotFoundError, ValueError: If an argument cannot be applied.
     """
     options.apply_run_arguments(cfg, args)
+    require_parts(cfg, 'model', 'test_dataloader', 'test_cfg', 'test_evaluator')
     if not Path(args.checkpoint).is_file():
         raise FileNotFoundError(f'Checkpoint not found: {args.checkpoint}')
     cfg.load_from = args.checkpoint

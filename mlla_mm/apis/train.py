@@ -11,9 +11,11 @@ from ..checkpoints.reader import CheckpointError
 from ..checks import rehearsal
 from ..checks.config import check_config, check_loop, make_work_dir
 from ..checks.data import describe, require_data
+from ..checks.runner_keys import require_parts
 from ..datasets.corrupt_images import CorruptImageError
 from ..engine import batch_size, launch, options
-from ..engine.config_files import print_changes, read_run_config
+from ..engine.arguments import named_arguments
+from ..engine.config_files import print_changes, print_old_keys, read_run_config
 from ..engine.console import build_runner, quiet
 from ..engine.hooks import DivergedError, RecordRecipeHook
 from ..engine.recipe import describe_recipe, describe_run
@@ -40,13 +42,14 @@ def train(args: argparse.Namespace) -> int:
         notice = apply_command_line(cfg, args)
         if not args.verbose:
             quiet(cfg.get('default_scope'))
-        check_config(cfg)
+        check_config(cfg, ('train', 'val'))
         check_loop(cfg)
         record = _record(written, cfg, notice)
         options.require_pretrained(cfg)
         layout = launch.set_up(cfg)
         if layout.rank == 0:
             print_changes(written, cfg)
+            print_old_keys(cfg)
             for line in describe(require_data(cfg, 'train', 'val')):
                 print(line, flush=True)
             if not args.check:
@@ -56,7 +59,8 @@ def train(args: argparse.Namespace) -> int:
     # One process alone meets a corrupt image. All of them have the other errors.
     with launch.exit_on_user_error((CorruptImageError,), shared=False):
         with launch.exit_on_user_error((CheckpointError, DivergedError)):
-            status = _run(cfg, record, args.verbose)
+            with named_arguments(cfg):
+                status = _run(cfg, record, args.verbose)
     launch.tear_down()
     return status
 
@@ -78,6 +82,7 @@ def apply_command_line(cfg: Config, args: argparse.Namespace) -> Optional[str]:
         FileNotFoundError, ValueError: If an argument cannot be applied.
     """
     options.apply_run_arguments(cfg, args)
+    require_parts(cfg, 'model', 'train_dataloader', 'train_cfg', 'optim_wrapper')
     launch.require_restart_allowed(cfg.work_dir)
     options.set_resume(cfg, launch.restart_checkpoint(cfg.work_dir) or args.resume)
     layout = launch.processes(cfg.launcher)

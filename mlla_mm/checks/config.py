@@ -1,16 +1,17 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 """Finds mistakes in a config before anything is built from it.
 
-It knows hooks that are switched off, the arguments of MLLA, the channels between the
-backbone and the next part, the classes, and wrappers of data sets. An error is sure to
-be one: backbones, necks and data sets of other packages are not checked. MMEngine names
-types that are not registered, but for those of the runner and the optimizer.
+It knows the keys that MMEngine's runner reads itself (:mod:`.runner_keys`), the
+arguments of MLLA, the channels between the backbone and the next part, the classes, and
+wrappers of data sets. An error is sure to be one: backbones, necks and data sets of
+other packages are not checked. MMEngine names types that are not registered, but for
+those of the runner and the optimizer.
 """
 
 import inspect
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, List, NamedTuple, Optional
 
@@ -41,11 +42,8 @@ from ..models.backbones import MLLA
 from ..reproducible.loops import require_seeded
 from ..utils.text import nearest
 from .classes import check_classes, class_of, named_parts
+from .runner_keys import check_runner_keys
 
-# The default hooks that None switches off.
-_OF_MMENGINE = (
-    'runtime_info timer sampler_seed logger param_scheduler checkpoint'
-).split()
 # Necks whose in_channels are the channels of all maps of the backbone.
 _NECKS = ('FPN', 'PAFPN', 'BFP', 'ChannelMapper', 'NASFPN', 'FPN_CARAFE')
 # What follows such a neck, by the keys that hold its out_channels.
@@ -61,21 +59,18 @@ _WITHOUT_MASKS = ('Mosaic', 'MixUp')
 _POOLING_HEADS = ('PSPHead', 'UPerHead', 'APCHead')
 
 
-def check_config(cfg: Config) -> None:
+def check_config(cfg: Config, splits: Sequence[str] = SPLITS) -> None:
     """Look for mistakes in the config of a run.
 
     Args:
         cfg (Config): The config, whose ``custom_imports`` have been imported.
+        splits (Sequence[str]): The splits whose data the run reads. Defaults to
+            ('train', 'val', 'test').
 
     Raises:
         ValueError: Names the key of the first mistake, and what is right.
     """
-    for name, hook in (cfg.get('default_hooks') or {}).items():
-        if hook is None and name not in _OF_MMENGINE:
-            raise ValueError(
-                f'default_hooks.{name} is None, which switches off hooks of MMEngine '
-                f"alone: write default_hooks = dict({name}=dict(type='NoHook'))."
-            )
+    check_runner_keys(cfg, splits)
     model = cfg.get('model')
     wrapper = cfg.get('optim_wrapper') or {}
     optimizer = (wrapper.get('optimizer') or {}).get('type')

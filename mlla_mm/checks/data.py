@@ -24,6 +24,7 @@ from mmengine.dataset import BaseDataset
 from mmengine.registry import DATASETS, DefaultScope
 
 from ..compat.openmmlab import load_again_as_list
+from ..engine.arguments import describe_argument
 from ..engine.config_files import describe_changes
 from ..engine.parts import SPLITS, datasets_of, kind_of, leaf_datasets, parts_of
 from ..utils.files import write_whole
@@ -294,7 +295,8 @@ def _build(cfg: Config, config: Mapping, key: str) -> Any:
         except Exception as error:
             if kind.__module__.split('.')[0] not in (package for package, _ in _CHECKS):
                 return None  # somebody's own class may take other arguments
-            raise ValueError(_why_not_built(config, key, error)) from error
+            refused = describe_argument(error, cfg)
+            raise ValueError(refused or _why_not_built(config, key, error)) from error
     # Its class may have loaded the annotations already.
     load_again_as_list(dataset)
     return dataset

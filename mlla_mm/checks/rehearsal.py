@@ -43,6 +43,7 @@ from mmengine.runner.checkpoint import CheckpointLoader
 from ..checkpoints.reader import CheckpointError
 from ..datasets.corrupt_images import CorruptImageError
 from ..engine import launch
+from ..engine.arguments import ArgumentError, named_arguments
 from ..engine.console import build_runner
 from ..engine.options import set_resume
 from ..engine.parts import as_list, kind_of, parts_of
@@ -97,7 +98,8 @@ def run(cfg: Config, layout: launch.Processes) -> int:
     previous_handler = handle_sigterm(on_sigterm)
     try:
         folder = _make_folder(cfg.work_dir)
-        report = _rehearse(cfg, layout, folder, watch)
+        with named_arguments(cfg):
+            report = _rehearse(cfg, layout, folder, watch)
         barrier()
     except Exception as error:  # any error here would end the run, too
         if _is_first_to_fail(folder, layout):
@@ -217,7 +219,9 @@ def _is_first_to_fail(folder: str, layout: launch.Processes) -> bool:
 def _print_cause(stage: str, error: Exception) -> None:
     unregistered = launch.unregistered_type(error)
     cause = unregistered or f'{type(error).__name__}: {error}'
-    if isinstance(error, (CheckError, CheckpointError, CorruptImageError)):
+    if isinstance(
+        error, (ArgumentError, CheckError, CheckpointError, CorruptImageError)
+    ):
         cause = str(error)  # These errors are written for users.
     elif isinstance(error, torch.cuda.OutOfMemoryError):
         cause = (

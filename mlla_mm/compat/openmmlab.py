@@ -6,10 +6,11 @@
 """
 
 import functools
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Optional, Tuple
 
 from mmengine.dist import master_only
 from mmengine.hooks import CheckpointHook
@@ -175,6 +176,23 @@ def lay_out_configs_once() -> None:
         return known[text]
 
     owner.FormatCode = format_code
+
+
+def innermost_build(error: BaseException) -> Optional[Tuple[Any, Dict[str, Any]]]:
+    """What MMEngine's registries were building when an error was raised. Both.
+
+    Returns:
+        tuple | None: Class or function, and its arguments; None if nothing was built.
+    """
+    found = None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_globals.get('__name__') != 'mmengine.registry.build_functions':
+            continue
+        seen = frame.f_locals
+        kind = seen.get('obj_cls') or seen.get('scheduler_cls')
+        if kind is not None:
+            found = kind, dict(seen['args'])
+    return found
 
 
 def replace_print(module: str, print_: Callable[..., None]) -> None:

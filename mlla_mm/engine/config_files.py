@@ -2,7 +2,11 @@
 """Reads configs, and says how a run differs from its config."""
 
 import copy
-from collections.abc import Iterator
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Optional, Tuple
@@ -10,7 +14,9 @@ from typing import Any, Optional, Tuple
 from mmengine.config import Config
 
 from ..compat.openmmlab import lay_out_configs_once
-from ..utils.text import PATH_LIMIT, printable
+from ..utils.text import PATH_LIMIT, describe_error, printable
+from .option_keys import describe_old_keys, require_place, require_read
+from .parts import as_list
 
 
 def read_config(path: str, options: Optional[dict] = None) -> Config:
@@ -21,7 +27,8 @@ def read_config(path: str, options: Optional[dict] = None) -> Config:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is a file of another kind, such as a checkpoint.
+        ValueError: If it is a file of another kind, such as a checkpoint, or if the
+            options or ``custom_imports`` cannot be applied.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f'Config not found: {path}. See configs/ for ours.')
@@ -30,12 +37,96 @@ def read_config(path: str, options: Optional[dict] = None) -> Config:
             f'{printable(path, PATH_LIMIT)} is no config, whose name would end in .py: '
             'check the order of the arguments.'
         )
-    cfg = Config.fromfile(path)
-    if options:
-        cfg.merge_from_dict(options)
+    # MMEngine's own error would leave out why a module cannot be imported.
+    cfg = Config.fromfile(path, import_custom_modules=False)
+    import_modules(cfg)
+    merge_options(cfg, options)
     if cfg.get('default_scope') == 'mmpretrain':
         import_module('mlla_mm.models.classifiers')
     return cfg
+
+
+def merge_options(cfg: Config, options: Optional[Mapping[str, Any]]) -> None:
+    """Merge ``--cfg-options`` into a config.
+
+    New keys are fine below what the config has, for instance for arguments of a class.
+
+    Args:
+        cfg (Config): The config as it was read; changed in place.
+        options (Mapping, optional): Values by keys with dots.
+
+    Raises:
+        ValueError: If nothing would read a key, or if what is above it in the config
+            has no keys. Names the key that is meant.
+    """
+    if not options:
+        return
+    require_read(cfg, options)
+    require_place(cfg, options)
+    try:
+        cfg.merge_from_dict(dict(options))
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f'--cfg-options {" ".join(map(printable, options))} contradict one another '
+            f'or the config ({describe_error(error)}).'
+        ) from error
+    if any(key.startswith('custom_imports') for key in options):
+        import_modules(cfg)
+
+
+def import_modules(cfg: Config) -> None:
+    """Import the modules that a config names in ``custom_imports``.
+
+    They may also lie in the folder where the tool was started.
+
+    Args:
+        cfg (Config): The config as it was read.
+
+    Raises:
+        ValueError: If ``custom_imports`` has another form than MMEngine's, or if a
+            module cannot be imported. Names the module and the cause.
+    """
+    custom = cfg.get('custom_imports') or {}
+    names = custom.get('imports') if isinstance(custom, Mapping) else custom
+    modules = as_list(names)
+    well_formed = isinstance(custom, Mapping) and isinstance(names or [], (str, list))
+    if not (well_formed and all(isinstance(name, str) for name in modules)):
+        shown = [name for name in modules if isinstance(name, str)] or ['my_package']
+        raise ValueError(
+            'custom_imports has another form than MMEngine reads: write '
+            f'custom_imports = dict(imports={shown}, allow_failed_imports=False).'
+        )
+    unknown = [x for x in custom if x not in ('imports', 'allow_failed_imports')]
+    if unknown:
+        raise ValueError(
+            f'custom_imports.{unknown[0]} is not read: custom_imports has the keys '
+            'imports and allow_failed_imports.'
+        )
+    if modules and os.getcwd() not in sys.path:
+        # The last place, so that no file there hides an installed module.
+        sys.path.append(os.getcwd())
+    for name in modules:
+        try:
+            import_module(name)
+        except ImportError as error:
+            text = _why_not_imported(name, error)
+            if not custom.get('allow_failed_imports'):
+                raise ValueError(text) from error
+            warnings.warn(text, stacklevel=2)
+
+
+def _why_not_imported(name: str, error: ImportError) -> str:
+    if error.name and f'{name}.'.startswith(f'{error.name}.'):
+        return (
+            f'custom_imports names {printable(name)}, but there is no module '
+            f'{error.name}. Start from the folder that holds it, or name this folder '
+            'in the environment: PYTHONPATH=FOLDER.'
+        )
+    *_, last = traceback.extract_tb(error.__traceback__)
+    return (
+        f'custom_imports names {printable(name)}, which cannot be imported: '
+        f'{describe_error(error)} ({last.filename}, line {last.lineno}).'
+    )
 
 
 def read_run_config(path: str) -> Tuple[Config, Config]:
@@ -60,6 +151,13 @@ def print_changes(written: Config, run: Config) -> None:
     if changes:
         lines = [f'{run.filename} is run with these changes:', *changes]
         print('\n  '.join(lines), flush=True)
+
+
+def print_old_keys(cfg: Config) -> None:
+    """Print :func:`.option_keys.describe_old_keys`, if there are any."""
+    text = describe_old_keys(cfg)
+    if text:
+        print(text, flush=True)
 
 
 _NOTHING = object()

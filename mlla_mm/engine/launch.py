@@ -22,6 +22,7 @@ from ..reproducible.resume import newest_checkpoint
 from ..utils.allocator import keep_freed_memory
 from ..utils.files import write_whole
 from ..utils.text import printable
+from .arguments import ArgumentError
 from .parts import replace_sync_bn
 
 # A file in the work_dir. It says why torchrun must not start the run again.
@@ -73,7 +74,8 @@ def exit_on_user_error(
 ) -> Iterator[None]:
     """End the program with an error's message, without its traceback.
 
-    MMEngine's error for a ``type`` that is not registered is one of them.
+    MMEngine's error for a ``type`` that is not registered is one of them, and so is an
+    :class:`ArgumentError`.
 
     Args:
         kinds (tuple[type]): The errors to which this applies. The default fits checks
@@ -86,7 +88,7 @@ def exit_on_user_error(
         yield
     except Exception as error:
         unregistered = unregistered_type(error)
-        if not (unregistered or isinstance(error, kinds)):
+        if not (unregistered or isinstance(error, (ArgumentError, *kinds))):
             raise
         local_rank = os.environ.get('LOCAL_RANK') or 0
         is_first = int(local_rank if _local_rank is None else _local_rank) == 0

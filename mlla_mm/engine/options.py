@@ -11,6 +11,7 @@ from mmengine.config import Config, ConfigDict
 from ..checkpoints.pretrained import require_weights
 from ..checkpoints.reader import trust_checkpoints
 from ..reproducible.resume import newest_checkpoint, seed_of
+from .config_files import merge_options
 from .parts import (
     as_list,
     datasets_of,
@@ -33,8 +34,7 @@ def apply_run_arguments(cfg: Config, args: argparse.Namespace) -> None:
         cfg (Config): The config as it was read; changed in place.
         args (argparse.Namespace): The arguments.
     """
-    if args.cfg_options:
-        cfg.merge_from_dict(args.cfg_options)
+    merge_options(cfg, args.cfg_options)
     cfg.launcher = args.launcher
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir

@@ -11,6 +11,7 @@ from mmengine.analysis.print_helper import complexity_stats_table
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 
+from ..engine.arguments import named_arguments
 from ..engine.parts import replace_sync_bn
 from .published import PublishedModel
 
@@ -79,7 +80,8 @@ def count_complexity(
     model_cfg = copy.deepcopy(cfg.model)
     replace_sync_bn(model_cfg)  # SyncBN has no kernel on the CPU
     with DefaultScope.overwrite_default_scope(scope):
-        model = MODELS.build(model_cfg).eval()
+        with named_arguments(cfg):
+            model = MODELS.build(model_cfg).eval()
         if torch.cuda.is_available():
             model.cuda()
         if scope == 'mmdet':

@@ -38,6 +38,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
+    from mlla_mm.engine.arguments import named_arguments
     from mlla_mm.engine.config_files import read_config
     from mlla_mm.engine.console import quiet
     from mlla_mm.engine.launch import exit_on_user_error
@@ -46,7 +47,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     with exit_on_user_error():
         cfg = read_config(args.config, args.cfg_options)
         quiet(cfg.get('default_scope'))
-        training_sheet(cfg, args.out, args.num_images, repeat=args.mode == 'repeat')
+        with named_arguments(cfg):
+            training_sheet(cfg, args.out, args.num_images, repeat=args.mode == 'repeat')
     print(f'Training samples: {args.out}')
 
 

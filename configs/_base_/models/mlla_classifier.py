@@ -1,6 +1,7 @@
 # MLLA-T on ImageNet-1K, trained with MESA.
 model = dict(
-    type='MESAClassifier',
+    # The path imports it, whatever else a config puts into custom_imports.
+    type='mlla_mm.models.classifiers.MESAClassifier',
     mesa_weight=1.0,
     data_preprocessor=dict(
         num_classes=1000,

@@ -1,0 +1,231 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+"""Finds mistakes in what MMEngine's runner takes apart itself.
+
+No class that would refuse a key stands behind it: hooks by name, data loaders, loops
+without a type, random numbers, processes. What a class refuses is found when it is
+built (:mod:`mlla_mm.engine.arguments`).
+"""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
+from mmengine.runner import (
+    EpochBasedTrainLoop,
+    IterBasedTrainLoop,
+    Runner,
+    TestLoop,
+    ValLoop,
+)
+from mmengine.utils.dl_utils import set_multi_processing
+from torch.utils.data import DataLoader
+
+from ..engine.arguments import arguments_of
+from ..engine.option_keys import has_own_runner
+from ..engine.parts import SPLITS, as_list, kind_of
+from ..engine.toolboxes import TOOLBOXES
+from ..utils.text import nearest, printable
+from .classes import class_of
+
+# The default hooks that None switches off.
+_OF_MMENGINE = (
+    'runtime_info timer sampler_seed logger param_scheduler checkpoint'
+).split()
+# Those of PyTorch, among them dataset, sampler and batch_sampler, and MMEngine's own.
+_OF_LOADER = [
+    *(name for name in inspect.signature(DataLoader).parameters),
+    *('num_batch_per_epoch', 'disable_subprocess_warning'),
+]
+
+
+def require_parts(cfg: Config, *keys: str) -> None:
+    """Check that a config has the parts that a tool works with.
+
+    Args:
+        cfg (Config): The config.
+        *keys (str): Keys whose value has to be a dict, or a list of dicts.
+
+    Raises:
+        ValueError: Names the key that is missing or has another value.
+    """
+    for key in keys:
+        part = cfg.get(key)
+        if part is None:
+            raise ValueError(
+                f'{key} is {"None" if key in cfg else "missing"} in {cfg.filename}, '
+                'but this run needs it: see configs/ for examples.'
+            )
+        if not isinstance(part, (Mapping, list, tuple)):
+            raise ValueError(
+                f'{key} is {printable(repr(part))}, but it has to be a dict of what '
+                'MMEngine builds: see configs/ for examples.'
+            )
+
+
+def check_runner_keys(cfg: Config, splits: Sequence[str] = SPLITS) -> None:
+    """Look for keys that MMEngine's runner does not read, and for parts it misses.
+
+    Args:
+        cfg (Config): The config, whose ``custom_imports`` have been imported.
+        splits (Sequence[str]): The splits whose data the run reads. Defaults to
+            ('train', 'val', 'test').
+
+    Raises:
+        ValueError: Names the key of the first mistake, and what is right.
+    """
+    _check_scope(cfg)
+    _check_hooks(cfg)
+    if has_own_runner(cfg):
+        return
+    _check_arguments(cfg)
+    _check_loops(cfg)
+    for split in splits:
+        _check_loader(cfg.get(f'{split}_dataloader'), f'{split}_dataloader')
+
+
+def _check_scope(cfg: Config) -> None:
+    """Whether the default scope is one, and has the parts of the model."""
+    scope = cfg.get('default_scope')
+    model = cfg.get('model')
+    if not isinstance(model, Mapping) or not (scope is None or isinstance(scope, str)):
+        return
+    model = model.get('module', model)
+    parts = [part for part in [model, *model.values()] if isinstance(part, Mapping)]
+    kinds = [part['type'] for part in parts if isinstance(part.get('type'), str)]
+    # MMEngine warns of a scope without a registry, and takes its own.
+    with DefaultScope.overwrite_default_scope(scope or 'mmengine'):
+        lost = [kind for kind in kinds if class_of(MODELS, kind) is None]
+    for kind in lost:
+        for toolbox in sorted(TOOLBOXES - {scope}):
+            with DefaultScope.overwrite_default_scope(toolbox):
+                found = class_of(MODELS, kind)
+            if found is not None and found.__module__.startswith(f'{toolbox}.'):
+                raise ValueError(
+                    f'default_scope is {scope!r}, where there is no {kind}: it is of '
+                    f"{toolbox}. Write default_scope = '{toolbox}'."
+                )
+
+
+def _check_hooks(cfg: Config) -> None:
+    defaults = cfg.get('default_hooks') or {}
+    if not isinstance(defaults, Mapping):
+        raise ValueError(
+            'default_hooks is no dict: write default_hooks = dict(NAME=dict(...)), or '
+            'custom_hooks for a list.'
+        )
+    for name, hook in defaults.items():
+        if hook is None and name not in _OF_MMENGINE:
+            raise ValueError(
+                f'default_hooks.{name} is None, which switches off hooks of MMEngine '
+                f"alone: write default_hooks = dict({name}=dict(type='NoHook'))."
+            )
+        if isinstance(hook, Mapping) and not hook.get('type'):
+            meant = nearest(name, {*_OF_MMENGINE, *defaults} - {name})
+            hint = f' Is default_hooks.{meant} meant?' if meant else ''
+            raise ValueError(
+                f"default_hooks.{name} has no type, such as type='CheckpointHook'."
+                f'{hint}'
+            )
+    custom = cfg.get('custom_hooks')
+    if isinstance(custom, dict):
+        raise ValueError(
+            'custom_hooks is a dict, but MMEngine takes a list: write '
+            f'custom_hooks = [dict(type={kind_of(custom)!r}, ...)].'
+        )
+    for i, hook in enumerate(as_list(custom)):
+        if isinstance(hook, str) or (
+            isinstance(hook, Mapping) and not hook.get('type')
+        ):
+            raise ValueError(
+                f'custom_hooks.{i} is {printable(repr(hook))}, which has no type: '
+                "write dict(type='NAME', ...)."
+            )
+
+
+def _check_arguments(cfg: Config) -> None:
+    """Whether dicts that MMEngine hands to functions have other keys than those."""
+    modes = inspect.signature(set_multi_processing).parameters
+    for path, known in (
+        ('env_cfg', ('cudnn_benchmark', 'mp_cfg', 'dist_cfg', 'resource_limit')),
+        ('env_cfg.mp_cfg', [name for name in modes if name != 'distributed']),
+        ('randomness', list(inspect.signature(Runner.set_randomness).parameters)[1:]),
+        ('auto_scale_lr', ('base_batch_size', 'enable')),
+    ):
+        part: Any = cfg
+        for key in path.split('.'):
+            part = part.get(key) if hasattr(part, 'get') else None
+        _require_known(part, path, known)
+    seeds = cfg.get('randomness')
+    if isinstance(seeds, Mapping) and 'seed' not in seeds:
+        raise ValueError(
+            'randomness has no seed, which MMEngine needs: write seed=None for one '
+            'that is drawn.'
+        )
+
+
+def _check_loops(cfg: Config) -> None:
+    """Whether what belongs together is there, and loops without a type fit.
+
+    A runner of MMEngine checks all of its loops, also those that it does not run.
+    """
+    for split in SPLITS:
+        last = 'optim_wrapper' if split == 'train' else f'{split}_evaluator'
+        keys = [f'{split}_dataloader', f'{split}_cfg', last]
+        missing = [key for key in keys if cfg.get(key) is None]
+        if missing and len(missing) < len(keys):
+            given = ', '.join(key for key in keys if key not in missing)
+            options = ' '.join(f'{key}=None' for key in keys)
+            raise ValueError(
+                f'{" and ".join(missing)} is missing or None, but there is {given}. '
+                f'MMEngine needs all or none: for none, --cfg-options {options}.'
+            )
+        loop = cfg.get(f'{split}_cfg')
+        if isinstance(loop, Mapping) and not loop.get('type'):
+            _check_loop(loop, split)
+
+
+def _check_loop(loop: Mapping, split: str) -> None:
+    own = () if split != 'train' else ('by_epoch',)
+    if split == 'train' and 'by_epoch' not in loop:
+        raise ValueError(
+            'train_cfg has no type: write the loop, such as '
+            "train_cfg = dict(type='SeededEpochBasedTrainLoop', max_epochs=12)."
+        )
+    by_epoch = loop.get('by_epoch')
+    train = EpochBasedTrainLoop if by_epoch else IterBasedTrainLoop
+    kind: Any = dict(train=train, val=ValLoop, test=TestLoop)[split]
+    given = ('self', 'runner', 'dataloader', 'evaluator')
+    known = [name for name in arguments_of(kind)[0] if name not in given]
+    _require_known(loop, f'{split}_cfg', [*own, *known])
+
+
+def _check_loader(loader: Any, key: str) -> None:
+    """Whether a data loader has arguments that there are, and that go together."""
+    if not isinstance(loader, Mapping):
+        return
+    _require_known(loader, key, _OF_LOADER)
+    if loader.get('num_workers', 0):
+        return
+    if loader.get('persistent_workers'):
+        raise ValueError(
+            f'{key}.persistent_workers is True, but there are no workers: write '
+            f'--cfg-options {key}.num_workers=0 {key}.persistent_workers=False.'
+        )
+    if loader.get('prefetch_factor') is not None:
+        raise ValueError(
+            f'{key}.prefetch_factor is {loader["prefetch_factor"]}, but there are no '
+            f'workers: write --cfg-options {key}.num_workers=0 '
+            f'{key}.prefetch_factor=None.'
+        )
+
+
+def _require_known(part: Any, path: str, known: Sequence[str]) -> None:
+    unknown = [x for x in part if x not in known] if isinstance(part, Mapping) else []
+    if unknown:
+        near = nearest(unknown[0], known)
+        hint = f' Is {path}.{near} meant?' if near else ''
+        raise ValueError(
+            f'{path}.{unknown[0]} is not read.{hint} {path} has {", ".join(known)}.'
+        )

@@ -1,0 +1,161 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+"""Names the key of a config that a class does not take, or the one that it lacks."""
+
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, List, Optional, Tuple
+
+from mmengine.config import Config
+
+from ..compat.openmmlab import innermost_build
+from ..utils.text import describe_error, nearest
+from .option_keys import paths_of
+from .parts import kind_of
+
+_REFUSED = re.compile(r"got an unexpected keyword argument '(\w+)'")
+_MISSING = re.compile(r"missing \d+ required [\w-]+ arguments?: '(\w+)'")
+_TWICE = re.compile(r"got multiple values for (?:keyword )?argument '(\w+)'")
+
+
+class ArgumentError(ValueError):
+    """A part of a config has an argument too many, or lacks one."""
+
+
+@contextmanager
+def named_arguments(cfg: Config) -> Iterator[None]:
+    """Turn the TypeError of a refused or missing argument into one of the config.
+
+    An error that has another cause, such as a mistake in a class, stays as it is.
+
+    Args:
+        cfg (Config): The config of what is built.
+
+    Raises:
+        ArgumentError: Names the key, and the arguments that exist.
+    """
+    try:
+        yield
+    except TypeError as error:
+        text = describe_argument(error, cfg)
+        if text is None:
+            raise
+        raise ArgumentError(text) from error
+
+
+def describe_argument(error: BaseException, cfg: Config) -> Optional[str]:
+    """Say which key of a config a class refuses or lacks; None for other errors.
+
+    Args:
+        error (BaseException): What was raised when a part of the config was built.
+        cfg (Config): The config.
+    """
+    built = innermost_build(error) if isinstance(error, TypeError) else None
+    if built is None:
+        return None
+    kind, args = built
+    known, takes_any = arguments_of(kind)
+    missing = _MISSING.search(str(error))
+    if missing:
+        name = missing[1]
+        if name not in known or name in args:
+            return None
+        place = _place(cfg, kind, args, lambda part: name not in part)
+        return f'{place or _name(kind)} lacks {name}, which {_name(kind)} needs.'
+    refused = _REFUSED.search(str(error)) or _TWICE.search(str(error))
+    if refused is None:
+        return None
+    name = refused[1]
+    if name in args and (name not in known or _TWICE.search(str(error))):
+        place = _place(cfg, kind, args, lambda part: name in part)
+        return refusal(f'{place}.{name}' if place else name, name, kind, args)
+    # Layers of norm_cfg and the like are built without a registry's function.
+    for path, part in paths_of(args):
+        if isinstance(part, Mapping) and 'type' in part and name in part:
+            place = _place(cfg, kind, args)
+            keys = '.'.join([*([place] if place else []), *path, name])
+            return f'{keys}: {describe_error(error)}.'
+    return None
+
+
+def refusal(key: str, name: str, kind: Any, given: Mapping = {}) -> str:  # noqa: B006
+    """Say that an argument does not exist, and which do.
+
+    Args:
+        key (str): The whole key of the argument in the config.
+        name (str): The argument.
+        kind (Any): The class or function.
+        given (Mapping): Arguments that are not suggested. Defaults to {}.
+    """
+    names = [x for x in arguments_of(kind)[0] if x not in _OF_RUNNER]
+    near = nearest(name, [x for x in names if x not in given])
+    hint = f' Is {near} meant?' if near else ''
+    return (
+        f'{key}: {_name(kind)} takes no {name}.{hint} '
+        f'It takes {", ".join(names) or "none"}.'
+    )
+
+
+# What MMEngine gives to a loop, a scheduler or a wrapper itself.
+_OF_RUNNER = ('self', 'runner', 'dataloader', 'evaluator')
+
+
+def arguments_of(kind: Any) -> Tuple[List[str], bool]:
+    """The arguments of a class or a function by their names.
+
+    A class that takes any others hands them to its base class.
+
+    Returns:
+        tuple: The names, and whether there may be further ones.
+    """
+    names: List[str] = []
+    inits = [kind]
+    if inspect.isclass(kind):
+        own = (vars(x).get('__init__') for x in kind.__mro__)
+        inits = [init for init in own if init not in (None, object.__init__)]
+    for init in inits:
+        try:
+            parameters = inspect.signature(init).parameters.values()
+        except (TypeError, ValueError):  # of C code
+            return names, True
+        names += [
+            x.name
+            for x in parameters
+            if x.kind in (x.POSITIONAL_OR_KEYWORD, x.KEYWORD_ONLY)
+            and x.name not in names
+        ]
+        if not any(x.kind is x.VAR_KEYWORD for x in parameters):
+            return names, False
+    return names, True
+
+
+def _name(kind: Any) -> str:
+    return getattr(kind, '__name__', str(kind))
+
+
+def _place(
+    cfg: Config,
+    kind: Any,
+    args: Mapping,
+    fits: Callable[[Mapping], bool] = lambda part: True,
+) -> Optional[str]:
+    """The key of the dict from which something was built; None if it is unclear."""
+    parts = [
+        ('.'.join(path), part)
+        for path, part in paths_of(cfg)
+        if isinstance(part, dict) and fits(part)
+    ]
+    same = [path for path, part in parts if _is_source(part, args)]
+    alike = [path for path, part in parts if kind_of(part) == _name(kind)]
+    only = [path for path, _ in parts] if len(parts) == 1 else []
+    return next(iter([*same, *alike, *only]), None)
+
+
+# What MMEngine takes out of a dict before it builds from it.
+_TAKEN = ('type', '_scope_', 'priority', 'constructor', 'convert_to_iter_based')
+
+
+def _is_source(part: Mapping, args: Mapping) -> bool:
+    keys = [key for key in part if key not in _TAKEN]
+    return bool(keys) and all(key in args and args[key] == part[key] for key in keys)
