@@ -8,10 +8,11 @@ built (:mod:`mlla_mm.engine.arguments`).
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, List
 
 from mmengine.config import Config
-from mmengine.registry import MODELS, DefaultScope
+from mmengine.hooks import CheckpointHook
+from mmengine.registry import HOOKS, MODELS, DefaultScope
 from mmengine.runner import (
     EpochBasedTrainLoop,
     IterBasedTrainLoop,
@@ -79,8 +80,10 @@ def check_runner_keys(cfg: Config, splits: Sequence[str] = SPLITS) -> None:
     _check_hooks(cfg)
     if has_own_runner(cfg):
         return
+    for name, hook in (cfg.get('default_hooks') or {}).items():
+        _check_checkpoint_hook(hook, f'default_hooks.{name}')
     _check_arguments(cfg)
-    _check_loops(cfg)
+    _check_loops(cfg, splits)
     for split in splits:
         _check_loader(cfg.get(f'{split}_dataloader'), f'{split}_dataloader')
 
@@ -92,20 +95,27 @@ def _check_scope(cfg: Config) -> None:
     if not isinstance(model, Mapping) or not (scope is None or isinstance(scope, str)):
         return
     model = model.get('module', model)
-    parts = [part for part in [model, *model.values()] if isinstance(part, Mapping)]
-    kinds = [part['type'] for part in parts if isinstance(part.get('type'), str)]
+    parts = [model, *(model.get(key) for key in _OF_TOOLBOXES)]
+    types = [part.get('type') for part in parts if isinstance(part, Mapping)]
+    kinds = [kind for kind in types if isinstance(kind, str)]
     # MMEngine warns of a scope without a registry, and takes its own.
-    with DefaultScope.overwrite_default_scope(scope or 'mmengine'):
-        lost = [kind for kind in kinds if class_of(MODELS, kind) is None]
-    for kind in lost:
-        for toolbox in sorted(TOOLBOXES - {scope}):
-            with DefaultScope.overwrite_default_scope(toolbox):
-                found = class_of(MODELS, kind)
-            if found is not None and found.__module__.startswith(f'{toolbox}.'):
-                raise ValueError(
-                    f'default_scope is {scope!r}, where there is no {kind}: it is of '
-                    f"{toolbox}. Write default_scope = '{toolbox}'."
-                )
+    lost = _not_in(scope or 'mmengine', kinds)
+    fitting = [x for x in sorted(TOOLBOXES - {scope}) if not _not_in(x, kinds)]
+    if lost and fitting:
+        raise ValueError(
+            f'default_scope is {scope!r}, where there is no {lost[0]}: write '
+            f"default_scope = '{fitting[0]}'."
+        )
+
+
+# Parts of a model whose types stand in the same registry as that of the model.
+_OF_TOOLBOXES = ('backbone', 'neck', 'head', 'decode_head', 'bbox_head', 'rpn_head')
+
+
+def _not_in(scope: str, kinds: Sequence[str]) -> List[str]:
+    """The types of a model's parts that a scope does not have."""
+    with DefaultScope.overwrite_default_scope(scope):
+        return [kind for kind in kinds if class_of(MODELS, kind) is None]
 
 
 def _check_hooks(cfg: Config) -> None:
@@ -144,6 +154,15 @@ def _check_hooks(cfg: Config) -> None:
             )
 
 
+def _check_checkpoint_hook(hook: Any, key: str) -> None:
+    """MMEngine would refuse an unknown argument when it saves the first checkpoint."""
+    kind = class_of(HOOKS, hook.get('type')) if isinstance(hook, Mapping) else None
+    if inspect.isclass(kind) and issubclass(kind, CheckpointHook):
+        saving = list(inspect.signature(Runner.save_checkpoint).parameters)
+        known = [*arguments_of(kind), *saving[3:]]  # not self, out_dir, filename
+        _require_known(hook, key, ['type', '_scope_', 'priority', *known])
+
+
 def _check_arguments(cfg: Config) -> None:
     """Whether dicts that MMEngine hands to functions have other keys than those."""
     modes = inspect.signature(set_multi_processing).parameters
@@ -165,10 +184,10 @@ def _check_arguments(cfg: Config) -> None:
         )
 
 
-def _check_loops(cfg: Config) -> None:
+def _check_loops(cfg: Config, splits: Sequence[str]) -> None:
     """Whether what belongs together is there, and loops without a type fit.
 
-    A runner of MMEngine checks all of its loops, also those that it does not run.
+    A runner of MMEngine wants all parts of a loop also where it does not run it.
     """
     for split in SPLITS:
         last = 'optim_wrapper' if split == 'train' else f'{split}_evaluator'
@@ -182,7 +201,8 @@ def _check_loops(cfg: Config) -> None:
                 f'MMEngine needs all or none: for none, --cfg-options {options}.'
             )
         loop = cfg.get(f'{split}_cfg')
-        if isinstance(loop, Mapping) and not loop.get('type'):
+        is_built = split in splits and isinstance(loop, Mapping)
+        if is_built and not loop.get('type'):
             _check_loop(loop, split)
 
 
@@ -196,8 +216,8 @@ def _check_loop(loop: Mapping, split: str) -> None:
     by_epoch = loop.get('by_epoch')
     train = EpochBasedTrainLoop if by_epoch else IterBasedTrainLoop
     kind: Any = dict(train=train, val=ValLoop, test=TestLoop)[split]
-    given = ('self', 'runner', 'dataloader', 'evaluator')
-    known = [name for name in arguments_of(kind)[0] if name not in given]
+    given = ('runner', 'dataloader', 'evaluator')
+    known = [name for name in arguments_of(kind) if name not in given]
     _require_known(loop, f'{split}_cfg', [*own, *known])
 
 

@@ -5,7 +5,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, List, Optional, Tuple
+from typing import Any, List, Optional
 
 from mmengine.config import Config
 
@@ -55,7 +55,7 @@ def describe_argument(error: BaseException, cfg: Config) -> Optional[str]:
     if built is None:
         return None
     kind, args = built
-    known, takes_any = arguments_of(kind)
+    known = arguments_of(kind)
     missing = _MISSING.search(str(error))
     if missing:
         name = missing[1]
@@ -69,7 +69,7 @@ def describe_argument(error: BaseException, cfg: Config) -> Optional[str]:
     name = refused[1]
     if name in args and (name not in known or _TWICE.search(str(error))):
         place = _place(cfg, kind, args, lambda part: name in part)
-        return refusal(f'{place}.{name}' if place else name, name, kind, args)
+        return _refusal(f'{place}.{name}' if place else name, name, kind, args)
     # Layers of norm_cfg and the like are built without a registry's function.
     for path, part in paths_of(args):
         if isinstance(part, Mapping) and 'type' in part and name in part:
@@ -79,16 +79,10 @@ def describe_argument(error: BaseException, cfg: Config) -> Optional[str]:
     return None
 
 
-def refusal(key: str, name: str, kind: Any, given: Mapping = {}) -> str:  # noqa: B006
-    """Say that an argument does not exist, and which do.
-
-    Args:
-        key (str): The whole key of the argument in the config.
-        name (str): The argument.
-        kind (Any): The class or function.
-        given (Mapping): Arguments that are not suggested. Defaults to {}.
-    """
-    names = [x for x in arguments_of(kind)[0] if x not in _OF_RUNNER]
+def _refusal(key: str, name: str, kind: Any, given: Mapping) -> str:
+    """Say that an argument does not exist, and which do."""
+    # MMEngine itself gives objects, such as the runner.
+    names = [x for x in arguments_of(kind) if isinstance(given.get(x), _OF_CONFIGS)]
     near = nearest(name, [x for x in names if x not in given])
     hint = f' Is {near} meant?' if near else ''
     return (
@@ -97,17 +91,13 @@ def refusal(key: str, name: str, kind: Any, given: Mapping = {}) -> str:  # noqa
     )
 
 
-# What MMEngine gives to a loop, a scheduler or a wrapper itself.
-_OF_RUNNER = ('self', 'runner', 'dataloader', 'evaluator')
+_OF_CONFIGS = (str, int, float, list, tuple, dict, type(None))
 
 
-def arguments_of(kind: Any) -> Tuple[List[str], bool]:
+def arguments_of(kind: Any) -> List[str]:
     """The arguments of a class or a function by their names.
 
     A class that takes any others hands them to its base class.
-
-    Returns:
-        tuple: The names, and whether there may be further ones.
     """
     names: List[str] = []
     inits = [kind]
@@ -118,16 +108,16 @@ def arguments_of(kind: Any) -> Tuple[List[str], bool]:
         try:
             parameters = inspect.signature(init).parameters.values()
         except (TypeError, ValueError):  # of C code
-            return names, True
+            return names
         names += [
             x.name
             for x in parameters
             if x.kind in (x.POSITIONAL_OR_KEYWORD, x.KEYWORD_ONLY)
-            and x.name not in names
+            and x.name not in ('self', *names)
         ]
         if not any(x.kind is x.VAR_KEYWORD for x in parameters):
-            return names, False
-    return names, True
+            break
+    return names
 
 
 def _name(kind: Any) -> str:

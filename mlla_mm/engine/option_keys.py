@@ -2,6 +2,7 @@
 """Which keys of a config are read, and which key is meant by one that is not."""
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -187,7 +188,7 @@ def describe_old_keys(cfg: Config) -> Optional[str]:
     if has_own_runner(cfg):
         return None
     known = OLD_KEYS.keys() - READ - _STILL_USED
-    names = [x for x in cfg if x in known and not list(_uses(cfg, x))]
+    names = [x for x in cfg if x in known and not _is_used(cfg, x)]
     if not names:
         return None
     places = ', '.join(f'{name} (now {OLD_KEYS[name]})' for name in names)
@@ -195,6 +196,12 @@ def describe_old_keys(cfg: Config) -> Optional[str]:
         f'Warning: {cfg.filename} has {places}. Nothing reads these names of OpenMMLab '
         '2.x, unless code of your own does.'
     )
+
+
+def _is_used(cfg: Config, name: str) -> bool:
+    """Whether a file of a config uses a variable, as ``optimizer=optimizer`` does."""
+    in_text = re.search(rf'[=:(\[,]\s*{re.escape(name)}\b(?!\s*=)', cfg.text or '')
+    return bool(in_text) or any(_uses(cfg, name))
 
 
 def paths_of(value: Any, path: Path = ()) -> Iterator[Tuple[Path, Any]]:

@@ -1,7 +1,5 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 import argparse
-import copy
-import re
 
 import pytest
 import torch
@@ -11,7 +9,7 @@ from mmengine.hooks import EMAHook
 from mlla_mm.checkpoints.reader import checkpoints_are_trusted, trust_checkpoints
 from mlla_mm.engine import config_files, options, parts
 
-from ..processes import load_tool, run_tool
+from ..processes import load_tool
 
 
 def make(**more) -> Config:
@@ -114,13 +112,6 @@ def test_run_arguments(tmp_path):
         run_config(tmp_path / 'c.py')
 
 
-def test_a_checkpoint_in_place_of_a_config(tmp_path):
-    path = tmp_path / 'epoch_1.pth'
-    path.write_bytes(b'x')
-    with pytest.raises(ValueError, match='epoch_1.pth is no config, .* the order of'):
-        config_files.read_config(str(path))
-
-
 def test_checkpoints_are_not_trusted_by_default(tmp_path):
     path = tmp_path / 'a.py'
     path.write_text('')
@@ -150,48 +141,6 @@ def test_checkpoints_are_not_trusted_by_default(tmp_path):
 )
 def test_names_of_types(kind, name):
     assert parts.kind_of(dict(type=kind)) == name
-
-
-def changes_of(written, run):
-    return list(config_files.describe_changes(written.to_dict(), run.to_dict()))
-
-
-def test_changes_of_a_config():
-    written = Config(dict(a=1, b=dict(c=[1, dict(d=2)], e='x'), f=[1, 2], g=None))
-    run = copy.deepcopy(written)
-    assert not changes_of(written, run)
-    run.merge_from_dict({'a': 2, 'b.e': '/folder' * 50 + '/coco', 'h': dict(i=1)})
-    run.b.c[1].d = 3
-    run.b.c.append(4)
-    run.f = [1]
-    run.pop('g')
-    changes = changes_of(written, run)
-    assert re.fullmatch(r"b.e: 'x' -> '/folder.{50,200}/coco'", changes.pop(3))
-    assert changes == [
-        'a: 1 -> 2',
-        'b.c.1.d: 2 -> 3',
-        'b.c.2: - -> 4',
-        'f: [1, 2] -> [1]',
-        'g: None -> -',
-        "h: - -> {'i': 1}",
-    ]
-    assert written.a == 1
-
-
-def test_everything_of_ours_is_registered(tmp_path):
-    """Also if the config does not import mlla_mm."""
-    path = tmp_path / 'a.py'
-    path.write_text(
-        "default_scope = 'mmpretrain'\ncustom_imports = dict(imports=['re'])"
-    )
-    script = (
-        'from mlla_mm.engine.config_files import read_config\n'
-        'from mmengine.registry import MODELS\n'
-        f'read_config({str(path)!r})\n'
-        "assert 'MESAClassifier' in MODELS.module_dict"
-    )
-    pytest.importorskip('mmpretrain')
-    run_tool('python', '-c', script)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,116 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+import pytest
+from mmengine.config import Config
+from torch.utils.data import DataLoader
+
+from mlla_mm.checks.runner_keys import check_runner_keys, require_parts
+
+from ..bad_data import CLS, DET, SEG, assert_says, config
+
+for package in ('mmdet', 'mmseg', 'mmpretrain'):
+    pytest.importorskip(package)
+
+# What is changed, and what the error says.
+ERRORS = [
+    # Data loaders.
+    (CLS, {'train_dataloader.batchsize': 4}, ['train_dataloader.batch_size meant']),
+    (SEG, {'val_dataloader.num_workers': 0, 'val_dataloader.persistent_workers': True},
+     ['val_dataloader.persistent_workers is True',
+      '--cfg-options val_dataloader.num_workers=0 '
+      'val_dataloader.persistent_workers=False']),
+    (SEG, {'test_dataloader.num_workers': 0, 'test_dataloader.prefetch_factor': 2,
+           'test_dataloader.persistent_workers': False},
+     ['test_dataloader.prefetch_factor is 2', 'test_dataloader.prefetch_factor=None']),
+    # Hooks.
+    (SEG, {'default_hooks.checkpont.interval': 1},
+     ['default_hooks.checkpont has no type', 'Is default_hooks.checkpoint meant']),
+    (DET, {'default_hooks.checkpoint.intervall': 1},
+     ['default_hooks.checkpoint.intervall', 'default_hooks.checkpoint.interval meant']),
+    (SEG, {'custom_hooks': dict(type='EMAHook')}, ["[dict(type='EMAHook', ...)]"]),
+    (SEG, {'custom_hooks': ['EMAHook']}, ["custom_hooks.0 is 'EMAHook'"]),
+    (SEG, {'default_hooks': [dict(type='EMAHook')]}, ['default_hooks is no dict']),
+    # Dicts that become arguments of functions.
+    (CLS, {'randomness.sed': 1}, ['Is randomness.seed meant']),
+    (CLS, {'randomness': dict(deterministic=True)}, ['randomness has no seed']),
+    (CLS, {'env_cfg.mp_cfg.start': 'fork'}, ['env_cfg.mp_cfg.start', 'mp_start_m']),
+    (CLS, {'env_cfg.cudnn_benchmrk': True}, ['Is env_cfg.cudnn_benchmark meant']),
+    (CLS, {'auto_scale_lr.base_batchsize': 1}, ['auto_scale_lr.base_batch_size meant']),
+    # Loops.
+    (CLS, {'val_cfg': None}, ['val_cfg is missing or None', 'val_evaluator=None']),
+    (CLS, {'test_cfg': dict(fp_16=True)}, ['test_cfg.fp_16', 'test_cfg.fp16 meant']),
+    (SEG, {'train_cfg': dict(by_epoch=False, max_iter=2)}, ['train_cfg.max_iters m']),
+    (SEG, {'train_cfg': dict(max_iters=2)}, ['train_cfg has no type']),
+    # The scope.
+    (CLS, {'default_scope': None}, ["default_scope is None", "= 'mmpretrain'"]),
+    (CLS, {'default_scope': 'mmdet'}, ["default_scope is 'mmdet'", "= 'mmpretrain'"]),
+    (DET, {'default_scope': 'mlla_mm'}, ["'mlla_mm'", 'MaskRCNN', "= 'mmdet'"]),
+    (SEG, {'default_scope': 'nobody'}, ["'nobody'", "default_scope = 'mmseg'"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize('scope, changes, words', ERRORS)
+def test_mistakes(scope, changes, words):
+    cfg = config(scope)
+    for key, value in changes.items():
+        if value is None or isinstance(value, (dict, list)):
+            cfg[key] = value  # replaces, where merge_from_dict merges
+        else:
+            cfg.merge_from_dict({key: value})
+    with pytest.raises(ValueError) as caught:
+        check_runner_keys(cfg)
+    assert_says(caught.value, *words)
+    assert '\n' not in str(caught.value)
+
+
+def test_only_what_is_read_is_checked():
+    cfg = config(SEG)
+    cfg.test_dataloader.update(num_workers=0, persistent_workers=True)
+    check_runner_keys(cfg, ('train', 'val'))
+    with pytest.raises(ValueError, match='test_dataloader'):
+        check_runner_keys(cfg, ('test',))
+
+
+@pytest.mark.parametrize('key', ['persistent_workers', 'prefetch_factor'])
+def test_pytorch_refuses_what_is_refused(key):
+    with pytest.raises(ValueError):
+        DataLoader([1], num_workers=0, **{key: 2})
+
+
+@pytest.mark.parametrize('scope', [CLS, DET, SEG])
+def test_what_is_right(scope):
+    cfg = config(scope)
+    cfg.train_dataloader.update(num_batch_per_epoch=3, pin_memory=True)
+    cfg.default_hooks.checkpoint.save_optimizer = False
+    check_runner_keys(cfg)
+    cfg.runner_type = 'MyRunner'  # which may read anything
+    cfg.train_dataloader.anything = 1
+    check_runner_keys(cfg)
+
+
+def test_a_scope_in_every_type_needs_no_default():
+    cfg = Config(
+        dict(
+            model=dict(
+                type='mmpretrain.ImageClassifier',
+                backbone=dict(type='MLLA'),
+                head=dict(type='mmpretrain.LinearClsHead'),
+            )
+        )
+    )
+    check_runner_keys(cfg)
+
+
+@pytest.mark.parametrize(
+    'cfg, words',
+    [
+        (dict(), ['model is missing in']),
+        (dict(model=None), ['model is None in']),
+        (dict(model=3), ['model is 3', 'a dict']),
+        (dict(model=dict(type='X'), train_cfg='abc'), ["train_cfg is 'abc'"]),
+    ],
+)
+def test_parts_that_are_needed(cfg, words):
+    with pytest.raises(ValueError) as caught:
+        require_parts(Config(cfg), 'model', 'train_cfg')
+    assert_says(caught.value, *words)
+    require_parts(Config(dict(model=dict(), train_cfg=dict())), 'model', 'train_cfg')

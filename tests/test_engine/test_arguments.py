@@ -1,0 +1,117 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+import pytest
+from mmengine.config import Config
+from mmengine.registry import (
+    HOOKS,
+    MODELS,
+    PARAM_SCHEDULERS,
+    DefaultScope,
+    Registry,
+)
+from torch import nn, optim
+
+from mlla_mm.apis import load_model
+from mlla_mm.engine.arguments import ArgumentError, arguments_of, named_arguments
+from mlla_mm.engine.launch import exit_on_user_error
+
+from ..bad_data import assert_says
+from ..nano import NANO
+
+PARTS = Registry('parts')
+
+
+@PARTS.register_module()
+class Base:
+    def __init__(self, size, colour='red'):
+        if colour == 'none':
+            paint(colour=colour)
+
+
+@PARTS.register_module()
+class Derived(Base):
+    def __init__(self, weight=1, **kwargs):
+        super().__init__(**kwargs)
+
+
+def paint():
+    pass
+
+
+def build(config: dict):
+    cfg = Config(dict(first=dict(parts=[dict(type='Other'), config])))
+    with named_arguments(cfg):
+        return PARTS.build(cfg.first.parts[1])
+
+
+@pytest.mark.parametrize(
+    'config, words',
+    [
+        (dict(type='Base', size=1, color=2),
+         ['first.parts.1.color: Base takes no color', 'colour meant', 'size, colour']),
+        (dict(type='Derived', size=1, wieght=2),
+         ['first.parts.1.wieght', 'Is weight meant', 'weight, size, colour']),
+        (dict(type='Base', colour=2), ['first.parts.1 lacks size', 'Base']),
+        (dict(type='Derived'), ['first.parts.1 lacks size']),
+        (dict(type=Base, size=1, color=2), ['first.parts.1.color: Base takes no']),
+    ],
+)  # fmt: skip
+def test_arguments_of_a_class(config, words):
+    with pytest.raises(ArgumentError) as caught:
+        build(config)
+    assert_says(caught.value, *words)
+    assert '\n' not in str(caught.value)
+
+
+def test_a_mistake_inside_a_class_keeps_its_traceback():
+    with pytest.raises(TypeError, match='paint'):
+        build(dict(type='Base', size=1, colour='none'))
+
+
+def test_arguments_that_base_classes_take():
+    assert arguments_of(Derived) == ['weight', 'size', 'colour']
+    assert arguments_of(paint) == []
+    assert 'lr' in arguments_of(optim.AdamW)
+
+
+def test_layers_without_a_registry_function():
+    pytest.importorskip('mmdet')
+    cfg = Config.fromfile(NANO['mmdet'])
+    cfg.model.neck.norm_cfg = dict(type='BN', epsilon=1)
+    with pytest.raises(ArgumentError, match='^model.neck.norm_cfg.epsilon: '):
+        with DefaultScope.overwrite_default_scope('mmdet'), named_arguments(cfg):
+            MODELS.build(cfg.model)
+
+
+@pytest.mark.parametrize('convert', [True, False])
+def test_schedulers(convert):
+    scheduler = dict(type='CosineAnnealingLR', T_max=3, eta_mim=1)
+    if convert:
+        scheduler.update(convert_to_iter_based=True)
+    cfg = Config(dict(param_scheduler=[dict(type='ConstantLR'), scheduler]))
+    optimizer = optim.SGD(nn.Linear(1, 1).parameters(), lr=1)
+    with pytest.raises(ArgumentError) as caught, named_arguments(cfg):
+        PARAM_SCHEDULERS.build(
+            cfg.param_scheduler[1], dict(optimizer=optimizer, epoch_length=2)
+        )
+    words = ['param_scheduler.1.eta_mim: CosineAnnealing', 'Is eta_min meant']
+    assert_says(caught.value, *words)
+    assert 'optimizer' not in str(caught.value)  # MMEngine gives it
+
+
+def test_tools_print_it_without_a_traceback():
+    cfg = Config(dict(custom_hooks=[dict(type='EMAHook', begin_iter=1, begn=2)]))
+    with pytest.raises(SystemExit, match='^Error: .*takes no|custom_hooks'):
+        with exit_on_user_error(()), named_arguments(cfg):
+            hook = HOOKS.build(cfg.custom_hooks[0])
+            MODELS.build(dict(hook.ema_cfg), default_args=dict(model=nn.Linear(1, 1)))
+
+
+def test_models_of_inference(tmp_path):
+    pytest.importorskip('mmseg')
+    import torch
+
+    torch.save(dict(state_dict=dict(x=torch.zeros(1))), tmp_path / 'a.pth')
+    cfg = Config.fromfile(NANO['mmseg'])
+    cfg.model.decode_head.chanels = 3
+    with pytest.raises(ValueError, match='model.decode_head.chanels.*Is channels'):
+        load_model(cfg, tmp_path / 'a.pth', device='cpu')

@@ -1,0 +1,125 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+import copy
+
+import pytest
+from mmengine.config import Config
+
+from mlla_mm.engine.config_files import merge_options
+from mlla_mm.engine.option_keys import READ, describe_old_keys
+
+from ..bad_data import assert_says
+from ..nano import NANO
+
+
+@pytest.fixture(scope='module')
+def segmentor():
+    return Config.fromfile(NANO['mmseg'])
+
+
+# An option, and what the error says.
+UNREAD = [
+    ('optimizer.lr', ['nothing reads optimizer', 'optim_wrapper.optimizer.lr=1']),
+    ('data.samples_per_gpu', ['train_dataloader.batch_size=1']),
+    ('data.val.data_root', ['val_dataloader.dataset.data_root=1']),
+    ('trian_cfg.max_iters', ['train_cfg.max_iters=1']),
+    ('total_epochs', ['train_cfg.max_epochs=1']),
+    ('evaluation.interval', ['train_cfg.val_interval=1']),
+    ('checkpoint_config.interval', ['default_hooks.checkpoint.interval=1']),
+    ('lr', ['optim_wrapper.optimizer.lr=1']),
+    ('batch_size', ['train_dataloader.batch_size=1', 'val_dataloader.batch_size=1']),
+    ('bach_size', ['train_dataloader.batch_size=1']),
+    ('num_classes', ['model.decode_head.num_classes=1', 'model.auxiliary_head']),
+    ('backbone.with_cp', ['model.backbone.with_cp=1']),
+    ('seed', ['randomness.seed=1']),
+    ('launcher', ['--launcher']),
+    ('resume_from', ['--resume PATH']),
+    ('xyzzy', ['nothing reads xyzzy', 'train_dataloader']),
+    # Variables of the file.
+    ('max_iters', ['variable of the config file', 'Set train_cfg.max_iters=1']),
+    ('data_root', ['train_dataloader.dataset.data_root=1', 'test_dataloader']),
+    ('train_pipeline.0.type', ['Set train_dataloader.dataset.pipeline.0.type=1']),
+    # What has no such keys.
+    ('param_scheduler.7.gamma', ['param_scheduler is a list of 2', 'no 7']),
+    ('param_scheduler.0', ['Set param_scheduler as a whole']),
+    ('log_level.x', ["log_level is INFO", 'log_level._delete_=True']),
+    ('model.backbone.out_indices.0', ['out_indices is (0, 1, 2, 3)', 'as a whole']),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize('key, words', UNREAD)
+def test_options_that_change_nothing(segmentor, key, words):
+    cfg = copy.deepcopy(segmentor)
+    with pytest.raises(ValueError) as caught:
+        merge_options(cfg, {key: 1})
+    assert_says(caught.value, f'--cfg-options {key}', *words)
+    assert '\n' not in str(caught.value)
+    assert cfg.to_dict() == segmentor.to_dict()
+
+
+ALLOWED = [
+    {'model.backbone.with_cp': True},
+    {'optim_wrapper.accumulative_counts': 4},
+    {'param_scheduler.0.start_factor': 0.5},
+    {'custom_hooks': [dict(type='EMAHook')]},
+    {'compile': True},
+    {'strategy.type': 'FSDPStrategy'},
+    {'allow_empty_classes': True},
+    {'log_level._delete_': True, 'log_level.x': 1},
+    # Together they say what the file would have said.
+    {'max_iters': 3, 'train_cfg.max_iters': 3},
+    # Nobody knows who reads the user's own.
+    {'mine': 2},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize('options', ALLOWED)
+def test_options_that_may_be_read(segmentor, options):
+    cfg = copy.deepcopy(segmentor)
+    cfg.mine = 1
+    expected = copy.deepcopy(cfg)
+    expected.merge_from_dict(options)
+    merge_options(cfg, options)
+    assert cfg.to_dict() == expected.to_dict()
+
+
+def test_a_runner_of_somebody_may_read_any_key():
+    cfg = Config(dict(runner_type='MyRunner'))
+    merge_options(cfg, {'anything': 1})
+    assert cfg.anything == 1
+
+
+def test_what_mmengine_reads_is_known():
+    """FlexibleRunner has the arguments of Runner and some more."""
+    import inspect
+
+    from mmengine.runner import FlexibleRunner
+
+    parameters = set(inspect.signature(FlexibleRunner).parameters) - {'cfg'}
+    # A user of FlexibleRunner gives it these in code alone.
+    assert parameters - READ <= {'extra_modules'}
+
+
+def old_keys(tmp_path, text):
+    path = tmp_path / 'a.py'
+    path.write_text(text)
+    return describe_old_keys(Config.fromfile(path))
+
+
+def test_names_of_the_generation_before(tmp_path):
+    text = old_keys(tmp_path, 'data = dict(samples_per_gpu=2)\ntotal_epochs = 3\n')
+    assert_says(text, 'data (now train_dataloader', 'total_epochs (now train_cfg.max_e')
+    assert '\n' not in text
+
+
+@pytest.mark.parametrize(
+    'text',
+    [
+        # mmseg's schedules.
+        "optimizer = dict(type='SGD', lr=1)\noptim_wrapper = dict(optimizer=optimizer)",
+        'total_epochs = 3\ntrain_cfg = dict(max_epochs=total_epochs)',
+        "data_root = 'x'\ndataset_type = 'CocoDataset'\nseed = 3",
+        "runner = 1\nrunner_type = 'MyRunner'",
+    ],
+)
+def test_variables_that_look_old(tmp_path, text):
+    assert old_keys(tmp_path, text) is None
