@@ -160,7 +160,7 @@ def _check_checkpoint_hook(hook: Any, key: str) -> None:
     if inspect.isclass(kind) and issubclass(kind, CheckpointHook):
         saving = list(inspect.signature(Runner.save_checkpoint).parameters)
         known = [*arguments_of(kind), *saving[3:]]  # not self, out_dir, filename
-        _require_known(hook, key, ['type', '_scope_', 'priority', *known])
+        _require_known(hook, key, ['type', 'priority', *known])
 
 
 def _check_arguments(cfg: Config) -> None:
@@ -197,7 +197,7 @@ def _check_loops(cfg: Config, splits: Sequence[str]) -> None:
             given = ', '.join(key for key in keys if key not in missing)
             options = ' '.join(f'{key}=None' for key in keys)
             raise ValueError(
-                f'{" and ".join(missing)} is missing or None, but there is {given}. '
+                f'Missing or None: {", ".join(missing)}, but there is {given}. '
                 f'MMEngine needs all or none: for none, --cfg-options {options}.'
             )
         loop = cfg.get(f'{split}_cfg')
@@ -242,7 +242,9 @@ def _check_loader(loader: Any, key: str) -> None:
 
 
 def _require_known(part: Any, path: str, known: Sequence[str]) -> None:
-    unknown = [x for x in part if x not in known] if isinstance(part, Mapping) else []
+    keys = part if isinstance(part, Mapping) else ()
+    # MMEngine writes and removes the scope of a base config.
+    unknown = [key for key in keys if key not in (*known, '_scope_')]
     if unknown:
         near = nearest(unknown[0], known)
         hint = f' Is {path}.{near} meant?' if near else ''

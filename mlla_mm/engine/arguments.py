@@ -83,7 +83,7 @@ def _refusal(key: str, name: str, kind: Any, given: Mapping) -> str:
     """Say that an argument does not exist, and which do."""
     # MMEngine itself gives objects, such as the runner.
     names = [x for x in arguments_of(kind) if isinstance(given.get(x), _OF_CONFIGS)]
-    near = nearest(name, [x for x in names if x not in given])
+    near = nearest(name, names)
     hint = f' Is {near} meant?' if near else ''
     return (
         f'{key}: {_name(kind)} takes no {name}.{hint} '

@@ -154,7 +154,8 @@ def require_place(cfg: Config, options: Mapping[str, Any]) -> None:
             else:
                 raise ValueError(
                     f'--cfg-options {key}: {place} is {_shown(value)}, which has no '
-                    f'{name}. Set {place} as a whole, or add {place}._delete_=True.'
+                    f'keys. Set {place} as a whole, or add {place}._delete_=True for a '
+                    'dict in its place.'
                 )
 
 

@@ -42,7 +42,7 @@ UNREAD = [
     ('param_scheduler.7.gamma', ['param_scheduler is a list of 2', 'no 7']),
     ('param_scheduler.0', ['Set param_scheduler as a whole']),
     ('log_level.x', ["log_level is INFO", 'log_level._delete_=True']),
-    ('model.backbone.out_indices.0', ['out_indices is (0, 1, 2, 3)', 'as a whole']),
+    ('optim_wrapper.optimizer.betas.0', ['betas is (0.9, 0.95)', 'as a whole']),
 ]  # fmt: skip
 
 
