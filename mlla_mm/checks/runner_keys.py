@@ -249,5 +249,6 @@ def _require_known(part: Any, path: str, known: Sequence[str]) -> None:
         near = nearest(unknown[0], known)
         hint = f' Is {path}.{near} meant?' if near else ''
         raise ValueError(
-            f'{path}.{unknown[0]} is not read.{hint} {path} has {", ".join(dict.fromkeys(known))}.'
+            f'{path}.{unknown[0]} is not read.{hint} {path} has '
+            f'{", ".join(dict.fromkeys(known))}.'
         )
