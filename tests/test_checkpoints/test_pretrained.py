@@ -9,7 +9,8 @@ from mmengine.registry import DefaultScope
 from torch import nn
 
 from mlla_mm.checkpoints import load_pretrained
-from mlla_mm.checkpoints.layout import check_fit, describe, find_weights, to_own_layout
+from mlla_mm.checkpoints.fit import check_fit
+from mlla_mm.checkpoints.layout import describe, find_weights, to_own_layout
 from mlla_mm.checkpoints.reader import CheckpointError
 from mlla_mm.models import MLLA
 
