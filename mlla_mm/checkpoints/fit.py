@@ -2,13 +2,14 @@
 """Loads weights that fit a model, and says why others do not."""
 
 import re
-from collections.abc import Mapping
-from typing import Any, Dict, Iterable, List, Optional
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from typing import Any, Dict, List, Optional
 
 from torch import Tensor, nn
 
 from ..utils.text import printable
-from .layout import describe
+from .layout import describe, with_metadata
 from .reader import CheckpointError
 
 _CONFIGS = {
@@ -82,24 +83,37 @@ def load_strictly(model: nn.Module, weights: Mapping[str, Tensor], source: str) 
         check_fit(own, weights, source)
         model.load_state_dict(weights, strict=False)
         return
-    problems: Dict[str, str] = {}
-    try:
-        missing = model.load_state_dict(weights, strict=False).missing_keys
-    except RuntimeError as error:
-        missing = []
-        for key in _MISSHAPED.findall(str(error)):
-            problems[key] = _shapes(weights.get(key), own[key])
-        if not problems:
-            cause = printable(' '.join(str(error).split()), limit=400)
-            raise CheckpointError(f'{source} cannot be loaded: {cause}') from error
+    problems = {
+        key: _shapes(weights.get(key), own[key])
+        for key in _misshaped(model, weights, source)
+    }
+    fitting = OrderedDict((x, y) for x, y in weights.items() if x not in problems)
+    with_metadata(fitting, weights)
+    missing = model.load_state_dict(fitting, strict=False).missing_keys
     parameters = {name for name, _ in model.named_parameters()}
     for key in missing:
         needed = key in parameters or key.endswith(_STATISTICS)
         if needed and not key.startswith(_OF_TRAINING):
-            problems[key] = _shapes(None, own[key])
+            problems.setdefault(key, _shapes(None, own[key]))
     if problems:
         way_out = _way_out_of_others(model, weights, source, problems)
         raise _misfit(source, problems, way_out)
+
+
+def _misshaped(
+    model: nn.Module, weights: Mapping[str, Tensor], source: str
+) -> List[str]:
+    """Load weights, and return the names of those that have another shape."""
+    try:
+        model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        names = _MISSHAPED.findall(str(error))
+        # The model may have given them other names.
+        if not names or not weights.keys() >= set(names):
+            cause = printable(' '.join(str(error).split()), limit=400)
+            raise CheckpointError(f'{source} cannot be loaded: {cause}') from error
+        return names
+    return []
 
 
 def _shapes(in_file: Any, in_model: Tensor) -> str:
@@ -167,10 +181,12 @@ def _way_out_of_others(
         f'model.backbone.init_cfg.checkpoint={source}'
     )
     if backbone and backbone.isdisjoint(problems):
+        start += ' model.backbone.init_cfg.prefix=backbone.'
+        if weights.keys().isdisjoint(problems):
+            return f'The backbone fits; the file lacks what is listed. {start}'
         return (
-            'The backbone fits, the rest does not. The file may have another number of '
-            'classes, which the start of a training takes: load_from, without '
-            f'--resume. {start} model.backbone.init_cfg.prefix=backbone.'
+            'The backbone fits; the file may have another number of classes, which the '
+            f'start of a training takes: load_from, without --resume. {start}'
         )
     if backbone and backbone <= {f'backbone.{key}' for key in weights}:
         return f'The file holds a backbone alone. {start}'
