@@ -2,6 +2,8 @@
 """Real runs that start from, resume and test a whole model of other classes."""
 
 import json
+import os
+import sys
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from mlla_mm.datasets.digits import make_ade20k
 from mlla_mm.reproducible.resume import newest_checkpoint
 
 from ..nano import NANO, build
+from ..processes import ROOT, free_port
 
 CONFIG = """
 _base_ = {base!r}
@@ -49,8 +52,8 @@ class CompareHook(Hook):
 
     def before_train(self, runner):
         state = runner.model.module.decode_head.state_dict()
-        average = runner.hooks[[type(x).__name__ for x in runner.hooks].index('EMAHook')]
-        for values in (state, average.ema_model.module.decode_head.state_dict()):
+        (average,) = (x.ema_model for x in runner.hooks if hasattr(x, 'ema_model'))
+        for values in (state, average.module.decode_head.state_dict()):
             for key, value in values.items():
                 first, second = all_gather(value.float())
                 assert torch.equal(first, second), key
@@ -92,7 +95,13 @@ def fresh(state, weights):
     }
 
 
-@pytest.mark.parametrize('more', ['', RESNET], ids=['MLLA', 'ResNet'])
+@pytest.mark.parametrize(
+    'more',
+    [
+        pytest.param('', id='MLLA'),
+        pytest.param(RESNET, id='ResNet', marks=pytest.mark.slow),
+    ],
+)
 def test_training_alone_starts_from_other_classes(tmp_path, call_tool, files, more):
     config, other, weights = files(more)
     work_dir = tmp_path / 'work'
@@ -130,12 +139,15 @@ def test_all_processes_have_the_same_fresh_heads(
     hooks = "custom_hooks = [dict(type='EMAHook'), dict(type='CompareHook')]\n"
     imports = "custom_imports = dict(imports=['mlla_mm', 'compared'])\n"
     seeds = 'randomness = dict(seed=1, diff_rank_seed=True)\n'
-    config, other, _ = files(hooks + imports + seeds)
     (tmp_path / 'compared.py').write_text(COMPARED)
+    monkeypatch.syspath_prepend(tmp_path)
+    config, other, _ = files(hooks + imports + seeds)
     run = run_tool(
-        'python', 'tools/train.py', config, '--launcher', 'pytorch',
-        '--work-dir', tmp_path / 'work', '--cfg-options', f'load_from={other}',
-        processes=2, env=dict(PYTHONPATH=str(tmp_path)),
+        sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', 2,
+        '--master_port', free_port(), 'tools/train.py', config,
+        '--launcher', 'pytorch', '--work-dir', tmp_path / 'work',
+        '--cfg-options', f'load_from={other}',
+        env=dict(PYTHONPATH=f'{ROOT}{os.pathsep}{tmp_path}'),
     )  # fmt: skip
     assert 'equal in 0' in run.stdout and 'equal in 1' in run.stdout
     assert run.stdout.count('start fresh') == 1
@@ -160,11 +172,13 @@ def test_other_misfits_stay_errors(tmp_path, call_tool, files):
         assert all(word in refused.stderr for word in words), refused.stderr
 
 
+@pytest.mark.slow
 def test_averages_of_mmengine(tmp_path, call_tool, files):
     """What is tested is the average, with and without --ema, and with the hook."""
     config, _, _ = files("custom_hooks = [dict(type='EMAHook', momentum=0.5)]")
     text = config.read_text().replace('lr=0.0', 'lr=0.02')
-    config.write_text(text.replace('max_iters=1', 'max_iters=3'))
+    # The average begins with the weights after the first update.
+    config.write_text(text.replace('max_iters=1', 'max_iters=2'))
     plain = tmp_path / 'plain.py'
     plain.write_text(config.read_text().replace('custom_hooks', 'unused'))
     work_dir = tmp_path / 'work'
@@ -174,10 +188,13 @@ def test_averages_of_mmengine(tmp_path, call_tool, files):
     key = 'decode_head.conv_seg.weight'
     swapped = content['ema_state_dict'][f'module.{key}']
     assert not torch.equal(content['state_dict'][key], swapped)
+    # So that they measure otherwise: the plain weights see one class alone.
+    content['ema_state_dict']['module.decode_head.conv_seg.bias'][5] = 1e3
+    torch.save(content, checkpoint)
 
     found = set()
     for number, (path, *options) in enumerate(
-        [(config,), (config, '--ema'), (plain,), (plain, '--ema', '--fuse-conv-bn')]
+        [(config,), (config, '--ema', '--fuse-conv-bn'), (plain,), (plain, '--ema')]
     ):
         folder = tmp_path / f'test{number}'
         call_tool('tools/test.py', path, checkpoint, '--work-dir', folder, *options)
