@@ -152,5 +152,5 @@ def _line(source: str, part: OtherClasses, classes: Sequence[str]) -> str:
     modules = dict.fromkeys(name.rpartition('.')[0] for name in part.names)
     return (
         f'{printable(source, PATH_LIMIT)} has {part.in_file} classes{names}, the model '
-        f'{part.in_model}: {", ".join(modules)} start fresh.'
+        f'{part.in_model}. These start fresh: {", ".join(modules)}.'
     )
