@@ -65,5 +65,7 @@ def add_ema_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--ema',
         action='store_true',
-        help="take the checkpoint's averaged weights (state_dict_ema)",
+        # Not the plain ones: MMEngine's EMAHook saves them elsewhere.
+        default=None,
+        help="take the checkpoint's averaged weights, of MESAHook or EMAHook",
     )

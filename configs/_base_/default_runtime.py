@@ -9,6 +9,7 @@ default_hooks = dict(
     param_scheduler=dict(type='ParamSchedulerHook'),
     checkpoint=dict(type='WholeCheckpointHook', interval=1),
     sampler_seed=dict(type='DistSamplerSeedHook'),
+    fresh_heads=dict(type='FreshHeadsHook'),
     check_weights=dict(type='CheckWeightsHook'),
     resumed_state=dict(type='ResumedStateHook'),
     # BatchNorm collects its own statistics in every process. They are averaged before a

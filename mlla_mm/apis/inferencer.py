@@ -48,7 +48,9 @@ class Inferencer:
         checkpoint (str | Path): The authors' file or ours, local or an http(s) address.
         device (str, optional): Such as 'cpu' or 'cuda:1'. None takes a GPU if there is
             one. Defaults to None.
-        ema (bool): Take the checkpoint's averaged weights. Defaults to False.
+        ema (bool, optional): True takes the checkpoint's averaged weights, False the
+            plain ones. None takes the average of MMEngine's EMAHook, as MMEngine does,
+            and the plain ones of other files. Defaults to None.
         trust_checkpoint (bool): Let the checkpoint run the code that it may contain, as
             ``trust_checkpoint`` in a config does. Defaults to False.
         fuse_conv_bn (bool): Fold every BatchNorm into the convolution before it.
@@ -80,7 +82,7 @@ class Inferencer:
         config: Union[str, Path, Config],
         checkpoint: Union[str, Path],
         device: Optional[str] = None,
-        ema: bool = False,
+        ema: Optional[bool] = None,
         trust_checkpoint: bool = False,
         fuse_conv_bn: bool = False,
         show_progress: bool = True,

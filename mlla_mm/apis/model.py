@@ -15,14 +15,19 @@ from mmengine.model import BaseModel
 from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 
-from ..checkpoints.layout import check_fit, find_weights, to_own_names
+from ..checkpoints.fit import check_fit, load_strictly
+from ..checkpoints.layout import (
+    class_names,
+    dataset_meta,
+    find_weights,
+    to_own_names,
+)
 from ..checkpoints.pretrained import load_pretrained, require_weights
 from ..checkpoints.reader import fetch_checkpoint, load_checkpoint_file
 from ..engine.arguments import named_arguments
 from ..engine.parts import replace_sync_bn
 from ..models import MLLA, fusing
 from ..utils.allocator import keep_freed_memory
-from ..utils.text import printable
 
 _NAMES = {f'mlla-{arch}': arch for arch in MLLA.arch_zoo}
 
@@ -80,7 +85,8 @@ def get_model(
         out_indices (int | Sequence[int], optional): Stages, 0 to 3, whose features the
             backbone returns. Only for ``features_only``. None means all.
             Defaults to None.
-        ema (bool): Take the averaged weights of ``pretrained``. Defaults to False.
+        ema (bool): Take the averaged weights of ``pretrained``, else the plain ones.
+            Defaults to False.
         **backbone_cfg: Further arguments of :class:`mlla_mm.models.MLLA`, such as
             ``drop_path_rate``.
 
@@ -167,7 +173,7 @@ def load_model(
     cfg: Config,
     checkpoint: Union[str, Path],
     device: Optional[str] = None,
-    ema: bool = False,
+    ema: Optional[bool] = None,
     trust_checkpoint: bool = False,
     fuse_conv_bn: bool = False,
 ) -> BaseModel:
@@ -178,7 +184,9 @@ def load_model(
         checkpoint (str | Path): The authors' file or ours, local or an http(s) address.
         device (str, optional): Such as 'cpu' or 'cuda:1'. None takes a GPU if there is
             one. Defaults to None.
-        ema (bool): Take the averaged weights. Defaults to False.
+        ema (bool, optional): True takes the averaged weights, False the plain ones.
+            None takes the average of MMEngine's EMAHook, as MMEngine does, and the
+            plain ones of other files. Defaults to None.
         trust_checkpoint (bool): Let the checkpoint run the code that it may contain, as
             ``trust_checkpoint`` in a config does. Defaults to False.
         fuse_conv_bn (bool): Fold every BatchNorm into the convolution before it, see
@@ -204,8 +212,7 @@ def load_model(
     scope = DefaultScope.overwrite_default_scope(cfg.get('default_scope'))
     with named_arguments(cfg), scope:
         model = MODELS.build(model_cfg)
-    check_fit(model.state_dict(), weights, str(checkpoint))
-    model.load_state_dict(weights, strict=False)
+    load_strictly(model, weights, str(checkpoint))
     model.dataset_meta = _dataset_meta(content)
     model.to(device).eval()
     return fusing.fuse_conv_bn(model) if fuse_conv_bn else model
@@ -213,16 +220,10 @@ def load_model(
 
 def _dataset_meta(checkpoint: Any) -> Dict[str, Any]:
     """Class names and colours in a checkpoint, as far as they are well-formed."""
-    meta = checkpoint.get('meta') if isinstance(checkpoint, Mapping) else None
-    meta = meta if isinstance(meta, Mapping) else {}
-    # MMEngine writes a dict of them. mmdet 2.x, mmseg 0.x and mmcls wrote no dict.
-    found = meta.get('dataset_meta')
-    found = found if isinstance(found, Mapping) and found else meta
-    found = {str(key).lower(): value for key, value in found.items()}
     result: Dict[str, Any] = {}
-    classes, palette = found.get('classes'), found.get('palette')
-    if isinstance(classes, (list, tuple)):
-        result['classes'] = tuple(map(printable, classes))
+    classes, palette = class_names(checkpoint), dataset_meta(checkpoint).get('palette')
+    if classes:
+        result['classes'] = classes
     if isinstance(palette, (list, tuple)) and all(map(_is_colour, palette)):
         result['palette'] = palette
     return result

@@ -85,6 +85,7 @@ def apply_command_line(cfg: Config, args: argparse.Namespace) -> Optional[str]:
     require_parts(cfg, 'model', 'train_dataloader', 'train_cfg', 'optim_wrapper')
     launch.require_restart_allowed(cfg.work_dir)
     options.set_resume(cfg, launch.restart_checkpoint(cfg.work_dir) or args.resume)
+    options.check_loaded_weights(cfg)
     layout = launch.processes(cfg.launcher)
     if args.resume and not cfg.resume and layout.rank == 0:
         print(f'Nothing to resume in {cfg.work_dir}: a new run begins.', flush=True)

@@ -1,11 +1,11 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""The layouts of MLLA checkpoints, and errors for weights that do not fit a model."""
+"""The layouts of MLLA checkpoints: where their weights are, and how they are named."""
 
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from operator import methodcaller
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
 
 from torch import Tensor
 
@@ -15,10 +15,12 @@ from ..utils.text import printable
 from .reader import CheckpointError
 
 EMA_KEY = 'state_dict_ema'
-"""The key of the averaged weights in a checkpoint of the authors or of this package.
+"""The key of the averaged weights in a checkpoint of the authors or of this package."""
+SWAPPED_KEY = 'ema_state_dict'
+"""The key of the plain weights in a checkpoint of MMEngine's EMAHook.
 
-MMEngine's EMAHook differs: it saves the averaged weights under ``state_dict`` and the
-plain ones under ``ema_state_dict``.
+The hook saves the averaged weights under ``state_dict``, where MMEngine finds them. The
+plain ones have ``module.`` before their names.
 """
 
 _PLAIN_KEYS = ('state_dict', 'model')
@@ -35,12 +37,6 @@ _TASKS = {
     'detector': ('rpn_head.', 'roi_head.', 'bbox_head.'),
     'segmentor': ('decode_head.',),
     'classifier': ('head.',),
-}
-_CONFIGS = {
-    'detector': 'configs/detection',
-    'segmentor': 'configs/segmentation',
-    'classifier': 'configs/classification',
-    'backbone': 'configs/*',
 }
 
 
@@ -97,35 +93,31 @@ def find_weights(
 
     OpenMMLab and this package save them under ``state_dict``, the authors' classifiers
     under ``model``, and others at the top level. Averaged weights are under
-    ``state_dict_ema``.
+    ``state_dict_ema``; in a checkpoint of MMEngine's EMAHook they are under
+    ``state_dict``, and the plain ones under ``ema_state_dict``.
 
     Args:
         checkpoint (Any): Content of the file.
         source (str): Name of the file, for errors.
-        ema (bool, optional): Whether to take the averaged weights. None takes the plain
-            weights, and is an error if a checkpoint of this package has both. (In the
-            authors' files, the plain ones are the published ones.) Defaults to None.
+        ema (bool, optional): True takes the averaged weights, False the plain ones.
+            None takes what MMEngine evaluates: the average in a checkpoint of its
+            EMAHook, else the plain weights. Defaults to None.
 
     Returns:
         Mapping[str, Tensor]: Weights by name.
 
     Raises:
-        CheckpointError: If there are no weights, or if ``ema`` has to be given.
+        CheckpointError: If there are no such weights.
     """
     content = checkpoint if isinstance(checkpoint, Mapping) else {}
-    if ema is None and {'state_dict', EMA_KEY} <= content.keys():
-        raise CheckpointError(
-            f'{source} holds plain and averaged weights. Choose with ema=False or '
-            f"ema=True, as in dict(type='Pretrained', checkpoint='{source}', ema=True)."
-        )
-    keys = (EMA_KEY,) if ema else _PLAIN_KEYS
-    found = [content[key] for key in keys if isinstance(content.get(key), Mapping)]
-    if not found and ema:
-        raise CheckpointError(
-            f"{source} holds no averaged weights ('{EMA_KEY}'), because its training "
-            'made none. Take the plain weights.'
-        )
-    weights = found[0] if found else content
+    if ema:
+        require_average(content, source)
+    if ema is False and isinstance(content.get(SWAPPED_KEY), Mapping):
+        weights = _plain_of_swapped(content)
+    else:
+        keys = (EMA_KEY, *_PLAIN_KEYS) if ema else _PLAIN_KEYS
+        found = [content[key] for key in keys if isinstance(content.get(key), Mapping)]
+        weights = found[0] if found else content
     are_tensors = all(isinstance(value, Tensor) for value in weights.values())
     if not weights or not are_tensors or not has_names(weights):
         raise CheckpointError(
@@ -133,6 +125,43 @@ def find_weights(
             "'model' or 'state_dict'."
         )
     return weights
+
+
+def require_average(checkpoint: Mapping, source: str) -> None:
+    """Require a checkpoint to hold averaged weights.
+
+    Args:
+        checkpoint (Mapping): Content of the file.
+        source (str): Name of the file, for the error.
+
+    Raises:
+        CheckpointError: If there are none.
+    """
+    keys = (EMA_KEY, SWAPPED_KEY)
+    if not any(isinstance(checkpoint.get(key), Mapping) for key in keys):
+        raise CheckpointError(
+            f"{source} holds no averaged weights: neither '{EMA_KEY}', of MESAHook, "
+            f"nor '{SWAPPED_KEY}', of MMEngine's EMAHook. Take the weights that it "
+            'has, without --ema or ema=True.'
+        )
+
+
+def class_names(checkpoint: Any) -> Tuple[str, ...]:
+    """Names of the classes that a checkpoint notes, as printable text; or none."""
+    classes = dataset_meta(checkpoint).get('classes')
+    return tuple(map(printable, classes if isinstance(classes, (list, tuple)) else ()))
+
+
+def dataset_meta(checkpoint: Any) -> Dict[str, Any]:
+    """What a checkpoint notes of its data set, by names in small letters.
+
+    MMEngine writes a dict of it. mmdet 2.x, mmseg 0.x and mmcls wrote no dict.
+    """
+    meta = checkpoint.get('meta') if isinstance(checkpoint, Mapping) else None
+    meta = meta if isinstance(meta, Mapping) else {}
+    found = meta.get('dataset_meta')
+    found = found if isinstance(found, Mapping) and found else meta
+    return {str(key).lower(): value for key, value in found.items()}
 
 
 def has_names(weights: Any) -> bool:
@@ -154,21 +183,39 @@ def to_own_names(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         weights (Mapping[str, Tensor]): Weights by name. They are not changed.
 
     Returns:
-        Mapping[str, Tensor]: The same tensors by their new names.
+        Mapping[str, Tensor]: The same tensors by their new names. Those of another
+        network lose ``module.`` alone.
     """
+    result = without_module(weights)
+    network = describe(result)
+    if network is None:
+        return result
     result = OrderedDict(
-        (key, value) for key, value in weights.items() if not _ROTATIONS.search(key)
+        (key, value) for key, value in result.items() if not _ROTATIONS.search(key)
     )
-    if all(key.startswith('module.') for key in result):
-        result = _renamed(result, methodcaller('removeprefix', 'module.'))
     if 'backbone.head.weight' in result:
         result = _renamed(result, methodcaller('removeprefix', 'backbone.'))
-    network = describe(result)
+        network = describe(result)
     if network and not network.prefix and network.task == 'classifier':
         result = _renamed(result, _to_own_classifier)
-    if hasattr(weights, METADATA):
-        setattr(result, METADATA, getattr(weights, METADATA))
-    return result
+    return with_metadata(result, weights)
+
+
+def without_module(weights: Mapping[str, Tensor]) -> 'OrderedDict[str, Tensor]':
+    """Remove the prefix ``module.`` of distributed training, if all names have it."""
+    result = OrderedDict(weights)
+    if all(key.startswith('module.') for key in result):
+        result = _renamed(result, methodcaller('removeprefix', 'module.'))
+    return with_metadata(result, weights)
+
+
+def with_metadata(
+    weights: 'OrderedDict[str, Tensor]', origin: Mapping[str, Tensor]
+) -> 'OrderedDict[str, Tensor]':
+    """Give a state dict the versions of modules that another one has, if any."""
+    if hasattr(origin, METADATA):
+        setattr(weights, METADATA, getattr(origin, METADATA))
+    return weights
 
 
 def to_own_layout(checkpoint: Any, source: str) -> Any:
@@ -187,7 +234,7 @@ def to_own_layout(checkpoint: Any, source: str) -> Any:
         CheckpointError: If ``state_dict_ema`` contains anything but weights.
     """
     try:
-        weights = find_weights(checkpoint, source, ema=False)
+        weights = find_weights(checkpoint, source)
     except CheckpointError:
         return checkpoint
     if describe(weights) is None:
@@ -202,48 +249,15 @@ def to_own_layout(checkpoint: Any, source: str) -> Any:
     return result
 
 
-def check_fit(
-    own: Mapping[str, Tensor],
-    weights: Mapping[str, Tensor],
-    source: str,
-    fresh: Optional[re.Pattern] = None,
-) -> None:
-    """Refuse weights that do not fit a model.
-
-    Args:
-        own (Mapping[str, Tensor]): State dict of the model.
-        weights (Mapping[str, Tensor]): Weights that are to be loaded.
-        source (str): Name of the file, for the error.
-        fresh (re.Pattern, optional): Names that the weights may lack. They may always
-            lack the counters of BatchNorm (``num_batches_tracked``), as in PyTorch.
-            Defaults to None.
-
-    Raises:
-        CheckpointError: If names or shapes differ. The message lists the first five
-            differences and says what to do.
-    """
-    problems: Dict[str, str] = {}
-    for key in own:
-        optional = key.endswith('.num_batches_tracked') or (fresh and fresh.match(key))
-        if key not in weights and not optional:
-            problems[key] = f'missing in the file, {tuple(own[key].shape)} in the model'
-    for key, value in weights.items():
-        if key not in own:
-            problems[key] = f'{tuple(value.shape)} in the file, not part of the model'
-        elif own[key].shape != value.shape:
-            problems[key] = (
-                f'{tuple(value.shape)} in the file, {tuple(own[key].shape)} in the '
-                'model'
-            )
-    if not problems:
-        return
-    # Different shapes first: they tell more than missing names.
-    shown = sorted(problems, key=lambda key: key not in own or key not in weights)[:5]
-    lines = '\n'.join(f'    {printable(key)}: {problems[key]}' for key in shown)
-    raise CheckpointError(
-        f'The weights of {source} do not fit the model ({len(problems)} differences):\n'
-        f'{lines}\n{_way_out(own, weights, source, list(problems))}'
+def _plain_of_swapped(checkpoint: Mapping) -> Mapping[str, Tensor]:
+    """The plain weights in a checkpoint of MMEngine's EMAHook."""
+    plain = OrderedDict(
+        (key.removeprefix('module.'), value)
+        for key, value in checkpoint[SWAPPED_KEY].items()
+        # Beside them there is the number of updates of the average.
+        if isinstance(key, str) and key.startswith('module.')
     )
+    return with_metadata(plain, checkpoint.get('state_dict', plain))
 
 
 def _renamed(
@@ -257,35 +271,3 @@ def _to_own_classifier(key: str) -> str:
         if key.startswith(theirs):
             return ours + key[len(theirs) :]
     return f'backbone.{key}'
-
-
-def _way_out(
-    own: Mapping[str, Tensor],
-    weights: Mapping[str, Tensor],
-    source: str,
-    problems: List[str],
-) -> str:
-    """Say what the user can do about weights that do not fit."""
-    model, file = describe(own), describe(weights)
-    if file is None or model is None:
-        return 'The file holds no MLLA.' if file is None else 'The model has no MLLA.'
-    if (file.embed_dims, file.depths) != (model.embed_dims, model.depths):
-        text = f'The file holds {file}; the model is {model}. '
-        if file.size is None:
-            return text + "Set the backbone's arch to the numbers of the file."
-        return text + (
-            f'Use a config of that size, {_CONFIGS[model.task]}/*mlla-{file.size}*.py, '
-            f"or set the backbone's arch to '{file.size}'."
-        )
-    start = (
-        'To use only its backbone: --cfg-options load_from=None '
-        'model.backbone.init_cfg.type=Pretrained '
-        f'model.backbone.init_cfg.checkpoint={source}'
-    )
-    if model.prefix and file.task != model.task:
-        return f'The file holds a {file.task}, the model is a {model.task}. {start}'
-    if model.prefix and not any(key.startswith(model.prefix) for key in problems):
-        return (
-            f'The backbone fits; the file may have another number of classes. {start}'
-        )
-    return "Check the backbone's arguments, or fetch the file again."

@@ -2,7 +2,7 @@
 """Published weights: their addresses, and how a backbone starts from them."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Dict, List, Optional, Union
 
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from ..compat.openmmlab import note_init_info
 from ..utils.text import printable
-from .layout import check_fit, describe, find_weights, to_own_names
-from .reader import fetch_checkpoint, load_checkpoint_file
+from .fit import check_fit
+from .layout import EMA_KEY, describe, find_weights, to_own_names
+from .reader import CheckpointError, fetch_checkpoint, load_checkpoint_file
 
 PUBLISHED_WEIGHTS: Dict[str, str] = {
     'MLLA_T.pth': 'https://cloud.tsinghua.edu.cn/f/7a19712877cb4242889c/?dl=1',
@@ -67,9 +68,10 @@ def load_pretrained(
     Args:
         backbone (nn.Module): The backbone. Its parameters have the official names.
         checkpoint (str | Path): Local path, or http(s) address.
-        ema (bool, optional): Whether to take the averaged weights instead of the plain
-            ones. It has to be given for a checkpoint of our ImageNet training, which
-            has both. None takes the plain ones of other files. Defaults to None.
+        ema (bool, optional): True takes the averaged weights, False the plain ones. It
+            has to be given for a checkpoint of our ImageNet training, which has both.
+            None takes the average of MMEngine's EMAHook, as MMEngine does, and the
+            plain ones of other files. Defaults to None.
         prefix (str, optional): Text before the backbone's names in the file, as in
             MMEngine's ``Pretrained``. None finds it out. Defaults to None.
 
@@ -82,7 +84,17 @@ def load_pretrained(
     if source.startswith(('http://', 'https://')):
         checkpoint = fetch_checkpoint(source)
     require_weights(checkpoint)
-    saved = find_weights(load_checkpoint_file(checkpoint), source, ema)
+    content = load_checkpoint_file(checkpoint)
+    # In the authors' files, the plain ones are the published ones.
+    has_both = (
+        isinstance(content, Mapping) and {'state_dict', EMA_KEY} <= content.keys()
+    )
+    if ema is None and has_both:
+        raise CheckpointError(
+            f'{source} holds plain and averaged weights. Choose with ema=False or '
+            f"ema=True, as in dict(type='Pretrained', checkpoint='{source}', ema=True)."
+        )
+    saved = find_weights(content, source, ema)
     weights = to_own_names(saved)
     network = describe(weights)
     own = backbone.state_dict()

@@ -23,7 +23,7 @@ PUBLISHED_META = (
 def publish(
     source: Union[str, Path],
     destination: Union[str, Path],
-    ema: bool = False,
+    ema: Optional[bool] = None,
     trust: Optional[bool] = None,
 ) -> Path:
     """Write the weights of any MLLA checkpoint in this package's layout.
@@ -36,8 +36,8 @@ def publish(
     Args:
         source (str | Path): A checkpoint of the authors or of this package.
         destination (str | Path): Path of the new file. It ends in .pth.
-        ema (bool): Whether to take the averaged weights instead of the plain ones.
-            Defaults to False.
+        ema (bool, optional): As in :func:`mlla_mm.checkpoints.layout.find_weights`.
+            Defaults to None.
         trust (bool, optional): Whether the source may run code, see
             :func:`mlla_mm.checkpoints.reader.load_checkpoint_file`. Defaults to None.
 

@@ -18,6 +18,7 @@ from mmengine.logging import MMLogger
 from mmengine.model import BaseDataPreprocessor
 from mmengine.model.weight_init import update_init_info
 from mmengine.optim import OptimWrapper
+from mmengine.runner import BaseLoop
 from torch import Tensor, nn
 
 
@@ -29,6 +30,11 @@ def checkpoint_of(runner) -> Optional[str]:
 def is_resumed(runner) -> bool:
     """Whether a runner continues another run. Both."""
     return bool(runner._resume)
+
+
+def is_training(runner) -> bool:
+    """Whether a runner's ``train`` was called, which builds its loop first. Both."""
+    return isinstance(runner._train_loop, BaseLoop)
 
 
 def batches_of_update(wrapper: OptimWrapper) -> int:

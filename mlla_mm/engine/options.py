@@ -127,6 +127,26 @@ def set_resume(cfg: Config, resume: Optional[str]) -> None:
         cfg.default_hooks = dict(cfg.get('default_hooks') or {}, resumed_state=hook)
 
 
+# What decides about the weights of a checkpoint, by the names in our bases.
+_OF_WEIGHTS = dict(fresh_heads='FreshHeadsHook', check_weights='CheckWeightsHook')
+
+
+def check_loaded_weights(cfg: Config) -> None:
+    """Add the hooks that see whether a checkpoint fits, where a config lacks them.
+
+    Args:
+        cfg (Config): The config of a run; changed in place. A hook that it replaces or
+            switches off by its name stays so.
+    """
+    if not (cfg.get('load_from') or cfg.get('resume')):
+        return
+    kinds = list(map(kind_of, hooks_of(cfg)))
+    for name, kind in _OF_WEIGHTS.items():
+        hooks = cfg.get('default_hooks') or {}
+        if kind not in kinds and name not in hooks:
+            cfg.default_hooks = dict(hooks, **{name: dict(type=kind)})
+
+
 def require_pretrained(cfg: Config) -> None:
     """Check that the pretrained weights exist, before any data is loaded.
 

@@ -9,7 +9,8 @@ from mmengine.registry import DefaultScope
 from torch import nn
 
 from mlla_mm.checkpoints import load_pretrained
-from mlla_mm.checkpoints.layout import check_fit, describe, find_weights, to_own_layout
+from mlla_mm.checkpoints.fit import check_fit
+from mlla_mm.checkpoints.layout import describe, find_weights, to_own_layout
 from mlla_mm.checkpoints.reader import CheckpointError
 from mlla_mm.models import MLLA
 
@@ -304,17 +305,38 @@ def test_files_that_are_no_checkpoints(tmp_path):
         load_pretrained(model, tmp_path / 'other.pth')
 
 
-@pytest.mark.parametrize(
-    'content, words',
-    [
-        ([1], ['no weights', "'model'", "'state_dict'"]),
-        (dict(state_dict={}, state_dict_ema={}), ['ema=False', 'ema=True']),
-    ],
-)
-def test_which_weights(content, words):
+def test_no_weights():
     with pytest.raises(CheckpointError) as caught:
-        find_weights(content, 'x.pth')
-    assert all(word in str(caught.value) for word in ['x.pth', *words])
+        find_weights([1], 'x.pth')
+    words = ['x.pth', 'no weights', "'model'", "'state_dict'"]
+    assert all(word in str(caught.value) for word in words)
+
+
+def averaged_by_mmengine(plain, average):
+    """A checkpoint of MMEngine's EMAHook."""
+    swapped = checkpoints.prefixed(plain, 'module.')
+    return dict(state_dict=average, ema_state_dict=dict(swapped, steps=torch.tensor(2)))
+
+
+def test_averages_of_mmengine(tmp_path):
+    plain = {key: value * 0 for key, value in MLLA(NANO).state_dict().items()}
+    average = {key: value + 1 for key, value in plain.items()}
+    content = averaged_by_mmengine(plain, average)
+    for ema, expected in ((None, average), (True, average), (False, plain)):
+        found = find_weights(content, 'x.pth', ema)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+    path = tmp_path / 'x.pth'
+    torch.save(content, path)
+    for ema, expected in ((None, 1), (True, 1), (False, 0)):
+        assert mean(start(path, NANO, ema=ema)) == expected
+
+
+@pytest.mark.parametrize('swapped', [{1: torch.ones(1)}, {'module.a': 1}, {}])
+def test_plain_weights_that_are_none(swapped):
+    content = dict(state_dict=dict(a=torch.ones(1)), ema_state_dict=swapped)
+    with pytest.raises(CheckpointError, match='x.pth holds no weights'):
+        find_weights(content, 'x.pth', ema=False)
 
 
 def test_description():

@@ -394,13 +394,16 @@ def test_weights_of_another_size_or_task(tmp_path):
         load_from(tmp_path, official, build('detection', DETECTOR))
 
 
-def test_other_models_load_as_mmengine_does(tmp_path):
+def test_models_without_mlla(tmp_path):
     path = tmp_path / 'x.pth'
-    torch.save({'head.weight': torch.ones(1, 2), 'neck': torch.ones(1)}, path)
+    weights = {'head.weight': torch.ones(1, 2), 'neck': torch.ones(1)}
+    torch.save(dict(weights, **{'head.bias': torch.ones(1)}), path)
     model = load_from(tmp_path, path, Small(backbone=False))
     assert model.head.weight.tolist() == [[1, 1]]
-    torch.save({'state_dict': MLLA(ARCH).state_dict()}, path)
-    load_from(tmp_path, path, Small(backbone=False))
+    for content in (weights, dict(state_dict=MLLA(ARCH).state_dict())):
+        torch.save(content, path)
+        with pytest.raises(CheckpointError, match='head.bias: missing in the file'):
+            load_from(tmp_path, path, Small(backbone=False))
     torch.save({'state_dict': {'neck': torch.ones(1)}}, path)
     with pytest.raises(CheckpointError, match='The file holds no MLLA'):
         load_from(tmp_path, path)

@@ -11,7 +11,9 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument(
         'destination', help='new file X.pth; its checksum is added: X-ID.pth'
     )
-    parser.add_argument('--ema', action='store_true', help='take the averaged weights')
+    parser.add_argument(
+        '--ema', action='store_true', default=None, help='take the averaged weights'
+    )
     parser.add_argument(
         '--trust-checkpoint',
         action='store_true',

@@ -10,12 +10,18 @@ from .processes import (
     SyncBuffersBeforeSaveHook,
 )
 from .records import RecordRecipeHook, RecordRunHook
-from .weights import CheckWeightsHook, FuseConvBNHook, UseEMAWeightsHook
+from .weights import (
+    CheckWeightsHook,
+    FreshHeadsHook,
+    FuseConvBNHook,
+    UseEMAWeightsHook,
+)
 
 __all__ = [
     'CheckWeightsHook',
     'CompileBackboneHook',
     'DivergedError',
+    'FreshHeadsHook',
     'FuseConvBNHook',
     'MESAHook',
     'MainProcessLoggerHook',

@@ -13,7 +13,8 @@ from mmengine.model import BaseTTAModel
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop
 
-from ...compat.openmmlab import checkpoint_of, is_resumed
+from ...checkpoints.layout import SWAPPED_KEY
+from ...compat.openmmlab import checkpoint_of, is_resumed, is_training
 from ...compat.stack import collect_stack
 from ...utils.collect_env import collect_env
 from ...utils.files import write_whole
@@ -89,8 +90,21 @@ class RecordRunHook(Hook):
     - ``averaged_weights`` (bool): Whether a checkpoint's average is tested.
     """
 
-    @master_only
+    # Before hooks that change the checkpoint.
+    priority = 'VERY_HIGH'
+
     def before_run(self, runner) -> None:
+        self._write(runner, any(isinstance(x, UseEMAWeightsHook) for x in runner.hooks))
+
+    def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
+        # MMEngine's EMAHook saves the average as the weights. mmpretrain's may test the
+        # others all the same.
+        plain = any(getattr(x, 'evaluate_on_ema', True) is False for x in runner.hooks)
+        if SWAPPED_KEY in checkpoint and not is_training(runner) and not plain:
+            self._write(runner, averaged_weights=True)
+
+    @master_only
+    def _write(self, runner, averaged_weights: bool) -> None:
         cfg = runner.cfg
         loop = cfg.get('train_cfg') or {}
         by_epoch = 'max_iters' not in loop
@@ -105,9 +119,7 @@ class RecordRunHook(Hook):
             test_time_augmentation=any(
                 isinstance(module, BaseTTAModel) for module in runner.model.modules()
             ),
-            averaged_weights=any(
-                isinstance(hook, UseEMAWeightsHook) for hook in runner.hooks
-            ),
+            averaged_weights=averaged_weights,
         )
         path = Path(runner.log_dir) / 'vis_data' / RUN_NAME
         write_whole(path, json.dumps(content, indent=2).encode())
