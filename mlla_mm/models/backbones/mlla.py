@@ -93,7 +93,7 @@ class MLLA(BaseModule):
         out_indices (int | Sequence[int]): Stages to return, 0 to 3. Negative numbers
             count from the end. Later stages than the last output exist, so that
             checkpoints fit, but they neither run nor train. Outputs that nobody reads
-            take time, but do not train. Defaults to (0, 1, 2, 3).
+            take time, and get no gradient or zeros. Defaults to (0, 1, 2, 3).
         frozen_stages (int): 0 freezes the stem, and 1 to 4 also freeze so many stages
             with their norms: they get no gradients and stay in evaluation mode. -1
             freezes nothing. Defaults to -1.
