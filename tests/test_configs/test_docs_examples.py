@@ -3,9 +3,7 @@
 
 import json
 import re
-import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -21,17 +19,8 @@ from mlla_mm.engine.parts import replace_sync_bn
 from mlla_mm.models import MLLA
 
 from ..processes import ROOT
+from .examples import CLONE, EXAMPLES, RELIABLE, clone_mmdetection, copy_configs, small
 
-EXAMPLES = {
-    path: f'# {path}\n{code}'
-    for page in sorted(ROOT.glob('docs/*.md'))
-    for path, code in re.findall(
-        r'^```python\n# (configs/\S+\.py)\n(.*?)^```', page.read_text(), re.M | re.S
-    )
-}
-# In a clone of mmdetection.
-CLONE = 'configs/mlla/retinanet_mlla-t_fpn_1x_coco.py'
-RELIABLE = 'configs/mlla/retinanet_mlla-t_fpn_1x_coco_reliable.py'
 SCOPES = dict(detection='mmdet', segmentation='mmseg', classification='mmpretrain')
 
 
@@ -39,11 +28,7 @@ SCOPES = dict(detection='mmdet', segmentation='mmseg', classification='mmpretrai
 def clone(tmp_path_factory) -> Path:
     """A folder with our configs and, beside them, those of the pages."""
     root = tmp_path_factory.mktemp('clone')
-    shutil.copytree(ROOT / 'configs', root / 'configs')
-    for path, code in EXAMPLES.items():
-        if path not in (CLONE, RELIABLE):
-            assert not (root / path).exists(), path
-            (root / path).write_text(code)
+    copy_configs(root)
     return root
 
 
@@ -62,27 +47,6 @@ def read(clone, request):
         return cfg
 
     return read_config
-
-
-def small(steps: Any) -> None:
-    """Shrink the images of a pipeline, in place."""
-    if isinstance(steps, list):
-        for step in steps:
-            small(step)
-        return
-    sizes = dict(
-        RandomChoiceResize=dict(scales=[(96, 64)]),
-        RandomResize=dict(scale=(96, 64)),
-        Resize=dict(scale=(96, 64)),
-        RandomCrop=dict(crop_size=(32, 48)),
-        RandomResizedCrop=dict(scale=32),
-        ResizeEdge=dict(scale=36),
-        CenterCrop=dict(crop_size=32),
-    )
-    assert steps['type'] in sizes or 'scale' not in steps
-    steps.update(sizes.get(steps['type'], {}))
-    for nested in steps.get('transforms', []):
-        small(nested)
 
 
 def run(cfg: Config, work_dir: Path) -> dict:
@@ -224,12 +188,7 @@ def test_in_a_clone_of_mmdetection(tmp_path, request):
     theirs = Path(mmdet.__file__).parent / '.mim' / 'configs'
     if not theirs.is_dir():
         pytest.skip('mmdet is installed without its configs')
-    for folder in ('_base_', 'retinanet'):
-        (tmp_path / 'configs').mkdir(exist_ok=True)
-        (tmp_path / 'configs' / folder).symlink_to(theirs / folder)
-    (tmp_path / CLONE).parent.mkdir()
-    for path in (CLONE, RELIABLE):
-        (tmp_path / path).write_text(EXAMPLES[path])
+    clone_mmdetection(tmp_path, theirs)
     DefaultScope.get_instance(request.node.name, scope_name='mmdet')
     cfg = Config.fromfile(tmp_path / CLONE)
     # Their tools know MLLA by it.

@@ -20,6 +20,7 @@ from ...arch import (
     parse_out_indices,
 )
 from ...compat.pytorch import BatchNorm
+from ...ops.tracing import is_graph
 from ..layers import MLLABlock, PatchMerging, Stem
 
 
@@ -91,7 +92,8 @@ class MLLA(BaseModule):
             rate of the first block is 0, and it rises linearly. Defaults to 0.
         out_indices (int | Sequence[int]): Stages to return, 0 to 3. Negative numbers
             count from the end. Later stages than the last output exist, so that
-            checkpoints fit, but they neither run nor train. Defaults to (0, 1, 2, 3).
+            checkpoints fit, but they neither run nor train. Outputs that nobody reads
+            take time, and get no gradient or zeros. Defaults to (0, 1, 2, 3).
         frozen_stages (int): 0 freezes the stem, and 1 to 4 also freeze so many stages
             with their norms: they get no gradients and stay in evaluation mode. -1
             freezes nothing. Defaults to -1.
@@ -201,17 +203,18 @@ class MLLA(BaseModule):
         # From here on maps are (N, H, W, C) in memory. Linear layers and LayerNorm work
         # on the last axis, and convolutions see a channels-last tensor.
         x = self.patch_embed(x).permute(0, 2, 3, 1).contiguous()
-        outs = []
+        maps = []
         for i, stage in enumerate(self.layers):
             x = stage(x)
             if i in self.out_indices:
-                out = ops.layer_norm(x, getattr(self, f'norm{i}'))
-                # mmcv's compiled RoIAlign takes maps for contiguous without a check.
-                outs.append(out.permute(0, 3, 1, 2).contiguous())
+                maps.append(x)
             if i == self.out_indices[-1]:
                 break
             x = stage.downsample(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return tuple(outs)
+        norms = [getattr(self, f'norm{i}') for i in self.out_indices]
+        outs = map(ops.layer_norm, _read_together(maps, norms), norms)
+        # mmcv's compiled RoIAlign takes maps for contiguous without a check.
+        return tuple(out.permute(0, 3, 1, 2).contiguous() for out in outs)
 
     def train(self, mode: bool = True) -> 'MLLA':
         """Set training mode, unless ``frozen_stages`` or ``norm_eval`` forbid it."""
@@ -285,3 +288,33 @@ def _init_linear(module: nn.Module) -> None:
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def _read_together(maps: List[Tensor], norms: List[nn.Module]) -> Sequence[Tensor]:
+    """The maps, such that a backward pass from any reaches all maps and norms.
+
+    DistributedDataParallel waits until it has reached each parameter, also those behind
+    outputs that nobody reads.
+    """
+    # A compiled graph has one backward pass anyway.
+    if len(maps) == 1 or not torch.is_grad_enabled() or is_graph():
+        return maps
+    parameters = [parameter for norm in norms for parameter in norm.parameters()]
+    return _ReadTogether.apply(len(maps), *maps, *parameters)
+
+
+class _ReadTogether(torch.autograd.Function):
+    """The first ``count`` tensors. Gradients stay as they are, None where unread."""
+
+    @staticmethod
+    def forward(count: int, *tensors: Tensor) -> Tuple[Tensor, ...]:
+        return tuple(x.view_as(x) for x in tensors[:count])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Tuple[Any, ...], output: Any) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.num_others = len(inputs) - 1 - len(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
+        return (None, *grads, *[None] * ctx.num_others)

@@ -1,0 +1,132 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+"""Finds out whether what follows an MLLA in a config can read its outputs."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, List, NamedTuple, Optional
+
+from mmengine.registry import MODELS
+
+from ..arch import parse_arch
+from ..models.backbones import MLLA
+from ..utils.text import nearest
+from .classes import class_of, named_parts
+
+# Necks whose in_channels are the channels of all maps of the backbone.
+_NECKS = ('FPN', 'PAFPN', 'BFP', 'ChannelMapper', 'NASFPN', 'FPN_CARAFE')
+# What follows such a neck, by the keys that hold its out_channels.
+_BEHIND_NECK = (
+    'rpn_head.in_channels',
+    'bbox_head.in_channels',
+    'roi_head.bbox_roi_extractor.out_channels',
+    'roi_head.mask_roi_extractor.out_channels',
+)
+
+
+class _Outputs(NamedTuple):
+    """Channels of the maps that a part of the model gives, and a name of the part."""
+
+    channels: List[int]
+    source: str
+
+
+def check_outputs(model: Mapping) -> None:
+    """Compare the arguments of an MLLA and its channels with what follows it.
+
+    Args:
+        model (Mapping): The config of a model, whose default scope is the current one.
+
+    Raises:
+        ValueError: Names the key of the first mistake, and what is right.
+    """
+    outputs = _backbone_outputs(model.get('backbone'))
+    if outputs is None:
+        return
+    neck, head = model.get('neck'), model.get('head')
+    kind = neck.get('type') if isinstance(neck, Mapping) else None
+    if isinstance(neck, Mapping) and kind in _NECKS:
+        _expect(neck.get('in_channels'), outputs, 'model.neck.in_channels')
+        width = neck.get('out_channels')
+        for path in _BEHIND_NECK:
+            value: Any = model
+            for key in path.split('.'):
+                value = value.get(key) if isinstance(value, Mapping) else None
+            if isinstance(value, int) and isinstance(width, int):
+                _expect(
+                    [value],
+                    _Outputs([width], f"{kind}'s out_channels"),
+                    f'model.{path}',
+                )
+    elif isinstance(head, Mapping) and (neck is None or kind == 'GlobalAveragePooling'):
+        last = outputs._replace(channels=outputs.channels[-1:])
+        _expect(_as_list(head.get('in_channels')), last, 'model.head.in_channels')
+    if neck is None:
+        for key in ('decode_head', 'auxiliary_head'):
+            for path, part in named_parts(model.get(key), f'model.{key}'):
+                _check_decode_head(part, outputs, path)
+
+
+def _backbone_outputs(backbone: Any) -> Optional[_Outputs]:
+    """What an MLLA gives; None for another backbone. Checks the arguments of MLLA."""
+    if not isinstance(backbone, Mapping):
+        return None
+    kind = class_of(MODELS, backbone.get('type'))
+    if not (inspect.isclass(kind) and issubclass(kind, MLLA)):
+        return None
+    options = {k: v for k, v in backbone.items() if k not in ('type', 'init_cfg')}
+    known = inspect.signature(kind).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    unknown = [name for name in options if name not in known]
+    if unknown and not takes_any:
+        name = unknown[0]
+        meant = nearest(name, known)
+        hint = f"is '{meant}' meant?" if meant else f'choose from {list(known)}.'
+        raise ValueError(
+            f'model.backbone.{name} is not an argument of {kind.__name__}: {hint}'
+        )
+    if kind is not MLLA:
+        return None
+    arch = options.get('arch', 'tiny')
+    try:
+        embed_dims, _, num_heads = parse_arch(arch)
+        # As wide as the network and a block deep, which makes its own checks fast.
+        shallow = dict(embed_dims=embed_dims, depths=(1,) * 4, num_heads=num_heads)
+        indices = MLLA(**dict(options, arch=shallow)).out_indices
+    except (TypeError, ValueError) as error:
+        raise ValueError(f'model.backbone: {error}') from error
+    name = f"arch '{arch}'" if isinstance(arch, str) else f'embed_dims {embed_dims}'
+    return _Outputs(
+        [embed_dims * 2**i for i in indices], f'MLLA of {name}, out_indices {indices}'
+    )
+
+
+def _check_decode_head(head: Mapping, outputs: _Outputs, path: str) -> None:
+    index, channels = head.get('in_index', -1), head.get('in_channels')
+    indices = _as_list(index)
+    count = len(outputs.channels)
+    if not all(isinstance(i, int) and -count <= i < count for i in indices):
+        raise ValueError(
+            f'{path}.in_index is {index}, but the backbone gives {count} '
+            f'{"maps" if count > 1 else "map"} ({outputs.source}).'
+        )
+    if isinstance(index, int):
+        # Heads that take a list without indices, such as Mask2Former's, read all maps.
+        channels = [channels] if isinstance(channels, int) else None
+    chosen = outputs._replace(channels=[outputs.channels[i] for i in indices])
+    _expect(channels, chosen, f'{path}.in_channels')
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, int) else value
+
+
+def _expect(channels: Any, outputs: _Outputs, path: str) -> None:
+    """Compare a list of channels with what comes in. Other values are not compared."""
+    if isinstance(channels, (list, tuple)) and list(channels) != outputs.channels:
+        shown, right = (
+            x[0] if len(x) == 1 else list(x) for x in (channels, outputs.channels)
+        )
+        raise ValueError(
+            f'{path} is {shown}, but what comes in has {right} channels '
+            f'({outputs.source}).'
+        )
