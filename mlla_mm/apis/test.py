@@ -13,6 +13,7 @@ from ..datasets.corrupt_images import CorruptImageError
 from ..engine import launch, options
 from ..engine.config_files import print_changes, read_run_config
 from ..engine.console import build_runner, quiet
+from ..engine.parts import require_parts, require_whole_splits
 from ..engine.toolboxes import load_own_toolbox_alone
 
 
@@ -58,6 +59,8 @@ def apply_command_line(cfg: Config, args: argparse.Namespace) -> None:
         FileNotFoundError, ValueError: If an argument cannot be applied.
     """
     options.apply_run_arguments(cfg, args)
+    require_whole_splits(cfg)
+    require_parts(cfg, 'model', 'test_dataloader', user='A test')
     if not Path(args.checkpoint).is_file():
         raise FileNotFoundError(f'Checkpoint not found: {args.checkpoint}')
     cfg.load_from = args.checkpoint

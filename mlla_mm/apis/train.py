@@ -11,11 +11,14 @@ from ..checkpoints.reader import CheckpointError
 from ..checks import rehearsal
 from ..checks.config import check_config, check_loop, make_work_dir
 from ..checks.data import describe, require_data
+from ..checks.monitors import check_monitors
+from ..checks.units import CheckIntervalsHook, IntervalError, check_units
 from ..datasets.corrupt_images import CorruptImageError
 from ..engine import batch_size, launch, options
 from ..engine.config_files import print_changes, read_run_config
 from ..engine.console import build_runner, quiet
 from ..engine.hooks import DivergedError, RecordRecipeHook
+from ..engine.parts import require_parts, require_whole_splits
 from ..engine.recipe import describe_recipe, describe_run
 from ..engine.toolboxes import load_own_toolbox_alone
 from ..reproducible import Preempted
@@ -42,6 +45,8 @@ def train(args: argparse.Namespace) -> int:
             quiet(cfg.get('default_scope'))
         check_config(cfg)
         check_loop(cfg)
+        check_units(cfg)
+        check_monitors(cfg)
         record = _record(written, cfg, notice)
         options.require_pretrained(cfg)
         layout = launch.set_up(cfg)
@@ -55,7 +60,7 @@ def train(args: argparse.Namespace) -> int:
         return rehearsal.run(cfg, layout)
     # One process alone meets a corrupt image. All of them have the other errors.
     with launch.exit_on_user_error((CorruptImageError,), shared=False):
-        with launch.exit_on_user_error((CheckpointError, DivergedError)):
+        with launch.exit_on_user_error((CheckpointError, DivergedError, IntervalError)):
             status = _run(cfg, record, args.verbose)
     launch.tear_down()
     return status
@@ -78,6 +83,8 @@ def apply_command_line(cfg: Config, args: argparse.Namespace) -> Optional[str]:
         FileNotFoundError, ValueError: If an argument cannot be applied.
     """
     options.apply_run_arguments(cfg, args)
+    require_whole_splits(cfg)
+    require_parts(cfg, 'model', 'train_dataloader', user='Training')
     launch.require_restart_allowed(cfg.work_dir)
     options.set_resume(cfg, launch.restart_checkpoint(cfg.work_dir) or args.resume)
     layout = launch.processes(cfg.launcher)
@@ -106,6 +113,7 @@ def _record(written: Config, cfg: Config, notice: Optional[str]) -> RecordRecipe
 def _run(cfg: Config, record: RecordRecipeHook, verbose: bool) -> int:
     """Train to the end, or until SIGTERM. Returns the exit status."""
     runner = build_runner(cfg, verbose)
+    runner.register_hook(CheckIntervalsHook(cfg))
     runner.register_hook(record)
     try:
         runner.train()
