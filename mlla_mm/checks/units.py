@@ -98,7 +98,7 @@ def _epochs_of(cfg: Config) -> Iterator[_Wrong]:
         yield from _epochs_of_hook(key, hook)
     processor = cfg.get('log_processor') or {}
     if processor.get('by_epoch', True):
-        effect = 'all logs are of epoch 1'
+        effect = 'all logs are of one epoch'
         key = 'log_processor.by_epoch'
         yield _Wrong(key, True, effect, f'{key}=False')
     for key, scheduler in named_schedulers(cfg):

@@ -7,7 +7,7 @@ from typing import Any, Optional
 
 import torch
 from mmengine.config import Config, ConfigDict
-from mmengine.registry import METRICS, DefaultScope
+from mmengine.registry import METRICS
 
 from ..checkpoints.pretrained import require_weights
 from ..checkpoints.reader import trust_checkpoints
@@ -248,10 +248,10 @@ def _label_map_writer(evaluator: Any) -> dict:
     """
     from mmseg.evaluation import IoUMetric
 
-    with DefaultScope.overwrite_default_scope('mmseg'):
+    with METRICS.switch_scope_and_registry('mmseg') as registry:
         for metric in metrics_of(evaluator):
             kind = metric.get('type')
-            kind = METRICS.get(kind) if isinstance(kind, str) else kind
+            kind = registry.get(kind) if isinstance(kind, str) else kind
             if isinstance(kind, type) and issubclass(kind, IoUMetric):
                 return metric
     raise ValueError(
