@@ -188,14 +188,14 @@ def _draw_into(visualizer: dict, folder: str) -> None:
 
     mmseg's hook gives pictures to the backends alone, and LocalVisBackend stores them.
     """
-    local, others = dict(type='LocalVisBackend'), []
-    for backend in as_list(visualizer.get('vis_backends')):
-        if kind_of(backend) == 'LocalVisBackend':
-            local = backend
-        else:
-            others.append(backend)
-    local = dict(local, save_dir=str(Path(folder) / 'vis_data'))
-    visualizer['vis_backends'] = [local, *others]
+    backends = as_list(visualizer.get('vis_backends'))
+    kinds = list(map(kind_of, backends))
+    if 'LocalVisBackend' not in kinds:
+        backends.append(dict(type='LocalVisBackend'))
+        kinds.append('LocalVisBackend')
+    local = backends[kinds.index('LocalVisBackend')]
+    local['save_dir'] = str(Path(folder) / 'vis_data')
+    visualizer['vis_backends'] = backends
 
 
 def dump_predictions(cfg: Config, path: str) -> None:

@@ -243,10 +243,15 @@ def test_other_backends_stay_where_they_are(tmp_path):
         visualizer=dict(type='SegLocalVisualizer', vis_backends=backends),
     )
     options.draw_results(cfg, str(tmp_path))
-    local, other = cfg.visualizer.vis_backends
+    other, local = cfg.visualizer.vis_backends
     assert local.img_save_dir == 'drawn'
     assert local.save_dir == str(tmp_path / 'vis_data')
     assert other == dict(type='TensorboardVisBackend')
+
+    cfg.visualizer.vis_backends = dict(type='TensorboardVisBackend')
+    options.draw_results(cfg, str(tmp_path))
+    kinds = [x['type'] for x in cfg.visualizer.vis_backends]
+    assert kinds == ['TensorboardVisBackend', 'LocalVisBackend']
 
 
 def test_predictions_go_where_they_were_asked_to(tmp_path):
