@@ -41,6 +41,8 @@ class Inferencer:
     - Videos are read and written.
     - Pictures are read, predicted, drawn and written one batch at a time.
 
+    Pictures are prepared as for the config's test, or without one for its validation.
+
     Args:
         config (str | Path | Config): A config of this package, or one of mmdet, mmseg
             or mmpretrain with MLLA as the backbone.
