@@ -14,7 +14,14 @@ from torch import Tensor
 from mlla_mm.checks.largest_size import pin_scales
 from mlla_mm.engine.arguments import named_arguments
 from mlla_mm.engine.ema import ModelEMA
-from mlla_mm.engine.parts import data_pipelines, parts_of, replace_sync_bn
+from mlla_mm.engine.parts import (
+    data_pipelines,
+    kind_of,
+    parts_of,
+    replace_sync_bn,
+    require_parts,
+)
+from mlla_mm.evaluation.complexity import IMAGE_SHAPES
 
 from .meter import Meter, module_bytes
 
@@ -60,12 +67,22 @@ def measure_config(
             float32.
 
     Raises:
-        ValueError: If mixed precision is asked for without a GPU.
+        ValueError: If mixed precision is asked for without a GPU, or if the config has
+            no model, optimizer, or training data that name what is not given.
     """
     meter = Meter()
     if amp and not meter.is_cuda:
         raise ValueError(f'amp={amp!r} needs a GPU, and torch sees none. Leave it out.')
+    needed = ['model', 'optim_wrapper']
+    if not (batch_size and size):
+        needed.append('train_dataloader')  # for what is not given
+    require_parts(cfg, *needed, user='A training step')
     cfg = copy.deepcopy(cfg)
+    scope = cfg.get('default_scope')
+    if scope not in IMAGE_SHAPES:
+        raise ValueError(
+            f'default_scope must be one of {list(IMAGE_SHAPES)}, got {scope!r}.'
+        )
     init_default_scope(cfg.default_scope)
     cfg.model.backbone.update(with_cp=with_cp, init_cfg=None)
     replace_sync_bn(cfg.model)
@@ -101,7 +118,7 @@ def largest_size(cfg: Config) -> Tuple[int, int]:
     Raises:
         ValueError: If it names none.
     """
-    fixed = cfg.model.get('data_preprocessor', {}).get('size')
+    fixed = (cfg.model.get('data_preprocessor') or {}).get('size')
     if fixed:
         return fixed[1], fixed[0]
     found = []
@@ -111,7 +128,7 @@ def largest_size(cfg: Config) -> Tuple[int, int]:
         scales = [
             part['scales'][0] if 'scales' in part else part.get('scale')
             for part in parts_of(pipeline)
-            if 'Resize' in part.get('type', '')
+            if 'Resize' in (kind_of(part) or '')
         ]
         found += [scale for scale in scales if scale is not None][-1:]
     if not found:

@@ -42,6 +42,8 @@ class Inferencer:
     - Videos are read and written.
     - Pictures are read, predicted, drawn and written one batch at a time.
 
+    Pictures are prepared as for the config's test, or without one for its validation.
+
     Args:
         config (str | Path | Config): A config of this package, or one of mmdet, mmseg
             or mmpretrain with MLLA as the backbone.
@@ -65,8 +67,8 @@ class Inferencer:
 
     Raises:
         FileNotFoundError: If the config or the checkpoint does not exist.
-        ValueError: If the config has no known task, no test pipeline or no class names,
-            if its test data sets have several pipelines, or if the weights do not fit
+        ValueError: If the config has no known task, no test data or no class names, if
+            its test data sets have several pipelines, or if the weights do not fit
             the model.
 
     Examples:
@@ -96,11 +98,12 @@ class Inferencer:
             )
         keep_freed_memory()
         self._show_progress = show_progress
-        first, *others = _test_pipeline(cfg) or [dict(type='none')]
-        if not first['type'].endswith('LoadImageFromFile'):
+        datasets = _test_datasets(cfg)
+        first, *others = _test_pipeline(datasets) or [dict(type='none')]
+        if kind_of(first) != 'LoadImageFromFile':
             raise ValueError(
                 'The test pipeline must begin with LoadImageFromFile, got '
-                f'{first["type"]}.'
+                f'{kind_of(first)}.'
             )
         self.model = load_model(
             cfg, checkpoint, device, ema, trust_checkpoint, fuse_conv_bn
@@ -109,7 +112,7 @@ class Inferencer:
         with named_arguments(cfg), scope:
             self._loader = TRANSFORMS.build(first)
             self._pipeline = Compose(others)
-            (_, dataset), *_ = datasets_of(cfg, 'test')
+            (_, dataset), *_ = datasets
             self.classes, palette = _classes_and_palette(
                 dataset, self.model.dataset_meta
             )
@@ -264,10 +267,21 @@ class Inferencer:
         return result
 
 
-def _test_pipeline(cfg: Config) -> List[Dict[str, Any]]:
+def _test_datasets(cfg: Config) -> List[Tuple[str, Any]]:
+    """The data sets of the test, or without one those of the validation."""
+    datasets = datasets_of(cfg, 'test') or datasets_of(cfg, 'val')
+    if not datasets:
+        raise ValueError(
+            'Inference prepares pictures as a test does, but the config has no '
+            'test_dataloader and no val_dataloader. Give it one of them.'
+        )
+    return datasets
+
+
+def _test_pipeline(datasets: List[Tuple[str, Any]]) -> List[Dict[str, Any]]:
     """The steps of the test pipeline, without those that load annotations."""
     found = []
-    for key, dataset in datasets_of(cfg, 'test'):
+    for key, dataset in datasets:
         steps = dataset.get('pipeline') or ()
         found.append((key, [x for x in steps if 'Annotations' not in str(kind_of(x))]))
     for key, steps in found[1:]:
@@ -276,7 +290,7 @@ def _test_pipeline(cfg: Config) -> List[Dict[str, Any]]:
                 f'{found[0][0]} and {key} have other pipelines. Give a config with the '
                 'test data set whose pipeline is to be used.'
             )
-    return found[0][1] if found else []
+    return found[0][1]
 
 
 def _size_at_input(item: _Item) -> Optional[Tuple[int, ...]]:
@@ -300,11 +314,13 @@ def _build_visualizer(cfg: Config) -> Visualizer:
     It is not built by the registry, whose visualizers are shared by their names.
     """
     options = dict(cfg.get('visualizer') or {})
-    kind = options.pop('type', TASKS[cfg.default_scope].visualizer)
+    kind = options.pop('type', 'Visualizer')
+    if kind_of(dict(type=kind)) == 'Visualizer':  # MMEngine's, of no task
+        kind = TASKS[cfg.default_scope].visualizer
     for key in ('name', 'vis_backends', 'save_dir'):
         options.pop(key, None)
     with VISUALIZERS.switch_scope_and_registry(cfg.default_scope) as registry:
-        return registry.get(kind)(**options)
+        return (registry.get(kind) if isinstance(kind, str) else kind)(**options)
 
 
 def _classes_and_palette(

@@ -9,12 +9,12 @@ from mmengine.config import Config
 from ..checkpoints.reader import CheckpointError
 from ..checks.config import check_config, make_work_dir
 from ..checks.data import describe, require_data
-from ..checks.runner_keys import require_parts
 from ..datasets.corrupt_images import CorruptImageError
 from ..engine import launch, options
 from ..engine.arguments import named_arguments
 from ..engine.config_files import print_changes, print_old_keys, read_run_config
 from ..engine.console import build_runner, quiet
+from ..engine.parts import require_parts, require_whole_splits
 from ..engine.toolboxes import load_own_toolbox_alone
 
 
@@ -62,7 +62,9 @@ def apply_command_line(cfg: Config, args: argparse.Namespace) -> None:
         FileNotFoundError, ValueError: If an argument cannot be applied.
     """
     options.apply_run_arguments(cfg, args)
-    require_parts(cfg, 'model', 'test_dataloader', 'test_cfg', 'test_evaluator')
+    needed = ('model', 'test_dataloader', 'test_cfg', 'test_evaluator')
+    require_parts(cfg, *needed, user='A test')
+    require_whole_splits(cfg)
     if not Path(args.checkpoint).is_file():
         raise FileNotFoundError(f'Checkpoint not found: {args.checkpoint}')
     cfg.load_from = args.checkpoint

@@ -11,13 +11,15 @@ from ..checkpoints.reader import CheckpointError
 from ..checks import rehearsal
 from ..checks.config import check_config, check_loop, make_work_dir
 from ..checks.data import describe, require_data
-from ..checks.runner_keys import require_parts
+from ..checks.monitors import check_monitors
+from ..checks.units import CheckIntervalsHook, IntervalError, check_units
 from ..datasets.corrupt_images import CorruptImageError
 from ..engine import batch_size, launch, options
 from ..engine.arguments import named_arguments
 from ..engine.config_files import print_changes, print_old_keys, read_run_config
 from ..engine.console import build_runner, quiet
 from ..engine.hooks import DivergedError, RecordRecipeHook
+from ..engine.parts import require_parts, require_whole_splits
 from ..engine.recipe import describe_recipe, describe_run
 from ..engine.toolboxes import load_own_toolbox_alone
 from ..reproducible import Preempted
@@ -44,6 +46,8 @@ def train(args: argparse.Namespace) -> int:
             quiet(cfg.get('default_scope'))
         check_config(cfg, ('train', 'val'))
         check_loop(cfg)
+        check_units(cfg)
+        check_monitors(cfg)
         record = _record(written, cfg, notice)
         options.require_pretrained(cfg)
         layout = launch.set_up(cfg)
@@ -58,9 +62,9 @@ def train(args: argparse.Namespace) -> int:
         return rehearsal.run(cfg, layout)
     # One process alone meets a corrupt image. All of them have the other errors.
     with launch.exit_on_user_error((CorruptImageError,), shared=False):
-        with launch.exit_on_user_error((CheckpointError, DivergedError)):
-            with named_arguments(cfg):
-                status = _run(cfg, record, args.verbose)
+        kinds = (CheckpointError, DivergedError, IntervalError)
+        with launch.exit_on_user_error(kinds), named_arguments(cfg):
+            status = _run(cfg, record, args.verbose)
     launch.tear_down()
     return status
 
@@ -82,7 +86,9 @@ def apply_command_line(cfg: Config, args: argparse.Namespace) -> Optional[str]:
         FileNotFoundError, ValueError: If an argument cannot be applied.
     """
     options.apply_run_arguments(cfg, args)
-    require_parts(cfg, 'model', 'train_dataloader', 'train_cfg', 'optim_wrapper')
+    needed = ('model', 'train_dataloader', 'train_cfg', 'optim_wrapper')
+    require_parts(cfg, *needed, user='Training')
+    require_whole_splits(cfg)
     launch.require_restart_allowed(cfg.work_dir)
     options.set_resume(cfg, launch.restart_checkpoint(cfg.work_dir) or args.resume)
     options.check_loaded_weights(cfg)
@@ -112,6 +118,7 @@ def _record(written: Config, cfg: Config, notice: Optional[str]) -> RecordRecipe
 def _run(cfg: Config, record: RecordRecipeHook, verbose: bool) -> int:
     """Train to the end, or until SIGTERM. Returns the exit status."""
     runner = build_runner(cfg, verbose)
+    runner.register_hook(CheckIntervalsHook(cfg))
     runner.register_hook(record)
     try:
         runner.train()

@@ -52,6 +52,7 @@ from ..reproducible.resume import require_resumable
 from ..reproducible.seeding import SeededDataset
 from .forecast import CheckError, Measured, describe, existing
 from .largest_size import find_sizes, largest_size, pin_scales, resize_images
+from .units import IntervalError, check_checkpoints
 
 UPDATES = 2
 """Optimiser updates at the largest size."""
@@ -123,6 +124,8 @@ def _rehearse(
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     watch.stage = 'reading the training data'
     largest, size, batches = _read_training_data(cfg, layout.world_size)
+    if 'max_epochs' in cfg.train_cfg:
+        check_checkpoints(cfg, cfg.train_cfg.max_epochs * batches.all)
     watch.stage = 'reading the validation data'
     evaluated = _read_validation_data(cfg, layout.world_size)
 
@@ -220,7 +223,8 @@ def _print_cause(stage: str, error: Exception) -> None:
     unregistered = launch.unregistered_type(error)
     cause = unregistered or f'{type(error).__name__}: {error}'
     if isinstance(
-        error, (ArgumentError, CheckError, CheckpointError, CorruptImageError)
+        error,
+        (ArgumentError, CheckError, CheckpointError, CorruptImageError, IntervalError),
     ):
         cause = str(error)  # These errors are written for users.
     elif isinstance(error, torch.cuda.OutOfMemoryError):

@@ -41,30 +41,6 @@ _OF_LOADER = [
 ]
 
 
-def require_parts(cfg: Config, *keys: str) -> None:
-    """Check that a config has the parts that a tool works with.
-
-    Args:
-        cfg (Config): The config.
-        *keys (str): Keys whose value has to be a dict, or a list of dicts.
-
-    Raises:
-        ValueError: Names the key that is missing or has another value.
-    """
-    for key in keys:
-        part = cfg.get(key)
-        if part is None:
-            raise ValueError(
-                f'{key} is {"None" if key in cfg else "missing"} in {cfg.filename}, '
-                'but this run needs it: see configs/ for examples.'
-            )
-        if not isinstance(part, (Mapping, list, tuple)):
-            raise ValueError(
-                f'{key} is {printable(repr(part))}, but it has to be a dict of what '
-                'MMEngine builds: see configs/ for examples.'
-            )
-
-
 def check_runner_keys(cfg: Config, splits: Sequence[str] = SPLITS) -> None:
     """Look for keys that MMEngine's runner does not read, and for parts it misses.
 
@@ -83,8 +59,10 @@ def check_runner_keys(cfg: Config, splits: Sequence[str] = SPLITS) -> None:
     for name, hook in (cfg.get('default_hooks') or {}).items():
         _check_checkpoint_hook(hook, f'default_hooks.{name}')
     _check_arguments(cfg)
-    _check_loops(cfg, splits)
     for split in splits:
+        loop = cfg.get(f'{split}_cfg')
+        if isinstance(loop, Mapping) and not loop.get('type'):
+            _check_loop(loop, split)
         _check_loader(cfg.get(f'{split}_dataloader'), f'{split}_dataloader')
 
 
@@ -184,29 +162,8 @@ def _check_arguments(cfg: Config) -> None:
         )
 
 
-def _check_loops(cfg: Config, splits: Sequence[str]) -> None:
-    """Whether what belongs together is there, and loops without a type fit.
-
-    A runner of MMEngine wants all parts of a loop also where it does not run it.
-    """
-    for split in SPLITS:
-        last = 'optim_wrapper' if split == 'train' else f'{split}_evaluator'
-        keys = [f'{split}_dataloader', f'{split}_cfg', last]
-        missing = [key for key in keys if cfg.get(key) is None]
-        if missing and len(missing) < len(keys):
-            given = ', '.join(key for key in keys if key not in missing)
-            options = ' '.join(f'{key}=None' for key in keys)
-            raise ValueError(
-                f'Missing or None: {", ".join(missing)}, but there is {given}. '
-                f'MMEngine needs all or none: for none, --cfg-options {options}.'
-            )
-        loop = cfg.get(f'{split}_cfg')
-        is_built = split in splits and isinstance(loop, Mapping)
-        if is_built and not loop.get('type'):
-            _check_loop(loop, split)
-
-
 def _check_loop(loop: Mapping, split: str) -> None:
+    """Whether a loop without a type has arguments of MMEngine's loop."""
     own = () if split != 'train' else ('by_epoch',)
     if split == 'train' and 'by_epoch' not in loop:
         raise ValueError(

@@ -151,9 +151,19 @@ def scale_to_batch_size(cfg: Config, total: int, recipe: int) -> None:
         cfg (Config): The config of a training run; changed in place.
         total (int): Total batch size of the run.
         recipe (int): Total batch size of the recipe.
+
+    Raises:
+        ValueError: If the config has no rate at ``optim_wrapper.optimizer.lr``, as with
+            several optimizers.
     """
     ratio = total / recipe
-    cfg.optim_wrapper.optimizer.lr *= ratio
+    optimizer = cfg.optim_wrapper.get('optimizer') or {}
+    if 'lr' not in optimizer:
+        raise ValueError(
+            '--auto-scale-lr scales optim_wrapper.optimizer.lr, and the config has '
+            'none. Scale the rates in the config, and leave the option out.'
+        )
+    optimizer['lr'] *= ratio
     for scheduler in as_list(cfg.get('param_scheduler')):
         for key in ('eta_min', 'eta_max'):
             if scheduler.get(key):

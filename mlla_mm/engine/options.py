@@ -3,10 +3,11 @@
 
 import argparse
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from mmengine.config import Config, ConfigDict
+from mmengine.registry import METRICS
 
 from ..checkpoints.pretrained import require_weights
 from ..checkpoints.reader import trust_checkpoints
@@ -18,6 +19,7 @@ from .parts import (
     default_hook,
     hooks_of,
     kind_of,
+    metrics_of,
     parts_of,
     pretrained_of,
 )
@@ -71,7 +73,7 @@ def enable_tta(cfg: Config) -> None:
         ValueError: If the config has no ``tta_model``, ``tta_pipeline`` or test data.
     """
     for key in ('tta_model', 'tta_pipeline', 'test_dataloader'):
-        if key not in cfg:
+        if cfg.get(key) is None:
             raise ValueError(
                 f'--tta needs {key} in the config, and {cfg.filename} has none. '
                 "(mmdet's test-time augmentation does not support masks.)"
@@ -166,40 +168,70 @@ _DRAW = {
     'SegVisualizationHook': lambda folder: dict(draw=True, interval=1),
     'VisualizationHook': lambda folder: dict(enable=True, interval=1, out_dir=folder),
 }
+# The visualizers that they draw with.
+_VISUALIZERS = {
+    'DetVisualizationHook': 'DetLocalVisualizer',
+    'SegVisualizationHook': 'SegLocalVisualizer',
+    'VisualizationHook': 'UniversalVisualizer',
+}
 
 
 def draw_results(cfg: Config, folder: str) -> None:
     """Draw the predictions of a test run into a folder.
 
     Raises:
-        ValueError: If the config has no visualization hook that can do it.
+        ValueError: If the config has no visualization hook or visualizer that can do
+            it.
     """
     hook = default_hook(cfg, 'visualization')
     kind = kind_of(hook)
+    visualizer = cfg.get('visualizer') or {}
     if kind not in _DRAW:
         raise ValueError(
             f'--show-dir needs default_hooks.visualization of a type in {list(_DRAW)}, '
             f'got {kind!r}.'
         )
+    # MMEngine's own draws no predictions.
+    if kind_of(visualizer) in (None, 'Visualizer'):
+        raise ValueError(
+            '--show-dir needs a visualizer that draws predictions: write '
+            f"visualizer=dict(type='{_VISUALIZERS[kind]}')."
+        )
     # mmdet would put a relative folder into its own time-stamped one.
     hook.update(_DRAW[kind](str(Path(folder).resolve())))
     if kind == 'SegVisualizationHook':
-        cfg.visualizer['save_dir'] = folder
+        _draw_into(visualizer, folder)
+
+
+def _draw_into(visualizer: dict, folder: str) -> None:
+    """Let a visualizer store pictures in a folder; others of its backends stay.
+
+    mmseg's hook gives pictures to the backends alone, and LocalVisBackend stores them.
+    """
+    backends = as_list(visualizer.get('vis_backends'))
+    kinds = list(map(kind_of, backends))
+    if 'LocalVisBackend' not in kinds:
+        backends.append(dict(type='LocalVisBackend'))
+        kinds.append('LocalVisBackend')
+    local = backends[kinds.index('LocalVisBackend')]
+    local['save_dir'] = str(Path(folder) / 'vis_data')
+    visualizer['vis_backends'] = backends
 
 
 def dump_predictions(cfg: Config, path: str) -> None:
     """Write the predictions of a test run.
 
     Segmentation writes a folder of label maps: PNG files with the class numbers of the
-    data set's own files. The other tasks write one pickle file of all predictions.
+    data set's own files. IoUMetric writes them; the first one, if there are several.
+    The other tasks write one pickle file of all predictions.
 
     Args:
         cfg (Config): The config of the test run; changed in place.
         path (str): The folder, or the file. A file's name ends in .pkl or .pickle.
 
     Raises:
-        ValueError: If the name does not fit the task, or the evaluator has metrics for
-            several data sets.
+        ValueError: If the name does not fit the task, if the evaluator has metrics for
+            several data sets, or if a segmentation has no IoUMetric.
     """
     if 'MultiDatasetsEvaluator' in map(kind_of, as_list(cfg.test_evaluator)):
         raise ValueError(
@@ -212,13 +244,37 @@ def dump_predictions(cfg: Config, path: str) -> None:
             raise ValueError(
                 f'--out names a folder for the label maps of segmentation, got {path}.'
             )
+        metric = _label_map_writer(cfg.test_evaluator)
         # The metric makes the folder on the first process; others may need it before.
         Path(path).mkdir(parents=True, exist_ok=True)
-        cfg.test_evaluator.output_dir = path
+        metric['output_dir'] = path
         return
     if not is_pickle:
         raise ValueError(f'--out must end in .pkl or .pickle, got {path}.')
     # mmdet's metric stores masks run-length encoded.
     kind = 'DumpDetResults' if cfg.default_scope == 'mmdet' else 'DumpResults'
-    dump = dict(type=kind, out_file_path=path)
-    cfg.test_evaluator = [*as_list(cfg.test_evaluator), dump]
+    metrics = [*metrics_of(cfg.test_evaluator), dict(type=kind, out_file_path=path)]
+    if 'metrics' in cfg.test_evaluator:
+        cfg.test_evaluator['metrics'] = metrics
+    else:
+        cfg.test_evaluator = metrics
+
+
+def _label_map_writer(evaluator: Any) -> dict:
+    """The config of an evaluator's metric that writes label maps.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    from mmseg.evaluation import IoUMetric
+
+    with METRICS.switch_scope_and_registry('mmseg') as registry:
+        for metric in metrics_of(evaluator):
+            kind = metric.get('type')
+            kind = registry.get(kind) if isinstance(kind, str) else kind
+            if isinstance(kind, type) and issubclass(kind, IoUMetric):
+                return metric
+    raise ValueError(
+        '--out writes the label maps of segmentation with an IoUMetric, and '
+        "test_evaluator has none: add dict(type='IoUMetric', prefix='iou')."
+    )

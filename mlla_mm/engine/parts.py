@@ -6,6 +6,8 @@ from typing import Any, List, Optional, Tuple
 
 from mmengine.config import Config
 
+from ..utils.text import printable
+
 SPLITS = ('train', 'val', 'test')
 """What ``_dataloader`` follows in the keys of a config."""
 
@@ -99,7 +101,7 @@ def default_hook(cfg: Config, name: str) -> dict:
     return (cfg.get('default_hooks') or {}).get(name) or {}
 
 
-def kind_of(part: dict) -> Optional[str]:
+def kind_of(part: Mapping) -> Optional[str]:
     """The name of a part's ``type``, also of a class, and without a scope like mmdet.
 
     None if there is no type.
@@ -115,6 +117,68 @@ def pretrained_of(part: dict) -> List[dict]:
         for init_cfg in as_list(part.get('init_cfg'))
         if isinstance(init_cfg, dict) and kind_of(init_cfg) == 'Pretrained'
     ]
+
+
+def metrics_of(evaluator: Any) -> List[Any]:
+    """The metrics of an evaluator's config: one, a list, or an evaluator with them."""
+    if isinstance(evaluator, Mapping) and 'metrics' in evaluator:
+        evaluator = evaluator['metrics']
+    return as_list(evaluator)
+
+
+def require_parts(cfg: Config, *keys: str, user: str) -> None:
+    """Refuse a config that lacks something.
+
+    Args:
+        cfg (Config): The config.
+        *keys (str): Its keys that have to be a dict, or a list of dicts.
+        user (str): What needs them, for the message.
+
+    Raises:
+        ValueError: Names the keys that are missing, None, or of another kind.
+    """
+    missing = [key for key in keys if cfg.get(key) is None]
+    if missing:
+        raise ValueError(
+            f'{user} needs {", ".join(missing)} in the config, and '
+            f'{cfg.filename or "this one"} has none.'
+        )
+    for key in keys:
+        if not isinstance(cfg[key], (Mapping, list, tuple)):
+            raise ValueError(
+                f'{key} is {printable(repr(cfg[key]))}, but it has to be a dict of '
+                'what MMEngine builds: see configs/ for examples.'
+            )
+
+
+# What MMEngine's runner takes together or not at all.
+_TOGETHER = {
+    'training': ('train_dataloader', 'train_cfg', 'optim_wrapper'),
+    'validation': ('val_dataloader', 'val_cfg', 'val_evaluator'),
+    'test': ('test_dataloader', 'test_cfg', 'test_evaluator'),
+}
+
+
+def require_whole_splits(cfg: Config) -> None:
+    """Refuse a config with only some parts of a training, validation or test.
+
+    Raises:
+        ValueError: Names what is there and what is missing.
+    """
+    for name, keys in _TOGETHER.items():
+        given = [key for key in keys if cfg.get(key) is not None]
+        missing = [key for key in keys if cfg.get(key) is None]
+        if given and missing:
+            raise ValueError(
+                f'A {name} needs {", ".join(keys)}, but the config has no '
+                f'{" and no ".join(missing)}. Give all of them, or for no {name} '
+                f'{" ".join(f"{key}=None" for key in given)}.'
+            )
+    if cfg.get('optim_wrapper') is None and cfg.get('param_scheduler') is not None:
+        raise ValueError(
+            'param_scheduler changes the rates of optim_wrapper, but the config has '
+            'none. Give both, or write param_scheduler=None.'
+        )
 
 
 def replace_sync_bn(model: Any) -> None:

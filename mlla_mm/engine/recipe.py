@@ -65,7 +65,7 @@ def describe_run(cfg: Config, world_size: int) -> Items:
         'accumulated batches': accumulated_batches(cfg),
         'total batch': total,
         'length': length,
-        'learning rate': cfg.optim_wrapper.get('optimizer', {}).get('lr'),
+        'learning rate': (cfg.optim_wrapper.get('optimizer') or {}).get('lr'),
         'EMA decay': decay,
         'mixed precision': precision if is_amp else 'float32',
         'TF32': products_use_tf32() if torch.cuda.is_available() else None,

@@ -12,7 +12,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 
 from ..engine.arguments import named_arguments
-from ..engine.parts import replace_sync_bn
+from ..engine.parts import replace_sync_bn, require_parts
 from .published import PublishedModel
 
 Shape = Tuple[int, int]
@@ -66,7 +66,7 @@ def count_complexity(
 
     Raises:
         ValueError: If ``shape`` is not positive, or is None and the config's task is
-            unknown.
+            unknown, or if the config has no model.
     """
     scope = cfg.get('default_scope')
     if shape is None and scope not in IMAGE_SHAPES:
@@ -77,6 +77,7 @@ def count_complexity(
     shape = height, width
     if min(shape) < 1:
         raise ValueError(f'The image size must be positive, got {shape}.')
+    require_parts(cfg, 'model', user='A count')
     model_cfg = copy.deepcopy(cfg.model)
     replace_sync_bn(model_cfg)  # SyncBN has no kernel on the CPU
     with DefaultScope.overwrite_default_scope(scope):

@@ -41,8 +41,8 @@ def training_sheet(
             over the data set. Defaults to False.
 
     Raises:
-        ValueError: If the config's task is not one of the three, or ``num_images`` is
-            less than 1.
+        ValueError: If the config's task is not one of the three or it has no training
+            data, or if ``num_images`` is less than 1.
     """
     if cfg.get('default_scope') not in _DRAWERS:
         raise ValueError(
@@ -51,6 +51,8 @@ def training_sheet(
         )
     if num_images < 1:
         raise ValueError(f'The number of images must be at least 1, got {num_images}.')
+    if cfg.get('train_dataloader') is None:
+        raise ValueError('The config has no train_dataloader, whose data are drawn.')
     init_default_scope(cfg.default_scope)
     dataset = CheckedDataset(cfg.train_dataloader.dataset)
     draw = _DRAWERS[cfg.default_scope]

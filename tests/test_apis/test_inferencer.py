@@ -619,6 +619,29 @@ def test_does_not_run_code(nano, tmp_path):
     assert not marker.exists()
 
 
+@pytest.mark.parametrize('scope', SCOPES)
+def test_a_config_without_a_test_is_used_as_for_its_validation(
+    nano, inferencer, pictures, scope
+):
+    cfg, checkpoint = nano(scope)
+    cfg = cfg.copy()
+    cfg.test_dataloader = cfg.test_cfg = cfg.test_evaluator = cfg.visualizer = None
+    other = Inferencer(cfg, checkpoint, device='cpu')
+    assert other(pictures[:1]) == inferencer(scope)(pictures[:1])
+    cfg.val_dataloader = None
+    with pytest.raises(ValueError, match='no test_dataloader and no val_dataloader'):
+        Inferencer(cfg, checkpoint, device='cpu')
+
+
+@pytest.mark.parametrize('visualizer', [dict(type='Visualizer', name='v'), dict()])
+def test_a_visualizer_of_no_task(nano, pictures, tmp_path, visualizer):
+    cfg, checkpoint = nano('mmpretrain')
+    cfg = cfg.copy()
+    cfg.visualizer = visualizer
+    (result,) = Inferencer(cfg, checkpoint, 'cpu')(pictures[0], out_dir=tmp_path)
+    assert 'error' not in result and 'drawn' in result
+
+
 def test_wrong_arguments(nano, inferencer, tmp_path):
     cfg, checkpoint = nano('mmpretrain')
     with pytest.raises(FileNotFoundError, match='Config not found: none.py'):

@@ -48,3 +48,14 @@ def test_checkpointing_needs_less(package, name):
 def test_mixed_precision_needs_a_gpu():
     with pytest.raises(ValueError, match="amp='bfloat16' needs a GPU"):
         measure_config(config('classification/mlla-nano_digits'), amp='bfloat16')
+
+
+def test_missing_parts_are_named():
+    cfg = config('classification/mlla-nano_digits')
+    cfg.train_dataloader = None
+    with pytest.raises(ValueError, match='A training step needs train_dataloader'):
+        measure_config(cfg)
+    assert measure_config(cfg, batch_size=2, size=(64, 64)).size == (64, 64)
+    cfg.optim_wrapper = None
+    with pytest.raises(ValueError, match='needs optim_wrapper in'):
+        measure_config(cfg, batch_size=2, size=(64, 64))

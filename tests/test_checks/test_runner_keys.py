@@ -3,7 +3,7 @@ import pytest
 from mmengine.config import Config
 from torch.utils.data import DataLoader
 
-from mlla_mm.checks.runner_keys import check_runner_keys, require_parts
+from mlla_mm.checks.runner_keys import check_runner_keys
 
 from ..bad_data import CLS, DET, SEG, assert_says, config
 
@@ -98,19 +98,3 @@ def test_a_scope_in_every_type_needs_no_default():
         )
     )
     check_runner_keys(cfg)
-
-
-@pytest.mark.parametrize(
-    'cfg, words',
-    [
-        (dict(), ['model is missing in']),
-        (dict(model=None), ['model is None in']),
-        (dict(model=3), ['model is 3', 'a dict']),
-        (dict(model=dict(type='X'), train_cfg='abc'), ["train_cfg is 'abc'"]),
-    ],
-)
-def test_parts_that_are_needed(cfg, words):
-    with pytest.raises(ValueError) as caught:
-        require_parts(Config(cfg), 'model', 'train_cfg')
-    assert_says(caught.value, *words)
-    require_parts(Config(dict(model=dict(), train_cfg=dict())), 'model', 'train_cfg')

@@ -3,6 +3,7 @@ import pytest
 from mmengine.config import Config
 
 from mlla_mm.engine.batch_size import settle
+from mlla_mm.engine.recipe import describe_run
 
 
 def make(**more) -> Config:
@@ -135,3 +136,27 @@ def test_the_config_may_ask_mmengine_for_scaling():
 def test_scaling_needs_the_recipes_batch_size():
     with pytest.raises(ValueError, match='--auto-scale-lr needs auto_scale_lr.base_b'):
         settle(make(auto_scale_lr=dict()), 4, scale=True)
+
+
+@pytest.mark.parametrize(
+    'wrapper',
+    [
+        dict(optimizer=dict(type='Adadelta')),
+        dict(constructor='Mine', one=dict(optimizer=dict(type='SGD', lr=1.0))),
+    ],
+)
+def test_scaling_needs_one_rate(wrapper):
+    """Without it nothing else fails, as with several optimizers."""
+    cfg = make(optim_wrapper=wrapper, model=dict())
+    assert 'total batch size is 8' in settle(cfg, 4)
+    assert describe_run(cfg, 4)['learning rate'] is None
+    with pytest.raises(ValueError, match=r'optim_wrapper\.optimizer\.lr'):
+        settle(cfg, 4, scale=True)
+
+
+@pytest.mark.parametrize('schedule', [None, dict(type='A', eta_min=1.0), []])
+def test_scaling_any_schedule(schedule):
+    cfg = make(param_scheduler=schedule)
+    settle(cfg, 4, scale=True)
+    assert cfg.optim_wrapper.optimizer.lr == 5e-5
+    assert not schedule or cfg.param_scheduler.eta_min == 0.5

@@ -397,7 +397,8 @@ def test_every_task(run_tool, scope, tmp_path):
         'train_dataloader.batch_size=4', 'train_dataloader.num_workers=0',
         'train_dataloader.persistent_workers=False',
         'optim_wrapper.optimizer.lr=1e30', 'optim_wrapper.clip_grad=None',
-        'val_cfg=None', 'val_dataloader=None', 'val_evaluator=None', check=False,
+        'val_cfg=None', 'val_dataloader=None', 'val_evaluator=None',
+        'default_hooks.checkpoint.save_best=None', check=False,
     )  # fmt: skip
     assert result.returncode == 1
     message = result.stdout[result.stdout.index('Error: Training diverged') :]

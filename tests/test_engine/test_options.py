@@ -1,5 +1,6 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 import argparse
+from pathlib import Path
 
 import pytest
 import torch
@@ -159,7 +160,47 @@ def test_draw_results(hook, changed, tmp_path):
     drawn = cfg.default_hooks.visualization
     assert {key: drawn[key] for key in changed} == changed
     folder = drawn.get('test_out_dir') or drawn.get('out_dir')
-    assert (folder or cfg.visualizer.save_dir) == str(tmp_path)
+    if folder is None:  # mmseg's hook draws with the visualizer's backends
+        (backend,) = cfg.visualizer.vis_backends
+        assert backend.type == 'LocalVisBackend'
+        folder = Path(backend.save_dir).parent
+    assert Path(folder) == tmp_path
+
+
+@pytest.mark.parametrize('visualizer', [None, dict(type='Visualizer'), dict(name='v')])
+@pytest.mark.parametrize(
+    'hook, right',
+    [
+        ('DetVisualizationHook', 'DetLocalVisualizer'),
+        ('SegVisualizationHook', 'SegLocalVisualizer'),
+        ('VisualizationHook', 'UniversalVisualizer'),
+    ],
+)
+def test_draw_results_needs_a_visualizer_that_draws(visualizer, hook, right, tmp_path):
+    cfg = make(default_hooks=dict(visualization=dict(type=hook)), visualizer=visualizer)
+    with pytest.raises(ValueError, match=right):
+        options.draw_results(cfg, str(tmp_path))
+
+
+def test_other_backends_stay_where_they_are(tmp_path):
+    backends = [
+        dict(type='TensorboardVisBackend'),
+        dict(type='LocalVisBackend', img_save_dir='drawn'),
+    ]
+    cfg = make(
+        default_hooks=dict(visualization=dict(type='SegVisualizationHook')),
+        visualizer=dict(type='SegLocalVisualizer', vis_backends=backends),
+    )
+    options.draw_results(cfg, str(tmp_path))
+    other, local = cfg.visualizer.vis_backends
+    assert local.img_save_dir == 'drawn'
+    assert local.save_dir == str(tmp_path / 'vis_data')
+    assert other == dict(type='TensorboardVisBackend')
+
+    cfg.visualizer.vis_backends = dict(type='TensorboardVisBackend')
+    options.draw_results(cfg, str(tmp_path))
+    kinds = [x['type'] for x in cfg.visualizer.vis_backends]
+    assert kinds == ['TensorboardVisBackend', 'LocalVisBackend']
 
 
 def test_predictions_go_where_they_were_asked_to(tmp_path):
@@ -173,6 +214,33 @@ def test_predictions_go_where_they_were_asked_to(tmp_path):
     assert (tmp_path / 'maps').is_dir()
     with pytest.raises(ValueError, match='folder'):
         options.dump_predictions(cfg, 'all.pkl')
+
+
+@pytest.mark.parametrize('wrapped', [False, True], ids=['list', 'evaluator'])
+def test_predictions_of_several_metrics(wrapped, tmp_path):
+    def evaluator(*kinds):
+        metrics = [dict(type=kind) for kind in kinds]
+        return dict(type='Evaluator', metrics=metrics) if wrapped else metrics
+
+    def metrics(cfg):
+        return cfg.test_evaluator.metrics if wrapped else cfg.test_evaluator
+
+    several = evaluator('CocoMetric', 'VOCMetric')
+    cfg = make(default_scope='mmdet', test_evaluator=several)
+    options.dump_predictions(cfg, 'all.pkl')
+    kinds = [x['type'] for x in metrics(cfg)]
+    assert kinds == ['CocoMetric', 'VOCMetric', 'DumpDetResults']
+
+    several = evaluator('DepthMetric', 'IoUMetric', 'IoUMetric')
+    cfg = make(default_scope='mmseg', test_evaluator=several)
+    options.dump_predictions(cfg, str(tmp_path / 'maps'))
+    folders = [x.get('output_dir') for x in metrics(cfg)]
+    assert folders == [None, str(tmp_path / 'maps'), None]
+
+    cfg = make(default_scope='mmseg', test_evaluator=evaluator('DepthMetric'))
+    with pytest.raises(ValueError, match='IoUMetric'):
+        options.dump_predictions(cfg, str(tmp_path / 'none'))
+    assert not (tmp_path / 'none').exists()
 
 
 def test_draw_results_needs_a_hook():

@@ -141,6 +141,8 @@ def test_row():
 
 def test_errors():
     cfg = Config(dict(model=dict(type='MLLA'), default_scope='mmagic'))
+    with pytest.raises(ValueError, match='needs model in the config'):
+        count_complexity(Config(dict()), (64, 64))
     with pytest.raises(ValueError, match="'mmagic'.*--shape"):
         count_complexity(cfg)
     with pytest.raises(ValueError, match=r'positive, got \(0, 64\)'):

@@ -81,7 +81,8 @@ def record(folder: Path, cfg: Config, total_batch: int, processes: int) -> List[
     cfg.train_dataloader.batch_size = total_batch // processes
     cfg.custom_imports.imports.append('tests.recorder')
     cfg.custom_hooks = [dict(type='UpdateRecorder')]
-    cfg.train_cfg.val_begin = 1000
+    cfg.val_dataloader = cfg.val_cfg = cfg.val_evaluator = None
+    cfg.default_hooks.checkpoint.save_best = None
     work_dir = run(folder, 'train.py', cfg, processes)
     count = len(list(work_dir.glob('update_*_0.pth')))
     return [

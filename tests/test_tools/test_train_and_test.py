@@ -275,6 +275,19 @@ CHECKED = {
     'type of a test': (
         ['test.py', ROOT / CLASSIFIER, '--cfg-options', 'model.backbone.type=MLA'],
         'MLA is not in the', 'registry'),
+    'metric': (
+        ['train.py', '--cfg-options', 'default_hooks.checkpoint.save_best=acc/top1'],
+        'acc/top1', "default_hooks.checkpoint.save_best='accuracy/top1'"),
+    'validation': (
+        ['train.py', '--cfg-options', 'val_dataloader=None', 'val_cfg=None',
+         'val_evaluator=None'], 'default_hooks.checkpoint.save_best=None'),
+    'part of a validation': (['train.py', '--cfg-options', 'val_cfg=None'],
+                             'no val_cfg', 'val_dataloader=None val_evaluator=None'),
+    'part of a training': (['train.py', '--cfg-options', 'train_dataloader=None'],
+                           'no train_dataloader'),
+    'no test': (
+        ['test.py', ROOT / CLASSIFIER, '--cfg-options', 'test_dataloader=None',
+         'test_cfg=None', 'test_evaluator=None'], 'A test needs test_dataloader'),
     'data': (['train.py', '--cfg-options', 'val_dataloader.dataset.data_root=nowhere'],
              'nowhere/val', 'data_root', 'val_dataloader.dataset'),
 }  # fmt: skip
@@ -295,6 +308,21 @@ def test_what_is_checked_before_a_run(call_tool, digits_imagenet, tmp_path, case
     assert result.returncode == 1
     assert result.stderr.startswith('Error: ') and result.stderr.count('\n') == 1
     assert all(str(word) in result.stderr for word in words)
+
+
+def test_a_checkpoint_that_comes_after_the_end(run_tool, digits_imagenet, tmp_path):
+    """Two processes end before the first update, with one message."""
+    result = run_tool(
+        'python', 'tools/train.py', CLASSIFIER, '--work-dir', tmp_path,
+        '--launcher', 'pytorch',
+        '--cfg-options', *without_workers(digits_imagenet, 'train', 'val'),
+        'train_cfg.max_epochs=1', 'default_hooks.checkpoint.by_epoch=False',
+        'default_hooks.checkpoint.interval=1000', processes=2, check=False,
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert result.stdout.count('Error: ') == 1 and 'Traceback' not in result.stdout
+    assert 'default_hooks.checkpoint.interval is 1000 iterations' in result.stdout
+    assert 'Epoch(train)' not in result.stdout and not list(tmp_path.glob('*.pth'))
 
 
 @pytest.mark.parametrize('script', ['dist_train.sh', 'dist_test.sh', 'slurm_train.sh'])

@@ -115,6 +115,8 @@ def test_errors():
         training_sheet(Config(dict(default_scope='mmagic')), 'x.png')
     with pytest.raises(ValueError, match='at least 1, got 0'):
         training_sheet(Config(dict(default_scope='mmseg')), 'x.png', num_images=0)
+    with pytest.raises(ValueError, match='no train_dataloader'):
+        training_sheet(Config(dict(default_scope='mmseg')), 'x.png')
 
 
 @pytest.mark.parametrize(
