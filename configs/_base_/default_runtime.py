@@ -11,6 +11,7 @@ default_hooks = dict(
     sampler_seed=dict(type='DistSamplerSeedHook'),
     check_weights=dict(type='CheckWeightsHook'),
     resumed_state=dict(type='ResumedStateHook'),
+    resumed_settings=dict(type='ResumedSettingsHook'),
     # BatchNorm collects its own statistics in every process. They are averaged before a
     # checkpoint and before an evaluation, so that both have the same model.
     sync_buffers=dict(type='SyncBuffersBeforeSaveHook'),
