@@ -545,10 +545,10 @@ def _unit(by_epoch: bool) -> str:
 
 def _require_left(done: int, length: int, key: str, source: str) -> None:
     if done > length:
-        unit = key.replace('max_iters', 'iterations').replace('max_epochs', 'epochs')
+        unit = {'max_iters': 'iteration', 'max_epochs': 'epoch'}[key]
         raise CheckpointError(
-            f'{printable(source)} cannot be resumed: it is in {unit[:-1]} {done}, and '
-            f'train_cfg.{key} is {length}. Set it to {done} or more, {_WAY_OUT}.'
+            f'{printable(source)} cannot be resumed: it has come to {unit} {done}, '
+            f'and train_cfg.{key} is {length}. Set it to {done} or more, {_WAY_OUT}.'
         )
 
 
