@@ -305,16 +305,22 @@ class _Optimizer:
             place.iter,
             place.epoch_length,
         )
-        before = self._old[-1].get('lr')
+        shown = self._of_factor_one()
+        before = self._old[shown].get('lr')
         for old, new in zip(self._old, groups):
             kept = {k: old[k] for k in ('params', 'param_names') if k in old}
             old.clear()
             old.update(new, **kept)
         self.states = states
-        now = groups[-1].get('lr')
+        now = groups[shown].get('lr')
         if _equal(now, before):
             return []
         return [f'the schedule is at learning rate {_text(now)}, not {_text(before)}']
+
+    def _of_factor_one(self) -> int:
+        """The first group with the rate before the factors of paramwise_cfg, or 0."""
+        rates = [plain(group.get('lr')) for group in self._own]
+        return rates.index(rates[-1]) % max(1, len(rates) - 1)
 
     def _keep_plateaus(self, starts_elsewhere: bool) -> None:
         """Let schedulers that read metrics go on from what they have seen."""
@@ -356,9 +362,11 @@ class _Optimizer:
         lines = []
         for key in dict.fromkeys(k for i in trained for k in changes[i]):
             found = [i for i in trained if key in changes[i]]
-            # Of all groups together, if there are such settings.
-            shown = changes[-1] if key in changes[-1] else changes[found[0]]
-            new, old = shown[key]
+            pairs = [tuple(map(plain, changes[i][key])) for i in found]
+            # The rate before the factors of paramwise_cfg. It may be none that is in
+            # force, as MMEngine's auto_scale_lr does not scale it.
+            base = tuple(map(plain, changes[-1].get(key, ())))
+            new, old = base if base in pairs else max(pairs, key=pairs.count)
             where = ''
             if len(found) < len(trained):
                 where = f' in {len(found)} of {len(trained)} parameter groups'
