@@ -133,7 +133,9 @@ def test_resumed_run_keeps_its_checkpoints(config, capfd, tmp_path):
     # What the run itself would refuse.
     cfg.train_cfg.max_epochs = 1
     assert check(cfg) == 1
-    assert 'has come to epoch 2, and train_cfg.max_epochs is 1' in capfd.readouterr().err
+    assert (
+        'has come to epoch 2, and train_cfg.max_epochs is 1' in capfd.readouterr().err
+    )
     assert files() == before
 
 
