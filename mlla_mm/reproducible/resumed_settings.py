@@ -7,8 +7,8 @@ learnt stays, and what the config sets is the config's.
 """
 
 import copy
+import inspect
 from collections import defaultdict
-from collections.abc import Iterator
 from itertools import islice
 from typing import Any, Dict, List, NamedTuple, NoReturn, Optional, Set, Tuple
 
@@ -19,6 +19,7 @@ from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from torch import nn
+from torch.optim import Optimizer
 
 from ..checkpoints.reader import CheckpointError
 from ..compat.openmmlab import batches_of_update, is_resumed
@@ -251,6 +252,7 @@ class _Optimizer:
         self.saved, self.source = saved, source
         is_list = isinstance(states, list) and all(isinstance(x, dict) for x in states)
         self.states = states if is_list else []
+        self._arguments = _arguments(wrapper.optimizer)
         self._own = [without_parameters(group) for group in wrapper.param_groups]
         self._old = list(saved['param_groups'])
         base = wrapper.base_param_settings
@@ -265,7 +267,14 @@ class _Optimizer:
         """Change the state to that of the config; returns a text for each change."""
         scheduled = self._scheduled()
         changes = [
-            _changes(_fixed(own, scheduled), _fixed(old, scheduled))
+            {
+                key: values
+                for key, values in _changes(
+                    _fixed(own, scheduled), _fixed(old, scheduled)
+                ).items()
+                # Some optimisers count in their groups.
+                if key in self._arguments or _is_scheduled(key, own)
+            }
             for own, old in zip(self._own, self._old)
         ]
         starts = {
@@ -308,7 +317,11 @@ class _Optimizer:
         shown = self._of_factor_one()
         before = self._old[shown].get('lr')
         for old, new in zip(self._old, groups):
-            kept = {k: old[k] for k in ('params', 'param_names') if k in old}
+            kept = {
+                k: v
+                for k, v in old.items()
+                if k not in self._arguments and not _is_scheduled(k, old)
+            }
             old.clear()
             old.update(new, **kept)
         self.states = states
@@ -398,10 +411,16 @@ def _require_fit(wrapper: OptimWrapper, saved: Any, source: str) -> None:
         )
     kind = type(wrapper.optimizer).__name__
     if own:
-        names, saved_names = ({*_options(x[0])} for x in (own, groups))
-        lacking = sorted(names - saved_names) or sorted(saved_names - names)
+        arguments = _arguments(wrapper.optimizer)
+        names, saved_names = (
+            {k for k in x[0] if k not in _NOT_OF_KIND and not _is_scheduled(k, x[0])}
+            for x in (own, groups)
+        )
+        lacking = sorted((names & arguments) - saved_names)
+        if not lacking and _is_pytorchs(wrapper.optimizer):
+            lacking = sorted(saved_names - names)
         if lacking:
-            whose = 'checkpoint' if names - saved_names else 'config'
+            whose = 'checkpoint' if set(lacking) <= names else 'config'
             _refuse(
                 source,
                 f"it is of another kind of optimiser than the config's {kind}: that of "
@@ -426,19 +445,30 @@ def _refuse(source: str, reason: str, what: str = 'optim_wrapper') -> NoReturn:
     )
 
 
-def _options(group: State) -> Iterator[str]:
-    """Names of the hyperparameters that a kind of optimiser has."""
-    for name in group:
-        is_added = name.startswith(('initial_', 'max_', 'min_'))
-        # A scheduler of the momentum adds it to optimisers with betas.
-        is_added |= name == 'momentum' and 'betas' in group
-        if not is_added and name not in _NOT_OF_KIND:
-            yield name
+def _arguments(optimizer: Any) -> Set[str]:
+    """The hyperparameters that a config can give to an optimiser."""
+    return {
+        name
+        for kind in type(optimizer).__mro__
+        if issubclass(kind, Optimizer)
+        for name in inspect.signature(kind.__init__).parameters
+    } - {'self', 'params', 'defaults'}
+
+
+def _is_scheduled(name: str, group: State) -> bool:
+    """Whether schedulers add such a value to a parameter group."""
+    # That of the momentum adds it to optimisers with betas.
+    of_betas = name == 'momentum' and 'betas' in group
+    return name.startswith(('initial_', 'max_', 'min_')) or of_betas
+
+
+def _is_pytorchs(optimizer: Any) -> bool:
+    return type(optimizer).__module__.startswith('torch.optim')
 
 
 def _kept_by(optimizer: Any) -> Set[str]:
     """What an optimiser of PyTorch keeps for each parameter; else empty."""
-    if not type(optimizer).__module__.startswith('torch.optim'):
+    if not _is_pytorchs(optimizer):
         return set()
     parameter = nn.Parameter(torch.zeros(1))
     parameter.grad = torch.zeros(1)

@@ -16,7 +16,7 @@ from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper, OptimWrapperDict
-from mmengine.registry import PARAM_SCHEDULERS
+from mmengine.registry import OPTIMIZERS, PARAM_SCHEDULERS
 from mmengine.runner import Runner
 from torch import nn
 
@@ -346,6 +346,38 @@ def test_a_state_that_no_training_saves(train, tmp_path, state):
     hostile = dict(saved, param_schedulers=[dict(param_name=[1]), 'x', None])
     torch.save(hostile, path)
     assert train('hostile', 2, path).rates
+
+
+@OPTIMIZERS.register_module()
+class Counting(torch.optim.SGD):
+    """Counts its steps in its groups, as LAMB does; ``pace`` is no argument."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, lr)
+        for group in self.param_groups:
+            group['pace'] = 0
+
+    def step(self, closure=None):
+        super().step(closure)
+        for group in self.param_groups:
+            group['step'] = group.get('step', 0) + 1
+            group['pace'] += 2
+
+
+@pytest.mark.parametrize('rate', [0.1, 0.05])
+def test_what_an_optimizer_counts_goes_on(train, tmp_path, rate):
+    def options(rate):
+        wrapper = dict(optimizer=dict(type='Counting', lr=rate))
+        return dict(wrapper=wrapper, schedule=POLY, paramwise=False)
+
+    train('first', 4, **options(0.1))
+    path = tmp_path / 'first/epoch_2.pth'
+    resumed = train('resumed', 4, path, **options(rate))
+    assert bool(resumed.lines) == (rate != 0.1)
+    assert not any('pace' in line or 'step' in line for line in resumed.lines)
+    expected = train('whole', 4, **options(rate)).rates
+    assert resumed.rates[10][0]['pace'] == 20
+    assert resumed.rates == later(expected, 10)
 
 
 def test_several_optimizers(train, tmp_path):
