@@ -12,6 +12,7 @@ default_hooks = dict(
     fresh_heads=dict(type='FreshHeadsHook'),
     check_weights=dict(type='CheckWeightsHook'),
     resumed_state=dict(type='ResumedStateHook'),
+    resumed_settings=dict(type='ResumedSettingsHook'),
     # BatchNorm collects its own statistics in every process. They are averaged before a
     # checkpoint and before an evaluation, so that both have the same model.
     sync_buffers=dict(type='SyncBuffersBeforeSaveHook'),

@@ -7,6 +7,8 @@ MMEngine's own runner makes two short runs in a temporary folder:
    images, the best checkpoint.
 2. Some updates on the usual batches. The run resumes from that checkpoint and is timed.
 
+A run that resumes a checkpoint does it once as a whole before, up to its first update.
+
 The report extrapolates memory, time and disk space to the whole run.
 """
 
@@ -21,6 +23,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Optional, Tuple
 
@@ -46,7 +49,7 @@ from ..engine import launch
 from ..engine.arguments import ArgumentError, named_arguments
 from ..engine.console import build_runner
 from ..engine.options import set_resume
-from ..engine.parts import as_list, kind_of, parts_of
+from ..engine.parts import as_list, hooks_of, kind_of, parts_of
 from ..reproducible.preemption import handle_sigterm
 from ..reproducible.resume import require_resumable
 from ..reproducible.seeding import SeededDataset
@@ -130,6 +133,10 @@ def _rehearse(
     evaluated = _read_validation_data(cfg, layout.world_size)
 
     updates = UPDATES * cfg.optim_wrapper.get('accumulative_counts', 1)
+    if cfg.get('resume'):
+        done = _resume(cfg, folder, watch)
+    else:
+        done = start
     first = _shorten(cfg, folder, start, min(updates, batches.full))
     first.train_dataloader.dataset = largest
     evaluators = map(kind_of, as_list(cfg.get('val_evaluator')))
@@ -169,7 +176,7 @@ def _rehearse(
         evaluation=evaluation,
         checkpoint=_bytes(Path(saved)) if saved else 0,
         best=sum(map(_bytes, Path(folder).glob('best_*'))),
-        done=start.iter,
+        done=done.iter,
         epoch=batches.all,
     )
     return describe(cfg, layout.world_size, measured)
@@ -313,16 +320,8 @@ def _loaded_in_advance(cfg: Config) -> int:
 # The two runs.
 
 
-def _shorten(cfg: Config, folder: str, start: Position, batches: int) -> Config:
-    """A quiet, short copy of a run that writes into the folder alone.
-
-    Args:
-        cfg (Config): The config of the whole run.
-        folder (str): The folder.
-        start (Position): Where the short run starts.
-        batches (int): Iterations of the short run. It saves and evaluates at its end.
-            0 leaves an epoch as long as it is.
-    """
+def _move(cfg: Config, folder: str) -> Config:
+    """A quiet copy of a run that writes into the folder alone."""
     cfg = copy.deepcopy(cfg)
     cfg.work_dir = folder
     cfg.log_level = logging.ERROR
@@ -341,6 +340,25 @@ def _shorten(cfg: Config, folder: str, start: Position, batches: int) -> Config:
     if hooks.get('checkpoint'):
         hooks['checkpoint'].update(interval=1, save_begin=0, save_last=True)
     cfg.default_hooks = hooks
+    return cfg
+
+
+def _shorten(cfg: Config, folder: str, start: Position, batches: int) -> Config:
+    """A quiet, short copy of a run that writes into the folder alone.
+
+    Args:
+        cfg (Config): The config of the whole run.
+        folder (str): The folder.
+        start (Position): Where the short run starts.
+        batches (int): Iterations of the short run. It saves and evaluates at its end.
+            0 leaves an epoch as long as it is.
+    """
+    cfg = _move(cfg, folder)
+    # It would see that the schedule is another one.
+    for hook in hooks_of(cfg):
+        if kind_of(hook) == 'ResumedSettingsHook':
+            hook['type'] = 'NoHook'
+    cfg.default_hooks.setdefault('resumed_settings', dict(type='NoHook'))
     for evaluator in parts_of(cfg.get('val_evaluator')):
         for key in {'outfile_prefix', 'output_dir', 'out_file_path'} & set(evaluator):
             evaluator[key] = str(Path(folder, Path(evaluator[key] or key).name))
@@ -359,10 +377,16 @@ def _shorten(cfg: Config, folder: str, start: Position, batches: int) -> Config:
     return cfg
 
 
+def _resume(cfg: Config, folder: str, watch: '_WatchHook') -> Position:
+    """Resume as the whole run does, up to its first update; returns where it starts."""
+    stage = 'resuming'
+    return _train(_move(cfg, folder), watch, stage, others=(_EndHook(),))[0]
+
+
 def _train(
     cfg: Config, watch: '_WatchHook', stage: str, others: Sequence[Hook] = ()
 ) -> Tuple[Position, MessageHub]:
-    """Make one of the two runs.
+    """Make one of the short runs.
 
     Args:
         cfg (Config): The config of the short run.
@@ -378,7 +402,8 @@ def _train(
     runner = build_runner(cfg, verbose=True)
     for hook in (watch, *others):
         runner.register_hook(hook)
-    runner.train()
+    with suppress(_Ended):
+        runner.train()
     reached, times = Position(runner.epoch, runner.iter), runner.message_hub
     for handler in runner.logger.handlers:
         handler.close()
@@ -436,6 +461,17 @@ class _WatchHook(Hook):
 
     def after_val_epoch(self, runner, metrics: Optional[dict] = None) -> None:
         self.stage = 'saving the best checkpoint'
+
+
+class _Ended(Exception):
+    """Raised to end a run before its first update."""
+
+
+class _EndHook(Hook):
+    """Ends a run when it has loaded its checkpoint."""
+
+    def before_train(self, runner) -> None:
+        raise _Ended
 
 
 class _PeakMemoryHook(Hook):

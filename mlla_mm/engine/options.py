@@ -87,9 +87,9 @@ def set_resume(cfg: Config, resume: Optional[str]) -> None:
     """Resume from a checkpoint, or from the newest undamaged one of the work_dir.
 
     The run gets the seed of the run that it continues. It does not load pretrained
-    weights, because the checkpoint replaces them. ``ResumedStateHook`` is added if it
-    is missing: it decides what else is taken over from the checkpoint. If the work_dir
-    has no checkpoint, a new run begins.
+    weights, because the checkpoint replaces them. ``ResumedStateHook`` and
+    ``ResumedSettingsHook`` are added if they are missing: they decide what else is
+    taken over from the checkpoint. If the work_dir has no checkpoint, a new run begins.
 
     Args:
         cfg (Config): The config of a training run; changed in place.
@@ -124,9 +124,14 @@ def set_resume(cfg: Config, resume: Optional[str]) -> None:
         if read:
             left = [x for x in as_list(part['init_cfg']) if x not in read]
             part['init_cfg'] = left or None
-    if 'ResumedStateHook' not in map(kind_of, hooks_of(cfg)):
-        hook = dict(type='ResumedStateHook')
-        cfg.default_hooks = dict(cfg.get('default_hooks') or {}, resumed_state=hook)
+    kinds = list(map(kind_of, hooks_of(cfg)))
+    hooks = dict(cfg.get('default_hooks') or {})
+    if 'ResumedStateHook' not in kinds:
+        hooks['resumed_state'] = dict(type='ResumedStateHook')
+    if 'ResumedSettingsHook' not in kinds:
+        # NoHook of this name leaves the checkpoint's settings in force.
+        hooks.setdefault('resumed_settings', dict(type='ResumedSettingsHook'))
+    cfg.default_hooks = hooks
 
 
 # What decides about the weights of a checkpoint, by the names in our bases.

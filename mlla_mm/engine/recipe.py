@@ -2,7 +2,7 @@
 """Comparison of a run with the recipe in its config, item by item."""
 
 import math
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Optional
 
 import torch
 from mmengine.config import Config
@@ -65,13 +65,23 @@ def describe_run(cfg: Config, world_size: int) -> Items:
         'accumulated batches': accumulated_batches(cfg),
         'total batch': total,
         'length': length,
-        'learning rate': (cfg.optim_wrapper.get('optimizer') or {}).get('lr'),
+        'learning rate': _learning_rate(cfg, world_size),
         'EMA decay': decay,
         'mixed precision': precision if is_amp else 'float32',
         'TF32': products_use_tf32() if torch.cuda.is_available() else None,
         'pretrained weights': sorted(weights) or None,
         'start from': cfg.get('load_from'),
     }
+
+
+def _learning_rate(cfg: Config, world_size: int) -> Optional[float]:
+    """The optimiser's rate before the schedule, as MMEngine may scale it."""
+    rate = (cfg.optim_wrapper.get('optimizer') or {}).get('lr')
+    scale = cfg.get('auto_scale_lr') or {}
+    if rate is None or not scale.get('enable'):
+        return rate
+    batch = world_size * cfg.train_dataloader.batch_size
+    return rate * (batch / scale['base_batch_size'])
 
 
 def updates_per_epoch(

@@ -8,10 +8,12 @@ resumed: random numbers, data order and state follow from the number of the upda
 from . import loops, samplers, seeding
 from .preemption import Preempted, PreemptionHook
 from .resume import ResumedStateHook
+from .resumed_settings import ResumedSettingsHook
 
 __all__ = [
     'Preempted',
     'PreemptionHook',
+    'ResumedSettingsHook',
     'ResumedStateHook',
     'loops',
     'samplers',

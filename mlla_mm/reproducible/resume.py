@@ -22,6 +22,9 @@ from ..utils.text import printable
 PREEMPTED_NAME = 'preempted_iter_{}.pth'
 """Name of the checkpoint of a preempted run; {} is the number of updates made."""
 
+SETTINGS_KEY = 'training_settings'
+"""Where the message hub has what the optimiser's state does not tell of a run."""
+
 # The best checkpoints are left out: they may be of any time.
 _NAME = re.compile(r'(preempted_)?(epoch|iter)_([0-9]+)\.pth')
 # No run keeps more old checkpoints than this. Each one costs a look at the disk.
@@ -52,10 +55,11 @@ def newest_checkpoint(work_dir: Union[str, Path]) -> Optional[Path]:
         if match and path.is_file():
             # Of two with the same number, the preempted one was saved later.
             found[match[2]].append((int(match[3]), match[1] is not None, path))
-    newest = [path for path in map(_newest_whole, found.values()) if path is not None]
-    if newest:
-        # Only the files tell how many updates an epoch has.
-        return newest[0] if len(newest) == 1 else max(newest, key=_updates)
+    iteration, epoch = _newest_whole(found['iter']), _newest_whole(found['epoch'])
+    if iteration and epoch:
+        return iteration if _is_behind(iteration, epoch) else epoch
+    if iteration or epoch:
+        return iteration or epoch
     return None if any(found.values()) else _elsewhere(Path(work_dir))
 
 
@@ -130,7 +134,7 @@ def require_resumable(checkpoint: Any, source: Union[str, Path]) -> None:
     """
     meta, messages = _dict_in(checkpoint, 'meta'), _dict_in(checkpoint, 'message_hub')
     lacking = [
-        *[f'meta.{x}' for x in ('epoch', 'iter') if not _is_count(meta.get(x))],
+        *[f'meta.{x}' for x in ('epoch', 'iter') if not is_count(meta.get(x))],
         *[
             f'message_hub.{x}'
             for x in _MESSAGES
@@ -164,8 +168,14 @@ def keep_sound_state(messages: Dict[str, Any], updates: int) -> None:
         if name == 'epoch_begun':
             is_sound = (
                 isinstance(value, dict)
-                and all(_is_count(value.get(x)) for x in ('epoch', 'iter', 'updates'))
+                and all(is_count(value.get(x)) for x in ('epoch', 'iter', 'updates'))
                 and value['iter'] <= updates
+            )
+        elif name == SETTINGS_KEY:
+            is_sound = (
+                isinstance(value, dict)
+                and isinstance(value.get('by_epoch'), bool)
+                and is_count(value.get('total_batch'))
             )
         elif name.startswith('best_score'):
             is_sound = isinstance(value, Real) or (
@@ -212,7 +222,7 @@ def keep_own_names(state: Dict[str, Any], folder: str, template: str) -> None:
     if 'keep_ckpt_ids' in state:
         numbers = state['keep_ckpt_ids']
         numbers = numbers if isinstance(numbers, (list, tuple)) else ()
-        known = sorted({x for x in numbers if _is_count(x)})[-_MOST_KEPT:]
+        known = sorted({x for x in numbers if is_count(x)})[-_MOST_KEPT:]
         state['keep_ckpt_ids'] = [
             x
             for x in known
@@ -264,13 +274,24 @@ def _elsewhere(work_dir: Path) -> Optional[Path]:
     return None
 
 
-def _updates(checkpoint: Path) -> int:
-    updates = read_checkpoint_meta(checkpoint).get('iter', 0)
-    return updates if _is_count(updates) else 0
+def _is_behind(checkpoint: Path, epoch: Path) -> bool:
+    """Whether a checkpoint of an iteration is of a time after the end of an epoch.
+
+    With another batch size than before, it may have counted fewer iterations.
+    """
+    meta = read_checkpoint_meta(checkpoint)
+    if is_count(meta.get('epoch')):
+        return meta['epoch'] >= int(epoch.stem.split('_')[-1])
+    return _updates(meta) >= _updates(read_checkpoint_meta(epoch))
+
+
+def _updates(meta: Dict[str, Any]) -> int:
+    updates = meta.get('iter', 0)
+    return updates if is_count(updates) else 0
 
 
 def _require_seed(seed: Any, source: Union[str, Path]) -> None:
-    if seed is not None and not (_is_count(seed) and seed < 2**32):
+    if seed is not None and not (is_count(seed) and seed < 2**32):
         raise CheckpointError(
             f'{printable(source)} cannot be resumed: its seed is {printable(seed)}, '
             'not a number from 0 to 2 ** 32 - 1. Start from its weights with load_from '
@@ -284,7 +305,8 @@ def _dict_in(content: Any, key: str) -> Dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _is_count(value: Any) -> bool:
+def is_count(value: Any) -> bool:
+    """Whether a value is a whole number from 0 on, which fits 64 bits."""
     is_number = isinstance(value, Integral) and not isinstance(value, bool)
     return is_number and 0 <= value < 2**63
 

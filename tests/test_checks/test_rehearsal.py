@@ -130,6 +130,13 @@ def test_resumed_run_keeps_its_checkpoints(config, capfd, tmp_path):
     assert files() == before
     # The run has four epochs left, and keeps two checkpoints.
     assert ' 2 x ' in capfd.readouterr().out
+    # What the run itself would refuse.
+    cfg.train_cfg.max_epochs = 1
+    assert check(cfg) == 1
+    assert (
+        'has come to epoch 2, and train_cfg.max_epochs is 1' in capfd.readouterr().err
+    )
+    assert files() == before
 
 
 def other_images(data, tmp_path):

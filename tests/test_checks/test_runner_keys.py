@@ -36,7 +36,6 @@ ERRORS = [
     (CLS, {'env_cfg.cudnn_benchmrk': True}, ['Is env_cfg.cudnn_benchmark meant']),
     (CLS, {'auto_scale_lr.base_batchsize': 1}, ['auto_scale_lr.base_batch_size meant']),
     # Loops.
-    (CLS, {'val_cfg': None}, ['None: val_cfg, but', 'val_evaluator=None']),
     (CLS, {'test_cfg': dict(fp_16=True)}, ['test_cfg.fp_16', 'test_cfg.fp16 meant']),
     (SEG, {'train_cfg': dict(by_epoch=False, max_iter=2)}, ['train_cfg.max_iters m']),
     (SEG, {'train_cfg': dict(max_iters=2)}, ['train_cfg has no type']),

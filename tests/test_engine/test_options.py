@@ -68,13 +68,21 @@ def test_weights_among_several_ways_to_start(tmp_path):
 def test_what_a_checkpoint_says_is_checked_whatever_the_config_names(tmp_path):
     """A config that does not inherit ours may have MMEngine's hooks alone."""
     torch.save(dict(meta=dict(seed=3)), tmp_path / 'epoch_1.pth')
-    hook = dict(type='ResumedStateHook')
+    hooks = dict(
+        resumed_state=dict(type='ResumedStateHook'),
+        resumed_settings=dict(type='ResumedSettingsHook'),
+    )
     cfg = make(work_dir=str(tmp_path))
     options.set_resume(cfg, 'auto')
-    assert cfg.default_hooks == dict(resumed_state=hook)
-    cfg = make(work_dir=str(tmp_path), custom_hooks=[hook])
+    assert cfg.default_hooks == hooks
+    own = list(hooks.values())
+    cfg = make(work_dir=str(tmp_path), custom_hooks=own)
     options.set_resume(cfg, 'auto')
-    assert parts.hooks_of(cfg) == [hook]
+    assert parts.hooks_of(cfg) == own
+    off = dict(resumed_settings=dict(type='NoHook'))
+    cfg = make(work_dir=str(tmp_path), default_hooks=off)
+    options.set_resume(cfg, 'auto')
+    assert cfg.default_hooks.resumed_settings == off['resumed_settings']
 
 
 def test_tta_wraps_the_model_and_its_pipeline():

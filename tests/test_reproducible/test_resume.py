@@ -57,6 +57,16 @@ def test_epochs_and_iterations_are_compared_by_updates(tmp_path, updates):
     assert newest_checkpoint(tmp_path) == epoch
 
 
+@pytest.mark.parametrize('epochs', [2, 3])
+def test_fewer_updates_of_larger_batches_are_no_less_progress(tmp_path, epochs):
+    """The run went on with twice the batch size after epoch 3."""
+    epoch = save(tmp_path / 'epoch_3.pth', updates=30)
+    meta = dict(epoch=epochs, iter=17)
+    stopped = tmp_path / 'preempted_iter_17.pth'
+    torch.save(dict(meta=meta, state_dict={}), stopped)
+    assert newest_checkpoint(tmp_path) == (epoch if epochs < 3 else stopped)
+
+
 def test_a_checkpoint_that_is_no_file_of_the_work_dir(tmp_path):
     """FSDP saves folders, and an out_dir may be elsewhere."""
     (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'elsewhere'))
@@ -115,9 +125,11 @@ def test_updates_that_are_none(tmp_path):
 
 def test_sound_state_is_kept():
     begun = dict(epoch=1, iter=10, updates=10)
+    settings = dict(by_epoch=True, total_batch=16)
     sound = dict(
         best_score=np.float32(0.5), best_score_a=torch.tensor(1.0), best_score_b=3,
-        epoch_begun=begun, validation_due=True, own=dict(a=[1]), text='words', no=None,
+        epoch_begun=begun, training_settings=settings, validation_due=True,
+        own=dict(a=[1]), text='words', no=None,
     )  # fmt: skip
     messages = dict(log_scalars={}, runtime_info=dict(sound), resumed_keys={})
     keep_sound_state(messages, updates=19)
@@ -126,6 +138,8 @@ def test_sound_state_is_kept():
         *(dict(best_score=x) for x in ('9', None, [1], torch.ones(2), float)),
         *(dict(epoch_begun=x) for x in (7, {}, dict(begun, iter=-9))),
         *(dict(epoch_begun=dict(begun, **x)) for x in (dict(iter=20), dict(epoch='1'))),
+        *(dict(training_settings=x) for x in (3, {}, dict(settings, total_batch=-1))),
+        dict(training_settings=dict(settings, by_epoch='yes')),
     ]
     for state in unsound:
         messages['runtime_info'] = state
