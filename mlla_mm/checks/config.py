@@ -19,6 +19,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import (
     DATASETS,
+    METRICS,
     OPTIMIZERS,
     RUNNERS,
     TRANSFORMS,
@@ -37,7 +38,7 @@ from ..engine.parts import (
     wrapping_datasets,
 )
 from ..reproducible.loops import require_seeded
-from .classes import check_classes, class_of
+from .classes import check_classes, class_of, is_known
 from .outputs import check_outputs
 from .runner_keys import check_runner_keys
 
@@ -69,11 +70,11 @@ def check_config(cfg: Config, splits: Sequence[str] = SPLITS) -> None:
             # Test-time augmentation wraps the model.
             model = model.get('module', model)
             check_outputs(model)
-        for split in SPLITS:
+        for split in splits:
             _check_wrappers(cfg.get(f'{split}_dataloader'), f'{split}_dataloader')
             _check_ann_file(cfg, split)
         if isinstance(model, Mapping):
-            check_classes(model, cfg)
+            check_classes(model, cfg, splits)
 
 
 def check_loop(cfg: Config) -> None:
@@ -203,7 +204,8 @@ def _check_ann_file(cfg: Config, split: str) -> None:
     files = [str(x.get('ann_file') or '') for _, x in leaves]
     paths = list(map(os.path.normpath, map(os.path.join, roots, files)))
     for metric in as_list(cfg.get(f'{split}_evaluator')):
-        path = metric.get('ann_file') if isinstance(metric, Mapping) else None
+        known = isinstance(metric, Mapping) and is_known(METRICS, metric)
+        path = metric.get('ann_file') if known else None
         others = [key for (key, _), x in zip(leaves, paths) if x != paths[0]]
         if others and path and os.path.normpath(str(path)) in paths:
             raise ValueError(

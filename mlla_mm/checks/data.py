@@ -85,7 +85,7 @@ def check_splits(
     Raises:
         ValueError: If the config is wrong, or if there is no check for either data set.
     """
-    check_config(cfg)
+    check_config(cfg, ('train', 'val'))
     report = check_data(cfg, 'train', 'val', look=look, num_images=num_images)
     if report is None:
         raise ValueError(

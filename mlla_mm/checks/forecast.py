@@ -11,7 +11,7 @@ import torch
 from mmengine.config import Config
 
 from ..engine.batch_size import accumulated_batches
-from ..engine.parts import default_hook
+from ..engine.parts import batch_size_of, default_hook
 
 
 class CheckError(Exception):
@@ -93,7 +93,7 @@ def describe(cfg: Config, processes: int, measured: Measured) -> str:
     training = measured.iteration * iterations
     evaluation = measured.evaluation * evaluations
     workers = cfg.train_dataloader.get('num_workers', 0)
-    images = f'{cfg.train_dataloader.batch_size} images'
+    images = f'{batch_size_of(cfg.train_dataloader)} images'
     if measured.size:
         images += f' of {measured.size[0]} x {measured.size[1]} pixels'
     if accumulated_batches(cfg) > 1:

@@ -27,12 +27,10 @@ from mmengine.registry import (
 )
 
 from ..engine.parts import as_list, kind_of, parts_of
-from .classes import class_of, named_parts
+from .classes import class_of, is_known, named_parts, package_of
 
 # A key holds it in place of the name of any class.
 _ANY_CLASS = '{class}'
-# Packages whose parts do nothing to metrics but what is known here.
-_PACKAGES = ('mmengine', 'mmdet', 'mmseg', 'mmpretrain', 'mlla_mm')
 _VAL_LOOPS = ('ValLoop', 'CheckedValLoop')
 
 
@@ -76,7 +74,7 @@ def check_monitors(cfg: Config) -> None:
                 )
             if keys is not None:
                 _require_keys(monitor, keys)
-        for key, hook in named_hooks(cfg):
+        for key, hook in known_hooks(cfg):
             _require_rule(key, hook, keys)
 
 
@@ -108,14 +106,14 @@ def metric_keys(cfg: Config) -> Optional[List[str]]:
     """
     hooks = [hook for _, hook in named_hooks(cfg)]
     model = [x for x in parts_of(cfg.get('model')) if class_of(MODELS, x.get('type'))]
-    is_known = (
-        all(_package(HOOKS, hook) in _PACKAGES for hook in hooks)
-        and all(_package(MODELS, part) in _PACKAGES for part in model)
+    all_known = (
+        all(is_known(HOOKS, hook) for hook in hooks)
+        and all(is_known(MODELS, part) for part in model)
         and kind_of(cfg.val_cfg) in (None, *_VAL_LOOPS)
-        and (cfg.val_cfg.get('type') is None or _package(LOOPS, cfg.val_cfg))
+        and (cfg.val_cfg.get('type') is None or is_known(LOOPS, cfg.val_cfg))
         and cfg.get('runner_type', 'Runner') == 'Runner'
     )
-    keys = _evaluator_keys(cfg.get('val_evaluator')) if is_known else None
+    keys = _evaluator_keys(cfg.get('val_evaluator')) if all_known else None
     if keys and 'MESAHook' in map(kind_of, hooks):
         keys += [f'ema_{key}' for key in keys]
     return keys
@@ -134,6 +132,11 @@ def named_hooks(cfg: Config) -> Iterator[Tuple[str, Mapping]]:
     yield from named_parts(cfg.get('custom_hooks'), 'custom_hooks')
 
 
+def known_hooks(cfg: Config) -> Iterator[Tuple[str, Mapping]]:
+    """Those of :func:`named_hooks` whose arguments mean what they do in MMEngine."""
+    return ((key, hook) for key, hook in named_hooks(cfg) if is_known(HOOKS, hook))
+
+
 def named_schedulers(cfg: Config) -> Iterator[Tuple[str, Mapping]]:
     """The schedulers of a run, with their keys: one, a list, or those of optimizers."""
     found = cfg.get('param_scheduler')
@@ -150,14 +153,8 @@ def is_kind(registry: Registry, part: Mapping, kind: type) -> bool:
     return inspect.isclass(found) and issubclass(found, kind)
 
 
-def _package(registry: Registry, part: Mapping) -> str:
-    """The package of a part's type; empty if it is unknown."""
-    kind = class_of(registry, part.get('type'))
-    return str(getattr(kind, '__module__', '')).partition('.')[0]
-
-
 def _monitors(cfg: Config) -> Iterator[_Monitor]:
-    for key, hook in named_hooks(cfg):
+    for key, hook in known_hooks(cfg):
         if is_kind(HOOKS, hook, CheckpointHook) and hook.get('save_best'):
             key, value = f'{key}.save_best', hook['save_best']
             wanted = [x for x in as_list(value) if x != 'auto']
@@ -167,7 +164,7 @@ def _monitors(cfg: Config) -> Iterator[_Monitor]:
             yield _Monitor(f'{key}.monitor', [value], value, 'Remove this hook.')
     for key, scheduler in named_schedulers(cfg):
         if is_kind(PARAM_SCHEDULERS, scheduler, ReduceOnPlateauParamScheduler):
-            if _package(PARAM_SCHEDULERS, scheduler) in _PACKAGES:
+            if is_known(PARAM_SCHEDULERS, scheduler):
                 value = scheduler.get('monitor', 'loss')  # MMEngine's default
                 off = 'Remove this scheduler.'
                 yield _Monitor(f'{key}.monitor', [value], value, off)
@@ -210,8 +207,6 @@ def _by_likeness(name: str, keys: List[str]) -> List[str]:
 
 def _require_rule(key: str, hook: Mapping, keys: Optional[List[str]]) -> None:
     """Let MMEngine say whether it knows when a metric is better."""
-    if _package(HOOKS, hook) not in _PACKAGES:
-        return
     options = {x: hook[x] for x in ('rule', 'greater_keys', 'less_keys') if x in hook}
     try:
         if is_kind(HOOKS, hook, CheckpointHook) and hook.get('save_best'):
@@ -237,7 +232,7 @@ def _evaluator_keys(evaluator: Any) -> Optional[List[str]]:
     # MMEngine builds a dict of metrics as an evaluator.
     found = map(_metric_keys, as_list(evaluator['metrics']))
     part = {'type': 'Evaluator', **evaluator}
-    package, kind = _package(EVALUATOR, part), kind_of(part)
+    package, kind = package_of(EVALUATOR, part), kind_of(part)
     if (package, kind) == ('mmengine', 'Evaluator'):
         return _union(found)
     if (package, kind) == ('mmdet', 'MultiDatasetsEvaluator'):
@@ -266,7 +261,7 @@ def _union(found: Iterator[Optional[List[str]]]) -> Optional[List[str]]:
 def _metric_keys(metric: Any) -> Optional[List[str]]:
     if not isinstance(metric, Mapping) or '_scope_' in metric:
         return None
-    find = _KEYS.get(f'{_package(METRICS, metric)}.{kind_of(metric)}')
+    find = _KEYS.get(f'{package_of(METRICS, metric)}.{kind_of(metric)}')
     if find is None:
         return None
     prefix = metric.get('prefix') or class_of(METRICS, metric['type']).default_prefix

@@ -49,7 +49,7 @@ from ..engine import launch
 from ..engine.arguments import ArgumentError, named_arguments
 from ..engine.console import build_runner
 from ..engine.options import set_resume
-from ..engine.parts import as_list, hooks_of, kind_of, parts_of
+from ..engine.parts import as_list, batch_size_of, hooks_of, kind_of, parts_of
 from ..reproducible.preemption import handle_sigterm
 from ..reproducible.resume import require_resumable
 from ..reproducible.seeding import SeededDataset
@@ -281,7 +281,7 @@ def _read_training_data(
     sizes = find_sizes(dataset)
     if not sizes:
         return config, None, batches
-    size = largest_size(sizes, cfg.train_dataloader.batch_size)
+    size = largest_size(sizes, batch_size_of(cfg.train_dataloader))
     if len(sizes) > 1:
         resize_images(config, size)
     return config, size, batches
@@ -298,7 +298,7 @@ def _read_validation_data(cfg: Config, world_size: int) -> Batches:
 def _count_batches(loader: dict, dataset: Any, processes: int) -> Batches:
     if hasattr(dataset, 'full_init'):
         dataset.full_init()
-    count, size = len(dataset), loader['batch_size']
+    count, size = len(dataset), batch_size_of(loader)
     if not count:
         raise CheckError('the data set is empty')
     given = loader.get('num_batch_per_epoch')

@@ -28,7 +28,7 @@ from ..engine.option_keys import has_own_runner
 from ..engine.parts import SPLITS, as_list, kind_of
 from ..engine.toolboxes import TOOLBOXES
 from ..utils.text import nearest, printable
-from .classes import class_of
+from .classes import class_of, is_known
 
 # The default hooks that None switches off.
 _OF_MMENGINE = (
@@ -53,9 +53,9 @@ def check_runner_keys(cfg: Config, splits: Sequence[str] = SPLITS) -> None:
         ValueError: Names the key of the first mistake, and what is right.
     """
     _check_scope(cfg)
-    _check_hooks(cfg)
     if has_own_runner(cfg):
         return
+    _check_hooks(cfg)
     for name, hook in (cfg.get('default_hooks') or {}).items():
         _check_checkpoint_hook(hook, f'default_hooks.{name}')
     _check_arguments(cfg)
@@ -135,7 +135,9 @@ def _check_hooks(cfg: Config) -> None:
 def _check_checkpoint_hook(hook: Any, key: str) -> None:
     """MMEngine would refuse an unknown argument when it saves the first checkpoint."""
     kind = class_of(HOOKS, hook.get('type')) if isinstance(hook, Mapping) else None
-    if inspect.isclass(kind) and issubclass(kind, CheckpointHook):
+    is_hook = inspect.isclass(kind) and issubclass(kind, CheckpointHook)
+    # A user's own may take arguments out of **kwargs.
+    if is_hook and is_known(HOOKS, hook):
         saving = list(inspect.signature(Runner.save_checkpoint).parameters)
         known = [*arguments_of(kind), *saving[3:]]  # not self, out_dir, filename
         _require_known(hook, key, ['type', 'priority', *known])
@@ -155,7 +157,9 @@ def _check_arguments(cfg: Config) -> None:
             part = part.get(key) if hasattr(part, 'get') else None
         _require_known(part, path, known)
     seeds = cfg.get('randomness')
-    if isinstance(seeds, Mapping) and 'seed' not in seeds:
+    # FlexibleRunner draws one.
+    is_needed = kind_of(dict(type=cfg.get('runner_type') or 'Runner')) == 'Runner'
+    if is_needed and isinstance(seeds, Mapping) and 'seed' not in seeds:
         raise ValueError(
             'randomness has no seed, which MMEngine needs: write seed=None for one '
             'that is drawn.'

@@ -11,11 +11,18 @@ from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
 from mmengine.config import Config
 from mmengine.hooks import CheckpointHook, Hook, LoggerHook
 from mmengine.optim import ReduceOnPlateauParamScheduler
-from mmengine.registry import HOOKS, LOOPS, PARAM_SCHEDULERS, DefaultScope
+from mmengine.registry import (
+    HOOKS,
+    LOG_PROCESSORS,
+    LOOPS,
+    PARAM_SCHEDULERS,
+    DefaultScope,
+)
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 
 from ..engine.parts import kind_of
-from .monitors import is_kind, named_hooks, named_schedulers, training_length
+from .classes import is_known
+from .monitors import is_kind, known_hooks, named_schedulers, training_length
 
 NO_VALIDATION = 'val_dataloader=None val_cfg=None val_evaluator=None'
 """Options that switch the validation off."""
@@ -61,12 +68,15 @@ def check_units(cfg: Config) -> None:
 def loop_unit(cfg: Config) -> Optional[str]:
     """What a config's training loop counts: 'epochs', 'iterations', or None: unknown.
 
-    The config's scope is to be the current one.
+    A user's own loop may end epochs where its base class does not. The config's scope
+    is to be the current one.
     """
     loop = cfg.get('train_cfg') or {}
     if 'type' not in loop:
         by_epoch = loop.get('by_epoch')
         return None if by_epoch is None else 'epochs' if by_epoch else 'iterations'
+    if not is_known(LOOPS, loop):
+        return None
     if is_kind(LOOPS, loop, IterBasedTrainLoop):
         return 'iterations'
     return 'epochs' if is_kind(LOOPS, loop, EpochBasedTrainLoop) else None
@@ -83,7 +93,7 @@ def _check_beginnings(cfg: Config, unit: str) -> None:
             f'or less, or for no validation {NO_VALIDATION}.'
         )
     key = 'begin_epoch' if unit == 'epochs' else 'begin_iter'
-    for name, hook in named_hooks(cfg):
+    for name, hook in known_hooks(cfg):
         begin = hook.get(key, 0)
         if kind_of(hook) == 'EMAHook' and length is not None and begin > length:
             raise ValueError(
@@ -94,10 +104,10 @@ def _check_beginnings(cfg: Config, unit: str) -> None:
 
 def _epochs_of(cfg: Config) -> Iterator[_Wrong]:
     """The settings that count epochs, in a loop of iterations."""
-    for key, hook in named_hooks(cfg):
+    for key, hook in known_hooks(cfg):
         yield from _epochs_of_hook(key, hook)
-    processor = cfg.get('log_processor') or {}
-    if processor.get('by_epoch', True):
+    processor = dict(dict(type='LogProcessor'), **(cfg.get('log_processor') or {}))
+    if is_known(LOG_PROCESSORS, processor) and processor.get('by_epoch', True):
         effect = 'all logs are of one epoch'
         key = 'log_processor.by_epoch'
         yield _Wrong(key, True, effect, f'{key}=False')
@@ -109,6 +119,8 @@ def _epochs_of(cfg: Config) -> Iterator[_Wrong]:
 
 
 def _waits_for_epochs(scheduler: Mapping) -> bool:
+    if not is_known(PARAM_SCHEDULERS, scheduler):
+        return False
     if scheduler.get('convert_to_iter_based') or not scheduler.get('by_epoch', True):
         return False
     # It steps after validations, from the epoch ``begin`` on.
@@ -206,7 +218,7 @@ def check_checkpoints(cfg: Config, max_iters: int) -> None:
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmengine')):
         if loop_unit(cfg) != 'epochs':
             return
-        for key, hook in named_hooks(cfg):
+        for key, hook in known_hooks(cfg):
             interval = hook.get('interval', -1)
             by_iteration = not hook.get('by_epoch', True)
             if by_iteration and is_kind(HOOKS, hook, CheckpointHook):

@@ -6,7 +6,7 @@ from typing import Optional
 from mmengine.config import Config
 
 from ..reproducible.loops import is_seeded, require_seeded
-from .parts import as_list, hooks_of, kind_of
+from .parts import as_list, batch_size_of, hooks_of, kind_of
 
 
 def accumulated_batches(cfg: Config) -> int:
@@ -17,7 +17,7 @@ def accumulated_batches(cfg: Config) -> int:
 
 def total_batch_size(cfg: Config, world_size: int) -> int:
     """Images of an optimiser update: processes x batch x accumulated batches."""
-    return world_size * cfg.train_dataloader.batch_size * accumulated_batches(cfg)
+    return world_size * batch_size_of(cfg.train_dataloader) * accumulated_batches(cfg)
 
 
 def recipe_batch_size(cfg: Config) -> Optional[int]:
@@ -45,7 +45,7 @@ def settle(
         ValueError: If the config does not state the recipe's batch size, but ``keep``
             or ``scale`` needs it. See :func:`keep_batch_size` for the other causes.
     """
-    batch = cfg.train_dataloader.batch_size
+    batch = batch_size_of(cfg.train_dataloader)
     total = total_batch_size(cfg, world_size)
     recipe = recipe_batch_size(cfg)
     if recipe is None:
@@ -115,7 +115,7 @@ def keep_batch_size(cfg: Config, world_size: int, recipe: int) -> int:
             f'config says {accumulated} already. Remove '
             'optim_wrapper.accumulative_counts, or leave the option out.'
         )
-    batch = cfg.train_dataloader.batch_size
+    batch = batch_size_of(cfg.train_dataloader)
     micro_batches, rest = divmod(recipe, world_size * batch)
     if rest:
         raise ValueError(

@@ -201,7 +201,7 @@ def describe_old_keys(cfg: Config) -> Optional[str]:
 
 def _is_used(cfg: Config, name: str) -> bool:
     """Whether a file of a config uses a variable, as ``optimizer=optimizer`` does."""
-    in_text = re.search(rf'[=:(\[,]\s*{re.escape(name)}\b(?!\s*=)', cfg.text or '')
+    in_text = re.search(rf'[=:(\[{{,*+]\s*{re.escape(name)}\b(?!\s*=)', cfg.text or '')
     return bool(in_text) or any(_uses(cfg, name))
 
 

@@ -82,6 +82,11 @@ def _chains(
         yield key, chain
 
 
+def batch_size_of(loader: Mapping) -> int:
+    """The images of a batch of one process; PyTorch's default is 1."""
+    return loader.get('batch_size') or 1
+
+
 def as_list(value: Any) -> List[Any]:
     """Make a list of a config's value: one item, a list of items, or nothing."""
     if not value:

@@ -10,9 +10,10 @@ from mmengine.config import Config
 from ..compat.pytorch import products_use_tf32
 from .batch_size import accumulated_batches, recipe_batch_size, total_batch_size
 from .ema import recipe_decay
-from .parts import hooks_of, kind_of, parts_of, pretrained_of
+from .parts import batch_size_of, hooks_of, kind_of, parts_of, pretrained_of
 
 Items = Dict[str, Any]
+_DESCRIBED = ('model', 'train_dataloader', 'train_cfg', 'optim_wrapper')
 
 
 def describe_recipe(cfg: Config) -> Items:
@@ -22,10 +23,13 @@ def describe_recipe(cfg: Config) -> Items:
         cfg (Config): The config as it was written, before the command line's changes.
 
     Returns:
-        dict: Values by item; None if the recipe does not say.
+        dict: Values by item; None if the recipe does not say. Empty if the config is
+        no whole training.
     """
+    if any(cfg.get(key) is None for key in _DESCRIBED):
+        return {}  # --cfg-options give the rest
     total = recipe_batch_size(cfg)
-    batch = cfg.train_dataloader.batch_size * accumulated_batches(cfg)
+    batch = batch_size_of(cfg.train_dataloader) * accumulated_batches(cfg)
     processes = total // batch if total and total % batch == 0 else None
     items = dict(describe_run(cfg, processes or 1), processes=processes)
     if total is None:
@@ -61,7 +65,7 @@ def describe_run(cfg: Config, world_size: int) -> Items:
     weights = [x['checkpoint'] for y in parts_of(cfg.model) for x in pretrained_of(y)]
     return {
         'processes': world_size,
-        'batch per process': cfg.train_dataloader.batch_size,
+        'batch per process': batch_size_of(cfg.train_dataloader),
         'accumulated batches': accumulated_batches(cfg),
         'total batch': total,
         'length': length,
@@ -80,7 +84,7 @@ def _learning_rate(cfg: Config, world_size: int) -> Optional[float]:
     scale = cfg.get('auto_scale_lr') or {}
     if rate is None or not scale.get('enable'):
         return rate
-    batch = world_size * cfg.train_dataloader.batch_size
+    batch = world_size * batch_size_of(cfg.train_dataloader)
     return rate * (batch / scale['base_batch_size'])
 
 

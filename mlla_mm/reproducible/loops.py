@@ -321,6 +321,7 @@ def _share_samples(loader: dict, micro_batches: int, skip_corrupt_images: bool) 
         batch_sampler['batch_sampler'] = loader['batch_sampler']
     else:
         batch_sampler['drop_last'] = loader.pop('drop_last', False)
+    loader.setdefault('batch_size', 1)  # PyTorch's default
     loader['batch_sampler'] = batch_sampler
     loader['sampler'] = dict(
         type='SharedSampler', sampler=loader['sampler'], micro_batches=micro_batches

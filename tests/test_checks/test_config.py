@@ -10,6 +10,7 @@ from mmengine.runner import Runner
 from benchmarks.peak_memory import largest_size, synthetic_batch
 from mlla_mm.checks import config as checks
 from mlla_mm.checks.config import check_config, check_loop, make_work_dir
+from mlla_mm.engine.parts import SPLITS
 
 from ..bad_data import CLS, DET, SEG, assert_says, config
 from ..nano import CONFIGS
@@ -249,6 +250,28 @@ def test_what_is_not_known_is_left_alone():
         }
     )
     check_config(cfg)
+
+
+def test_only_the_data_of_the_run_count():
+    cfg = config(DET)
+    cfg.test_dataloader.dataset.metainfo = dict(classes=('cat', 'dog'))
+    check_config(cfg, ('train', 'val'))
+    for splits in (('test',), ('train', 'val', 'test')):
+        with pytest.raises(ValueError, match='data set of test_dataloader has 2'):
+            check_config(cfg, splits)
+
+
+def test_one_channel_tells_two_classes_of_pixels_apart():
+    cfg = config(SEG)
+    heads = [cfg.model.decode_head, cfg.model.auxiliary_head]
+    for split in SPLITS:
+        cfg[f'{split}_dataloader'].dataset.metainfo = dict(classes=('no', 'yes'))
+    for head in heads:
+        head.num_classes = 1
+    check_config(cfg)
+    heads[0].num_classes = 3
+    with pytest.raises(ValueError, match='decode_head.num_classes is 3'):
+        check_config(cfg)
 
 
 def test_a_classifier_can_be_evaluated_on_some_of_its_classes():

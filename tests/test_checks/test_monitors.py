@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.evaluator import Evaluator
-from mmengine.hooks import Hook
+from mmengine.hooks import CheckpointHook, Hook
 from mmengine.registry import HOOKS, METRICS, DefaultScope
 
 from mlla_mm.checks.monitors import check_monitors, metric_keys
@@ -240,6 +240,21 @@ def test_own_parts_make_every_key_possible(changes):
         check_monitors(cfg)
     cfg.merge_from_dict(changes)
     check_monitors(cfg)
+
+
+@HOOKS.register_module()
+class SaveLowestLoss(CheckpointHook):
+    """Somebody's own, which needs no validation."""
+
+
+def test_own_hooks_may_read_other_numbers():
+    cfg = config(SEG)
+    cfg.val_dataloader = cfg.val_cfg = cfg.val_evaluator = None
+    cfg.default_hooks.checkpoint = dict(type='SaveLowestLoss', save_best='loss')
+    check_monitors(cfg)
+    cfg.default_hooks.checkpoint.type = 'CheckpointHook'
+    with pytest.raises(ValueError, match='val_cfg is None'):
+        check_monitors(cfg)
 
 
 BEST = 'default_hooks.checkpoint.save_best'

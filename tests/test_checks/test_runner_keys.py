@@ -1,6 +1,8 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 import pytest
 from mmengine.config import Config
+from mmengine.hooks import CheckpointHook
+from mmengine.registry import HOOKS
 from torch.utils.data import DataLoader
 
 from mlla_mm.checks.runner_keys import check_runner_keys
@@ -83,6 +85,30 @@ def test_what_is_right(scope):
     check_runner_keys(cfg)
     cfg.runner_type = 'MyRunner'  # which may read anything
     cfg.train_dataloader.anything = 1
+    check_runner_keys(cfg)
+
+
+@HOOKS.register_module()
+class SaveElsewhere(CheckpointHook):
+    def __init__(self, *args, **kwargs):
+        self.elsewhere = kwargs.pop('elsewhere')
+        super().__init__(*args, **kwargs)
+
+
+def test_what_a_users_own_classes_read():
+    cfg = config(SEG)
+    cfg.default_hooks.checkpoint = dict(type='SaveElsewhere', elsewhere='s3')
+    check_runner_keys(cfg)
+    cfg.runner_type = 'MyRunner'  # it may take any hooks
+    cfg.default_hooks.mine = None
+    cfg.custom_hooks = dict(mine=dict(type='EMAHook'))
+    check_runner_keys(cfg)
+
+
+def test_a_flexible_runner_draws_a_seed():
+    cfg = config(CLS)
+    cfg.randomness = dict(deterministic=False)
+    cfg.runner_type = 'FlexibleRunner'
     check_runner_keys(cfg)
 
 

@@ -9,9 +9,18 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
+from mmengine.hooks import CheckpointHook
 from mmengine.model import BaseModel
-from mmengine.registry import METRICS, MODELS
-from mmengine.runner import Runner
+from mmengine.optim import ConstantLR
+from mmengine.registry import (
+    HOOKS,
+    LOG_PROCESSORS,
+    LOOPS,
+    METRICS,
+    MODELS,
+    PARAM_SCHEDULERS,
+)
+from mmengine.runner import IterBasedTrainLoop, LogProcessor, Runner
 
 from mlla_mm.checks.units import IntervalError, check_checkpoints, check_units
 
@@ -42,6 +51,29 @@ class Weight(BaseMetric):
 
     def compute_metrics(self, results):
         return dict(weight=results[0])
+
+
+@LOOPS.register_module()
+class LoopWithEpochs(IterBasedTrainLoop):
+    """Somebody's own loop, which may end epochs."""
+
+
+@HOOKS.register_module()
+class SaveByIteration(CheckpointHook):
+    def __init__(self, interval, by_epoch=False):
+        super().__init__(interval, by_epoch)
+
+
+@PARAM_SCHEDULERS.register_module()
+class StepByIteration(ConstantLR):
+    def __init__(self, optimizer, by_epoch=False, **kwargs):
+        super().__init__(optimizer, by_epoch=by_epoch, **kwargs)
+
+
+@LOG_PROCESSORS.register_module()
+class LogByIteration(LogProcessor):
+    def __init__(self, by_epoch=False, **kwargs):
+        super().__init__(by_epoch=by_epoch, **kwargs)
 
 
 def in_iterations(work_dir='work', **changes) -> Config:
@@ -223,6 +255,14 @@ RIGHT = {
         type='ReduceOnPlateauLR', monitor='weight')},
     'no schedule': {'param_scheduler': None},
     'no validation, as mmdet writes it': {'train_cfg.val_begin': LENGTH + 1},
+    'a loop of its own, derived': {
+        'train_cfg.type': 'LoopWithEpochs', f'{CHECKPOINT}.by_epoch': True},
+    'a class of its own': {
+        'train_cfg.type': LoopWithEpochs, f'{CHECKPOINT}.by_epoch': True},
+    'own parts with other defaults': {
+        CHECKPOINT: dict(type='SaveByIteration', interval=2),
+        'param_scheduler': dict(type='StepByIteration', end=2),
+        'log_processor': dict(type='LogByIteration')},
     'a loop of its own': {'train_cfg.type': 'OwnLoop', f'{CHECKPOINT}.by_epoch': True},
     "mmdet's loops of iterations": {LOGGER: dict(type='LoggerHook')},
 }  # fmt: skip

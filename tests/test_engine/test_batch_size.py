@@ -2,7 +2,7 @@
 import pytest
 from mmengine.config import Config
 
-from mlla_mm.engine.batch_size import settle
+from mlla_mm.engine.batch_size import settle, total_batch_size
 from mlla_mm.engine.recipe import describe_run
 
 
@@ -47,6 +47,13 @@ def test_accumulated_gradients_count():
     cfg = make(optim_wrapper=accumulating)
     assert 'scaled by 0.5' in settle(cfg, 1, scale=True)
     assert cfg.optim_wrapper.optimizer.lr == 0.5
+
+
+def test_the_batch_size_of_pytorch():
+    cfg = make()
+    del cfg.train_dataloader.batch_size
+    assert total_batch_size(cfg, 4) == 4
+    assert '8 processes x 1' in settle(cfg, 8)
 
 
 def test_keeping_it_accumulates_what_is_missing():

@@ -1,4 +1,5 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+import copy
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,14 @@ def test_a_config_that_does_not_state_its_batch_size():
     record = compare(recipe, describe_run(cfg, 3))
     assert deviations(record) in ([], ['TF32'])
     assert 'total batch          -' in format_record(record)
+
+
+def test_a_config_that_options_complete():
+    cfg = read('detection/mask-rcnn_mlla-t_fpn_1x_coco')
+    written = copy.deepcopy(cfg)
+    written.pop('train_cfg')
+    recipe = describe_recipe(written)
+    assert deviations(compare(recipe, describe_run(cfg, 3))) == []
 
 
 @pytest.mark.parametrize(

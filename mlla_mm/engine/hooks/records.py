@@ -55,7 +55,7 @@ class RecordRecipeHook(Hook):
             loader = runner.train_dataloader
             accumulated = runner.cfg.optim_wrapper.get('accumulative_counts', 1)
             self.run['updates per epoch'] = len(loader) // accumulated
-            if self.recipe['processes']:
+            if self.recipe.get('processes'):
                 self.recipe['updates per epoch'] = recipes.updates_per_epoch(
                     len(loader.dataset),
                     self.recipe['processes'],
