@@ -160,11 +160,18 @@ def require_pretrained(cfg: Config) -> None:
     Raises:
         FileNotFoundError: If a local file named by an ``init_cfg`` is missing. The
             message says where to get it.
+        ValueError: If an ``init_cfg`` names no file.
     """
     for part in parts_of(cfg.model):
         for init_cfg in pretrained_of(part):
-            if '://' not in init_cfg['checkpoint']:
-                require_weights(init_cfg['checkpoint'])
+            path = init_cfg.get('checkpoint')
+            if not path:
+                raise ValueError(
+                    "An init_cfg of type='Pretrained' names no checkpoint: write "
+                    'model.backbone.init_cfg.checkpoint=FILE, or where it is.'
+                )
+            if '://' not in path:
+                require_weights(path)
 
 
 # Arguments that let each package's visualization hook draw test results to a folder.

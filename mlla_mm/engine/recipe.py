@@ -62,7 +62,9 @@ def describe_run(cfg: Config, world_size: int) -> Items:
             decay = 1 - hook['momentum']
     is_amp = kind_of(cfg.optim_wrapper) == 'AmpOptimWrapper'
     precision = cfg.optim_wrapper.get('dtype') or 'float16'
-    weights = [x['checkpoint'] for y in parts_of(cfg.model) for x in pretrained_of(y)]
+    weights = {
+        x.get('checkpoint') for y in parts_of(cfg.model) for x in pretrained_of(y)
+    }
     return {
         'processes': world_size,
         'batch per process': batch_size_of(cfg.train_dataloader),
@@ -73,7 +75,8 @@ def describe_run(cfg: Config, world_size: int) -> Items:
         'EMA decay': decay,
         'mixed precision': precision if is_amp else 'float32',
         'TF32': products_use_tf32() if torch.cuda.is_available() else None,
-        'pretrained weights': sorted(weights) or None,
+        # A recipe may leave them to --cfg-options.
+        'pretrained weights': sorted(filter(None, weights)) or None,
         'start from': cfg.get('load_from'),
     }
 

@@ -43,6 +43,15 @@ def test_missing_weights_name_their_address(tmp_path):
     options.require_pretrained(with_weights(tmp_path / 'mine.pth'))
 
 
+def test_weights_that_the_command_line_is_to_name(tmp_path):
+    written = with_weights('')
+    del written.model.backbone.init_cfg.checkpoint
+    with pytest.raises(ValueError, match='init_cfg.checkpoint=FILE'):
+        options.require_pretrained(written)
+    with pytest.raises(ValueError, match='init_cfg.checkpoint=FILE'):
+        options.require_pretrained(with_weights(''))
+
+
 def test_a_resumed_run_does_without_the_pretrained_weights(tmp_path):
     cfg = with_weights(tmp_path / 'MLLA_T.pth', work_dir=str(tmp_path))
     options.set_resume(cfg, 'auto')  # there is no checkpoint

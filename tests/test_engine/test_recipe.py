@@ -117,6 +117,12 @@ def test_a_config_that_does_not_state_its_batch_size():
     assert 'total batch          -' in format_record(record)
 
 
+def test_a_config_that_leaves_its_weights_open():
+    cfg = read('detection/mask-rcnn_mlla-t_fpn_1x_coco')
+    del cfg.model.backbone.init_cfg.checkpoint
+    assert describe_recipe(cfg)['pretrained weights'] is None
+
+
 def test_a_config_that_options_complete():
     cfg = read('detection/mask-rcnn_mlla-t_fpn_1x_coco')
     written = copy.deepcopy(cfg)
