@@ -7,10 +7,9 @@ packages that could add keys, make every key possible.
 """
 
 import difflib
-import inspect
 from collections.abc import Iterator, Mapping
 from itertools import product
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional
 
 from mmengine.config import Config
 from mmengine.hooks import CheckpointHook, EarlyStoppingHook
@@ -26,8 +25,15 @@ from mmengine.registry import (
     Registry,
 )
 
-from ..engine.parts import as_list, kind_of, parts_of
-from .classes import class_of, named_parts
+from ..engine.parts import (
+    as_list,
+    kind_of,
+    named_hooks,
+    named_schedulers,
+    parts_of,
+    training_length,
+)
+from .classes import class_of, is_kind
 
 # A key holds it in place of the name of any class.
 _ANY_CLASS = '{class}'
@@ -80,11 +86,6 @@ def check_monitors(cfg: Config) -> None:
             _require_rule(key, hook, keys)
 
 
-def training_length(loop: Mapping) -> Optional[int]:
-    """The epochs or iterations of a training loop's config; None if it has neither."""
-    return loop.get('max_epochs', loop.get('max_iters'))
-
-
 def _no_validation(cfg: Config) -> str:
     """Why a training has no validation; empty if it has one."""
     if cfg.get('val_cfg') is None:
@@ -119,35 +120,6 @@ def metric_keys(cfg: Config) -> Optional[List[str]]:
     if keys and 'MESAHook' in map(kind_of, hooks):
         keys += [f'ema_{key}' for key in keys]
     return keys
-
-
-def named_hooks(cfg: Config) -> Iterator[Tuple[str, Mapping]]:
-    """The hooks of a run that are configs, with their keys, and MMEngine's defaults."""
-    defaults = {
-        'logger': dict(type='LoggerHook'),
-        'checkpoint': dict(type='CheckpointHook', interval=1),
-        **(cfg.get('default_hooks') or {}),
-    }
-    for name, hook in defaults.items():
-        if isinstance(hook, Mapping):
-            yield f'default_hooks.{name}', hook
-    yield from named_parts(cfg.get('custom_hooks'), 'custom_hooks')
-
-
-def named_schedulers(cfg: Config) -> Iterator[Tuple[str, Mapping]]:
-    """The schedulers of a run, with their keys: one, a list, or those of optimizers."""
-    found = cfg.get('param_scheduler')
-    if isinstance(found, Mapping) and 'type' not in found:
-        for name, value in found.items():
-            yield from named_parts(value, f'param_scheduler.{name}')
-    else:
-        yield from named_parts(found, 'param_scheduler')
-
-
-def is_kind(registry: Registry, part: Mapping, kind: type) -> bool:
-    """Whether a part's type is a class, or one that is derived from it."""
-    found = class_of(registry, part.get('type'))
-    return inspect.isclass(found) and issubclass(found, kind)
 
 
 def _package(registry: Registry, part: Mapping) -> str:

@@ -14,8 +14,8 @@ from mmengine.optim import ReduceOnPlateauParamScheduler
 from mmengine.registry import HOOKS, LOOPS, PARAM_SCHEDULERS, DefaultScope
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 
-from ..engine.parts import kind_of
-from .monitors import is_kind, named_hooks, named_schedulers, training_length
+from ..engine.parts import kind_of, named_hooks, named_schedulers, training_length
+from .classes import is_kind
 
 NO_VALIDATION = 'val_dataloader=None val_cfg=None val_evaluator=None'
 """Options that switch the validation off."""

@@ -319,7 +319,7 @@ def test_the_data_set_that_is_wrong_is_named(folders):
     good = cfg.train_dataloader.dataset
     bad = dict(good, data_root='nowhere')
     cfg.train_dataloader.dataset = dict(type='ConcatDataset', datasets=[good, bad])
-    with pytest.raises(ValueError, match=r'train_dataloader.dataset.datasets\[1\]'):
+    with pytest.raises(ValueError, match=r'train_dataloader.dataset.datasets.1'):
         require_data(cfg, 'train')
 
 

@@ -28,7 +28,7 @@ ERRORS = [
      ['default_hooks.checkpoint.intervall', 'default_hooks.checkpoint.interval meant']),
     (SEG, {'custom_hooks': dict(type='EMAHook')}, ["[dict(type='EMAHook', ...)]"]),
     (SEG, {'custom_hooks': ['EMAHook']}, ["custom_hooks.0 is 'EMAHook'"]),
-    (SEG, {'default_hooks': [dict(type='EMAHook')]}, ['default_hooks is no dict']),
+    (SEG, {'default_hooks': [dict(type='EMAHook')]}, ['default_hooks is not a dict']),
     # Dicts that become arguments of functions.
     (CLS, {'randomness.sed': 1}, ['Is randomness.seed meant']),
     (CLS, {'randomness': dict(deterministic=True)}, ['randomness has no seed']),
