@@ -101,7 +101,9 @@ def test_models_of_the_toolboxes(scope, name):
         load_strictly(model, weights, 'x.pth')
     load_strictly(model, {**weights, **{key: own[key] for key in differing}}, 'x.pth')
     for key, value in model.state_dict().items():
-        assert torch.equal(value, own[key] if key in differing else weights[key]), key
+        expected = own[key] if key in differing else weights[key]
+        # Deformable DETR leaves a parameter as the memory was, which may be NaN.
+        torch.testing.assert_close(value, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def nano(**head):
