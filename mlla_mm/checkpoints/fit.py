@@ -21,6 +21,15 @@ _CONFIGS = {
 # Parts that training alone uses. Published files lack them, such as Grounding DINO's.
 _OF_TRAINING = ('dn_query_generator.', 'auxiliary_head.')
 _STATISTICS = ('.running_mean', '.running_var')
+_BACKBONE_ALONE = (
+    'To use only its backbone: --cfg-options load_from=None '
+    'model.backbone.init_cfg.type=Pretrained '
+    'model.backbone.init_cfg.checkpoint={}'
+)
+_OTHER_CLASSES = (
+    'The backbone fits; the file may have another number of classes, which the start '
+    'of a training takes: load_from, without --resume.'
+)
 # In PyTorch's error.
 _MISSHAPED = re.compile(r'^\s*size mismatch for (\S+): ', re.MULTILINE)
 
@@ -150,18 +159,11 @@ def _way_out(
             f'Use a config of that size, {_CONFIGS[model.task]}/*mlla-{file.size}*.py, '
             f"or set the backbone's arch to '{file.size}'."
         )
-    start = (
-        'To use only its backbone: --cfg-options load_from=None '
-        'model.backbone.init_cfg.type=Pretrained '
-        f'model.backbone.init_cfg.checkpoint={source}'
-    )
+    start = _BACKBONE_ALONE.format(source)
     if model.prefix and file.task != model.task:
         return f'The file holds a {file.task}, the model is a {model.task}. {start}'
     if model.prefix and not any(key.startswith(model.prefix) for key in problems):
-        return (
-            'The backbone fits; the file may have another number of classes, which '
-            f'the start of a training takes: load_from, without --resume. {start}'
-        )
+        return f'{_OTHER_CLASSES} {start}'
     return "Check the backbone's arguments, or fetch the file again."
 
 
@@ -175,19 +177,12 @@ def _way_out_of_others(
     backbone = {
         name for name, _ in model.named_parameters() if name.startswith('backbone.')
     }
-    start = (
-        'To use only its backbone: --cfg-options load_from=None '
-        'model.backbone.init_cfg.type=Pretrained '
-        f'model.backbone.init_cfg.checkpoint={source}'
-    )
+    start = _BACKBONE_ALONE.format(source)
     if backbone and backbone.isdisjoint(problems):
         start += ' model.backbone.init_cfg.prefix=backbone.'
         if weights.keys().isdisjoint(problems):
             return f'The backbone fits; the file lacks what is listed. {start}'
-        return (
-            'The backbone fits; the file may have another number of classes, which the '
-            f'start of a training takes: load_from, without --resume. {start}'
-        )
+        return f'{_OTHER_CLASSES} {start}'
     if backbone and backbone <= {f'backbone.{key}' for key in weights}:
         return f'The file holds a backbone alone. {start}'
     return "Check the arguments of the model's config, or fetch the file again."

@@ -1,6 +1,7 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 """Finds out whether the heads of a model and its data sets have the same classes."""
 
+import inspect
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
@@ -10,7 +11,7 @@ from mmengine.config import Config
 from mmengine.fileio import list_from_file
 from mmengine.registry import DATASETS, Registry
 
-from ..engine.parts import SPLITS, datasets_of, wrapping_datasets
+from ..engine.parts import SPLITS, datasets_of, named_parts, wrapping_datasets
 from ..utils.text import printable
 
 # Keys of heads whose classes are those of the data set.
@@ -46,6 +47,12 @@ def is_known(registry: Registry, part: Mapping) -> bool:
     return package_of(registry, part) in _PACKAGES
 
 
+def is_kind(registry: Registry, part: Mapping, kind: type) -> bool:
+    """Whether a part's type is a class, or one that is derived from it."""
+    found = class_of(registry, part.get('type'))
+    return inspect.isclass(found) and issubclass(found, kind)
+
+
 def head_classes(model: Mapping) -> Iterator[Tuple[str, int]]:
     """Numbers of classes in the config of a model, with their keys.
 
@@ -65,15 +72,6 @@ def head_classes(model: Mapping) -> Iterator[Tuple[str, int]]:
         count = part.get('num_classes')
         if isinstance(count, int) and not (other or part.get('class_agnostic')):
             yield f'{path}.num_classes', count
-
-
-def named_parts(value: Any, path: str) -> Iterator[Tuple[str, Mapping]]:
-    """A part of a model, or each part of a list, with its key."""
-    if isinstance(value, Mapping):
-        yield path, value
-    elif isinstance(value, (list, tuple)):
-        for i, item in enumerate(value):
-            yield from named_parts(item, f'{path}[{i}]')
 
 
 class _Classes(NamedTuple):

@@ -362,7 +362,7 @@ class _LabelMaps:
         self.reading = _reading_of(source.config.get('pipeline'))
         self.is_known = self.reading is not None and self.reading.is_known
         # Another data set of a ConcatDataset may have what this one lacks.
-        self.is_all = self.is_known and '.datasets[' not in source.key
+        self.is_all = self.is_known and '.datasets.' not in source.key
         names = dataset.metainfo.get('classes') or range(source.num_classes or 0)
         self.classes = tuple(map(str, names))
         # One class may be a sigmoid: 0 is the background, and 1 the class.

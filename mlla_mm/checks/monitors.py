@@ -7,7 +7,6 @@ packages that could add keys, make every key possible.
 """
 
 import difflib
-import inspect
 from collections.abc import Iterator, Mapping
 from itertools import product
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
@@ -23,11 +22,17 @@ from mmengine.registry import (
     MODELS,
     PARAM_SCHEDULERS,
     DefaultScope,
-    Registry,
 )
 
-from ..engine.parts import as_list, kind_of, parts_of
-from .classes import class_of, is_known, named_parts, package_of
+from ..engine.parts import (
+    as_list,
+    kind_of,
+    named_hooks,
+    named_schedulers,
+    parts_of,
+    training_length,
+)
+from .classes import class_of, is_kind, is_known, package_of
 
 # A key holds it in place of the name of any class.
 _ANY_CLASS = '{class}'
@@ -78,11 +83,6 @@ def check_monitors(cfg: Config) -> None:
             _require_rule(key, hook, keys)
 
 
-def training_length(loop: Mapping) -> Optional[int]:
-    """The epochs or iterations of a training loop's config; None if it has neither."""
-    return loop.get('max_epochs', loop.get('max_iters'))
-
-
 def _no_validation(cfg: Config) -> str:
     """Why a training has no validation; empty if it has one."""
     if cfg.get('val_cfg') is None:
@@ -119,38 +119,9 @@ def metric_keys(cfg: Config) -> Optional[List[str]]:
     return keys
 
 
-def named_hooks(cfg: Config) -> Iterator[Tuple[str, Mapping]]:
-    """The hooks of a run that are configs, with their keys, and MMEngine's defaults."""
-    defaults = {
-        'logger': dict(type='LoggerHook'),
-        'checkpoint': dict(type='CheckpointHook', interval=1),
-        **(cfg.get('default_hooks') or {}),
-    }
-    for name, hook in defaults.items():
-        if isinstance(hook, Mapping):
-            yield f'default_hooks.{name}', hook
-    yield from named_parts(cfg.get('custom_hooks'), 'custom_hooks')
-
-
 def known_hooks(cfg: Config) -> Iterator[Tuple[str, Mapping]]:
-    """Those of :func:`named_hooks` whose arguments mean what they do in MMEngine."""
+    """The hooks of a run whose arguments mean what they do in MMEngine."""
     return ((key, hook) for key, hook in named_hooks(cfg) if is_known(HOOKS, hook))
-
-
-def named_schedulers(cfg: Config) -> Iterator[Tuple[str, Mapping]]:
-    """The schedulers of a run, with their keys: one, a list, or those of optimizers."""
-    found = cfg.get('param_scheduler')
-    if isinstance(found, Mapping) and 'type' not in found:
-        for name, value in found.items():
-            yield from named_parts(value, f'param_scheduler.{name}')
-    else:
-        yield from named_parts(found, 'param_scheduler')
-
-
-def is_kind(registry: Registry, part: Mapping, kind: type) -> bool:
-    """Whether a part's type is a class, or one that is derived from it."""
-    found = class_of(registry, part.get('type'))
-    return inspect.isclass(found) and issubclass(found, kind)
 
 
 def _monitors(cfg: Config) -> Iterator[_Monitor]:

@@ -8,9 +8,10 @@ from typing import Any, List, NamedTuple, Optional
 from mmengine.registry import MODELS
 
 from ..arch import parse_arch
+from ..engine.arguments import require_arguments
+from ..engine.parts import named_parts
 from ..models.backbones import MLLA
-from ..utils.text import nearest
-from .classes import class_of, named_parts
+from .classes import class_of
 
 # Necks whose in_channels are the channels of all maps of the backbone.
 _NECKS = ('FPN', 'PAFPN', 'BFP', 'ChannelMapper', 'NASFPN', 'FPN_CARAFE')
@@ -74,16 +75,7 @@ def _backbone_outputs(backbone: Any) -> Optional[_Outputs]:
     if not (inspect.isclass(kind) and issubclass(kind, MLLA)):
         return None
     options = {k: v for k, v in backbone.items() if k not in ('type', 'init_cfg')}
-    known = inspect.signature(kind).parameters
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in known.values())
-    unknown = [name for name in options if name not in known]
-    if unknown and not takes_any:
-        name = unknown[0]
-        meant = nearest(name, known)
-        hint = f"is '{meant}' meant?" if meant else f'choose from {list(known)}.'
-        raise ValueError(
-            f'model.backbone.{name} is not an argument of {kind.__name__}: {hint}'
-        )
+    require_arguments(kind, options, 'model.backbone')
     if kind is not MLLA:
         return None
     arch = options.get('arch', 'tiny')

@@ -25,18 +25,20 @@ from torch.utils.data import DataLoader
 
 from ..engine.arguments import arguments_of
 from ..engine.option_keys import has_own_runner
-from ..engine.parts import SPLITS, as_list, kind_of
+from ..engine.parts import SPLITS, as_list, kind_of, named_hooks
 from ..engine.toolboxes import TOOLBOXES
 from ..utils.text import nearest, printable
-from .classes import class_of, is_known
+from .classes import class_of, is_kind, is_known
 
+# Parts of a model whose types stand in the same registry as that of the model.
+_OF_TOOLBOXES = ('backbone', 'neck', 'head', 'decode_head', 'bbox_head', 'rpn_head')
 # The default hooks that None switches off.
 _OF_MMENGINE = (
     'runtime_info timer sampler_seed logger param_scheduler checkpoint'
 ).split()
 # Those of PyTorch, among them dataset, sampler and batch_sampler, and MMEngine's own.
 _OF_LOADER = [
-    *(name for name in inspect.signature(DataLoader).parameters),
+    *inspect.signature(DataLoader).parameters,
     *('num_batch_per_epoch', 'disable_subprocess_warning'),
 ]
 
@@ -56,8 +58,7 @@ def check_runner_keys(cfg: Config, splits: Sequence[str] = SPLITS) -> None:
     if has_own_runner(cfg):
         return
     _check_hooks(cfg)
-    for name, hook in (cfg.get('default_hooks') or {}).items():
-        _check_checkpoint_hook(hook, f'default_hooks.{name}')
+    _check_checkpoint_hooks(cfg)
     _check_arguments(cfg)
     for split in splits:
         loop = cfg.get(f'{split}_cfg')
@@ -86,10 +87,6 @@ def _check_scope(cfg: Config) -> None:
         )
 
 
-# Parts of a model whose types stand in the same registry as that of the model.
-_OF_TOOLBOXES = ('backbone', 'neck', 'head', 'decode_head', 'bbox_head', 'rpn_head')
-
-
 def _not_in(scope: str, kinds: Sequence[str]) -> List[str]:
     """The types of a model's parts that a scope does not have."""
     with DefaultScope.overwrite_default_scope(scope):
@@ -100,8 +97,8 @@ def _check_hooks(cfg: Config) -> None:
     defaults = cfg.get('default_hooks') or {}
     if not isinstance(defaults, Mapping):
         raise ValueError(
-            'default_hooks is no dict: write default_hooks = dict(NAME=dict(...)), or '
-            'custom_hooks for a list.'
+            'default_hooks is not a dict: write default_hooks = dict(NAME=dict(...)), '
+            'or custom_hooks for a list.'
         )
     for name, hook in defaults.items():
         if hook is None and name not in _OF_MMENGINE:
@@ -132,15 +129,15 @@ def _check_hooks(cfg: Config) -> None:
             )
 
 
-def _check_checkpoint_hook(hook: Any, key: str) -> None:
+def _check_checkpoint_hooks(cfg: Config) -> None:
     """MMEngine would refuse an unknown argument when it saves the first checkpoint."""
-    kind = class_of(HOOKS, hook.get('type')) if isinstance(hook, Mapping) else None
-    is_hook = inspect.isclass(kind) and issubclass(kind, CheckpointHook)
-    # A user's own may take arguments out of **kwargs.
-    if is_hook and is_known(HOOKS, hook):
-        saving = list(inspect.signature(Runner.save_checkpoint).parameters)
-        known = [*arguments_of(kind), *saving[3:]]  # not self, out_dir, filename
-        _require_known(hook, key, ['type', 'priority', *known])
+    saving = list(inspect.signature(Runner.save_checkpoint).parameters)
+    for key, hook in named_hooks(cfg):
+        # A user's own may take arguments out of **kwargs.
+        if is_kind(HOOKS, hook, CheckpointHook) and is_known(HOOKS, hook):
+            known = arguments_of(class_of(HOOKS, hook['type']))
+            # Not self, out_dir and filename.
+            _require_known(hook, key, ['type', 'priority', *known, *saving[3:]])
 
 
 def _check_arguments(cfg: Config) -> None:
@@ -189,17 +186,13 @@ def _check_loader(loader: Any, key: str) -> None:
     _require_known(loader, key, _OF_LOADER)
     if loader.get('num_workers', 0):
         return
-    if loader.get('persistent_workers'):
-        raise ValueError(
-            f'{key}.persistent_workers is True, but there are no workers: write '
-            f'--cfg-options {key}.num_workers=0 {key}.persistent_workers=False.'
-        )
-    if loader.get('prefetch_factor') is not None:
-        raise ValueError(
-            f'{key}.prefetch_factor is {loader["prefetch_factor"]}, but there are no '
-            f'workers: write --cfg-options {key}.num_workers=0 '
-            f'{key}.prefetch_factor=None.'
-        )
+    for name, off in (('persistent_workers', False), ('prefetch_factor', None)):
+        value = loader.get(name)
+        if value not in (None, False):
+            raise ValueError(
+                f'{key}.{name} is {value}, but there are no workers: write '
+                f'--cfg-options {key}.num_workers=0 {key}.{name}={off}.'
+            )
 
 
 def _require_known(part: Any, path: str, known: Sequence[str]) -> None:

@@ -20,9 +20,9 @@ from mmengine.registry import (
 )
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 
-from ..engine.parts import kind_of
-from .classes import is_known
-from .monitors import is_kind, known_hooks, named_schedulers, training_length
+from ..engine.parts import kind_of, named_schedulers, training_length
+from .classes import is_kind, is_known
+from .monitors import known_hooks
 
 NO_VALIDATION = 'val_dataloader=None val_cfg=None val_evaluator=None'
 """Options that switch the validation off."""

@@ -3,7 +3,7 @@
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, List, Optional
 
@@ -69,7 +69,9 @@ def describe_argument(error: BaseException, cfg: Config) -> Optional[str]:
     name = refused[1]
     if name in args and (name not in known or _TWICE.search(str(error))):
         place = _place(cfg, kind, args, lambda part: name in part)
-        return _refusal(f'{place}.{name}' if place else name, name, kind, args)
+        # MMEngine itself gives objects, such as the runner.
+        of_config = [x for x in known if isinstance(args.get(x), _OF_CONFIGS)]
+        return _refusal(f'{place}.{name}' if place else name, name, kind, of_config)
     # Layers of norm_cfg and the like are built without a registry's function.
     for path, part in paths_of(args):
         if isinstance(part, Mapping) and 'type' in part and name in part:
@@ -79,10 +81,25 @@ def describe_argument(error: BaseException, cfg: Config) -> Optional[str]:
     return None
 
 
-def _refusal(key: str, name: str, kind: Any, given: Mapping) -> str:
+def require_arguments(kind: Any, given: Mapping, key: str) -> None:
+    """Refuse arguments that a class does not take, before it is built.
+
+    Args:
+        kind (type): The class. One that takes any arguments is not checked.
+        given (Mapping): The arguments.
+        key (str): Where the config has them.
+
+    Raises:
+        ArgumentError: Names the first key, and the arguments that exist.
+    """
+    known = inspect.signature(kind).parameters
+    unknown = [name for name in given if name not in known]
+    if unknown and not any(x.kind is x.VAR_KEYWORD for x in known.values()):
+        raise ArgumentError(_refusal(f'{key}.{unknown[0]}', unknown[0], kind, known))
+
+
+def _refusal(key: str, name: str, kind: Any, names: Collection[str]) -> str:
     """Say that an argument does not exist, and which do."""
-    # MMEngine itself gives objects, such as the runner.
-    names = [x for x in arguments_of(kind) if isinstance(given.get(x), _OF_CONFIGS)]
     near = nearest(name, names)
     hint = f' Is {near} meant?' if near else ''
     return (

@@ -69,13 +69,12 @@ OLD_KEYS: Dict[str, str] = {
     'deterministic': 'randomness.deterministic',
     'resume_from': '--resume PATH',
     'auto_resume': '--resume',
-    'launcher': '--launcher',
     'gpu_ids': 'CUDA_VISIBLE_DEVICES in the environment',
     'gpus': 'CUDA_VISIBLE_DEVICES in the environment',
     'device': 'CUDA_VISIBLE_DEVICES in the environment',
 }
 # Top-level names that configs of today use for variables of their own.
-_STILL_USED = {'deterministic', 'device', 'gpus', 'launcher', 'paramwise_cfg', 'seed'}
+_STILL_USED = {'deterministic', 'device', 'gpus', 'paramwise_cfg', 'seed'}
 # Of many keys that end alike, as many are named.
 _SHOWN = 4
 
@@ -201,7 +200,8 @@ def describe_old_keys(cfg: Config) -> Optional[str]:
 
 def _is_used(cfg: Config, name: str) -> bool:
     """Whether a file of a config uses a variable, as ``optimizer=optimizer`` does."""
-    in_text = re.search(rf'[=:(\[{{,*+]\s*{re.escape(name)}\b(?!\s*=)', cfg.text or '')
+    use = rf'[=:(\[{{,*+]\s*(_base_\.)?{re.escape(name)}\b(?!\s*=)'
+    in_text = re.search(use, cfg.text or '')
     return bool(in_text) or any(_uses(cfg, name))
 
 
@@ -233,7 +233,7 @@ def _uses(cfg: Config, name: str) -> Iterator[Path]:
         ends = '_'.join(path).endswith(f'_{name}') or (
             is_whole and f'_{name}'.endswith(f'_{path[-1]}')
         )
-        if ends and type(other) is type(value) and other == value:
+        if ends and other == value:
             yield path
 
 
@@ -247,12 +247,12 @@ def _meant(cfg: Config, key: str) -> List[str]:
     found = _ending_in(cfg, names)
     if found:
         return found
-    near = nearest(names[0], READ)
-    if near:
-        return ['.'.join([near, *names[1:]])]
-    inner = {path[-1] for path, _ in _read_paths(cfg) if not path[-1].isdigit()}
-    near = nearest(names[0], inner)
-    return _ending_in(cfg, [near, *names[1:]]) if near else []
+    known = {path[-1] for path, _ in _read_paths(cfg) if not path[-1].isdigit()}
+    near = nearest(names[0], READ | known)
+    if near is None:
+        return []
+    names = [near, *names[1:]]
+    return ['.'.join(names)] if near in READ else _ending_in(cfg, names)
 
 
 def _ending_in(cfg: Config, names: Sequence[str]) -> List[str]:
@@ -274,11 +274,11 @@ def _where(cfg: Config) -> str:
 
 
 def _choice(keys: Sequence[str], value: Any, word: str = 'or') -> str:
+    # Some of OLD_KEYS are now an option of a tool, or a value.
     shown = [
-        _assigned(key, value) if '=' not in key and ' ' not in key and key[0] != '-'
-        else key
+        _assigned(key, value) if re.fullmatch(r'[\w.]+', key) else key
         for key in keys[:_SHOWN]
-    ]  # fmt: skip
+    ]
     if len(keys) > _SHOWN:
         shown.append(f'{len(keys) - _SHOWN} more')
     return f' {word} '.join(filter(None, [', '.join(shown[:-1]), shown[-1]]))

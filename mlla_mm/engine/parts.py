@@ -22,6 +22,20 @@ def parts_of(config: Any) -> Iterator[dict]:
             yield from parts_of(value)
 
 
+def named_parts(value: Any, key: str) -> Iterator[Tuple[str, Mapping]]:
+    """A dict of a config, or each dict of a list, with keys as for ``--cfg-options``.
+
+    Args:
+        value (Any): A config's value.
+        key (str): Its key.
+    """
+    if isinstance(value, Mapping):
+        yield key, value
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            yield from named_parts(item, f'{key}.{i}')
+
+
 def leaf_datasets(loader: Any) -> List[Tuple[str, Any]]:
     """The data sets of a data loader's config that read files, below all wrappers.
 
@@ -29,10 +43,10 @@ def leaf_datasets(loader: Any) -> List[Tuple[str, Any]]:
     ConcatDataset does.
 
     Returns:
-        list[tuple[str, dict]]: Keys in the loader, such as 'dataset.datasets[0]', and
+        list[tuple[str, dict]]: Keys in the loader, such as 'dataset.datasets.0', and
         configs. Empty if there is no loader.
     """
-    return [(key, chain[-1]) for key, chain in _chains(loader)]
+    return [chain[-1] for chain in _chains(loader)]
 
 
 def datasets_of(cfg: Config, split: str) -> List[Tuple[str, Any]]:
@@ -43,11 +57,7 @@ def datasets_of(cfg: Config, split: str) -> List[Tuple[str, Any]]:
 
 def wrapping_datasets(loader: Any) -> List[Tuple[str, Any]]:
     """The wrappers of a data loader's config, like :func:`leaf_datasets`."""
-    found = {}
-    for key, chain in _chains(loader):
-        for wrapper in reversed(chain[1:-1]):
-            key = key.rpartition('.')[0]
-            found[key] = wrapper
+    found = dict(part for chain in _chains(loader) for part in chain[:-1])
     return sorted(found.items())
 
 
@@ -60,26 +70,30 @@ def data_pipelines(loader: Any) -> List[Tuple[str, List[Any]]]:
         has one.
     """
     return [
-        (key, [step for x in reversed(chain) for step in as_list(x.get('pipeline'))])
-        for key, chain in _chains(loader)
+        (
+            chain[-1][0],
+            [step for _, x in reversed(chain) for step in as_list(x.get('pipeline'))],
+        )
+        for chain in _chains(loader)
     ]
 
 
 def _chains(
-    config: Any, key: str = '', outer: Tuple[Any, ...] = ()
-) -> Iterator[Tuple[str, Tuple[Any, ...]]]:
-    """Each data set that reads files, behind the loader and its wrappers."""
+    config: Any, key: str = '', outer: Tuple[Tuple[str, Any], ...] = ()
+) -> Iterator[Tuple[Tuple[str, Any], ...]]:
+    """Each data set that reads files, behind its wrappers, all with their keys."""
     if not isinstance(config, Mapping):
         return
-    chain = (*outer, config)
+    # The loader itself, which has no key, is no data set.
+    chain = (*outer, (key, config)) if key else ()
     parts = config.get('datasets')
     if isinstance(parts, (list, tuple)) and any(isinstance(x, Mapping) for x in parts):
-        for i, part in enumerate(parts):
-            yield from _chains(part, f'{key}.datasets[{i}]'.lstrip('.'), chain)
+        for name, part in named_parts(parts, f'{key}.datasets'.lstrip('.')):
+            yield from _chains(part, name, chain)
     elif isinstance(config.get('dataset'), Mapping):
         yield from _chains(config['dataset'], f'{key}.dataset'.lstrip('.'), chain)
-    elif outer:
-        yield key, chain
+    elif chain:
+        yield chain
 
 
 def batch_size_of(loader: Mapping) -> int:
@@ -99,6 +113,34 @@ def hooks_of(cfg: Config) -> List[dict]:
     defaults = cfg.get('default_hooks') or {}
     hooks = [*defaults.values(), *as_list(cfg.get('custom_hooks'))]
     return [hook for hook in hooks if isinstance(hook, dict)]
+
+
+def named_hooks(cfg: Config) -> Iterator[Tuple[str, Mapping]]:
+    """The hooks of a run that are configs, with their keys.
+
+    MMEngine's checkpoint hook is one of them if the config names no other.
+    """
+    checkpoint = dict(type='CheckpointHook', interval=1)
+    defaults = dict(dict(checkpoint=checkpoint), **(cfg.get('default_hooks') or {}))
+    for name, hook in defaults.items():
+        if isinstance(hook, Mapping):
+            yield f'default_hooks.{name}', hook
+    yield from named_parts(cfg.get('custom_hooks'), 'custom_hooks')
+
+
+def named_schedulers(cfg: Config) -> Iterator[Tuple[str, Mapping]]:
+    """The schedulers of a run, with their keys: one, a list, or those of optimizers."""
+    found = cfg.get('param_scheduler')
+    if isinstance(found, Mapping) and 'type' not in found:
+        for name, value in found.items():
+            yield from named_parts(value, f'param_scheduler.{name}')
+    else:
+        yield from named_parts(found, 'param_scheduler')
+
+
+def training_length(loop: Mapping) -> Optional[int]:
+    """The epochs or iterations of a training loop's config; None if it has neither."""
+    return loop.get('max_epochs', loop.get('max_iters'))
 
 
 def default_hook(cfg: Config, name: str) -> dict:

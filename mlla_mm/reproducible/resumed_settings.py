@@ -333,7 +333,8 @@ class _Optimizer:
     def _of_factor_one(self) -> int:
         """The first group with the rate before the factors of paramwise_cfg, or 0."""
         rates = [plain(group.get('lr')) for group in self._own]
-        return rates.index(rates[-1]) % max(1, len(rates) - 1)
+        first, last = rates.index(rates[-1]), len(rates) - 1
+        return first if first < last else 0
 
     def _keep_plateaus(self, starts_elsewhere: bool) -> None:
         """Let schedulers that read metrics go on from what they have seen."""
@@ -484,10 +485,9 @@ def _settle_precision(wrapper: OptimWrapper, saved: State) -> List[str]:
     scaler = getattr(wrapper, 'loss_scaler', None)
     scale = saved.pop('loss_scaler', None) or None
     if scaler is None or not isinstance(scale, dict):
-        if (scaler is None) == (scale is None):
-            return []
-        modes = ['mixed precision', 'float32']
-        return ['{} instead of {}'.format(*(modes if scaler else reversed(modes)))]
+        if scaler is not None:
+            return ['mixed precision instead of float32']
+        return [] if scale is None else ['float32 instead of mixed precision']
     own = scaler.state_dict()
     rates = ('growth_factor', 'backoff_factor', 'growth_interval')
     saved['loss_scaler'] = {**scale, **{x: own[x] for x in rates if x in own}}

@@ -51,7 +51,7 @@ CONFIG_ERRORS = [
      ['model.head.in_channels is 256', '128 channels', 'out_indices (2,)']),
     # Arguments of the backbone.
     (DET, {'model.backbone.drop_path': 0.1},
-     ['model.backbone.drop_path is', "'drop_path_rate' meant"]),
+     ['model.backbone.drop_path: MLLA takes no', 'drop_path_rate meant']),
     (DET, {'model.backbone.out_indices': (1, 2, 3, 4)},
      ['model.backbone', 'between 0 and 3', 'got (1, 2, 3, 4)']),
     (DET, {'model.backbone.drop_path_rate': -0.1},

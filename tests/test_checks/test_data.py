@@ -125,10 +125,10 @@ BROKEN = 'train_dataloader.dataset cannot be built'
 @pytest.mark.parametrize(
     'changes, words',
     [
-        (dict(img_prefix='images'), ['.img_prefix', 'Is data_prefix meant?']),
-        (dict(data_prefix='images'), [BROKEN, 'AttributeError']),
-        (dict(ann_file=['coco.json']), [BROKEN, 'TypeError']),
-        (dict(data_prefix=dict(img=3)), [BROKEN, 'TypeError', 'should be a string']),
+        (dict(img_prefix='images'), ['.img_prefix: CocoDataset', 'data_prefix meant']),
+        (dict(data_prefix='images'), [' cannot be built', 'AttributeError']),
+        (dict(ann_file=['coco.json']), [' cannot be built', 'TypeError']),
+        (dict(data_prefix=dict(img=3)), [' cannot', 'prefix should be a string']),
     ],
 )
 def test_wrong_arguments(coco, changes, words):
@@ -140,7 +140,8 @@ def test_wrong_arguments(coco, changes, words):
     check_config(Config(cfg))
     with pytest.raises(ValueError) as caught:
         require_data(Config(cfg), 'train')
-    assert_says(caught.value, 'train_dataloader.dataset', *words)
+    first, *others = words
+    assert_says(caught.value, f'train_dataloader.dataset{first}', *others)
 
 
 def test_no_annotations_and_no_folder(coco):
@@ -322,7 +323,7 @@ def test_the_data_set_that_is_wrong_is_named(folders):
     good = cfg.train_dataloader.dataset
     bad = dict(good, data_root='nowhere')
     cfg.train_dataloader.dataset = dict(type='ConcatDataset', datasets=[good, bad])
-    with pytest.raises(ValueError, match=r'train_dataloader.dataset.datasets\[1\]'):
+    with pytest.raises(ValueError, match=r'train_dataloader.dataset.datasets.1'):
         require_data(cfg, 'train')
 
 

@@ -70,9 +70,9 @@ def test_leaves():
     a, b, c = (dict(type=name) for name in 'abc')
     loader = ConfigDict(dataset=repeat(concat(balanced(a), concat(b, c))))
     expected = {
-        'dataset.dataset.datasets[0].dataset': a,
-        'dataset.dataset.datasets[1].datasets[0]': b,
-        'dataset.dataset.datasets[1].datasets[1]': c,
+        'dataset.dataset.datasets.0.dataset': a,
+        'dataset.dataset.datasets.1.datasets.0': b,
+        'dataset.dataset.datasets.1.datasets.1': c,
     }
     assert dict(leaf_datasets(loader)) == expected
     assert leaf_datasets(dict(dataset=a)) == [('dataset', a)]
@@ -138,13 +138,13 @@ def named(*classes, **more):
 CLASS_ERRORS = {
     'another name': (
         concat(named(*NAMES), named(*OTHER)), named(*NAMES),
-        ['train_dataloader.dataset.datasets[0]', 'train_dataloader.dataset.datasets[1]',
+        ['train_dataloader.dataset.datasets.0', 'train_dataloader.dataset.datasets.1',
          "label 9 is '9'", "'nine'"],
     ),
     'another order, deeper': (
         concat(named(*NAMES), repeat(concat(named(*NAMES), named(*TURNED)))),
         named(*NAMES),
-        ['dataset.datasets[0] and', 'dataset.datasets[1].dataset.datasets[1]',
+        ['dataset.datasets.0 and', 'dataset.datasets.1.dataset.datasets.1',
          "label 0 is '0'", "'9'"],
     ),
     'fewer': (
@@ -226,7 +226,7 @@ def test_classes_that_agree(tmp_path):
     # It can be evaluated on some of its classes, and takes classes without metainfo.
     few = dict(own, classes=['a', 'b'])
     check_config(with_data(CLS, dict(own, classes=NAMES), few))
-    with pytest.raises(ValueError, match='datasets.1. have other classes'):
+    with pytest.raises(ValueError, match='datasets.1 have other classes'):
         check_config(with_data(CLS, concat(dict(own, classes=NAMES), few), own))
 
 
@@ -333,7 +333,7 @@ def test_a_metric_of_one_data_set(tmp_path):
     with pytest.raises(ValueError) as caught:
         check_config(cfg)
     assert_says(
-        caught.value, 'val_evaluator.ann_file', 'val_dataloader.dataset.datasets[1]',
+        caught.value, 'val_evaluator.ann_file', 'val_dataloader.dataset.datasets.1',
         'MultiDatasetsEvaluator',
     )  # fmt: skip
     cfg.val_dataloader.dataset = concat(one, dict(one, indices=2))
@@ -513,9 +513,7 @@ def test_predictions_on_images(two, call_tool, nano, tmp_path, scope):
     cfg.dump(path)
     result = call_tool(*words, check=False)
     assert result.returncode == 1
-    assert_says(
-        result.stderr, 'dataset.datasets[0]', 'dataset.datasets[1]', 'pipelines'
-    )
+    assert_says(result.stderr, 'dataset.datasets.0', 'dataset.datasets.1', 'pipelines')
 
 
 def test_updates_of_an_epoch(two, call_tool, tmp_path):

@@ -6,7 +6,14 @@ import pytest
 import torch
 from mmengine.evaluator import Evaluator
 from mmengine.hooks import CheckpointHook, Hook
-from mmengine.registry import HOOKS, METRICS, DefaultScope
+from mmengine.optim import ReduceOnPlateauLR
+from mmengine.registry import (
+    HOOKS,
+    METRICS,
+    MODELS,
+    PARAM_SCHEDULERS,
+    DefaultScope,
+)
 
 from mlla_mm.checks.monitors import check_monitors, metric_keys
 
@@ -222,6 +229,21 @@ class OwnHook(Hook):
     pass
 
 
+@HOOKS.register_module()
+class OwnBest(CheckpointHook):
+    """It may know when more of a metric is better."""
+
+
+@PARAM_SCHEDULERS.register_module()
+class OwnPlateau(ReduceOnPlateauLR):
+    """It may read another value than a metric."""
+
+
+@MODELS.register_module()
+class OwnHead:
+    """MMEngine's loop adds losses that a model gives to the metrics."""
+
+
 @pytest.mark.parametrize(
     'changes',
     [
@@ -229,8 +251,10 @@ class OwnHook(Hook):
         {'val_evaluator': dict(type='OwnMetric')},
         {'val_evaluator': dict(type='IoUMetric', _scope_='mmseg')},
         {'custom_hooks': [dict(type='OwnHook')]},
+        {'model.auxiliary_head': dict(type='OwnHead', _delete_=True)},
         {'val_cfg.type': 'OwnLoop'},
         {'runner_type': 'OwnRunner'},
+        {'default_hooks.checkpoint': dict(type='OwnBest', save_best='x', rule=None)},
     ],
 )
 def test_own_parts_make_every_key_possible(changes):
@@ -275,19 +299,19 @@ ERRORS = [
     (SEG, {BEST: 'mIOU'}, [f"{BEST}='mIoU'", 'mIoU, ', 'aAcc', 'mAcc']),
     (SEG, {BEST: 'mDice'}, ["no 'mDice'"]),
     (SEG, {'custom_hooks': [dict(STOP, monitor='miou')]},
-     ["custom_hooks[0].monitor is 'miou'", "custom_hooks[0].monitor='mIoU'"]),
+     ["custom_hooks.0.monitor is 'miou'", "custom_hooks.0.monitor='mIoU'"]),
     (SEG, {'custom_hooks': [dict(type='WholeCheckpointHook', save_best='iou',
-                                 rule='greater')]}, ['custom_hooks[0].save_best']),
+                                 rule='greater')]}, ['custom_hooks.0.save_best']),
     (DET, {'param_scheduler': PLATEAU}, ["param_scheduler.monitor is 'loss'"]),
     (DET, {'param_scheduler': [dict(type='LinearLR'), dict(PLATEAU, monitor='mAP')]},
-     ["param_scheduler[1].monitor is 'mAP'", "='coco/bbox_mAP'"]),
+     ["param_scheduler.1.monitor is 'mAP'", "='coco/bbox_mAP'"]),
     (DET, {'param_scheduler': dict(one=[dict(PLATEAU, monitor='mAP')])},
-     ["param_scheduler.one[0].monitor is 'mAP'"]),
+     ["param_scheduler.one.0.monitor is 'mAP'"]),
     # No validation, or nothing that it gives.
     (SEG, {BEST: 'mIoU', 'val_cfg': None}, [BEST, 'val_cfg is None', f'{BEST}=None']),
     (SEG, {BEST: 'auto', 'val_evaluator.format_only': True}, [f'{BEST}=None']),
     (DET, {'custom_hooks': [dict(STOP, monitor='x')], 'val_cfg': None},
-     ['custom_hooks[0].monitor', 'Remove this hook']),
+     ['custom_hooks.0.monitor', 'Remove this hook']),
     (DET, {'param_scheduler': PLATEAU, 'val_cfg': None}, ['Remove this scheduler']),
     (DET, {BEST: 'auto', 'train_cfg.val_begin': 5}, ['val_begin is 5', 'ends at 4']),
     # Rules.
@@ -295,11 +319,13 @@ ERRORS = [
      ['default_hooks.checkpoint', 'mFscore', "rule='greater'"]),
     (CLS, {BEST: 'auto', 'val_evaluator': dict(
         type='SingleLabelMetric', items=['recall'])}, ['recall', "rule='greater'"]),
+    (CLS, {BEST: ['auto'], 'val_evaluator': dict(
+        type='SingleLabelMetric', items=['recall'])}, ['recall', "rule='greater'"]),
     (CLS, {'default_hooks.checkpoint.rule': ['greater'] * 3}, ['rule', '3']),
     (CLS, {'default_hooks.checkpoint.rule': 'more'}, ['rule', 'more', 'greater']),
     (SEG, {'custom_hooks': [dict(STOP, monitor='mFscore')],
            'val_evaluator.iou_metrics': ['mIoU', 'mFscore']},
-     ['custom_hooks[0]', 'mFscore', "rule='greater'"]),
+     ['custom_hooks.0', 'mFscore', "rule='greater'"]),
     (SEG, {BEST: ('mIoU', 'mAcc')}, ['list of str']),
     # Keys of two metrics.
     (SEG, {'val_evaluator': [dict(type='IoUMetric')] * 2}, ["'aAcc'", 'prefix']),
@@ -327,7 +353,9 @@ def test_errors(scope, changes, words):
         (SEG, {BEST: ['mIoU', 'mAcc']}),
         (SEG, {'val_cfg': None}),
         (DET, {'train_cfg.val_begin': 5}),
+        (DET, {'train_cfg.val_begin': 4, BEST: 'auto'}),
         (SEG, {'param_scheduler': dict(PLATEAU, monitor='mIoU', rule='greater')}),
+        (SEG, {'param_scheduler': dict(type='OwnPlateau', monitor='x')}),
         (SEG, {'custom_hooks': [dict(STOP, monitor='mFscore', rule='greater')],
                'val_evaluator.iou_metrics': ['mIoU', 'mFscore']}),
     ],

@@ -28,9 +28,13 @@ ERRORS = [
      ['default_hooks.checkpont has no type', 'Is default_hooks.checkpoint meant']),
     (DET, {'default_hooks.checkpoint.intervall': 1},
      ['default_hooks.checkpoint.intervall', 'default_hooks.checkpoint.interval meant']),
+    (SEG, {'custom_hooks': [dict(type='CheckpointHook', intervall=1)]},
+     ['custom_hooks.0.intervall', 'custom_hooks.0.interval meant']),
     (SEG, {'custom_hooks': dict(type='EMAHook')}, ["[dict(type='EMAHook', ...)]"]),
     (SEG, {'custom_hooks': ['EMAHook']}, ["custom_hooks.0 is 'EMAHook'"]),
-    (SEG, {'default_hooks': [dict(type='EMAHook')]}, ['default_hooks is no dict']),
+    (SEG, {'default_hooks': [dict(type='EMAHook')]}, ['default_hooks is not a dict']),
+    (SEG, {'default_hooks': dict(mine=None)},
+     ['default_hooks.mine is None', "mine=dict(type='NoHook')"]),
     # Dicts that become arguments of functions.
     (CLS, {'randomness.sed': 1}, ['Is randomness.seed meant']),
     (CLS, {'randomness': dict(deterministic=True)}, ['randomness has no seed']),
@@ -41,6 +45,7 @@ ERRORS = [
     (CLS, {'test_cfg': dict(fp_16=True)}, ['test_cfg.fp_16', 'test_cfg.fp16 meant']),
     (SEG, {'train_cfg': dict(by_epoch=False, max_iter=2)}, ['train_cfg.max_iters m']),
     (SEG, {'train_cfg': dict(max_iters=2)}, ['train_cfg has no type']),
+    (SEG, {'val_cfg': dict(dataloader=1)}, ['val_cfg.dataloader is not read']),
     # The scope.
     (CLS, {'default_scope': None}, ["default_scope is None", "= 'mmpretrain'"]),
     (CLS, {'default_scope': 'mmdet'}, ["default_scope is 'mmdet'", "= 'mmpretrain'"]),
@@ -81,7 +86,10 @@ def test_pytorch_refuses_what_is_refused(key):
 def test_what_is_right(scope):
     cfg = config(scope)
     cfg.train_dataloader.update(num_batch_per_epoch=3, pin_memory=True)
-    cfg.default_hooks.checkpoint.save_optimizer = False
+    cfg.default_hooks.checkpoint.update(save_optimizer=False, backend_args=None)
+    cfg.default_hooks.logger = None
+    cfg.val_cfg = dict(fp16=True, _scope_=scope)
+    cfg.model = dict(type='TTAModel', module=cfg.model)
     check_runner_keys(cfg)
     cfg.runner_type = 'MyRunner'  # which may read anything
     cfg.train_dataloader.anything = 1

@@ -208,10 +208,10 @@ def test_one_message_has_all_of_them():
         check_units(cfg)
     words = [
         'log_processor.by_epoch=False',
-        'param_scheduler[1].by_epoch=False',
+        'param_scheduler.1.by_epoch=False',
         'default_hooks.checkpoint.by_epoch=False',
         'default_hooks.logger.log_metric_by_epoch=False',
-        'custom_hooks[0].begin_epoch=0',
+        'custom_hooks.0.begin_epoch=0',
     ]
     assert_says(caught.value, *words)
     assert str(caught.value).count('\n') == len(words)
@@ -234,7 +234,7 @@ def test_hooks_of_epochs(hook, words):
     cfg = in_iterations(custom_hooks=[hook])
     with pytest.raises(ValueError) as caught:
         check_units(cfg)
-    assert_says(caught.value, 'custom_hooks[0].', *words)
+    assert_says(caught.value, 'custom_hooks.0.', *words)
     cfg.train_cfg = dict(type='SeededEpochBasedTrainLoop', max_epochs=6)
     check_units(cfg)
 
@@ -254,6 +254,9 @@ RIGHT = {
     'after validations': {'param_scheduler': dict(
         type='ReduceOnPlateauLR', monitor='weight')},
     'no schedule': {'param_scheduler': None},
+    'no validation': {'train_cfg.val_begin': LENGTH + 9, 'val_cfg': None},
+    'an average of the last update': {
+        'custom_hooks': [dict(type='EMAHook', begin_iter=LENGTH)]},
     'no validation, as mmdet writes it': {'train_cfg.val_begin': LENGTH + 1},
     'a loop of its own, derived': {
         'train_cfg.type': 'LoopWithEpochs', f'{CHECKPOINT}.by_epoch': True},
@@ -297,7 +300,10 @@ def test_a_plateau_acts_after_validations_of_a_loop_of_iterations(tmp_path):
           'val_cfg=None']),
         (DET, {'train_cfg.val_begin': 6}, ['val_begin is 6', '4 epochs']),
         (DET, {'custom_hooks': [dict(type='EMAHook', begin_epoch=9)]},
-         ['custom_hooks[0].begin_epoch is 9', '4 epochs']),
+         ['custom_hooks.0.begin_epoch is 9', '4 epochs']),
+        (SEG, {'train_cfg.max_iters': 100,
+               'custom_hooks': [dict(type='EMAHook', begin_iter=101)]},
+         ['custom_hooks.0.begin_iter is 101', '100 iterations']),
     ],
 )  # fmt: skip
 def test_beginnings_after_the_end(scope, changes, words):
@@ -325,6 +331,11 @@ def test_checkpoints_by_iteration_in_a_loop_of_epochs(tmp_path):
     )
     train(cfg)
     assert checkpoints(tmp_path) == [f'iter_{LENGTH}.pth']
+    # Epochs, and a loop that counts as the checkpoints do.
+    cfg.default_hooks.checkpoint.by_epoch = True
+    check_checkpoints(cfg, LENGTH)
+    many = {'default_hooks.checkpoint.interval': LENGTH + 1}
+    check_checkpoints(in_iterations(**many), LENGTH)
 
 
 def test_logs_by_iteration_in_a_loop_of_epochs(tmp_path):

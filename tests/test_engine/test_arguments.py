@@ -25,6 +25,8 @@ class Base:
     def __init__(self, size, colour='red'):
         if colour == 'none':
             paint(colour=colour)
+        if colour == 'missing':
+            mix()
 
 
 @PARTS.register_module()
@@ -33,12 +35,22 @@ class Derived(Base):
         super().__init__(**kwargs)
 
 
+class Closed(Base):
+    def __init__(self, weight):
+        super().__init__(weight)
+
+
 def paint():
     pass
 
 
+def mix(size):
+    pass
+
+
 def build(config: dict):
-    cfg = Config(dict(first=dict(parts=[dict(type='Other'), config])))
+    other = dict(type='Base', size=9, color=9)  # wrong, too
+    cfg = Config(dict(first=dict(parts=[other, config])))
     with named_arguments(cfg):
         return PARTS.build(cfg.first.parts[1])
 
@@ -62,13 +74,23 @@ def test_arguments_of_a_class(config, words):
     assert '\n' not in str(caught.value)
 
 
-def test_a_mistake_inside_a_class_keeps_its_traceback():
-    with pytest.raises(TypeError, match='paint'):
-        build(dict(type='Base', size=1, colour='none'))
+def test_what_is_built_from_a_part_of_a_dict():
+    """Heads take some keys out of their configs before they build from them."""
+    right, wrong = dict(type='Base', size=1), dict(type='Base', size=2, color=2, own=3)
+    with pytest.raises(ArgumentError, match='^parts.1.color: '):
+        with named_arguments(Config(dict(parts=[right, wrong]))):
+            PARTS.build(dict(type='Base', size=2, color=2))
+
+
+@pytest.mark.parametrize('colour, name', [('none', 'paint'), ('missing', 'mix')])
+def test_a_mistake_inside_a_class_keeps_its_traceback(colour, name):
+    with pytest.raises(TypeError, match=name):
+        build(dict(type='Base', size=1, colour=colour))
 
 
 def test_arguments_that_base_classes_take():
     assert arguments_of(Derived) == ['weight', 'size', 'colour']
+    assert arguments_of(Closed) == ['weight']
     assert arguments_of(paint) == []
     assert 'lr' in arguments_of(optim.AdamW)
 
@@ -87,7 +109,8 @@ def test_schedulers(convert):
     scheduler = dict(type='CosineAnnealingLR', T_max=3, eta_mim=1)
     if convert:
         scheduler.update(convert_to_iter_based=True)
-    cfg = Config(dict(param_scheduler=[dict(type='ConstantLR'), scheduler]))
+    other = dict(scheduler, T_max=9)  # wrong, too
+    cfg = Config(dict(param_scheduler=[other, scheduler]))
     optimizer = optim.SGD(nn.Linear(1, 1).parameters(), lr=1)
     with pytest.raises(ArgumentError) as caught, named_arguments(cfg):
         PARAM_SCHEDULERS.build(
@@ -100,7 +123,7 @@ def test_schedulers(convert):
 
 
 def test_tools_print_it_without_a_traceback():
-    cfg = Config(dict(custom_hooks=[dict(type='EMAHook', begn=2)]))
+    cfg = Config(dict(custom_hooks=[dict(type='EMAHook', begin_iter=1, begn=2)]))
     with pytest.raises(SystemExit, match='^Error: custom_hooks.0.begn: Exp'):
         with exit_on_user_error(()), named_arguments(cfg):
             hook = HOOKS.build(cfg.custom_hooks[0])

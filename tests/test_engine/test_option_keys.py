@@ -1,8 +1,11 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 import copy
+import inspect
+import re
 
 import pytest
 from mmengine.config import Config
+from mmengine.runner import FlexibleRunner, Runner
 
 from mlla_mm.engine.config_files import merge_options
 from mlla_mm.engine.option_keys import READ, describe_old_keys
@@ -33,13 +36,15 @@ UNREAD = [
     ('seed', ['randomness.seed=1']),
     ('launcher', ['--launcher']),
     ('resume_from', ['--resume PATH']),
+    ('compil', ['Is compile=1 meant']),
+    ('type', ['model.type=1', ' more meant']),
     ('xyzzy', ['nothing reads xyzzy', 'train_dataloader']),
     # Variables of the file.
     ('max_iters', ['variable of the config file', 'Set train_cfg.max_iters=1']),
     ('data_root', ['train_dataloader.dataset.data_root=1', 'test_dataloader']),
     ('train_pipeline.0.type', ['Set train_dataloader.dataset.pipeline.0.type=1']),
     # What has no such keys.
-    ('param_scheduler.7.gamma', ['param_scheduler is a list of 2', 'no 7']),
+    ('param_scheduler.2.gamma', ['param_scheduler is a list of 2', 'no 2']),
     ('param_scheduler.0', ['Set param_scheduler as a whole']),
     ('log_level.x', ["log_level is INFO", 'log_level._delete_=True']),
     ('optim_wrapper.optimizer.betas.0', ['betas is (0.9, 0.95)', 'as a whole']),
@@ -82,6 +87,13 @@ def test_options_that_may_be_read(segmentor, options):
     assert cfg.to_dict() == expected.to_dict()
 
 
+def test_a_variable_of_another_value_may_be_read(segmentor):
+    cfg = copy.deepcopy(segmentor)
+    cfg.max_iters = 7  # the loop has another number
+    merge_options(cfg, {'max_iters': 8})
+    assert cfg.max_iters == 8
+
+
 def test_a_runner_of_somebody_may_read_any_key():
     cfg = Config(dict(runner_type='MyRunner'))
     merge_options(cfg, {'anything': 1})
@@ -90,13 +102,11 @@ def test_a_runner_of_somebody_may_read_any_key():
 
 def test_what_mmengine_reads_is_known():
     """FlexibleRunner has the arguments of Runner and some more."""
-    import inspect
-
-    from mmengine.runner import FlexibleRunner
-
     parameters = set(inspect.signature(FlexibleRunner).parameters) - {'cfg'}
     # A user of FlexibleRunner gives it these in code alone.
     assert parameters - READ <= {'extra_modules'}
+    own = re.findall(r"self\.cfg\.get\('(\w+)'", inspect.getsource(Runner))
+    assert own and READ.issuperset(own)
 
 
 def old_keys(tmp_path, text):
@@ -123,3 +133,18 @@ def test_names_of_the_generation_before(tmp_path):
 )
 def test_variables_that_look_old(tmp_path, text):
     assert old_keys(tmp_path, text) is None
+
+
+def test_variables_that_look_old_in_a_base(tmp_path):
+    (tmp_path / 'base.py').write_text('total_epochs = 3')
+    text = "_base_ = 'base.py'\ntrain_cfg = dict(max_epochs={{_base_.total_epochs}})"
+    assert old_keys(tmp_path, text) is None
+    assert 'total_epochs' in old_keys(tmp_path, "_base_ = 'base.py'")
+
+
+def test_a_config_without_text_has_its_values():
+    sgd = dict(type='SGD', lr=1)
+    cfg = Config(dict(optimizer=sgd, optim_wrapper=dict(optimizer=dict(sgd))))
+    assert describe_old_keys(cfg) is None
+    cfg.optimizer = dict(sgd, lr=2)
+    assert 'optimizer (now' in describe_old_keys(cfg)

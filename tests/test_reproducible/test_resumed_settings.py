@@ -98,7 +98,7 @@ def train(tmp_path, caplog):
         wrapper = wrapper or dict(optimizer=optimizer)
         if paramwise:
             wrapper['paramwise_cfg'] = dict(
-                custom_keys=dict(head=dict(lr_mult=10), norm=dict(decay_mult=0.0))
+                custom_keys=dict(body=dict(lr_mult=10), norm=dict(decay_mult=0.0))
             )
         data = [dict(inputs=torch.randn(2)) for _ in range(IMAGES)]
         rates = Rates()
@@ -202,8 +202,11 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize('ours', [True, False], ids=['ours', 'MMEngine'])
-@pytest.mark.parametrize('schedule', [POLY, STEPS, MOMENTUM], ids=['p', 's', 'm'])
+@pytest.mark.parametrize(
+    'schedule, ours',
+    [(POLY, True), (STEPS, True), (MOMENTUM, True), (STEPS, False)],
+    ids=['poly', 'steps', 'momentum', 'MMEngine'],
+)
 @pytest.mark.parametrize('change', CHANGES)
 def test_what_the_config_says_is_in_force(train, tmp_path, change, schedule, ours):
     changes, said = CHANGES[change]
@@ -218,6 +221,10 @@ def test_what_the_config_says_is_in_force(train, tmp_path, change, schedule, our
             assert any(text in line for line in resumed.lines), resumed.lines
     first = min(expected) + 1
     assert all(x.startswith(f'From iteration {first} on: ') for x in resumed.lines)
+    # Of the groups without a factor.
+    rate = min(group['lr'] for group in resumed.rates[min(expected)])
+    at = [line for line in resumed.lines if 'the schedule is at' in line]
+    assert all(f'at learning rate {rate:.6g}, not' in line for line in at)
     # What the run has learnt is still there.
     path = newest_checkpoint(tmp_path / 'resumed')
     steps = torch.load(path, weights_only=False)['optimizer']['state'][0]['step']
@@ -282,6 +289,32 @@ def test_what_cannot_be_applied_is_refused(train, tmp_path, change):
         train('resumed', 2, tmp_path / 'first/epoch_1.pth', **changes)
 
 
+def test_other_parameters_are_refused(train, tmp_path):
+    train('first', 2, paramwise=False)
+    larger = Tiny()
+    larger.extra = nn.Linear(1, 1)
+    with pytest.raises(CheckpointError, match='8 parameters in 1 .* 6 parameters in 1'):
+        path = tmp_path / 'first/epoch_1.pth'
+        train('resumed', 2, path, model=larger, paramwise=False)
+
+
+def test_a_begun_epoch_of_another_length_begins_anew(train, tmp_path):
+    train('first', 3, schedule=POLY)
+    path = tmp_path / 'first/epoch_2.pth'
+    saved = torch.load(path, weights_only=False)
+    # As PreemptionHook saves it after two of five iterations.
+    saved['meta'].update(epoch=1, iter=7)
+    begun = dict(epoch=1, iter=5, updates=5)
+    saved['message_hub']['runtime_info']['epoch_begun'] = begun
+    torch.save(saved, path)
+    options = dict(schedule=POLY, batch=2)
+    resumed = train('resumed', 3, path, **options)
+    assert resumed.rates == later(train('whole', 3, **options).rates, 10)
+    assert any('epoch 2, which begins anew' in line for line in resumed.lines)
+    with pytest.raises(CheckpointError, match='max_epochs is 1'):
+        train('short', 1, path, schedule=POLY)
+
+
 PLATEAU = dict(
     type='ReduceOnPlateauLR', monitor='score', rule='greater', patience=1, end=99
 )
@@ -301,6 +334,11 @@ def test_a_schedule_that_follows_a_metric_goes_on(train, tmp_path):
     constant = train('patient', 8, path, schedule=patient)
     assert constant.rates[39][0]['lr'] == resumed.rates[20][0]['lr']
     assert any('.patience 9 instead of 1' in line for line in constant.lines)
+    # What it has seen counts on, unless it looks for something else.
+    assert constant.runner.param_schedulers[1].num_bad_epochs == 4
+    turned = [STEPS[0], dict(patient[1], rule='less')]
+    other = train('turned', 8, path, schedule=turned)
+    assert other.runner.param_schedulers[1].num_bad_epochs == 3
     for changes in (
         dict(optimizer=dict(lr=0.2)), dict(schedule=[PLATEAU]), dict(batch=2),
         dict(schedule=[dict(STEPS[0], end=9), PLATEAU]), dict(schedule=STEPS),
@@ -438,7 +476,7 @@ def test_the_record_tells_the_rate_in_force(train, tmp_path):
     path = tmp_path / 'first/epoch_2.pth'
     more = dict(schedule=POLY, optimizer=rate, auto_scale_lr=scale)
     resumed = train('resumed', 4, path, **more)
-    group = resumed.rates[10][0]
+    group = resumed.rates[10][2]
     assert record['learning rate'] == group['initial_lr'] == 0.015
     assert record['length'] == f'{resumed.runner.max_epochs} epochs'
     assert any('learning rate 0.015 instead of 0.1' in x for x in resumed.lines)

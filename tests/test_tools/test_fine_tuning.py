@@ -2,8 +2,6 @@
 """Real runs that start from, resume and test a whole model of other classes."""
 
 import json
-import os
-import sys
 
 import pytest
 import torch
@@ -13,7 +11,7 @@ from mlla_mm.datasets.digits import make_ade20k
 from mlla_mm.reproducible.resume import newest_checkpoint
 
 from ..nano import NANO, build
-from ..processes import ROOT, free_port
+from ..processes import ROOT
 
 CONFIG = """
 _base_ = {base!r}
@@ -143,11 +141,9 @@ def test_all_processes_have_the_same_fresh_heads(
     monkeypatch.syspath_prepend(tmp_path)
     config, other, _ = files(hooks + imports + seeds)
     run = run_tool(
-        sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', 2,
-        '--master_port', free_port(), 'tools/train.py', config,
-        '--launcher', 'pytorch', '--work-dir', tmp_path / 'work',
-        '--cfg-options', f'load_from={other}',
-        env=dict(PYTHONPATH=f'{ROOT}{os.pathsep}{tmp_path}'),
+        'python', ROOT / 'tools/train.py', config, '--launcher', 'pytorch',
+        '--work-dir', tmp_path / 'work', '--cfg-options', f'load_from={other}',
+        cwd=tmp_path, processes=2,
     )  # fmt: skip
     assert 'equal in 0' in run.stdout and 'equal in 1' in run.stdout
     assert run.stdout.count('start fresh') == 1
