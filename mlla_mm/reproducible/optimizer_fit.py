@@ -81,15 +81,10 @@ def require_numbers(own: State, saved: State, names: Set[str], source: str) -> N
     """
     # Schedulers of the momentum set the first of the betas.
     for name in names | ({'betas'} if 'momentum' in names else set()):
-        values, numbers = saved.get(name), own.get(name)
-        is_list = isinstance(numbers, (list, tuple))
-        pairs = [values, numbers] if is_list else [[values], [numbers]]
-        if name in own and not (
-            isinstance(pairs[0], (list, tuple))
-            and len(pairs[0]) == len(pairs[1])
-            and all(is_number(x) and plain(x) >= 0 for x in pairs[0])
-        ):
-            refuse(source, f'{name} of its optimiser is {printable(values)}', '')
+        if name in own and not _is_like_setting(saved.get(name), own[name]):
+            refuse(
+                source, f'{name} of its optimiser is {printable(saved.get(name))}', ''
+            )
 
 
 def refuse(source: str, reason: str, what: str = 'optim_wrapper') -> NoReturn:
@@ -138,6 +133,17 @@ def is_real(value: Any) -> bool:
     value = plain(value)
     is_kind = isinstance(value, Real) and not isinstance(value, bool)
     return is_kind and (not isinstance(value, int) or abs(value) < 2**63)
+
+
+def _is_like_setting(value: Any, own: Any) -> bool:
+    """Whether a value is a number from 0 on, or as many of them as another one."""
+    if not isinstance(own, (list, tuple)):
+        return is_number(value) and plain(value) >= 0
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) == len(own)
+        and all(_is_like_setting(x, 0) for x in value)
+    )
 
 
 def _require_kind(optimizer: Any, groups: Sequence[State], source: str) -> None:
@@ -197,9 +203,7 @@ def _is_like(value: Any, probed: Any, parameter: Tensor) -> bool:
         return value is None or getattr(value, 'shape', None) == parameter.shape
     if shape == ():
         # Steps, and products and rates that are made of them.
-        return not isinstance(probed, (Tensor, Real)) or (
-            is_number(value) and plain(value) >= 0
-        )
+        return not isinstance(probed, (Tensor, Real)) or _is_like_setting(value, 0)
     return isinstance(value, Tensor)
 
 

@@ -133,7 +133,7 @@ def _resume_plain_weights(runner, checkpoint: dict) -> None:
     checkpoint['state_dict'] = find_weights(checkpoint, source_of(runner), ema=False)
     checkpoint.pop(SWAPPED_KEY)
     print_log(
-        f"From iteration {checkpoint['meta']['iter'] + 1} on: no EMAHook. The plain "
+        f'From iteration {checkpoint["meta"]["iter"] + 1} on: no EMAHook. The plain '
         'weights of the checkpoint go on, and its average is left behind.',
         logger='current',
     )

@@ -88,17 +88,22 @@ class CheckWeightsHook(Hook):
         CheckpointError: If the checkpoint does not fit.
     """
 
-    # After the hooks that choose among a checkpoint's weights.
-    priority = 'VERY_LOW'
+    # After the hooks that choose among a checkpoint's weights, and before EMAHook,
+    # which loads them.
+    priority = 'HIGH'
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
         model = unwrap(runner.model)
         own, source = model.state_dict(), source_of(runner)
-        if describe(own) is not None:
-            check_fit(own, find_weights(checkpoint, source), source)
-        elif _loads_itself(runner):
-            # Only loading tells. MMEngine then does it again.
-            load_strictly(model, _weights(checkpoint), source)
+        # A resumed EMAHook takes both, the average and the plain weights.
+        both = is_resumed(runner) and SWAPPED_KEY in checkpoint
+        for ema in (False, None) if both else (None,):
+            if describe(own) is not None:
+                check_fit(own, find_weights(checkpoint, source, ema), source)
+            elif _loads_itself(runner):
+                # Only loading tells. MMEngine then does it again.
+                weights = find_weights(checkpoint, source, ema)
+                load_strictly(model, without_module(weights), source)
 
 
 @HOOKS.register_module()
