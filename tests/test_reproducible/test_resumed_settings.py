@@ -418,6 +418,20 @@ def test_without_emahook_the_plain_weights_go_on(train, tmp_path):
     assert not any('EMAHook' in line for line in again.lines)
 
 
+@pytest.mark.parametrize('key', ['state_dict', 'ema_state_dict'])
+def test_emahook_resumes_no_weights_that_do_not_fit(train, tmp_path, key):
+    kinds = ('EMAHook', 'FreshHeadsHook', 'CheckWeightsHook')
+    hooks = [dict(type=kind) for kind in kinds]
+    train('first', 2, hooks=hooks)
+    path = tmp_path / 'first/epoch_1.pth'
+    saved = torch.load(path, weights_only=False)
+    name = 'head.weight' if key == 'state_dict' else 'module.head.weight'
+    saved[key][name] = torch.ones(2, 4)
+    torch.save(saved, path)
+    with pytest.raises(CheckpointError, match=r'head.weight: \(2, 4\) in the file'):
+        train('resumed', 2, path, hooks=hooks)
+
+
 @OPTIMIZERS.register_module()
 class Counting(torch.optim.SGD):
     """Counts its steps in its groups, as LAMB does; ``pace`` is no argument."""
