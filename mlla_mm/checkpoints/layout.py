@@ -231,12 +231,14 @@ def to_own_layout(checkpoint: Any, source: str) -> Any:
         unchanged.
 
     Raises:
-        CheckpointError: If ``state_dict_ema`` contains anything but weights.
+        CheckpointError: If ``state_dict_ema`` or ``ema_state_dict`` contains anything
+            but weights.
     """
     try:
         weights = find_weights(checkpoint, source)
     except CheckpointError:
         return checkpoint
+    _require_sound_swapped(checkpoint, source)
     if describe(weights) is None:
         return checkpoint
     if checkpoint is weights:
@@ -247,6 +249,23 @@ def to_own_layout(checkpoint: Any, source: str) -> Any:
     if isinstance(averaged, Mapping):
         result[EMA_KEY] = to_own_names(find_weights(checkpoint, source, ema=True))
     return result
+
+
+def _require_sound_swapped(checkpoint: Mapping, source: str) -> None:
+    """Refuse what MMEngine's EMAHook cannot have saved, if it has saved anything."""
+    if SWAPPED_KEY not in checkpoint:
+        return
+    content = checkpoint[SWAPPED_KEY]
+    # Other programs' averages may have more beside these names.
+    if not has_names(content) or not all(
+        isinstance(value, Tensor) and (key != 'steps' or value.dim() == 0)
+        for key, value in content.items()
+        if key == 'steps' or key.startswith('module.')
+    ):
+        raise CheckpointError(
+            f"{source} cannot be loaded: its '{SWAPPED_KEY}' is not as MMEngine's "
+            'EMAHook saves it. Fetch the file again.'
+        )
 
 
 def _plain_of_swapped(checkpoint: Mapping) -> Mapping[str, Tensor]:

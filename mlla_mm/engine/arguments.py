@@ -20,7 +20,7 @@ _TWICE = re.compile(r"got multiple values for (?:keyword )?argument '(\w+)'")
 
 
 class ArgumentError(ValueError):
-    """A part of a config has an argument too many, or lacks one."""
+    """A part of a config has an argument too many, lacks one, or has a wrong one."""
 
 
 @contextmanager

@@ -10,11 +10,12 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, Dict, List, Optional, Pattern, Tuple, Union
 
-from mmengine.hooks import CheckpointHook, Hook
+from mmengine.hooks import CheckpointHook, EMAHook, Hook
 from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 from torch import Tensor
 
+from ..checkpoints.layout import SWAPPED_KEY, find_weights
 from ..checkpoints.reader import CheckpointError, read_checkpoint_meta
 from ..compat.openmmlab import checkpoint_of, is_resumed
 from ..utils.text import printable
@@ -89,7 +90,8 @@ class ResumedStateHook(Hook):
 
     MMEngine trusts a checkpoint: its progress, and the names of files, which it may
     remove later. This hook removes what no training can have written, and names of
-    files that are not this run's.
+    files that are not this run's. Without MMEngine's EMAHook in the run, it takes the
+    plain weights of such a hook's checkpoint, not the average, which MMEngine takes.
 
     Raises:
         CheckpointError: If a run cannot go on from the checkpoint.
@@ -106,6 +108,7 @@ class ResumedStateHook(Hook):
         # They may be NumPy's integers of 8 bits, which overflow at 128 or 256.
         meta.update(epoch=int(meta['epoch']), iter=int(meta['iter']))
         keep_sound_state(messages, updates=meta['iter'])
+        _resume_plain_weights(runner, checkpoint)
         for hook in runner.hooks:
             if isinstance(hook, CheckpointHook):
                 keep_own_names(
@@ -113,6 +116,27 @@ class ResumedStateHook(Hook):
                     folder_of(hook, runner.work_dir),
                     hook.filename_tmpl,
                 )
+        # MMEngine warns of the others.
+        known = {*messages['log_scalars'], *messages['runtime_info']}
+        messages['resumed_keys'] = {
+            name: True
+            for name, is_saved in messages['resumed_keys'].items()
+            if is_saved is True and name in known
+        }
+
+
+def _resume_plain_weights(runner, checkpoint: dict) -> None:
+    """Take the weights that were trained, if the run has no more EMAHook."""
+    has_hook = any(isinstance(hook, EMAHook) for hook in runner.hooks)
+    if has_hook or SWAPPED_KEY not in checkpoint:
+        return
+    checkpoint['state_dict'] = find_weights(checkpoint, source_of(runner), ema=False)
+    checkpoint.pop(SWAPPED_KEY)
+    print_log(
+        f'From iteration {checkpoint["meta"]["iter"] + 1} on: no EMAHook. The plain '
+        'weights of the checkpoint go on, and its average is left behind.',
+        logger='current',
+    )
 
 
 def source_of(runner) -> str:

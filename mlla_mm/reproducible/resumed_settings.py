@@ -6,24 +6,27 @@ config says. Here the checkpoint is changed before MMEngine loads it: what the r
 learnt stays, and what the config sets is the config's.
 """
 
-import copy
-import inspect
-from collections import defaultdict
 from itertools import islice
-from typing import Any, Dict, List, NamedTuple, NoReturn, Optional, Set, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Set, Tuple
 
-import torch
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
-from torch import nn
-from torch.optim import Optimizer
 
 from ..checkpoints.reader import CheckpointError
 from ..compat.openmmlab import batches_of_update, is_resumed
 from ..utils.text import printable
+from .optimizer_fit import (
+    arguments_of,
+    is_number,
+    is_real,
+    is_scheduled,
+    refuse,
+    require_fit,
+    require_numbers,
+)
 from .resume import SETTINGS_KEY, is_count, source_of
 from .schedule_replay import BY_GROUP, plain, replay, without_parameters
 
@@ -34,12 +37,6 @@ Changes = Dict[str, Tuple[Any, Any]]
 _PROGRESS = {'last_step', '_global_step', '_last_value'}
 # What ReduceOnPlateau has seen of the metrics.
 _SEEN = {'best', 'num_bad_epochs', 'cooldown_counter'}
-# What PyTorch's versions have or have not for the same kind of optimiser, and what
-# constructors of optimisers add.
-_NOT_OF_KIND = {
-    *('foreach', 'fused', 'capturable', 'differentiable', 'maximize'),
-    *('decoupled_weight_decay', 'params', 'param_names', 'lr_scale', 'group_name'),
-}
 _NAMES = {'lr': 'learning rate', 'initial_lr': 'learning rate'}
 _WAY_OUT = 'or start from its weights with load_from instead'
 
@@ -207,7 +204,7 @@ def settle_optimizers(runner, checkpoint: dict, place: Place, source: str) -> Li
         # Nor does it tell the rates that its schedulers go on from.
         place = place._replace(moved=True)
     if optimizers.keys() != wrappers.keys():
-        _refuse(source, f'it has not the optimisers {", ".join(wrappers)}')
+        refuse(source, f'it has not the optimisers {", ".join(wrappers)}')
     for name, wrapper in wrappers.items():
         optimizer = _Optimizer(
             wrapper,
@@ -247,25 +244,30 @@ class _Optimizer:
         states: List[State],
         source: str,
     ) -> None:
-        _require_fit(wrapper, saved, source)
+        require_fit(wrapper, saved, source)
         self.wrapper, self.schedulers = wrapper, schedulers
         self.saved, self.source = saved, source
         is_list = isinstance(states, list) and all(isinstance(x, dict) for x in states)
         self.states = states if is_list else []
-        self._arguments = _arguments(wrapper.optimizer)
+        if not all(map(_is_sound, self.states)):
+            refuse(source, "its schedulers' state is not as a training saves it", '')
+        self._arguments = arguments_of(wrapper.optimizer)
         self._own = [without_parameters(group) for group in wrapper.param_groups]
         self._old = list(saved['param_groups'])
         base = wrapper.base_param_settings
         # The rates before the factors of paramwise_cfg, which only MMEngine has.
         saved_base = saved.pop('base_param_settings', None)
         if base is not None:
-            saved_base = saved_base if isinstance(saved_base, dict) else dict(base)
+            saved_base = saved_base if isinstance(saved_base, dict) else {}
+            saved_base = {**base, **saved_base}
             saved['base_param_settings'] = saved_base
             self._old.append(saved_base)
 
     def settle(self, place: Place) -> List[str]:
         """Change the state to that of the config; returns a text for each change."""
         scheduled = self._scheduled()
+        for own, old in zip(self._own, self._old):
+            require_numbers(own, old, scheduled, self.source)
         changes = [
             {
                 key: values
@@ -273,7 +275,7 @@ class _Optimizer:
                     _fixed(own, scheduled), _fixed(old, scheduled)
                 ).items()
                 # Some optimisers count in their groups.
-                if key in self._arguments or _is_scheduled(key, own)
+                if key in self._arguments or is_scheduled(key, own)
             }
             for own, old in zip(self._own, self._old)
         ]
@@ -320,7 +322,7 @@ class _Optimizer:
             kept = {
                 k: v
                 for k, v in old.items()
-                if k not in self._arguments and not _is_scheduled(k, old)
+                if k not in self._arguments and not is_scheduled(k, old)
             }
             old.clear()
             old.update(new, **kept)
@@ -347,7 +349,7 @@ class _Optimizer:
             for x, y in zip(plain_own, plain_old)
         )
         if differs or starts_elsewhere:
-            _refuse(
+            refuse(
                 self.source,
                 'ReduceOnPlateau has set its rate by the metrics so far, so another '
                 'learning rate, schedule or number of iterations an epoch cannot be '
@@ -387,97 +389,6 @@ class _Optimizer:
             name = _NAMES.get(key, key)
             lines.append(f'{name} {_text(new)} instead of {_text(old)}{where}')
         return lines
-
-
-def _require_fit(wrapper: OptimWrapper, saved: Any, source: str) -> None:
-    """Refuse a state of other parameters, or of another kind of optimiser."""
-    groups = saved.get('param_groups') if isinstance(saved, dict) else None
-    if not (
-        isinstance(groups, list)
-        and all(
-            isinstance(x, dict) and isinstance(x.get('params'), list) for x in groups
-        )
-        and isinstance(saved.get('state'), dict)
-    ):
-        _refuse(source, "its optimiser's state is not as a training saves it", '')
-    own = wrapper.optimizer.param_groups
-    sizes = [[len(x['params']) for x in y] for y in (own, groups)]
-    if sizes[0] != sizes[1]:
-        here, there = (f'{sum(x)} parameters in {len(x)} groups' for x in sizes)
-        _refuse(
-            source,
-            f'the optimiser of the config has {here}, and that of the checkpoint '
-            f'{there}',
-            'the model with its frozen layers and optim_wrapper.paramwise_cfg',
-        )
-    kind = type(wrapper.optimizer).__name__
-    if own:
-        arguments = _arguments(wrapper.optimizer)
-        names, saved_names = (
-            {k for k in x[0] if k not in _NOT_OF_KIND and not _is_scheduled(k, x[0])}
-            for x in (own, groups)
-        )
-        lacking = sorted((names & arguments) - saved_names)
-        if not lacking and _is_pytorchs(wrapper.optimizer):
-            lacking = sorted(saved_names - names)
-        if lacking:
-            whose = 'checkpoint' if set(lacking) <= names else 'config'
-            _refuse(
-                source,
-                f"it is of another kind of optimiser than the config's {kind}: that of "
-                f'the {whose} has no {", ".join(map(printable, lacking))}',
-                'optim_wrapper.optimizer',
-            )
-    states = [x for x in saved['state'].values() if isinstance(x, dict) and x]
-    lacking = sorted(_kept_by(wrapper.optimizer) - states[0].keys()) if states else []
-    if lacking:
-        _refuse(
-            source,
-            f"its optimiser's state has no {', '.join(lacking)}, which {kind} needs",
-            'optim_wrapper.optimizer',
-        )
-
-
-def _refuse(source: str, reason: str, what: str = 'optim_wrapper') -> NoReturn:
-    set_back = f'Set {what} back, or start' if what else 'Start'
-    raise CheckpointError(
-        f'{printable(source)} cannot be resumed: {reason}. {set_back} from its weights '
-        'with load_from instead.'
-    )
-
-
-def _arguments(optimizer: Any) -> Set[str]:
-    """The hyperparameters that a config can give to an optimiser."""
-    return {
-        name
-        for kind in type(optimizer).__mro__
-        if issubclass(kind, Optimizer)
-        for name in inspect.signature(kind.__init__).parameters
-    } - {'self', 'params', 'defaults'}
-
-
-def _is_scheduled(name: str, group: State) -> bool:
-    """Whether schedulers add such a value to a parameter group."""
-    # That of the momentum adds it to optimisers with betas.
-    of_betas = name == 'momentum' and 'betas' in group
-    return name.startswith(('initial_', 'max_', 'min_')) or of_betas
-
-
-def _is_pytorchs(optimizer: Any) -> bool:
-    return type(optimizer).__module__.startswith('torch.optim')
-
-
-def _kept_by(optimizer: Any) -> Set[str]:
-    """What an optimiser of PyTorch keeps for each parameter; else empty."""
-    if not _is_pytorchs(optimizer):
-        return set()
-    parameter = nn.Parameter(torch.zeros(1))
-    parameter.grad = torch.zeros(1)
-    probe = copy.copy(optimizer)
-    probe.state = defaultdict(dict)
-    probe.param_groups = [dict(optimizer.param_groups[0], params=[parameter])]
-    probe.step()
-    return {*probe.state[parameter]}
 
 
 def _settle_precision(wrapper: OptimWrapper, saved: State) -> List[str]:
@@ -530,6 +441,17 @@ def _fixed_state(state: State) -> State:
 def _reads_metrics(state: State) -> bool:
     """Whether a scheduler's state is of MMEngine's ReduceOnPlateau."""
     return 'num_bad_epochs' in state
+
+
+def _is_sound(state: State) -> bool:
+    """Whether what a scheduler has counted and set are numbers."""
+    values = state.get('_last_value', [])
+    return (
+        all(is_count(state.get(x, 0)) for x in ('last_step', '_global_step'))
+        and isinstance(values, list)
+        and all(map(is_number, values))
+        and (not _reads_metrics(state) or all(is_real(state.get(x, 0)) for x in _SEEN))
+    )
 
 
 def _fixed(group: State, scheduled: Set[str]) -> State:

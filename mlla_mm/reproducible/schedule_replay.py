@@ -62,7 +62,9 @@ def without_parameters(group: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """Python's numbers for a tensor or NumPy's values; other values as they are."""
+    """Python's numbers for tensors and NumPy's values; other values as they are."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(plain, value))
     return value.tolist() if hasattr(value, 'tolist') else value
 
 

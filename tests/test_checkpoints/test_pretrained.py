@@ -332,6 +332,13 @@ def test_averages_of_mmengine(tmp_path):
         assert mean(start(path, NANO, ema=ema)) == expected
 
 
+@pytest.mark.parametrize('swapped', [5, dict(steps='x'), {'module.a': 'x'}])
+def test_damaged_averages_of_mmengine(swapped):
+    content = dict(state_dict=MLLA(NANO).state_dict(), ema_state_dict=swapped)
+    with pytest.raises(CheckpointError, match="'ema_state_dict' is not as MMEngine's"):
+        to_own_layout(content, 'x.pth')
+
+
 @pytest.mark.parametrize('swapped', [{1: torch.ones(1)}, {'module.a': 1}, {}])
 def test_plain_weights_that_are_none(swapped):
     content = dict(state_dict=dict(a=torch.ones(1)), ema_state_dict=swapped)

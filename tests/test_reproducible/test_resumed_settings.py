@@ -386,6 +386,90 @@ def test_a_state_that_no_training_saves(train, tmp_path, state):
     assert train('hostile', 2, path).rates
 
 
+DAMAGES = {
+    'rate': (['optimizer', 'param_groups', 2, 'lr'], 'x', 'lr of its optimiser is x'),
+    'nan': (['optimizer', 'param_groups', 0, 'lr'], float('nan'), 'lr .* is nan'),
+    'negative': (['optimizer', 'param_groups', 0, 'lr'], -1.0, 'lr .* is -1.0'),
+    'betas': (['optimizer', 'param_groups', 5, 'betas'], None, 'has no betas'),
+    'place': (['optimizer', 'param_groups', 1, 'params', 0], [], 'not as a training'),
+    'twice': (['optimizer', 'param_groups', 1, 'params', 0], 0, 'not as a training'),
+    'state': (['optimizer', 'state', 2], 3, 'not as a training'),
+    'moment': (['optimizer', 'state', 2, 'exp_avg'], 'x', 'such as exp_avg'),
+    'shape': (['optimizer', 'state', 1, 'exp_avg'], torch.zeros(3), 'as exp_avg'),
+    'lacking': (['optimizer', 'state', 1, 'exp_avg'], None, 'has no exp_avg, which'),
+    'step': (['optimizer', 'state', 0, 'step'], torch.tensor(-1.0), 'such as step'),
+    'count': (['param_schedulers', 0, '_global_step'], [1], "schedulers' state"),
+    'values': (['param_schedulers', 0, '_last_value', 1], 'x', "schedulers' state"),
+}
+
+
+@pytest.mark.parametrize('damage', DAMAGES)
+def test_damaged_values_are_one_error(train, tmp_path, damage):
+    keys, value, words = DAMAGES[damage]
+    train('first', 2, schedule=POLY)
+    path = tmp_path / 'first/epoch_1.pth'
+    saved = torch.load(path, weights_only=False)
+    part = saved
+    for key in keys[:-1]:
+        part = part[key]
+    if value is None:
+        del part[keys[-1]]
+    else:
+        part[keys[-1]] = value
+    torch.save(saved, path)
+    with pytest.raises(CheckpointError, match=f'{words}.*load_from') as caught:
+        train('resumed', 2, path, schedule=POLY)
+    assert '\n' not in str(caught.value)
+
+
+def test_flags_of_logs_that_no_training_saves_are_left_out(train, tmp_path):
+    train('first', 2)
+    path = tmp_path / 'first/epoch_1.pth'
+    saved = torch.load(path, weights_only=False)
+    flags = saved['message_hub']['resumed_keys']
+    flags.update({'train/lr': [1], 'gone': True, 'training_settings': False})
+    torch.save(saved, path)
+    assert train('resumed', 2, path).rates
+
+
+@pytest.mark.parametrize('momentum', [0.0, 0.9])
+def test_sgd_goes_on_with_and_without_momentum(train, tmp_path, momentum):
+    train('first', 2, optimizer=dict(type='SGD', momentum=momentum))
+    path = tmp_path / 'first/epoch_1.pth'
+    for new in (0.0, 0.9):
+        resumed = train('new', 2, path, optimizer=dict(type='SGD', momentum=new))
+        assert {x['momentum'] for x in resumed.rates[5]} == {new}
+
+
+def test_without_emahook_the_plain_weights_go_on(train, tmp_path):
+    hook = dict(type='EMAHook')
+    train('first', 2, hooks=[hook])
+    path = tmp_path / 'first/epoch_1.pth'
+    saved = torch.load(path, weights_only=False)
+    average, plain = saved['state_dict'], saved['ema_state_dict']
+    assert not torch.equal(average['head.weight'], plain['module.head.weight'])
+    resumed = train('resumed', 1, path)
+    weights = resumed.runner.model.state_dict()
+    assert all(weights[k].equal(plain[f'module.{k}']) for k in weights)
+    assert any('no EMAHook' in line for line in resumed.lines)
+    again = train('again', 1, path, hooks=[hook])
+    assert not any('EMAHook' in line for line in again.lines)
+
+
+@pytest.mark.parametrize('key', ['state_dict', 'ema_state_dict'])
+def test_emahook_resumes_no_weights_that_do_not_fit(train, tmp_path, key):
+    kinds = ('EMAHook', 'FreshHeadsHook', 'CheckWeightsHook')
+    hooks = [dict(type=kind) for kind in kinds]
+    train('first', 2, hooks=hooks)
+    path = tmp_path / 'first/epoch_1.pth'
+    saved = torch.load(path, weights_only=False)
+    name = 'head.weight' if key == 'state_dict' else 'module.head.weight'
+    saved[key][name] = torch.ones(2, 4)
+    torch.save(saved, path)
+    with pytest.raises(CheckpointError, match=r'head.weight: \(2, 4\) in the file'):
+        train('resumed', 2, path, hooks=hooks)
+
+
 @OPTIMIZERS.register_module()
 class Counting(torch.optim.SGD):
     """Counts its steps in its groups, as LAMB does; ``pace`` is no argument."""

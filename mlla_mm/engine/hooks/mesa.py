@@ -1,4 +1,5 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+from collections.abc import Mapping
 from typing import Dict, List, Optional
 
 import torch
@@ -11,8 +12,11 @@ from mmengine.runner import weights_to_cpu
 from mmengine.runner.amp import autocast
 from torch import Tensor
 
-from ...checkpoints.layout import EMA_KEY
+from ...checkpoints.fit import check_fit
+from ...checkpoints.layout import EMA_KEY, find_weights
+from ...checkpoints.reader import CheckpointError
 from ...compat.openmmlab import batches_of_update
+from ...reproducible.resume import source_of
 from ..ema import ModelEMA, recipe_decay
 from .weights import unwrap
 
@@ -43,6 +47,8 @@ class MESAHook(Hook):
 
     Raises:
         ValueError: If ``start`` is out of range.
+        CheckpointError: If a run is resumed from a checkpoint whose average is missing
+            or does not fit.
     """
 
     # After the synchronisation of buffers, before logs (BELOW_NORMAL) and checkpoints.
@@ -54,10 +60,14 @@ class MESAHook(Hook):
             raise ValueError(f'start must be in [0, 1], got {start}.')
         self.decay = decay
         self.start = start
-        self._loaded: Optional[dict] = None
+        self._loaded: Optional[Mapping] = None
+        self._source = ''
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
-        self._loaded = checkpoint.get(EMA_KEY)
+        self._source = source_of(runner)
+        self._loaded = None
+        if isinstance(checkpoint.get(EMA_KEY), Mapping):
+            self._loaded = find_weights(checkpoint, self._source, ema=True)
 
     # Not in before_run: the weights are initialised or loaded after it.
     def before_train(self, runner) -> None:
@@ -70,11 +80,13 @@ class MESAHook(Hook):
         self.ema = ModelEMA(model, self._get_decay(runner))
         if runner.iter > 0:
             if self._loaded is None:
-                raise ValueError(
-                    f"The checkpoint to resume has no averaged weights ('{EMA_KEY}'): "
-                    'it was trained without MESAHook. Start from its weights with '
-                    'load_from instead, or remove the hook.'
+                raise CheckpointError(
+                    f'{self._source} cannot be resumed: it has no averaged weights '
+                    f"('{EMA_KEY}'), as it was trained without MESAHook. Start from "
+                    'its weights with load_from instead, or set default_hooks.mesa='
+                    "dict(_delete_=True, type='NoHook')."
                 )
+            check_fit(self.ema.module.state_dict(), self._loaded, self._source)
             self.ema.module.load_state_dict(self._loaded)
         self._loaded = None
 

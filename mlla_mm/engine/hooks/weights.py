@@ -3,7 +3,7 @@
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import Any, List
+from typing import Any, List, Optional
 
 from mmengine.hooks import EMAHook, Hook
 from mmengine.logging import print_log
@@ -41,7 +41,8 @@ class FreshHeadsHook(Hook):
 
     The tensors whose shapes depend on the number of classes keep the values that the
     model has initialised. The log says which. All else is left to
-    :class:`CheckWeightsHook`, and so are resuming and testing.
+    :class:`CheckWeightsHook`, and so are resuming and testing. But a resumed EMAHook
+    loads the average and the plain weights before that hook, so they are checked here.
     """
 
     # Before any hook that takes weights, such as EMAHook.
@@ -51,6 +52,9 @@ class FreshHeadsHook(Hook):
         self._lines: List[str] = []
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
+        if is_resumed(runner) and SWAPPED_KEY in checkpoint:
+            for ema in (False, None):
+                _require_fit(runner, checkpoint, ema)
         if is_resumed(runner) or not is_training(runner) or not _loads_itself(runner):
             return
         own = unwrap(runner.model).state_dict()
@@ -92,13 +96,7 @@ class CheckWeightsHook(Hook):
     priority = 'VERY_LOW'
 
     def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
-        model = unwrap(runner.model)
-        own, source = model.state_dict(), source_of(runner)
-        if describe(own) is not None:
-            check_fit(own, find_weights(checkpoint, source), source)
-        elif _loads_itself(runner):
-            # Only loading tells. MMEngine then does it again.
-            load_strictly(model, _weights(checkpoint), source)
+        _require_fit(runner, checkpoint)
 
 
 @HOOKS.register_module()
@@ -132,6 +130,20 @@ class FuseConvBNHook(Hook):
         averages = [x.ema_model.module for x in runner.hooks if isinstance(x, EMAHook)]
         for model in (runner.model, *averages):
             fuse_conv_bn(model.eval())
+
+
+def _require_fit(runner: Any, checkpoint: dict, ema: Optional[bool] = None) -> None:
+    """Refuse weights that do not fit; ``ema`` is :func:`find_weights`'s."""
+    model = unwrap(runner.model)
+    own, source = model.state_dict(), source_of(runner)
+    if describe(own) is not None:
+        check_fit(own, find_weights(checkpoint, source, ema), source)
+    elif _loads_itself(runner):
+        # Only loading tells. MMEngine then does it again.
+        weights = _weights(checkpoint)
+        if ema is not None:
+            weights = find_weights(checkpoint, source, ema)
+        load_strictly(model, weights, source)
 
 
 def _loads_itself(runner: Any) -> bool:

@@ -6,6 +6,8 @@ from mmengine.optim import _ParamScheduler
 from mmengine.optim.scheduler.param_scheduler import INF, OptimizerType
 from mmengine.registry import PARAM_SCHEDULERS
 
+from ..arguments import ArgumentError
+
 
 @PARAM_SCHEDULERS.register_module()
 class WarmupCosineLR(_ParamScheduler):
@@ -39,7 +41,7 @@ class WarmupCosineLR(_ParamScheduler):
         verbose (bool): Whether to print every rate. Defaults to False.
 
     Raises:
-        ValueError: If the warm-up is negative, or longer than the schedule.
+        ArgumentError: If the warm-up is negative, or longer than the schedule.
     """
 
     def __init__(
@@ -55,9 +57,9 @@ class WarmupCosineLR(_ParamScheduler):
         verbose: bool = False,
     ) -> None:
         if not 0 <= warmup <= end - begin:
-            raise ValueError(
+            raise ArgumentError(
                 f'warmup must lie between 0 and the {end - begin} steps of the '
-                f'schedule, got {warmup}.'
+                f'schedule, got {warmup} steps. Set warmup and end of param_scheduler.'
             )
         self.warmup = warmup
         self.start_ratio = start_ratio
