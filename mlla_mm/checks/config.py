@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
+from mmengine.device import get_device
 from mmengine.registry import (
     DATASETS,
     OPTIMIZERS,
@@ -89,6 +90,13 @@ def check_loop(cfg: Config) -> None:
         raise ValueError(
             'skip_corrupt_images is an argument of the training loop: write '
             'train_cfg = dict(skip_corrupt_images=True) in its place.'
+        )
+    wrapper = kind_of(cfg.optim_wrapper)
+    if wrapper == 'AmpOptimWrapper' and get_device() in ('cpu', 'mps'):
+        raise ValueError(
+            'optim_wrapper.type is AmpOptimWrapper, which needs a GPU, and PyTorch finds '
+            'none. To train on the CPU, write in the config '
+            "optim_wrapper = dict(_delete_=True, type='OptimWrapper', ...)."
         )
     for name in ('skip_corrupt_images', 'micro_batches'):
         if name in cfg.train_cfg:

@@ -59,10 +59,19 @@ def check_runner_keys(cfg: Config, splits: Sequence[str] = SPLITS) -> None:
     for name, hook in (cfg.get('default_hooks') or {}).items():
         _check_checkpoint_hook(hook, f'default_hooks.{name}')
     _check_arguments(cfg)
+    _check_backends(cfg)
+    _check_numbers(cfg)
     for split in splits:
         loop = cfg.get(f'{split}_cfg')
         if isinstance(loop, Mapping) and not loop.get('type'):
             _check_loop(loop, split)
+        elif isinstance(loop, Mapping) and 'by_epoch' in loop:
+            raise ValueError(
+                f'{split}_cfg has a type, which says what it counts, and by_epoch. For '
+                'another loop write in the config '
+                f"{split}_cfg = dict(_delete_=True, type='SeededIterBasedTrainLoop', "
+                'max_iters=...).'
+            )
         _check_loader(cfg.get(f'{split}_dataloader'), f'{split}_dataloader')
 
 
@@ -160,6 +169,46 @@ def _check_arguments(cfg: Config) -> None:
             'randomness has no seed, which MMEngine needs: write seed=None for one '
             'that is drawn.'
         )
+
+
+def _check_backends(cfg: Config) -> None:
+    """Whether the visualizer has a list of configs, or of objects."""
+    visualizer = cfg.get('visualizer')
+    found = visualizer.get('vis_backends') if isinstance(visualizer, Mapping) else None
+    is_list = isinstance(found, (list, tuple))
+    if found is None or (is_list and not any(isinstance(x, str) for x in found)):
+        return
+    kind = kind_of(found) if isinstance(found, Mapping) else 'NAME'
+    raise ValueError(
+        'visualizer.vis_backends is no list of dicts: write in the config '
+        f"visualizer = dict(vis_backends=[dict(type='{kind}')])."
+    )
+
+
+def _check_numbers(cfg: Config) -> None:
+    """Whether what MMEngine counts and multiplies with are numbers."""
+    hooks = cfg.get('default_hooks') or {}
+    wrapper = cfg.get('optim_wrapper') or {}
+    for path, part, names in (
+        ('train_cfg', cfg.get('train_cfg'), _LENGTHS),
+        *((f'default_hooks.{name}', hooks.get(name), ['interval']) for name in hooks),
+        *((f'{x}_dataloader', cfg.get(f'{x}_dataloader'), _SIZES) for x in SPLITS),
+        ('optim_wrapper.optimizer', wrapper.get('optimizer'), ['lr', 'weight_decay']),
+    ):
+        given = part if isinstance(part, Mapping) else {}
+        for name in names:
+            value = given.get(name)
+            if isinstance(value, (str, list, tuple, Mapping)):
+                raise ValueError(
+                    f'{path}.{name} is {printable(repr(value))}, which is no number.'
+                )
+            if name in _POSITIVE and isinstance(value, int) and value < 1:
+                raise ValueError(f'{path}.{name} is {value}: write 1 or more.')
+
+
+_LENGTHS = ('max_epochs', 'max_iters', 'val_begin', 'val_interval')
+_SIZES = ('batch_size', 'num_workers')
+_POSITIVE = ('max_epochs', 'max_iters', 'val_interval', 'batch_size')
 
 
 def _check_loop(loop: Mapping, split: str) -> None:
