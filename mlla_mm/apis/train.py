@@ -12,6 +12,7 @@ from ..checks import rehearsal
 from ..checks.config import check_config, check_loop, make_work_dir
 from ..checks.data import describe, require_data
 from ..checks.monitors import check_monitors
+from ..checks.runner_keys import check_numbers
 from ..checks.units import CheckIntervalsHook, IntervalError, check_units
 from ..datasets.corrupt_images import CorruptImageError
 from ..engine import batch_size, launch, options
@@ -97,6 +98,7 @@ def apply_command_line(cfg: Config, args: argparse.Namespace) -> Optional[str]:
         print(f'Nothing to resume in {cfg.work_dir}: a new run begins.', flush=True)
     if args.amp:
         options.enable_amp(cfg)
+    check_numbers(cfg)
     return batch_size.settle(
         cfg,
         layout.world_size,

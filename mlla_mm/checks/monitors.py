@@ -162,8 +162,8 @@ def _monitors(cfg: Config) -> Iterator[_Monitor]:
             key, value = f'{key}.save_best', hook['save_best']
             if not all(isinstance(x, str) for x in as_list(value)):
                 raise ValueError(
-                    f"{key} is {value!r}, which is no name of a metric: write {key}=auto "
-                    'for the first one.'
+                    f'{key} is {value!r}, which is no name of a metric: write '
+                    f'{key}=auto for the first one.'
                 )
             wanted = [x for x in as_list(value) if x != 'auto']
             yield _Monitor(key, wanted, value, f'Write {key}=None.')

@@ -7,6 +7,7 @@ built (:mod:`mlla_mm.engine.arguments`).
 """
 
 import inspect
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, List
 
@@ -60,7 +61,8 @@ def check_runner_keys(cfg: Config, splits: Sequence[str] = SPLITS) -> None:
         _check_checkpoint_hook(hook, f'default_hooks.{name}')
     _check_arguments(cfg)
     _check_backends(cfg)
-    _check_numbers(cfg)
+    check_numbers(cfg)
+    _check_log_level(cfg)
     for split in splits:
         loop = cfg.get(f'{split}_cfg')
         if isinstance(loop, Mapping) and not loop.get('type'):
@@ -129,7 +131,7 @@ def _check_hooks(cfg: Config) -> None:
     if isinstance(custom, dict):
         raise ValueError(
             'custom_hooks is a dict, but MMEngine takes a list: write '
-            f'custom_hooks = [dict(type={kind_of(custom)!r}, ...)].'
+            f'custom_hooks = [dict(type={kind_of(custom) or "NAME"!r}, ...)].'
         )
     for i, hook in enumerate(as_list(custom)):
         if isinstance(hook, str) or (
@@ -137,7 +139,8 @@ def _check_hooks(cfg: Config) -> None:
         ):
             raise ValueError(
                 f'custom_hooks.{i} is {printable(repr(hook))}, which has no type: '
-                "write dict(type='NAME', ...)."
+                "write in the config custom_hooks = [dict(type='NAME', ...)]. "
+                '--cfg-options cannot write dicts into lists.'
             )
 
 
@@ -162,6 +165,11 @@ def _check_arguments(cfg: Config) -> None:
         part: Any = cfg
         for key in path.split('.'):
             part = part.get(key) if hasattr(part, 'get') else None
+        if part is not None and not isinstance(part, Mapping):
+            raise ValueError(
+                f'{path} is {printable(repr(part))}, but it has to be a dict. It has '
+                f'the keys {", ".join(known)}.'
+            )
         _require_known(part, path, known)
     seeds = cfg.get('randomness')
     if isinstance(seeds, Mapping) and 'seed' not in seeds:
@@ -178,15 +186,32 @@ def _check_backends(cfg: Config) -> None:
     is_list = isinstance(found, (list, tuple))
     if found is None or (is_list and not any(isinstance(x, str) for x in found)):
         return
-    kind = kind_of(found) if isinstance(found, Mapping) else 'NAME'
+    kind = kind_of(found) if isinstance(found, Mapping) else found
+    kind = kind if isinstance(kind, str) else 'NAME'
     raise ValueError(
         'visualizer.vis_backends is no list of dicts: write in the config '
         f"visualizer = dict(vis_backends=[dict(type='{kind}')])."
     )
 
 
-def _check_numbers(cfg: Config) -> None:
-    """Whether what MMEngine counts and multiplies with are numbers."""
+def _check_log_level(cfg: Config) -> None:
+    level = cfg.get('log_level')
+    if isinstance(level, str) and not isinstance(logging.getLevelName(level), int):
+        raise ValueError(
+            f'log_level is {printable(level)!r}, which is none of Python: write INFO, '
+            'DEBUG, WARNING or ERROR.'
+        )
+
+
+def check_numbers(cfg: Config) -> None:
+    """Look for what MMEngine counts or multiplies with, and is no number.
+
+    Args:
+        cfg (Config): The config of a run.
+
+    Raises:
+        ValueError: Names the key and its value.
+    """
     hooks = cfg.get('default_hooks') or {}
     wrapper = cfg.get('optim_wrapper') or {}
     for path, part, names in (

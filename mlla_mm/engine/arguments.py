@@ -81,6 +81,7 @@ def describe_argument(error: BaseException, cfg: Config) -> Optional[str]:
             '.'.join(path)
             for path, _ in paths_of(cfg)
             if path[-1] == name and '.'.join(path[:-2]).startswith(place or '-')
+            if not name.isdigit()
         ]
         key = f'{place}.{name}' if place else name
         return _refusal(key, name, kind, args, below)
@@ -103,9 +104,7 @@ def _is_raised(error: BaseException) -> bool:
     return (last.line or '').startswith(('raise ', 'assert '))
 
 
-def _refusal(
-    key: str, name: str, kind: Any, given: Mapping, below: List[str]
-) -> str:
+def _refusal(key: str, name: str, kind: Any, given: Mapping, below: List[str]) -> str:
     """Say that an argument does not exist, and which do: also in parts below."""
     # MMEngine itself gives objects, such as the runner.
     names = [

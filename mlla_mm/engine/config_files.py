@@ -44,7 +44,7 @@ def read_config(path: str, options: Optional[dict] = None) -> Config:
     except Exception as error:
         raise ValueError(
             f'{printable(path, PATH_LIMIT)}, or a config that it inherits from, cannot '
-            f'be read: {describe_error(error)}{_line_of(error)}.'
+            f'be read: {_describe(error)}.'
         ) from error
     import_modules(cfg)
     merge_options(cfg, options)
@@ -53,11 +53,12 @@ def read_config(path: str, options: Optional[dict] = None) -> Config:
     return cfg
 
 
-def _line_of(error: Exception) -> str:
-    """The line with a mistake in Python's syntax; MMEngine does not tell its file."""
+def _describe(error: Exception) -> str:
+    """An error of a config. MMEngine does not tell the file of one of syntax."""
     if isinstance(error, SyntaxError) and error.text:
-        return f' (line {error.lineno}: {printable(error.text.strip())})'
-    return ''
+        line = printable(error.text.strip())
+        return f'{error.msg.rstrip(".")}, line {error.lineno}: {line}'
+    return describe_error(error)
 
 
 def merge_options(cfg: Config, options: Optional[Mapping[str, Any]]) -> None:

@@ -225,18 +225,19 @@ def describe_unused(cfg: Config) -> List[str]:
     """
     if has_own_runner(cfg) or FilePath(cfg.filename or '').suffix != '.py':
         return []
-    values = [(path, value) for path, value in paths_of(cfg) if path[0] in READ]
+    values = list(_read_paths(cfg))
     lines = []
     for name in _unused_names(FilePath(cfg.filename).read_text('utf-8')):
         # Old names have a line of their own.
         if name not in cfg or name in READ or name in OLD_KEYS.keys() - _STILL_USED:
             continue
-        if any(value == cfg[name] for path, value in values):
-            continue
         meant = [OLD_KEYS[name]] if name in OLD_KEYS else _ending_in(cfg, [name])
         near = nearest(name, READ, cutoff=0.9)
         meant = meant or ([near] if near else [])
-        if meant:
+        in_force = [value for path, value in values if '.'.join(path) in meant]
+        # Of other keys, it is unclear which is meant.
+        is_clear = len(meant) == 1 or all('_dataloader.' in key for key in meant)
+        if meant and is_clear and cfg[name] not in in_force:
             lines.append(
                 f'Warning: {cfg.filename} sets {name}, which nothing reads, unless '
                 f'code of your own does. Set {listed(meant, "and")} instead.'

@@ -154,7 +154,8 @@ def check_loaded_weights(cfg: Config) -> None:
     source = cfg.get('load_from')
     if source == '':
         raise ValueError('load_from is empty. For no checkpoint write load_from=None.')
-    if source and '://' not in source and not os.path.exists(os.path.expanduser(source)):
+    is_local = source and '://' not in source
+    if is_local and not os.path.exists(os.path.expanduser(source)):
         raise FileNotFoundError(
             f'load_from is {printable(source, PATH_LIMIT)}, and there is no such file. '
             'Give the path of a checkpoint, or write load_from=None.'
