@@ -67,12 +67,11 @@ def check_runner_keys(cfg: Config, splits: Sequence[str] = SPLITS) -> None:
         loop = cfg.get(f'{split}_cfg')
         if isinstance(loop, Mapping) and not loop.get('type'):
             _check_loop(loop, split)
-        elif isinstance(loop, Mapping) and 'by_epoch' in loop:
+        elif split == 'train' and isinstance(loop, Mapping) and 'by_epoch' in loop:
             raise ValueError(
-                f'{split}_cfg has a type, which says what it counts, and by_epoch. For '
-                'another loop write in the config '
-                f"{split}_cfg = dict(_delete_=True, type='SeededIterBasedTrainLoop', "
-                'max_iters=...).'
+                'train_cfg has a type and by_epoch, and MMEngine takes one of them. For '
+                'a loop that counts iterations write in the config train_cfg = '
+                "dict(_delete_=True, type='SeededIterBasedTrainLoop', max_iters=...)."
             )
         _check_loader(cfg.get(f'{split}_dataloader'), f'{split}_dataloader')
 

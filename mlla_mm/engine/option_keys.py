@@ -302,7 +302,7 @@ def _meant(cfg: Config, key: str) -> List[str]:
     found = _ending_in(cfg, names)
     if found:
         return found
-    near = nearest(names[0], READ)
+    near = nearest(names[0], READ, cutoff=0.7)
     if near:
         return ['.'.join([near, *names[1:]])]
     inner = {path[-1] for path, _ in _read_paths(cfg) if not path[-1].isdigit()}
