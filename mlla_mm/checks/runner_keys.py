@@ -69,7 +69,7 @@ def check_runner_keys(cfg: Config, splits: Sequence[str] = SPLITS) -> None:
             _check_loop(loop, split)
         elif split == 'train' and isinstance(loop, Mapping) and 'by_epoch' in loop:
             raise ValueError(
-                'train_cfg has a type and by_epoch, and MMEngine takes one of them. For '
+                'train_cfg has a type and by_epoch, and MMEngine takes one. For '
                 'a loop that counts iterations write in the config train_cfg = '
                 "dict(_delete_=True, type='SeededIterBasedTrainLoop', max_iters=...)."
             )

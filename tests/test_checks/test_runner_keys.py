@@ -39,7 +39,7 @@ ERRORS = [
     (CLS, {'test_cfg': dict(fp_16=True)}, ['test_cfg.fp_16', 'test_cfg.fp16 meant']),
     (SEG, {'train_cfg': dict(by_epoch=False, max_iter=2)}, ['train_cfg.max_iters m']),
     (SEG, {'train_cfg': dict(max_iters=2)}, ['train_cfg has no type']),
-    (CLS, {'train_cfg.by_epoch': False}, ['train_cfg has a type and by_epoch', '_delete_=']),
+    (CLS, {'train_cfg.by_epoch': False}, ['type and by_epoch', '_delete_=']),
     # Numbers, and other kinds of values.
     (CLS, {'train_cfg.max_epochs': 'three'}, ["train_cfg.max_epochs is 'three'"]),
     (CLS, {'train_cfg.val_interval': 0}, ['train_cfg.val_interval is 0', '1 or more']),
