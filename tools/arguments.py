@@ -11,13 +11,39 @@ import argparse
 from mmengine.config import DictAction
 
 
+class OptionsAction(DictAction):
+    """MMEngine's KEY=VALUE, with errors of argparse in place of tracebacks."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        for text in values:
+            key, equals, value = text.partition('=')
+            if not key or not equals:
+                parser.error(
+                    f'{option_string}: {text!r} is no KEY=VALUE. Write it without '
+                    'spaces, or in quotes: "KEY=VALUE".'
+                )
+            try:
+                self._parse_iterable(value)
+            except AssertionError:
+                parser.error(
+                    f'{option_string}: {text!r} has a bracket without its other half. '
+                    'Write lists in quotes: "KEY=[1, 2]".'
+                )
+        super().__call__(parser, namespace, values, option_string)
+
+
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the config file and the changes to it."""
     parser.add_argument('config', help='config file')
+    add_options_argument(parser)
+
+
+def add_options_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the changes to a config."""
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        action=DictAction,
+        action=OptionsAction,
         metavar='KEY=VALUE',
         help='override the config, e.g. train_dataloader.batch_size=4',
     )

@@ -12,7 +12,7 @@ from ..checks.data import describe, require_data
 from ..datasets.corrupt_images import CorruptImageError
 from ..engine import launch, options
 from ..engine.arguments import named_arguments
-from ..engine.config_files import print_changes, print_old_keys, read_run_config
+from ..engine.config_files import print_changes, print_unread_keys, read_run_config
 from ..engine.console import build_runner, quiet
 from ..engine.parts import require_parts, require_whole_splits
 from ..engine.toolboxes import load_own_toolbox_alone
@@ -36,7 +36,7 @@ def test(args: argparse.Namespace) -> None:
         check_config(cfg, ('test',))
         if launch.set_up(cfg).rank == 0:
             print_changes(written, cfg)
-            print_old_keys(cfg)
+            print_unread_keys(written)
             for line in describe(require_data(cfg, 'test')):
                 print(line, flush=True)
             make_work_dir(cfg)

@@ -12,11 +12,12 @@ from ..checks import rehearsal
 from ..checks.config import check_config, check_loop, make_work_dir
 from ..checks.data import describe, require_data
 from ..checks.monitors import check_monitors
+from ..checks.runner_keys import check_numbers
 from ..checks.units import CheckIntervalsHook, IntervalError, check_units
 from ..datasets.corrupt_images import CorruptImageError
 from ..engine import batch_size, launch, options
 from ..engine.arguments import named_arguments
-from ..engine.config_files import print_changes, print_old_keys, read_run_config
+from ..engine.config_files import print_changes, print_unread_keys, read_run_config
 from ..engine.console import build_runner, quiet
 from ..engine.hooks import DivergedError, RecordRecipeHook
 from ..engine.parts import require_parts, require_whole_splits
@@ -53,7 +54,7 @@ def train(args: argparse.Namespace) -> int:
         layout = launch.set_up(cfg)
         if layout.rank == 0:
             print_changes(written, cfg)
-            print_old_keys(cfg)
+            print_unread_keys(written)
             for line in describe(require_data(cfg, 'train', 'val')):
                 print(line, flush=True)
             if not args.check:
@@ -97,6 +98,7 @@ def apply_command_line(cfg: Config, args: argparse.Namespace) -> Optional[str]:
         print(f'Nothing to resume in {cfg.work_dir}: a new run begins.', flush=True)
     if args.amp:
         options.enable_amp(cfg)
+    check_numbers(cfg)
     return batch_size.settle(
         cfg,
         layout.world_size,

@@ -17,9 +17,11 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
+from mmengine.device import get_device
 from mmengine.registry import (
     DATASETS,
     METRICS,
+    MODELS,
     OPTIMIZERS,
     RUNNERS,
     TRANSFORMS,
@@ -28,6 +30,7 @@ from mmengine.registry import (
 )
 
 from ..compat.mmcv_ext import is_stand_in
+from ..engine.option_keys import paths_of
 from ..engine.parts import (
     SPLITS,
     as_list,
@@ -69,12 +72,30 @@ def check_config(cfg: Config, splits: Sequence[str] = SPLITS) -> None:
         if isinstance(model, Mapping):
             # Test-time augmentation wraps the model.
             model = model.get('module', model)
+            _check_init(model)
             check_outputs(model)
         for split in splits:
             _check_wrappers(cfg.get(f'{split}_dataloader'), f'{split}_dataloader')
             _check_ann_file(cfg, split)
         if isinstance(model, Mapping):
             check_classes(model, cfg, splits)
+
+
+def _check_init(model: Any) -> None:
+    """Whether an initialization of MLLA has a type, without which MMEngine fails.
+
+    Backbones of other packages may read an ``init_cfg`` of another form.
+    """
+    for path, part in paths_of({'model': model}):
+        init = part.get('init_cfg') if isinstance(part, Mapping) else None
+        if isinstance(init, Mapping) and init and not init.get('type'):
+            kind = class_of(MODELS, part.get('type'))
+            if getattr(kind, '__module__', '').startswith('mlla_mm.'):
+                key = '.'.join((*path, 'init_cfg'))
+                raise ValueError(
+                    f'{key} has no type: add {key}.type=Pretrained for weights of a '
+                    'checkpoint.'
+                )
 
 
 def check_loop(cfg: Config) -> None:
@@ -90,6 +111,13 @@ def check_loop(cfg: Config) -> None:
         raise ValueError(
             'skip_corrupt_images is an argument of the training loop: write '
             'train_cfg = dict(skip_corrupt_images=True) in its place.'
+        )
+    wrapper = kind_of(cfg.optim_wrapper)
+    if wrapper == 'AmpOptimWrapper' and get_device() in ('cpu', 'mps'):
+        raise ValueError(
+            'optim_wrapper.type is AmpOptimWrapper, which needs a GPU, and PyTorch '
+            'finds none. To train on the CPU, write in the config '
+            "optim_wrapper = dict(_delete_=True, type='OptimWrapper', ...)."
         )
     for name in ('skip_corrupt_images', 'micro_batches'):
         if name in cfg.train_cfg:

@@ -128,6 +128,11 @@ def _monitors(cfg: Config) -> Iterator[_Monitor]:
     for key, hook in known_hooks(cfg):
         if is_kind(HOOKS, hook, CheckpointHook) and hook.get('save_best'):
             key, value = f'{key}.save_best', hook['save_best']
+            if not all(isinstance(x, str) for x in as_list(value)):
+                raise ValueError(
+                    f'{key} is {value!r}, which is no name of a metric: write '
+                    f'{key}=auto for the first one.'
+                )
             wanted = [x for x in as_list(value) if x != 'auto']
             yield _Monitor(key, wanted, value, f'Write {key}=None.')
         if is_kind(HOOKS, hook, EarlyStoppingHook) and hook.get('monitor'):

@@ -7,6 +7,7 @@ built (:mod:`mlla_mm.engine.arguments`).
 """
 
 import inspect
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, List
 
@@ -60,10 +61,19 @@ def check_runner_keys(cfg: Config, splits: Sequence[str] = SPLITS) -> None:
     _check_hooks(cfg)
     _check_checkpoint_hooks(cfg)
     _check_arguments(cfg)
+    _check_backends(cfg)
+    check_numbers(cfg)
+    _check_log_level(cfg)
     for split in splits:
         loop = cfg.get(f'{split}_cfg')
         if isinstance(loop, Mapping) and not loop.get('type'):
             _check_loop(loop, split)
+        elif split == 'train' and isinstance(loop, Mapping) and 'by_epoch' in loop:
+            raise ValueError(
+                'train_cfg has a type and by_epoch, and MMEngine takes one. For '
+                'a loop that counts iterations write in the config train_cfg = '
+                "dict(_delete_=True, type='SeededIterBasedTrainLoop', max_iters=...)."
+            )
         _check_loader(cfg.get(f'{split}_dataloader'), f'{split}_dataloader')
 
 
@@ -117,7 +127,7 @@ def _check_hooks(cfg: Config) -> None:
     if isinstance(custom, dict):
         raise ValueError(
             'custom_hooks is a dict, but MMEngine takes a list: write '
-            f'custom_hooks = [dict(type={kind_of(custom)!r}, ...)].'
+            f'custom_hooks = [dict(type={kind_of(custom) or "NAME"!r}, ...)].'
         )
     for i, hook in enumerate(as_list(custom)):
         if isinstance(hook, str) or (
@@ -125,7 +135,8 @@ def _check_hooks(cfg: Config) -> None:
         ):
             raise ValueError(
                 f'custom_hooks.{i} is {printable(repr(hook))}, which has no type: '
-                "write dict(type='NAME', ...)."
+                "write in the config custom_hooks = [dict(type='NAME', ...)]. "
+                '--cfg-options cannot write dicts into lists.'
             )
 
 
@@ -152,6 +163,11 @@ def _check_arguments(cfg: Config) -> None:
         part: Any = cfg
         for key in path.split('.'):
             part = part.get(key) if hasattr(part, 'get') else None
+        if part is not None and not isinstance(part, Mapping):
+            raise ValueError(
+                f'{path} is {printable(repr(part))}, but it has to be a dict. It has '
+                f'the keys {", ".join(known)}.'
+            )
         _require_known(part, path, known)
     seeds = cfg.get('randomness')
     # FlexibleRunner draws one.
@@ -161,6 +177,63 @@ def _check_arguments(cfg: Config) -> None:
             'randomness has no seed, which MMEngine needs: write seed=None for one '
             'that is drawn.'
         )
+
+
+def _check_backends(cfg: Config) -> None:
+    """Whether the visualizer has a list of configs, or of objects."""
+    visualizer = cfg.get('visualizer')
+    found = visualizer.get('vis_backends') if isinstance(visualizer, Mapping) else None
+    is_list = isinstance(found, (list, tuple))
+    if found is None or (is_list and not any(isinstance(x, str) for x in found)):
+        return
+    kind = kind_of(found) if isinstance(found, Mapping) else found
+    kind = kind if isinstance(kind, str) else 'NAME'
+    raise ValueError(
+        'visualizer.vis_backends is no list of dicts: write in the config '
+        f"visualizer = dict(vis_backends=[dict(type='{kind}')])."
+    )
+
+
+def _check_log_level(cfg: Config) -> None:
+    level = cfg.get('log_level')
+    if isinstance(level, str) and not isinstance(logging.getLevelName(level), int):
+        raise ValueError(
+            f'log_level is {printable(level)!r}, which is none of Python: write INFO, '
+            'DEBUG, WARNING or ERROR.'
+        )
+
+
+def check_numbers(cfg: Config) -> None:
+    """Look for what MMEngine counts or multiplies with, and is no number.
+
+    Args:
+        cfg (Config): The config of a run.
+
+    Raises:
+        ValueError: Names the key and its value.
+    """
+    hooks = cfg.get('default_hooks') or {}
+    wrapper = cfg.get('optim_wrapper') or {}
+    for path, part, names in (
+        ('train_cfg', cfg.get('train_cfg'), _LENGTHS),
+        *((f'default_hooks.{name}', hooks.get(name), ['interval']) for name in hooks),
+        *((f'{x}_dataloader', cfg.get(f'{x}_dataloader'), _SIZES) for x in SPLITS),
+        ('optim_wrapper.optimizer', wrapper.get('optimizer'), ['lr', 'weight_decay']),
+    ):
+        given = part if isinstance(part, Mapping) else {}
+        for name in names:
+            value = given.get(name)
+            if isinstance(value, (str, list, tuple, Mapping)):
+                raise ValueError(
+                    f'{path}.{name} is {printable(repr(value))}, which is no number.'
+                )
+            if name in _POSITIVE and isinstance(value, int) and value < 1:
+                raise ValueError(f'{path}.{name} is {value}: write 1 or more.')
+
+
+_LENGTHS = ('max_epochs', 'max_iters', 'val_begin', 'val_interval')
+_SIZES = ('batch_size', 'num_workers')
+_POSITIVE = ('max_epochs', 'max_iters', 'val_interval', 'batch_size')
 
 
 def _check_loop(loop: Mapping, split: str) -> None:

@@ -3,7 +3,8 @@
 
 import inspect
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+import traceback
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, List, Optional
 
@@ -11,7 +12,7 @@ from mmengine.config import Config
 
 from ..compat.openmmlab import innermost_build
 from ..utils.text import describe_error, nearest
-from .option_keys import paths_of
+from .option_keys import listed, paths_of
 from .parts import kind_of
 
 _REFUSED = re.compile(r"got an unexpected keyword argument '(\w+)'")
@@ -27,7 +28,8 @@ class ArgumentError(ValueError):
 def named_arguments(cfg: Config) -> Iterator[None]:
     """Turn the TypeError of a refused or missing argument into one of the config.
 
-    An error that has another cause, such as a mistake in a class, stays as it is.
+    So does the error that a class raises itself because a value is wrong. An error that
+    has another cause, such as a mistake in a class, stays as it is.
 
     Args:
         cfg (Config): The config of what is built.
@@ -37,7 +39,7 @@ def named_arguments(cfg: Config) -> Iterator[None]:
     """
     try:
         yield
-    except TypeError as error:
+    except _OF_ARGUMENTS as error:
         text = describe_argument(error, cfg)
         if text is None:
             raise
@@ -51,10 +53,16 @@ def describe_argument(error: BaseException, cfg: Config) -> Optional[str]:
         error (BaseException): What was raised when a part of the config was built.
         cfg (Config): The config.
     """
-    built = innermost_build(error) if isinstance(error, TypeError) else None
+    if type(error) is ImportError and _is_raised(error):
+        return str(error)  # says what to install
+    built = innermost_build(error) if type(error) in _OF_ARGUMENTS else None
     if built is None:
         return None
     kind, args = built
+    if _is_raised(error):
+        return f'{_place(cfg, kind, args) or _name(kind)}: {describe_error(error)}'
+    if not isinstance(error, TypeError):
+        return None
     known = arguments_of(kind)
     missing = _MISSING.search(str(error))
     if missing:
@@ -69,9 +77,20 @@ def describe_argument(error: BaseException, cfg: Config) -> Optional[str]:
     name = refused[1]
     if name in args and (name not in known or _TWICE.search(str(error))):
         place = _place(cfg, kind, args, lambda part: name in part)
+        below = [
+            '.'.join(path)
+            for path, _ in paths_of(cfg)
+            if path[-1] == name and '.'.join(path[:-2]).startswith(place or '-')
+            if not name.isdigit()
+        ]
         # MMEngine itself gives objects, such as the runner.
-        of_config = [x for x in known if isinstance(args.get(x), _OF_CONFIGS)]
-        return _refusal(f'{place}.{name}' if place else name, name, kind, of_config)
+        of_config = [
+            x
+            for x in known
+            if isinstance(args.get(x), _OF_CONFIGS) and x not in _OF_MMENGINE
+        ]
+        key = f'{place}.{name}' if place else name
+        return _refusal(key, name, kind, of_config, below)
     # Layers of norm_cfg and the like are built without a registry's function.
     for path, part in paths_of(args):
         if isinstance(part, Mapping) and 'type' in part and name in part:
@@ -98,16 +117,31 @@ def require_arguments(kind: Any, given: Mapping, key: str) -> None:
         raise ArgumentError(_refusal(f'{key}.{unknown[0]}', unknown[0], kind, known))
 
 
-def _refusal(key: str, name: str, kind: Any, names: Collection[str]) -> str:
-    """Say that an argument does not exist, and which do."""
+# Of their derived classes, each has a message of its own.
+_OF_ARGUMENTS = (AssertionError, ImportError, RuntimeError, TypeError, ValueError)
+
+
+def _is_raised(error: BaseException) -> bool:
+    """Whether code says itself that something is wrong, and in Python."""
+    *_, last = traceback.extract_tb(error.__traceback__)
+    return (last.line or '').startswith(('raise ', 'assert '))
+
+
+def _refusal(
+    key: str, name: str, kind: Any, names: Collection[str], below: Sequence[str] = ()
+) -> str:
+    """Say that an argument does not exist, and which do: also in parts below."""
     near = nearest(name, names)
-    hint = f' Is {near} meant?' if near else ''
+    meant = below or ([near] if near else [])
+    hint = f' Is {listed(meant, "or")} meant?' if meant else ''
     return (
         f'{key}: {_name(kind)} takes no {name}.{hint} '
         f'It takes {", ".join(names) or "none"}.'
     )
 
 
+# Arguments that MMEngine gives.
+_OF_MMENGINE = ('params', 'dataloader')
 _OF_CONFIGS = (str, int, float, list, tuple, dict, type(None))
 
 

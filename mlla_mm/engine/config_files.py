@@ -3,6 +3,7 @@
 
 import copy
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -15,7 +16,7 @@ from mmengine.config import Config
 
 from ..compat.openmmlab import lay_out_configs_once
 from ..utils.text import PATH_LIMIT, describe_error, printable
-from .option_keys import describe_old_keys, require_place, require_read
+from .option_keys import describe_old_keys, describe_unused, require_place, require_read
 from .parts import as_list
 
 
@@ -37,13 +38,27 @@ def read_config(path: str, options: Optional[dict] = None) -> Config:
             f'{printable(path, PATH_LIMIT)} is no config, whose name would end in .py: '
             'check the order of the arguments.'
         )
-    # MMEngine's own error would leave out why a module cannot be imported.
-    cfg = Config.fromfile(path, import_custom_modules=False)
+    try:
+        # MMEngine's own error would leave out why a module cannot be imported.
+        cfg = Config.fromfile(path, import_custom_modules=False)
+    except Exception as error:
+        raise ValueError(
+            f'{printable(path, PATH_LIMIT)}, or a config that it inherits from, cannot '
+            f'be read: {_describe(error)}.'
+        ) from error
     import_modules(cfg)
     merge_options(cfg, options)
     if cfg.get('default_scope') == 'mmpretrain':
         import_module('mlla_mm.models.classifiers')
     return cfg
+
+
+def _describe(error: Exception) -> str:
+    """An error of a config. MMEngine does not tell the file of one of syntax."""
+    if isinstance(error, SyntaxError) and error.text:
+        line = printable(error.text.strip())
+        return f'{error.msg.rstrip(".")}, line {error.lineno}: {line}'
+    return describe_error(error)
 
 
 def merge_options(cfg: Config, options: Optional[Mapping[str, Any]]) -> None:
@@ -53,7 +68,8 @@ def merge_options(cfg: Config, options: Optional[Mapping[str, Any]]) -> None:
 
     Args:
         cfg (Config): The config as it was read; changed in place.
-        options (Mapping, optional): Values by keys with dots.
+        options (Mapping, optional): Values by keys with dots. An item of a list is
+            ``KEY.0`` or ``KEY[0]``.
 
     Raises:
         ValueError: If nothing would read a key, or if what is above it in the config
@@ -61,6 +77,7 @@ def merge_options(cfg: Config, options: Optional[Mapping[str, Any]]) -> None:
     """
     if not options:
         return
+    options = {re.sub(r'\[(\d+)\]', r'.\1', key): x for key, x in options.items()}
     require_read(cfg, options)
     require_place(cfg, options)
     try:
@@ -153,10 +170,14 @@ def print_changes(written: Config, run: Config) -> None:
         print('\n  '.join(lines), flush=True)
 
 
-def print_old_keys(cfg: Config) -> None:
-    """Print :func:`.option_keys.describe_old_keys`, if there are any."""
-    text = describe_old_keys(cfg)
-    if text:
+def print_unread_keys(written: Config) -> None:
+    """Print which names of a config file nothing reads, if there are any.
+
+    Args:
+        written (Config): The config as it was read.
+    """
+    old = describe_old_keys(written)
+    for text in [*([old] if old else []), *describe_unused(written)]:
         print(text, flush=True)
 
 

@@ -1,9 +1,11 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 """Which keys of a config are read, and which key is meant by one that is not."""
 
+import ast
 import inspect
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path as FilePath
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from mmengine.config import Config
@@ -59,6 +61,9 @@ OLD_KEYS: Dict[str, str] = {
     'evaluation.rule': 'default_hooks.checkpoint.rule',
     'checkpoint_config': 'default_hooks.checkpoint',
     'log_config': 'default_hooks.logger',
+    'log_interval': 'default_hooks.logger.interval',
+    'num_epochs': 'train_cfg.max_epochs',
+    'epochs': 'train_cfg.max_epochs',
     'log_config.hooks': 'visualizer.vis_backends',
     'workflow': 'train_cfg.val_interval',
     'dist_params': 'env_cfg.dist_cfg',
@@ -205,6 +210,56 @@ def _is_used(cfg: Config, name: str) -> bool:
     return bool(in_text) or any(_uses(cfg, name))
 
 
+def describe_unused(cfg: Config) -> List[str]:
+    """Say which names of a config file are set to no effect.
+
+    They are names that nothing reads, that the file itself does not use either, and
+    that are like a key which is read: ``optim_wraper``, or ``max_epochs`` in a file
+    whose base has used its own. If a key of that end has the value, all is well.
+
+    Args:
+        cfg (Config): The config as it was read.
+
+    Returns:
+        list[str]: A line for each of them.
+    """
+    if has_own_runner(cfg) or FilePath(cfg.filename or '').suffix != '.py':
+        return []
+    values = list(_read_paths(cfg))
+    lines = []
+    for name in _unused_names(FilePath(cfg.filename).read_text('utf-8')):
+        # Old names have a line of their own.
+        if name not in cfg or name in READ or name in OLD_KEYS.keys() - _STILL_USED:
+            continue
+        meant = [OLD_KEYS[name]] if name in OLD_KEYS else _ending_in(cfg, [name])
+        near = nearest(name, READ, cutoff=0.9)
+        meant = meant or ([near] if near else [])
+        in_force = [value for path, value in values if '.'.join(path) in meant]
+        # Of other keys, it is unclear which is meant.
+        is_clear = len(meant) == 1 or all('_dataloader.' in key for key in meant)
+        if meant and is_clear and cfg[name] not in in_force:
+            lines.append(
+                f'Warning: {cfg.filename} sets {name}, which nothing reads, unless '
+                f'code of your own does. Set {listed(meant, "and")} instead.'
+            )
+    return lines
+
+
+def _unused_names(text: str) -> List[str]:
+    """The names to which a Python file gives values that it does not read."""
+    tree = ast.parse(text)
+    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    read = {node.id for node in names if isinstance(node.ctx, ast.Load)}
+    targets = [
+        target
+        for statement in tree.body
+        if isinstance(statement, ast.Assign)
+        for target in statement.targets
+    ]
+    given = [target.id for target in targets if isinstance(target, ast.Name)]
+    return [name for name in dict.fromkeys(given) if name not in read]
+
+
 def paths_of(value: Any, path: Path = ()) -> Iterator[Tuple[Path, Any]]:
     """All keys of a config's part with their values, each before those below it."""
     if isinstance(value, (Mapping, Config)):
@@ -247,12 +302,12 @@ def _meant(cfg: Config, key: str) -> List[str]:
     found = _ending_in(cfg, names)
     if found:
         return found
-    known = {path[-1] for path, _ in _read_paths(cfg) if not path[-1].isdigit()}
-    near = nearest(names[0], READ | known)
-    if near is None:
-        return []
-    names = [near, *names[1:]]
-    return ['.'.join(names)] if near in READ else _ending_in(cfg, names)
+    near = nearest(names[0], READ, cutoff=0.7)
+    if near:
+        return ['.'.join([near, *names[1:]])]
+    inner = {path[-1] for path, _ in _read_paths(cfg) if not path[-1].isdigit()}
+    near = nearest(names[0], inner)
+    return _ending_in(cfg, [near, *names[1:]]) if near else []
 
 
 def _ending_in(cfg: Config, names: Sequence[str]) -> List[str]:
@@ -279,9 +334,14 @@ def _choice(keys: Sequence[str], value: Any, word: str = 'or') -> str:
         _assigned(key, value) if re.fullmatch(r'[\w.]+', key) else key
         for key in keys[:_SHOWN]
     ]
-    if len(keys) > _SHOWN:
-        shown.append(f'{len(keys) - _SHOWN} more')
-    return f' {word} '.join(filter(None, [', '.join(shown[:-1]), shown[-1]]))
+    return listed(shown, word, len(keys))
+
+
+def listed(shown: Sequence[str], word: str, total: int = 0) -> str:
+    """Words with commas, of which only so many are named."""
+    more = max(total, len(shown)) - _SHOWN
+    words = [*shown[:_SHOWN], *([f'{more} more'] if more > 0 else [])]
+    return f' {word} '.join(filter(None, [', '.join(words[:-1]), words[-1]]))
 
 
 def _assigned(key: str, value: Any) -> str:

@@ -2,6 +2,7 @@
 """How the options of the command line change a config."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any, Optional
 
@@ -12,6 +13,7 @@ from mmengine.registry import METRICS
 from ..checkpoints.pretrained import require_weights
 from ..checkpoints.reader import trust_checkpoints
 from ..reproducible.resume import newest_checkpoint, seed_of
+from ..utils.text import PATH_LIMIT, printable
 from .config_files import merge_options
 from .parts import (
     as_list,
@@ -144,8 +146,21 @@ def check_loaded_weights(cfg: Config) -> None:
     Args:
         cfg (Config): The config of a run; changed in place. A hook that it replaces or
             switches off by its name stays so.
+
+    Raises:
+        FileNotFoundError: If there is no such checkpoint.
+        ValueError: If ``load_from`` is an empty text.
     """
-    if not (cfg.get('load_from') or cfg.get('resume')):
+    source = cfg.get('load_from')
+    if source == '':
+        raise ValueError('load_from is empty. For no checkpoint write load_from=None.')
+    is_local = source and '://' not in source
+    if is_local and not os.path.exists(os.path.expanduser(source)):
+        raise FileNotFoundError(
+            f'load_from is {printable(source, PATH_LIMIT)}, and there is no such file. '
+            'Give the path of a checkpoint, or write load_from=None.'
+        )
+    if not (source or cfg.get('resume')):
         return
     kinds = list(map(kind_of, hooks_of(cfg)))
     for name, kind in _OF_WEIGHTS.items():

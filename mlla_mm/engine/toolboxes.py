@@ -23,13 +23,13 @@ def load_own_toolbox_alone(config: str) -> None:
     nothing is kept from it.
 
     Args:
-        config (str): Path of the config. A missing file is no error here: the function
-            that reads the config reports it.
+        config (str): Path of the config. One that cannot be read is no error here: the
+            function that reads the config reports it.
     """
     try:
         # The config's own imports may need a toolbox, so they have to come later.
         cfg = Config.fromfile(config, import_custom_modules=False)
-    except FileNotFoundError:
+    except Exception:
         return
     text = str(cfg)
     if any(name in text for name in OUR_LOOPS):

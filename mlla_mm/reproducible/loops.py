@@ -169,7 +169,19 @@ class SeededEpochBasedTrainLoop(SeededTrainLoop, EpochBasedTrainLoop):
 
     Args: Those of :class:`SeededTrainLoop` and
         :class:`mmengine.runner.EpochBasedTrainLoop`.
+
+    Raises:
+        ValueError: If an epoch has no update.
     """
+
+    def __init__(self, runner, dataloader: dict, *args, **kwargs) -> None:
+        super().__init__(runner, dataloader, *args, **kwargs)
+        if self.max_iters == 0 and self.max_epochs:
+            raise ValueError(
+                f'an epoch has no update: the {len(self.dataloader.dataset)} images of '
+                'training do not fill the batches of all processes. Set a smaller '
+                'train_dataloader.batch_size, or train_dataloader.drop_last=False.'
+            )
 
     def _train(self) -> None:
         while self.epoch < self.max_epochs and not self.stop_training:

@@ -59,13 +59,14 @@ def describe_error(error: BaseException) -> str:
     )
 
 
-def nearest(name: str, names: Iterable[str]) -> Optional[str]:
+def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> Optional[str]:
     """The name that is most like another name, or None if no name is like it.
 
     Args:
         name (str): The other name. Upper and lower case are the same.
         names (Iterable[str]): The names to choose from.
+        cutoff (float): How like it has to be, from 0 to 1. Defaults to 0.6.
     """
     by_lower = {x.lower(): x for x in sorted(names)}
-    found = difflib.get_close_matches(name.lower(), by_lower, n=1)
+    found = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=cutoff)
     return by_lower[found[0]] if found else None

@@ -303,3 +303,18 @@ def test_the_copy_of_the_config_goes_nowhere_else(tmp_path, kind):
     with pytest.raises(ValueError, match='work/x.py is a .*--work-dir'):
         make_work_dir(cfg)
     assert not outside.exists()
+
+
+def test_mixed_precision_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(checks, 'get_device', lambda: 'cpu')
+    cfg = config(CLS)
+    cfg.optim_wrapper.type = 'AmpOptimWrapper'
+    with pytest.raises(ValueError, match='AmpOptimWrapper.*_delete_=True'):
+        check_loop(cfg)
+
+
+def test_an_initialization_without_a_type():
+    cfg = config(CLS)
+    cfg.model.backbone.init_cfg = dict(checkpoint='x.pth')
+    with pytest.raises(ValueError, match='model.backbone.init_cfg.type=Pretrained'):
+        check_config(cfg)

@@ -46,6 +46,17 @@ ERRORS = [
     (SEG, {'train_cfg': dict(by_epoch=False, max_iter=2)}, ['train_cfg.max_iters m']),
     (SEG, {'train_cfg': dict(max_iters=2)}, ['train_cfg has no type']),
     (SEG, {'val_cfg': dict(dataloader=1)}, ['val_cfg.dataloader is not read']),
+    (CLS, {'train_cfg.by_epoch': False}, ['type and by_epoch', '_delete_=']),
+    # Numbers, and other kinds of values.
+    (CLS, {'train_cfg.max_epochs': 'three'}, ["train_cfg.max_epochs is 'three'"]),
+    (CLS, {'train_cfg.val_interval': 0}, ['train_cfg.val_interval is 0', '1 or more']),
+    (DET, {'train_dataloader.batch_size': 0}, ['train_dataloader.batch_size is 0']),
+    (DET, {'optim_wrapper.optimizer.lr': 'abc'}, ["optim_wrapper.optimizer.lr is 'a"]),
+    (SEG, {'default_hooks.checkpoint.interval': 'two'}, ["interval is 'two'"]),
+    (SEG, {'randomness': 3}, ['randomness is 3', 'dict', 'seed']),
+    (SEG, {'log_level': 'DEBG'}, ["log_level is 'DEBG'", 'DEBUG']),
+    (SEG, {'visualizer.vis_backends': 'TensorboardVisBackend'},
+     ["vis_backends=[dict(type='TensorboardVisBackend')]"]),
     # The scope.
     (CLS, {'default_scope': None}, ["default_scope is None", "= 'mmpretrain'"]),
     (CLS, {'default_scope': 'mmdet'}, ["default_scope is 'mmdet'", "= 'mmpretrain'"]),

@@ -40,6 +40,16 @@ class Closed(Base):
         super().__init__(weight)
 
 
+@PARTS.register_module()
+class Picky:
+    def __init__(self, size=1, package='torch'):
+        if size < 0:
+            raise ValueError('negative size')
+        assert size < 10, 'large size'
+        if package == 'none':
+            raise ImportError('pip install colours')
+
+
 def paint():
     pass
 
@@ -86,6 +96,33 @@ def test_what_is_built_from_a_part_of_a_dict():
 def test_a_mistake_inside_a_class_keeps_its_traceback(colour, name):
     with pytest.raises(TypeError, match=name):
         build(dict(type='Base', size=1, colour=colour))
+
+
+@pytest.mark.parametrize(
+    'config, text',
+    [
+        (dict(size=-1), 'first.parts.1: ValueError: negative size'),
+        (dict(size=11), 'first.parts.1: AssertionError: large size'),
+        (dict(package='none'), 'pip install colours'),
+    ],
+)
+def test_values_that_a_class_refuses_itself(config, text):
+    with pytest.raises(ArgumentError) as caught:
+        build(dict(type='Picky', **config))
+    assert str(caught.value).startswith(text)
+
+
+def test_other_errors_of_a_value_keep_their_traceback():
+    with pytest.raises(TypeError, match='not supported between'):
+        build(dict(type='Picky', size='1'))
+
+
+def test_arguments_of_a_part_below():
+    head = dict(type='Base', size=1, colour='red')
+    cfg = Config(dict(model=dict(type='Picky', colour=1, head=head)))
+    with pytest.raises(ArgumentError, match='model.colour.*Is model.head.colour meant'):
+        with named_arguments(cfg):
+            PARTS.build(cfg.model)
 
 
 def test_arguments_that_base_classes_take():

@@ -140,3 +140,41 @@ def test_a_config_with_other_imports_loses_nothing_of_ours(tmp_path):
         'HOOKS.build(cfg.default_hooks.mesa)\n'
     )
     run_tool('python', '-c', script)
+
+
+@pytest.mark.parametrize(
+    'text, words',
+    [
+        ('x = 1\ny = [1, 2))', ['line 2', 'y = [1, 2))']),
+        ('x = y', ["name 'y' is not defined"]),
+        ("_base_ = ['nowhere.py']", ['nowhere.py']),
+    ],
+)
+def test_configs_that_cannot_be_read(call_tool, tmp_path, text, words):
+    path = tmp_path / 'own.py'
+    path.write_text(text)
+    result = call_tool('tools/train.py', path, check=False)
+    assert result.returncode == 1
+    assert_says(result.stderr, f'Error: {path}', *words)
+
+
+@pytest.mark.parametrize(
+    'option, words',
+    [
+        ('train_cfg.max_epochs', ['KEY=VALUE', 'without spaces']),
+        ('a=[1,2', ['bracket']),
+    ],
+)
+@pytest.mark.parametrize('tool', ['train.py', 'misc/print_config.py'])
+def test_options_of_another_form(call_tool, tool, option, words):
+    path = NANO['mmseg']
+    options = ('--cfg-options', option)
+    result = call_tool(f'tools/{tool}', path, *options, check=False)
+    assert result.returncode == 2
+    assert_says(result.stderr, option, *words)
+
+
+def test_items_of_lists_by_their_number():
+    cfg = Config.fromfile(NANO['mmseg'])
+    config_files.merge_options(cfg, {'param_scheduler[0].end': 7})
+    assert cfg.param_scheduler[0].end == 7

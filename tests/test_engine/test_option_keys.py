@@ -8,7 +8,7 @@ from mmengine.config import Config
 from mmengine.runner import FlexibleRunner, Runner
 
 from mlla_mm.engine.config_files import merge_options
-from mlla_mm.engine.option_keys import READ, describe_old_keys
+from mlla_mm.engine.option_keys import READ, describe_old_keys, describe_unused
 
 from ..bad_data import assert_says
 from ..nano import NANO
@@ -30,6 +30,7 @@ UNREAD = [
     ('checkpoint_config.interval', ['default_hooks.checkpoint.interval=1']),
     ('lr', ['optim_wrapper.optimizer.lr=1']),
     ('batch_size', ['train_dataloader.batch_size=1', 'val_dataloader.batch_size=1']),
+    ('log_interval', ['default_hooks.logger.interval=1']),
     ('bach_size', ['train_dataloader.batch_size=1']),
     ('num_classes', ['model.decode_head.num_classes=1', 'model.auxiliary_head']),
     ('backbone.with_cp', ['model.backbone.with_cp=1']),
@@ -148,3 +149,46 @@ def test_a_config_without_text_has_its_values():
     assert describe_old_keys(cfg) is None
     cfg.optimizer = dict(sgd, lr=2)
     assert 'optimizer (now' in describe_old_keys(cfg)
+
+
+BASE = """
+max_epochs = 12
+train_pipeline = [dict(type='Resize')]
+custom_hooks = [dict(type='EMAHook')]
+train_cfg = dict(by_epoch=True, max_epochs=max_epochs)
+train_dataloader = dict(batch_size=2, dataset=dict(pipeline=train_pipeline))
+"""
+
+
+def unused(tmp_path, text):
+    (tmp_path / 'base.py').write_text(BASE)
+    path = tmp_path / 'own.py'
+    path.write_text(f"_base_ = ['base.py']\n{text}")
+    return describe_unused(Config.fromfile(path))
+
+
+@pytest.mark.parametrize(
+    'text, words',
+    [
+        ('train_dataloder = dict(x=4)', ['train_dataloder,', 'Set train_dataloader ']),
+        ('custom_hook = []', ['custom_hook,', 'Set custom_hooks ']),
+        ('max_epochs = 24', ['max_epochs,', 'Set train_cfg.max_epochs ']),
+        ('batch_size = 4', ['batch_size,', 'train_dataloader.batch_size']),
+        ('seed = 3', ['seed,', 'randomness.seed']),
+    ],
+)
+def test_names_of_a_file_to_no_effect(tmp_path, text, words):
+    (line,) = unused(tmp_path, text)
+    assert_says(line, 'own.py', *words)
+
+
+@pytest.mark.parametrize(
+    'text',
+    [
+        'max_epochs = 12',
+        'max_epochs = 24\ntrain_cfg = dict(max_epochs=max_epochs)',
+        'test_pipeline = []\nmy_classes = 4\nauto_scale_lr = dict(base_batch_size=8)',
+    ],
+)
+def test_names_of_a_file_that_are_right(tmp_path, text):
+    assert unused(tmp_path, text) == []

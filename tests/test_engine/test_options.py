@@ -263,3 +263,10 @@ def test_predictions_of_several_metrics(wrapped, tmp_path):
 def test_draw_results_needs_a_hook():
     with pytest.raises(ValueError, match='default_hooks.visualization'):
         options.draw_results(make(default_hooks=dict()), 'out')
+
+
+@pytest.mark.parametrize('source', ['', '/nowhere/epoch_1.pth'])
+def test_checkpoints_to_load_that_are_not_there(source):
+    cfg = Config(dict(load_from=source))
+    with pytest.raises((FileNotFoundError, ValueError), match='load_from=None'):
+        options.check_loaded_weights(cfg)

@@ -228,6 +228,7 @@ def test_memory_is_pinned_for_a_gpu(has_gpu, setting, monkeypatch):
 
     def init(self, runner, dataloader, *args, **kwargs):
         loaders.append(dataloader)
+        self._max_epochs = self._max_iters = 1
 
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: has_gpu)
     for base in (EpochBasedTrainLoop, IterBasedTrainLoop, ValLoop, TestLoop):

@@ -284,7 +284,7 @@ CHECKED = {
     'part of a validation': (['train.py', '--cfg-options', 'val_cfg=None'],
                              'no val_cfg', 'val_dataloader=None val_evaluator=None'),
     'part of a training': (['train.py', '--cfg-options', 'train_dataloader=None'],
-                           'no train_dataloader'),
+                           'Training needs train_dataloader'),
     'no test': (
         ['test.py', ROOT / CLASSIFIER, '--cfg-options', 'test_dataloader=None',
          'test_cfg=None', 'test_evaluator=None'], 'A test needs test_dataloader'),
@@ -308,6 +308,18 @@ def test_what_is_checked_before_a_run(call_tool, digits_imagenet, tmp_path, case
     assert result.returncode == 1
     assert result.stderr.startswith('Error: ') and result.stderr.count('\n') == 1
     assert all(str(word) in result.stderr for word in words)
+
+
+def test_an_epoch_without_an_update(run_tool, digits_imagenet, tmp_path):
+    result = run_tool(
+        'python', 'tools/train.py', CLASSIFIER, '--work-dir', tmp_path,
+        '--cfg-options', *without_workers(digits_imagenet, 'train', 'val'),
+        'train_dataloader.batch_size=10000', check=False,
+    )  # fmt: skip
+    assert result.returncode == 1
+    (line,) = [x for x in result.stdout.splitlines() if x.startswith('Error: ')]
+    assert 'no update' in line and 'train_dataloader.batch_size' in line
+    assert 'Traceback' not in result.stdout
 
 
 def test_a_checkpoint_that_comes_after_the_end(run_tool, digits_imagenet, tmp_path):

@@ -7,9 +7,11 @@ The exit status is 1 if something is wrong. Warnings do not change it.
 import argparse
 import sys
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
-from mmengine.config import DictAction
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tools/
+from arguments import add_options_argument  # noqa: E402
 
 DATASETS = ('coco', 'ade20k', 'imagenet')
 
@@ -37,13 +39,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         help='of a config with annotations in the format of COCO: write repaired files '
         'into this folder, and leave the originals as they are',
     )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        metavar='KEY=VALUE',
-        help='override the config, e.g. train_dataloader.dataset.data_root=data/mine',
-    )
+    add_options_argument(parser)
     args = parser.parse_args(argv)
     if (args.path is None) == (args.dataset in DATASETS):
         parser.error(

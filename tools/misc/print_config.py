@@ -2,21 +2,17 @@
 """Print a config together with what it inherits."""
 
 import argparse
+import sys
+from pathlib import Path
 from typing import Optional, Sequence
 
-from mmengine.config import DictAction
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tools/
+from arguments import add_config_arguments  # noqa: E402
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('config', help='config file')
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        metavar='KEY=VALUE',
-        help='override the config, e.g. train_dataloader.batch_size=4',
-    )
+    add_config_arguments(parser)
     return parser.parse_args(argv)
 
 
