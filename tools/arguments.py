@@ -23,13 +23,25 @@ class OptionsAction(DictAction):
                     'spaces, or in quotes: "KEY=VALUE".'
                 )
             try:
-                self._parse_iterable(value)
+                parsed = self._parse_iterable(value)
             except AssertionError:
                 parser.error(
                     f'{option_string}: {text!r} has a bracket without its other half. '
                     'Write lists in quotes: "KEY=[1, 2]".'
                 )
+            if _has_dict(parsed):
+                parser.error(
+                    f'{option_string}: {text!r} has a dict. Write its keys one by one, '
+                    f'{key}.NAME=VALUE, and {key}._delete_=True if they are to be all.'
+                )
         super().__call__(parser, namespace, values, option_string)
+
+
+def _has_dict(value: object) -> bool:
+    """Whether MMEngine has taken the code of a dict for text, or for several texts."""
+    if isinstance(value, (list, tuple)):
+        return any(map(_has_dict, value))
+    return isinstance(value, str) and value.startswith(('{', 'dict('))
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:

@@ -21,6 +21,7 @@ from .source import (
     require,
     require_folder,
     require_none,
+    require_text,
     several,
     subset,
 )
@@ -65,6 +66,7 @@ class _Samples(NamedTuple):
 def check_folders(source: Source) -> Iterator[Finding]:
     dataset, folder = source.dataset, Path(source.dataset.img_prefix)
     require_folder(folder, source)
+    require_text(source)
     read = _read_list if dataset.ann_file else _read_folders
     samples = read(folder, source)
     yield from samples.findings

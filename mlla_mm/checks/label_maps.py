@@ -34,6 +34,7 @@ from .source import (
     read_ann_file,
     require,
     require_folder,
+    require_text,
     several,
     subset,
 )
@@ -53,6 +54,7 @@ def check_label_maps(source: Source) -> Iterator[Finding]:
     dataset = source.dataset
     folder = Path(dataset.data_prefix.get('img_path') or '')
     require_folder(folder, source)
+    require_text(source)
     fix = f'Check data_prefix and seg_map_suffix of {source.key}.'
     has_list = dataset.ann_file and not os.path.isdir(dataset.ann_file)
     if has_list:

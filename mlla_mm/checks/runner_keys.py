@@ -25,8 +25,7 @@ from mmengine.utils.dl_utils import set_multi_processing
 from torch.utils.data import DataLoader
 
 from ..engine.arguments import arguments_of
-from ..engine.option_keys import has_own_runner
-from ..engine.parts import SPLITS, as_list, kind_of, named_hooks
+from ..engine.parts import SPLITS, as_list, has_own_runner, kind_of, named_hooks
 from ..engine.toolboxes import TOOLBOXES
 from ..utils.text import nearest, printable
 from .classes import class_of, is_kind, is_known
@@ -105,11 +104,6 @@ def _not_in(scope: str, kinds: Sequence[str]) -> List[str]:
 
 def _check_hooks(cfg: Config) -> None:
     defaults = cfg.get('default_hooks') or {}
-    if not isinstance(defaults, Mapping):
-        raise ValueError(
-            'default_hooks is not a dict: write default_hooks = dict(NAME=dict(...)), '
-            'or custom_hooks for a list.'
-        )
     for name, hook in defaults.items():
         if hook is None and name not in _OF_MMENGINE:
             raise ValueError(
@@ -163,11 +157,6 @@ def _check_arguments(cfg: Config) -> None:
         part: Any = cfg
         for key in path.split('.'):
             part = part.get(key) if hasattr(part, 'get') else None
-        if part is not None and not isinstance(part, Mapping):
-            raise ValueError(
-                f'{path} is {printable(repr(part))}, but it has to be a dict. It has '
-                f'the keys {", ".join(known)}.'
-            )
         _require_known(part, path, known)
     seeds = cfg.get('randomness')
     # FlexibleRunner draws one.
@@ -219,6 +208,7 @@ def check_numbers(cfg: Config) -> None:
         *((f'default_hooks.{name}', hooks.get(name), ['interval']) for name in hooks),
         *((f'{x}_dataloader', cfg.get(f'{x}_dataloader'), _SIZES) for x in SPLITS),
         ('optim_wrapper.optimizer', wrapper.get('optimizer'), ['lr', 'weight_decay']),
+        ('auto_scale_lr', cfg.get('auto_scale_lr'), ['base_batch_size']),
     ):
         given = part if isinstance(part, Mapping) else {}
         for name in names:
@@ -233,7 +223,10 @@ def check_numbers(cfg: Config) -> None:
 
 _LENGTHS = ('max_epochs', 'max_iters', 'val_begin', 'val_interval')
 _SIZES = ('batch_size', 'num_workers')
-_POSITIVE = ('max_epochs', 'max_iters', 'val_interval', 'batch_size')
+_POSITIVE = (
+    *('max_epochs', 'max_iters', 'val_interval'),
+    *('batch_size', 'base_batch_size'),
+)
 
 
 def _check_loop(loop: Mapping, split: str) -> None:

@@ -151,6 +151,14 @@ def require_folder(folder: Path, source: Source) -> None:
     require(folder.is_dir(), f'Folder not found: {folder}', fix)
 
 
+def require_text(source: Source) -> None:
+    """End the check of this data set if its ``ann_file`` is no text."""
+    value = source.dataset.ann_file
+    fix = f"Write {source.key}.ann_file='' for no file."
+    problem = f'ann_file is {printable(repr(value))}, which is no path'
+    require(isinstance(value, str), problem, fix)
+
+
 def read_ann_file(source: Source, fix: str) -> str:
     """The text of the annotation file; ends the check if there is none."""
     path = Path(source.dataset.ann_file or '')

@@ -40,7 +40,7 @@ def named_arguments(cfg: Config) -> Iterator[None]:
     try:
         yield
     except _OF_ARGUMENTS as error:
-        text = describe_argument(error, cfg)
+        text = describe_argument(error, cfg) or _describe_refusal(error, cfg)
         if text is None:
             raise
         raise ArgumentError(text) from error
@@ -53,16 +53,10 @@ def describe_argument(error: BaseException, cfg: Config) -> Optional[str]:
         error (BaseException): What was raised when a part of the config was built.
         cfg (Config): The config.
     """
-    if type(error) is ImportError and _is_raised(error):
-        return str(error)  # says what to install
-    built = innermost_build(error) if type(error) in _OF_ARGUMENTS else None
+    built = innermost_build(error) if isinstance(error, TypeError) else None
     if built is None:
         return None
     kind, args = built
-    if _is_raised(error):
-        return f'{_place(cfg, kind, args) or _name(kind)}: {describe_error(error)}'
-    if not isinstance(error, TypeError):
-        return None
     known = arguments_of(kind)
     missing = _MISSING.search(str(error))
     if missing:
@@ -119,6 +113,18 @@ def require_arguments(kind: Any, given: Mapping, key: str) -> None:
 
 # Of their derived classes, each has a message of its own.
 _OF_ARGUMENTS = (AssertionError, ImportError, RuntimeError, TypeError, ValueError)
+
+
+def _describe_refusal(error: BaseException, cfg: Config) -> Optional[str]:
+    """Name the part that a class refuses with an error of its own; else None."""
+    if type(error) not in _OF_ARGUMENTS or not str(error) or not _is_raised(error):
+        return None
+    if isinstance(error, ImportError):
+        return str(error)  # says what to install
+    built = innermost_build(error)
+    if built is None:
+        return None
+    return f'{_place(cfg, *built) or _name(built[0])}: {describe_error(error)}'
 
 
 def _is_raised(error: BaseException) -> bool:

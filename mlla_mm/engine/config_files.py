@@ -17,7 +17,7 @@ from mmengine.config import Config
 from ..compat.openmmlab import lay_out_configs_once
 from ..utils.text import PATH_LIMIT, describe_error, printable
 from .option_keys import describe_old_keys, describe_unused, require_place, require_read
-from .parts import as_list
+from .parts import as_list, require_kinds
 
 
 def read_config(path: str, options: Optional[dict] = None) -> Config:
@@ -48,6 +48,7 @@ def read_config(path: str, options: Optional[dict] = None) -> Config:
         ) from error
     import_modules(cfg)
     merge_options(cfg, options)
+    require_kinds(cfg)
     if cfg.get('default_scope') == 'mmpretrain':
         import_module('mlla_mm.models.classifiers')
     return cfg

@@ -12,7 +12,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 
 from ..utils.text import nearest, printable
-from .parts import kind_of
+from .parts import has_own_runner
 
 #: Keys of a config that something reads: MMEngine's runners, its Config, our tools.
 READ = frozenset(
@@ -84,12 +84,6 @@ _STILL_USED = {'deterministic', 'device', 'gpus', 'paramwise_cfg', 'seed'}
 _SHOWN = 4
 
 Path = Tuple[str, ...]
-
-
-def has_own_runner(cfg: Config) -> bool:
-    """Whether another runner than MMEngine's reads the config, and may read any key."""
-    runner = dict(type=cfg.get('runner_type') or 'Runner')
-    return kind_of(runner) not in ('Runner', 'FlexibleRunner')
 
 
 def require_read(cfg: Config, options: Mapping[str, Any]) -> None:

@@ -24,6 +24,7 @@ from .parts import (
     metrics_of,
     parts_of,
     pretrained_of,
+    require_kinds,
 )
 
 
@@ -37,8 +38,12 @@ def apply_run_arguments(cfg: Config, args: argparse.Namespace) -> None:
     Args:
         cfg (Config): The config as it was read; changed in place.
         args (argparse.Namespace): The arguments.
+
+    Raises:
+        ValueError: If options of the config cannot be applied.
     """
     merge_options(cfg, args.cfg_options)
+    require_kinds(cfg)
     cfg.launcher = args.launcher
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir

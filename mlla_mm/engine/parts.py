@@ -2,7 +2,7 @@
 """Finds the parts of a config: its data sets, pipelines, hooks and weights."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 from mmengine.config import Config
 
@@ -173,16 +173,75 @@ def metrics_of(evaluator: Any) -> List[Any]:
     return as_list(evaluator)
 
 
+def has_own_runner(cfg: Config) -> bool:
+    """Whether another runner than MMEngine's reads the config, and may read any key."""
+    runner = dict(type=cfg.get('runner_type') or 'Runner')
+    return kind_of(runner) not in ('Runner', 'FlexibleRunner')
+
+
+# The kinds of values that MMEngine takes, besides None and objects. Where they are
+# several, a class decides.
+_KINDS: Dict[str, Tuple[type, ...]] = {
+    'model': (dict,),
+    **{
+        f'{split}_{part}': (dict, list, tuple) if part == 'evaluator' else (dict,)
+        for split in SPLITS
+        for part in ('dataloader', 'cfg', 'evaluator')
+    },
+    'optim_wrapper': (dict,),
+    'optim_wrapper.optimizer': (dict,),
+    'param_scheduler': (dict, list, tuple),
+    'default_hooks': (dict,),
+    'visualizer': (dict,),
+    'log_processor': (dict,),
+    'auto_scale_lr': (dict,),
+    'env_cfg': (dict,),
+    'env_cfg.mp_cfg': (dict,),
+    'env_cfg.dist_cfg': (dict,),
+    'randomness': (dict,),
+    'tta_model': (dict,),
+    'default_scope': (str,),
+    'work_dir': (str,),
+    'load_from': (str,),
+    'experiment_name': (str,),
+}
+_PLAIN = (dict, list, tuple, str, int, float)
+_WORDS = {dict: 'a dict', list: 'a list', str: 'a text'}
+
+
+def require_kinds(cfg: Config) -> None:
+    """Refuse plain values of another kind than MMEngine's runner takes.
+
+    Args:
+        cfg (Config): The config of a run. Another runner may take anything.
+
+    Raises:
+        ValueError: Names the first key, its value, and the kinds that are right.
+    """
+    if has_own_runner(cfg):
+        return
+    for key, kinds in _KINDS.items():
+        value: Any = cfg
+        for name in key.split('.'):
+            value = value.get(name) if hasattr(value, 'get') else None
+        if isinstance(value, _PLAIN) and not isinstance(value, kinds):
+            right = ' or '.join(_WORDS[kind] for kind in kinds if kind in _WORDS)
+            raise ValueError(
+                f'{key} is {printable(repr(value))}, but it has to be {right}: see '
+                'configs/ for examples.'
+            )
+
+
 def require_parts(cfg: Config, *keys: str, user: str) -> None:
     """Refuse a config that lacks something.
 
     Args:
         cfg (Config): The config.
-        *keys (str): Its keys that have to be a dict, or a list of dicts.
+        *keys (str): Its keys that may not be missing or None.
         user (str): What needs them, for the message.
 
     Raises:
-        ValueError: Names the keys that are missing, None, or of another kind.
+        ValueError: Names the keys that are missing.
     """
     missing = [key for key in keys if cfg.get(key) is None]
     if missing:
@@ -190,12 +249,6 @@ def require_parts(cfg: Config, *keys: str, user: str) -> None:
             f'{user} needs {", ".join(missing)} in the config, and '
             f'{cfg.filename or "this one"} has none.'
         )
-    for key in keys:
-        if not isinstance(cfg[key], (Mapping, list, tuple)):
-            raise ValueError(
-                f'{key} is {printable(repr(cfg[key]))}, but it has to be a dict of '
-                'what MMEngine builds: see configs/ for examples.'
-            )
 
 
 # What MMEngine's runner takes together or not at all.

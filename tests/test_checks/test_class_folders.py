@@ -379,5 +379,5 @@ def test_several_data_sets_of_a_split(tmp_path):
     cfg.train_dataloader.dataset = dict(type='ConcatDataset', datasets=parts)
     (finding,) = look_at(cfg, 'train', 'val')
     where = 'train_dataloader.dataset.datasets'
-    assert_says(finding.problem, f'only one of {where}[0] and {where}[1]: cow')
+    assert_says(finding.problem, f'only one of {where}.0 and {where}.1: cow')
     assert finding.fatal

@@ -155,6 +155,16 @@ def test_no_annotations_and_no_folder(coco):
         require_data(cfg, 'train')
 
 
+@pytest.mark.parametrize('task', ['masks', 'folders'])
+@pytest.mark.parametrize('path', [None, ['a.txt']])
+def test_lists_of_images_that_are_no_path(request, task, path):
+    scope = dict(masks=SEG, folders=CLS)[task]
+    cfg = config(scope, request.getfixturevalue(task))
+    cfg.train_dataloader.dataset.ann_file = path
+    with pytest.raises(ValueError, match='train_dataloader.dataset.*ann_file'):
+        require_data(cfg, 'train')
+
+
 @pytest.mark.parametrize(
     'dataset, words',
     [

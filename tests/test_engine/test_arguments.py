@@ -46,6 +46,8 @@ class Picky:
         if size < 0:
             raise ValueError('negative size')
         assert size < 10, 'large size'
+        if size == 7:
+            raise AssertionError
         if package == 'none':
             raise ImportError('pip install colours')
 
@@ -113,6 +115,8 @@ def test_values_that_a_class_refuses_itself(config, text):
 
 
 def test_other_errors_of_a_value_keep_their_traceback():
+    with pytest.raises(AssertionError):  # which says nothing
+        build(dict(type='Picky', size=7))
     with pytest.raises(TypeError, match='not supported between'):
         build(dict(type='Picky', size='1'))
 

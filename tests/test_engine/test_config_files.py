@@ -163,6 +163,8 @@ def test_configs_that_cannot_be_read(call_tool, tmp_path, text, words):
     [
         ('train_cfg.max_epochs', ['KEY=VALUE', 'without spaces']),
         ('a=[1,2', ['bracket']),
+        ("a={'type':'SGD','lr':1}", ['a dict', 'a.NAME=VALUE', 'a._delete_=True']),
+        ("a=[dict(type='SGD')]", ['a dict']),
     ],
 )
 @pytest.mark.parametrize('tool', ['train.py', 'misc/print_config.py'])

@@ -8,7 +8,14 @@ from mmengine.model import BaseModel
 from mmengine.registry import MODELS
 from mmengine.runner import Runner
 
-from mlla_mm.engine.parts import metrics_of, require_parts, require_whole_splits
+from mlla_mm.engine.parts import (
+    metrics_of,
+    require_kinds,
+    require_parts,
+    require_whole_splits,
+)
+
+from ..bad_data import assert_says
 
 
 @MODELS.register_module()
@@ -55,9 +62,40 @@ def test_missing_parts_are_named():
     require_parts(cfg, 'model', user='A test')
     with pytest.raises(ValueError, match='A test needs test_dataloader in'):
         require_parts(cfg, 'model', 'test_dataloader', user='A test')
-    cfg.test_dataloader = 'coco'
-    with pytest.raises(ValueError, match="test_dataloader is 'coco', .* a dict"):
-        require_parts(cfg, 'model', 'test_dataloader', user='A test')
+
+
+@pytest.mark.parametrize(
+    'cfg, words',
+    [
+        (dict(train_dataloader='coco'), ["train_dataloader is 'coco'", 'a dict']),
+        (dict(model=[dict(type='A')]), ['model is ', 'a dict']),
+        (dict(optim_wrapper=dict(optimizer='AdamW')), ["wrapper.optimizer is 'AdamW'"]),
+        (dict(optim_wrapper=3), ['optim_wrapper is 3']),
+        (dict(val_evaluator='IoUMetric'), ["is 'IoUMetric'", 'a dict or a list']),
+        (dict(default_hooks=[dict(type='EMAHook')]), ['default_hooks is', 'a dict']),
+        (dict(env_cfg=dict(mp_cfg='fork')), ["env_cfg.mp_cfg is 'fork'"]),
+        (dict(randomness=3), ['randomness is 3', 'a dict']),
+        (dict(auto_scale_lr=True), ['auto_scale_lr is True', 'a dict']),
+        (dict(load_from=True), ['load_from is True', 'a text']),
+        (dict(default_scope=['mmdet']), ["default_scope is ['mmdet']", 'a text']),
+    ],
+)
+def test_values_of_another_kind(cfg, words):
+    with pytest.raises(ValueError) as caught:
+        require_kinds(Config(cfg))
+    assert_says(caught.value, *words)
+    require_kinds(Config(dict(cfg, runner_type='MyRunner')))
+
+
+def test_values_of_the_right_kind(tmp_path):
+    """None, objects and several optimizers are left to MMEngine."""
+    one, model = dict(type='A'), torch.nn.Identity()
+    for cfg in (
+        dict(model=model, train_dataloader=None, work_dir=tmp_path, val_cfg={}),
+        dict(val_evaluator=(one,), param_scheduler=dict(a=[one], b=one)),
+        dict(optim_wrapper=dict(a=one, constructor='B'), visualizer=None),
+    ):
+        require_kinds(Config(cfg))
 
 
 def test_metrics_of_evaluators():

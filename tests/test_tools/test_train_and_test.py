@@ -266,10 +266,10 @@ CHECKED = {
     'work_dir': (['train.py', '--work-dir', IN_A_FILE],
                  'Not a directory', IN_A_FILE, '--work-dir'),
     'config of a training': (['train.py', '--cfg-options', 'model.backbone.arhc=tiny'],
-                             'model.backbone.arhc', "'arch' meant"),
+                             'model.backbone.arhc', 'arch meant'),
     'config of a test': (
         ['test.py', ROOT / CLASSIFIER, '--cfg-options', 'model.backbone.arhc=tiny'],
-        'model.backbone.arhc', "'arch' meant"),
+        'model.backbone.arhc', 'arch meant'),
     'type of a training': (['train.py', '--cfg-options', 'model.backbone.type=MLA'],
                            'MLA is not in the', 'registry'),
     'type of a test': (
