@@ -27,8 +27,8 @@ _BACKBONE_ALONE = (
     'model.backbone.init_cfg.checkpoint={}'
 )
 _OTHER_CLASSES = (
-    'The backbone fits; the file may have another number of classes, which the start '
-    'of a training takes: load_from, without --resume.'
+    'The backbone fits. If the file is of other classes, use a config with these, or '
+    'start a training of yours from it: load_from, without --resume.'
 )
 # In PyTorch's error.
 _MISSHAPED = re.compile(r'^\s*size mismatch for (\S+): ', re.MULTILINE)
