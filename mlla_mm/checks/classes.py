@@ -1,7 +1,6 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 """Finds out whether the heads of a model and its data sets have the same classes."""
 
-import inspect
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
@@ -9,48 +8,16 @@ from typing import Any, NamedTuple, Set, Tuple
 
 from mmengine.config import Config
 from mmengine.fileio import list_from_file
-from mmengine.registry import DATASETS, Registry
+from mmengine.registry import DATASETS
 
 from ..engine.parts import SPLITS, datasets_of, named_parts, wrapping_datasets
 from ..utils.text import printable
+from .kinds import PACKAGES, class_of
 
 # Keys of heads whose classes are those of the data set.
 _HEADS = ('bbox_head', 'mask_head', 'decode_head', 'auxiliary_head', 'head')
-# What their parts do is known. Wrappers, for one, have the classes of what they wrap.
-_PACKAGES = {'mmengine', 'mmdet', 'mmseg', 'mmpretrain', 'mlla_mm'}
 _OF_PIXELS = ('model.decode_head', 'model.auxiliary_head')
 _OF_CLASSIFIERS = ('model.head.num_classes', 'model.data_preprocessor.num_classes')
-
-
-def class_of(registry: Registry, kind: Any) -> Any:
-    """The class of a ``type``, or None if it cannot be found."""
-    if not isinstance(kind, str):
-        return kind
-    with registry.switch_scope_and_registry(None) as scoped:
-        try:
-            return scoped.get(kind)
-        except (ImportError, RuntimeError):
-            return None
-
-
-def package_of(registry: Registry, part: Mapping) -> str:
-    """The package of a part's type; empty if it is unknown."""
-    kind = class_of(registry, part.get('type'))
-    return str(getattr(kind, '__module__', '')).partition('.')[0]
-
-
-def is_known(registry: Registry, part: Mapping) -> bool:
-    """Whether a part's type is of a package whose parts these checks know.
-
-    A user's own class may give another meaning to an argument of its base class.
-    """
-    return package_of(registry, part) in _PACKAGES
-
-
-def is_kind(registry: Registry, part: Mapping, kind: type) -> bool:
-    """Whether a part's type is a class, or one that is derived from it."""
-    found = class_of(registry, part.get('type'))
-    return inspect.isclass(found) and issubclass(found, kind)
 
 
 def head_classes(model: Mapping) -> Iterator[Tuple[str, int]]:
@@ -167,7 +134,7 @@ def _wrappers_of_others(cfg: Config, split: str) -> Iterator[str]:
     loader = f'{split}_dataloader'
     for key, wrapper in wrapping_datasets(cfg.get(loader)):
         bases = getattr(class_of(DATASETS, wrapper.get('type')), '__mro__', ())
-        if not {base.__module__.split('.')[0] for base in bases} & _PACKAGES:
+        if not {base.__module__.split('.')[0] for base in bases} & PACKAGES:
             yield f'{loader}.{key}.'
 
 

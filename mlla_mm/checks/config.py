@@ -41,7 +41,8 @@ from ..engine.parts import (
     wrapping_datasets,
 )
 from ..reproducible.loops import require_seeded
-from .classes import check_classes, class_of, is_known
+from .classes import check_classes
+from .kinds import class_of, is_known
 from .outputs import check_outputs
 from .runner_keys import check_runner_keys
 

@@ -30,9 +30,10 @@ from ..engine.parts import SPLITS, datasets_of, kind_of, leaf_datasets, parts_of
 from ..utils.files import write_whole
 from ..utils.text import PATH_LIMIT, describe_error, printable
 from .class_folders import check_folders, check_same_classes
-from .classes import class_of, head_classes
+from .classes import head_classes
 from .coco import check_annotations, check_coco, fix_coco, read_coco
 from .config import check_config
+from .kinds import class_of
 from .label_maps import check_label_maps
 from .shared_images import check_shared_images
 from .source import (

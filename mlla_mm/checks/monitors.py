@@ -9,7 +9,7 @@ packages that could add keys, make every key possible.
 import difflib
 from collections.abc import Iterator, Mapping
 from itertools import product
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional
 
 from mmengine.config import Config
 from mmengine.hooks import CheckpointHook, EarlyStoppingHook
@@ -32,7 +32,7 @@ from ..engine.parts import (
     parts_of,
     training_length,
 )
-from .classes import class_of, is_kind, is_known, package_of
+from .kinds import class_of, is_kind, is_known, known_hooks, package_of
 
 # A key holds it in place of the name of any class.
 _ANY_CLASS = '{class}'
@@ -117,11 +117,6 @@ def metric_keys(cfg: Config) -> Optional[List[str]]:
     if keys and 'MESAHook' in map(kind_of, hooks):
         keys += [f'ema_{key}' for key in keys]
     return keys
-
-
-def known_hooks(cfg: Config) -> Iterator[Tuple[str, Mapping]]:
-    """The hooks of a run whose arguments mean what they do in MMEngine."""
-    return ((key, hook) for key, hook in named_hooks(cfg) if is_known(HOOKS, hook))
 
 
 def _monitors(cfg: Config) -> Iterator[_Monitor]:

@@ -11,7 +11,7 @@ from ..arch import parse_arch
 from ..engine.arguments import require_arguments
 from ..engine.parts import named_parts
 from ..models.backbones import MLLA
-from .classes import class_of
+from .kinds import class_of
 
 # Necks whose in_channels are the channels of all maps of the backbone.
 _NECKS = ('FPN', 'PAFPN', 'BFP', 'ChannelMapper', 'NASFPN', 'FPN_CARAFE')

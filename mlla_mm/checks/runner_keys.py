@@ -28,7 +28,7 @@ from ..engine.arguments import arguments_of
 from ..engine.parts import SPLITS, as_list, has_own_runner, kind_of, named_hooks
 from ..engine.toolboxes import TOOLBOXES
 from ..utils.text import nearest, printable
-from .classes import class_of, is_kind, is_known
+from .kinds import class_of, is_kind, is_known
 
 # Parts of a model whose types stand in the same registry as that of the model.
 _OF_TOOLBOXES = ('backbone', 'neck', 'head', 'decode_head', 'bbox_head', 'rpn_head')

@@ -21,8 +21,7 @@ from mmengine.registry import (
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 
 from ..engine.parts import kind_of, named_schedulers, training_length
-from .classes import is_kind, is_known
-from .monitors import known_hooks
+from .kinds import is_kind, is_known, known_hooks
 
 NO_VALIDATION = 'val_dataloader=None val_cfg=None val_evaluator=None'
 """Options that switch the validation off."""
