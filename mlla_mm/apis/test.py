@@ -69,7 +69,7 @@ def apply_command_line(cfg: Config, args: argparse.Namespace) -> None:
         raise FileNotFoundError(f'Checkpoint not found: {args.checkpoint}')
     cfg.load_from = args.checkpoint
     cfg.resume = False
-    options.check_loaded_weights(cfg)
+    options.add_weight_hooks(cfg)
     if args.amp:
         cfg.test_cfg.fp16 = True
     if args.ema:

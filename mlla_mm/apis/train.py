@@ -92,7 +92,8 @@ def apply_command_line(cfg: Config, args: argparse.Namespace) -> Optional[str]:
     require_whole_splits(cfg)
     launch.require_restart_allowed(cfg.work_dir)
     options.set_resume(cfg, launch.restart_checkpoint(cfg.work_dir) or args.resume)
-    options.check_loaded_weights(cfg)
+    options.add_weight_hooks(cfg)
+    options.start_from_whole_model(cfg)
     layout = launch.processes(cfg.launcher)
     if args.resume and not cfg.resume and layout.rank == 0:
         print(f'Nothing to resume in {cfg.work_dir}: a new run begins.', flush=True)
@@ -110,8 +111,8 @@ def apply_command_line(cfg: Config, args: argparse.Namespace) -> Optional[str]:
 def _record(written: Config, cfg: Config, notice: Optional[str]) -> RecordRecipeHook:
     """The hook that records how the run differs from its recipe."""
     recipe = describe_recipe(written)
-    if cfg.get('resume'):
-        # The run starts from its checkpoint instead.
+    if cfg.get('load_from'):
+        # The run starts from this checkpoint instead.
         recipe['pretrained weights'] = None
     world_size = launch.processes(cfg.launcher).world_size
     return RecordRecipeHook(recipe, describe_run(cfg, world_size), notice)

@@ -126,11 +126,7 @@ def set_resume(cfg: Config, resume: Optional[str]) -> None:
     cfg.load_from = resume
     if Path(resume).is_file():
         cfg.randomness = dict(cfg.get('randomness', {}), seed=seed_of(resume))
-    for part in parts_of(cfg.model):
-        read = pretrained_of(part)
-        if read:
-            left = [x for x in as_list(part['init_cfg']) if x not in read]
-            part['init_cfg'] = left or None
+    _leave_out_pretrained(cfg.model)
     kinds = list(map(kind_of, hooks_of(cfg)))
     hooks = dict(cfg.get('default_hooks') or {})
     if 'ResumedStateHook' not in kinds:
@@ -145,7 +141,7 @@ def set_resume(cfg: Config, resume: Optional[str]) -> None:
 _OF_WEIGHTS = dict(fresh_heads='FreshHeadsHook', check_weights='CheckWeightsHook')
 
 
-def check_loaded_weights(cfg: Config) -> None:
+def add_weight_hooks(cfg: Config) -> None:
     """Add the hooks that see whether a checkpoint fits, where a config lacks them.
 
     Args:
@@ -172,6 +168,27 @@ def check_loaded_weights(cfg: Config) -> None:
         hooks = cfg.get('default_hooks') or {}
         if kind not in kinds and name not in hooks:
             cfg.default_hooks = dict(hooks, **{name: dict(type=kind)})
+
+
+def start_from_whole_model(cfg: Config) -> None:
+    """Leave out the backbone's pretrained weights if ``load_from`` replaces them.
+
+    They stay if the config switches off the hook that requires all weights to be there.
+
+    Args:
+        cfg (Config): The config of a training run; changed in place.
+    """
+    is_whole = 'CheckWeightsHook' in map(kind_of, hooks_of(cfg))
+    if is_whole and cfg.get('load_from') and not cfg.get('resume'):
+        _leave_out_pretrained(cfg.model.get('backbone'))
+
+
+def _leave_out_pretrained(model: Any) -> None:
+    for part in parts_of(model):
+        read = pretrained_of(part)
+        if read:
+            left = [x for x in as_list(part['init_cfg']) if x not in read]
+            part['init_cfg'] = left or None
 
 
 def require_pretrained(cfg: Config) -> None:

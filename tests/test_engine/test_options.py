@@ -1,5 +1,6 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 import argparse
+import copy
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,22 @@ def test_a_resumed_run_does_without_the_pretrained_weights(tmp_path):
     options.set_resume(cfg, 'auto')
     assert cfg.model.backbone.init_cfg is None
     options.require_pretrained(cfg)
+
+
+def test_a_whole_model_does_without_the_pretrained_weights(tmp_path):
+    (tmp_path / 'whole.pth').touch()
+    cfg = with_weights(tmp_path / 'MLLA_T.pth', load_from=str(tmp_path / 'whole.pth'))
+    off = copy.deepcopy(cfg)
+    options.add_weight_hooks(cfg)
+    options.start_from_whole_model(cfg)
+    assert cfg.model.backbone.init_cfg is None
+    options.require_pretrained(cfg)
+    # Without the check the file may be of anything.
+    off.default_hooks = dict(check_weights=dict(type='NoHook'))
+    options.add_weight_hooks(off)
+    options.start_from_whole_model(off)
+    with pytest.raises(FileNotFoundError):
+        options.require_pretrained(off)
 
 
 def test_weights_among_several_ways_to_start(tmp_path):
@@ -269,4 +286,4 @@ def test_draw_results_needs_a_hook():
 def test_checkpoints_to_load_that_are_not_there(source):
     cfg = Config(dict(load_from=source))
     with pytest.raises((FileNotFoundError, ValueError), match='load_from=None'):
-        options.check_loaded_weights(cfg)
+        options.add_weight_hooks(cfg)
