@@ -66,6 +66,7 @@ def merge_options(cfg: Config, options: Optional[Mapping[str, Any]]) -> None:
     """Merge ``--cfg-options`` into a config.
 
     New keys are fine below what the config has, for instance for arguments of a class.
+    A None that gets keys becomes a dict.
 
     Args:
         cfg (Config): The config as it was read; changed in place.
@@ -81,6 +82,7 @@ def merge_options(cfg: Config, options: Optional[Mapping[str, Any]]) -> None:
     options = {re.sub(r'\[(\d+)\]', r'.\1', key): x for key, x in options.items()}
     require_read(cfg, options)
     require_place(cfg, options)
+    _remove_none(cfg, options)
     try:
         cfg.merge_from_dict(dict(options))
     except (AttributeError, KeyError, TypeError) as error:
@@ -90,6 +92,22 @@ def merge_options(cfg: Config, options: Optional[Mapping[str, Any]]) -> None:
         ) from error
     if any(key.startswith('custom_imports') for key in options):
         import_modules(cfg)
+
+
+def _remove_none(cfg: Config, options: Mapping[str, Any]) -> None:
+    """Remove each None that gets keys, as MMEngine merges no dict into it."""
+    for key in options:
+        value: Any = cfg
+        for name in key.split('.')[:-1]:
+            if isinstance(value, list):
+                value = value[int(name)]
+            elif not isinstance(value, (dict, Config)):
+                break  # a text, say, that _delete_ removes
+            elif value.get(name) is None:
+                value.pop(name, None)
+                break
+            else:
+                value = value[name]
 
 
 def import_modules(cfg: Config) -> None:

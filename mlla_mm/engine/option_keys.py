@@ -149,6 +149,8 @@ def require_place(cfg: Config, options: Mapping[str, Any]) -> None:
                 if name not in value:
                     break
                 value = value[name]
+            elif value is None:
+                break
             else:
                 raise ValueError(
                     f'--cfg-options {key}: {place} is {_shown(value)}, which has no '

@@ -180,3 +180,29 @@ def test_items_of_lists_by_their_number():
     cfg = Config.fromfile(NANO['mmseg'])
     config_files.merge_options(cfg, {'param_scheduler[0].end': 7})
     assert cfg.param_scheduler[0].end == 7
+
+
+def test_none_becomes_a_dict():
+    cfg = Config.fromfile(NANO['mmdet'])
+    assert cfg.model.backbone.init_cfg is None
+    options = {
+        'model.backbone.init_cfg.type': 'Pretrained',
+        'model.backbone.init_cfg.checkpoint': 'x.pth',
+        'optim_wrapper.clip_grad.max_norm': 1.0,
+        'model.rpn_head.init_cfg.type': 'Normal',
+    }
+    cfg.optim_wrapper.clip_grad = None
+    config_files.merge_options(cfg, options)
+    assert cfg.model.backbone.init_cfg == dict(type='Pretrained', checkpoint='x.pth')
+    assert cfg.optim_wrapper.clip_grad == dict(max_norm=1.0)
+    assert cfg.model.rpn_head.init_cfg.type == 'Normal'
+    config_files.merge_options(cfg, {'model.backbone.init_cfg': None})
+    assert cfg.model.backbone.init_cfg is None
+
+
+def test_a_dict_in_place_of_a_text():
+    cfg = Config(dict(model=dict(backbone=dict(arch='tiny'))))
+    arch = 'model.backbone.arch.'
+    options = {f'{arch}_delete_': True, f'{arch}embed_dims': 48}
+    config_files.merge_options(cfg, options)
+    assert cfg.model.backbone.arch == dict(embed_dims=48)
