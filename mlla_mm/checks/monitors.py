@@ -29,7 +29,6 @@ from ..engine.parts import (
     kind_of,
     named_hooks,
     named_schedulers,
-    parts_of,
     training_length,
 )
 from .kinds import class_of, is_kind, is_known, known_hooks, package_of
@@ -105,10 +104,10 @@ def metric_keys(cfg: Config) -> Optional[List[str]]:
         classes. None if any key is possible.
     """
     hooks = [hook for _, hook in named_hooks(cfg)]
-    model = [x for x in parts_of(cfg.get('model')) if class_of(MODELS, x.get('type'))]
     all_known = (
         all(is_known(HOOKS, hook) for hook in hooks)
-        and all(is_known(MODELS, part) for part in model)
+        # A model may give losses in a validation, which MMEngine adds to the metrics.
+        and is_known(MODELS, cfg.model)
         and kind_of(cfg.val_cfg) in (None, *_VAL_LOOPS)
         and (cfg.val_cfg.get('type') is None or is_known(LOOPS, cfg.val_cfg))
         and cfg.get('runner_type', 'Runner') == 'Runner'

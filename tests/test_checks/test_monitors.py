@@ -240,7 +240,7 @@ class OwnPlateau(ReduceOnPlateauLR):
 
 
 @MODELS.register_module()
-class OwnHead:
+class OwnModel:
     """MMEngine's loop adds losses that a model gives to the metrics."""
 
 
@@ -251,7 +251,7 @@ class OwnHead:
         {'val_evaluator': dict(type='OwnMetric')},
         {'val_evaluator': dict(type='IoUMetric', _scope_='mmseg')},
         {'custom_hooks': [dict(type='OwnHook')]},
-        {'model.auxiliary_head': dict(type='OwnHead', _delete_=True)},
+        {'model.type': 'OwnModel'},
         {'val_cfg.type': 'OwnLoop'},
         {'runner_type': 'OwnRunner'},
         {'default_hooks.checkpoint': dict(type='OwnBest', save_best='x', rule=None)},
@@ -260,6 +260,10 @@ class OwnHead:
 def test_own_parts_make_every_key_possible(changes):
     cfg = config(SEG)
     cfg.default_hooks.checkpoint.update(save_best='mine', rule='less')
+    with pytest.raises(ValueError, match='mine'):
+        check_monitors(cfg)
+    # One in the model gives none.
+    cfg.model.backbone.type = 'OwnModel'
     with pytest.raises(ValueError, match='mine'):
         check_monitors(cfg)
     cfg.merge_from_dict(changes)
