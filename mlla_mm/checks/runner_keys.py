@@ -88,8 +88,10 @@ def _check_scope(cfg: Config) -> None:
     kinds = [kind for kind in types if isinstance(kind, str)]
     # MMEngine warns of a scope without a registry, and takes its own.
     lost = _not_in(scope or 'mmengine', kinds)
+    if not lost:
+        return  # before the other toolboxes are imported
     fitting = [x for x in sorted(TOOLBOXES - {scope}) if not _not_in(x, kinds)]
-    if lost and fitting:
+    if fitting:
         raise ValueError(
             f'default_scope is {scope!r}, where there is no {lost[0]}: write '
             f"default_scope = '{fitting[0]}'."

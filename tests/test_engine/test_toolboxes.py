@@ -14,9 +14,12 @@ SCRIPT = """
 import importlib
 import sys
 
+from mlla_mm.checks.config import check_config
+from mlla_mm.engine.config_files import read_config
 from mlla_mm.engine.toolboxes import TOOLBOXES, load_own_toolbox_alone
 
 load_own_toolbox_alone({config!r})
+check_config(read_config({config!r}))
 for part in ('datasets', 'engine', 'evaluation', 'models', 'visualization'):
     importlib.import_module(f'{scope}.{{part}}')
 assert TOOLBOXES & set(sys.modules) == {{{scope!r}}}
