@@ -108,6 +108,10 @@ def refuse(source: str, reason: str, what: str = 'optim_wrapper') -> NoReturn:
 
 def arguments_of(optimizer: Any) -> Set[str]:
     """The hyperparameters that a config can give to an optimiser."""
+    # A ZeroRedundancyOptimizer hands them to another one.
+    wrapped = getattr(optimizer, 'optim', None)
+    if isinstance(wrapped, Optimizer):
+        return arguments_of(wrapped)
     return {
         name
         for kind in type(optimizer).__mro__

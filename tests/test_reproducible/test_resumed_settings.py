@@ -18,7 +18,7 @@ from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import OPTIMIZERS, PARAM_SCHEDULERS
 from mmengine.runner import Runner
-from torch import nn
+from torch import distributed, nn
 
 from mlla_mm.checkpoints.reader import CheckpointError
 from mlla_mm.engine.recipe import describe_run
@@ -499,6 +499,31 @@ def test_what_an_optimizer_counts_goes_on(train, tmp_path, rate):
     assert not any('pace' in line or 'step' in line for line in resumed.lines)
     expected = train('whole', 4, **options(rate)).rates
     assert resumed.rates[10][0]['pace'] == 20
+    assert resumed.rates == later(expected, 10)
+
+
+@pytest.fixture
+def group():
+    """A process group of this process alone."""
+    store = distributed.HashStore()
+    distributed.init_process_group('gloo', store=store, rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize('change', [{}, dict(lr=0.02), dict(weight_decay=0.3)])
+def test_zero_has_the_settings_of_its_optimizer(train, tmp_path, group, change):
+    """Its own arguments do not name them."""
+
+    def options(**more):
+        zero = dict(type='ZeroRedundancyOptimizer', optimizer_type='AdamW', **more)
+        return dict(optimizer=zero, schedule=POLY)
+
+    train('first', 4, **options())
+    path = tmp_path / 'first/epoch_2.pth'
+    resumed = train('resumed', 4, path, **options(**change))
+    assert bool(resumed.lines) == bool(change)
+    expected = train('whole', 4, **options(**change)).rates
     assert resumed.rates == later(expected, 10)
 
 
