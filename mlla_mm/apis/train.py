@@ -99,7 +99,7 @@ def apply_command_line(cfg: Config, args: argparse.Namespace) -> Optional[str]:
         print(f'Nothing to resume in {cfg.work_dir}: a new run begins.', flush=True)
     if args.amp:
         options.enable_amp(cfg)
-    check_numbers(cfg)
+    check_numbers(cfg)  # the next function calculates with them
     return batch_size.settle(
         cfg,
         layout.world_size,

@@ -30,7 +30,7 @@ from mmengine.registry import (
 )
 
 from ..compat.mmcv_ext import is_stand_in
-from ..engine.option_keys import paths_of
+from ..engine.arguments import unknown_arguments
 from ..engine.parts import (
     SPLITS,
     as_list,
@@ -38,6 +38,7 @@ from ..engine.parts import (
     datasets_of,
     kind_of,
     parts_of,
+    paths_of,
     wrapping_datasets,
 )
 from ..reproducible.loops import require_seeded
@@ -205,10 +206,9 @@ def _check_wrappers(loader: Any, name: str) -> None:
     """Whether wrappers have arguments of others, and can mix what they are to mix."""
     for key, wrapper in wrapping_datasets(loader):
         kind = class_of(DATASETS, wrapper.get('type'))
-        known = inspect.signature(kind).parameters if inspect.isclass(kind) else {}
-        unknown = [x for x in wrapper if x not in (*known, 'type', '_scope_')]
-        takes_any = any(p.kind is p.VAR_KEYWORD for p in known.values())
-        if known and unknown and not takes_any:
+        given = {k: v for k, v in wrapper.items() if k not in ('type', '_scope_')}
+        unknown = unknown_arguments(kind, given) if inspect.isclass(kind) else []
+        if unknown:
             raise ValueError(
                 f'{name}.{key} has {unknown[0]}, which is not an argument of '
                 f'{kind.__name__}: give it to the data set in it. If it is of a base '

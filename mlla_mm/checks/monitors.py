@@ -27,6 +27,7 @@ from mmengine.registry import (
 from ..engine.parts import (
     as_list,
     kind_of,
+    metrics_of,
     named_hooks,
     named_schedulers,
     training_length,
@@ -197,10 +198,10 @@ def _require_rule(key: str, hook: Mapping, keys: Optional[List[str]]) -> None:
 
 
 def _evaluator_keys(evaluator: Any) -> Optional[List[str]]:
+    found = map(_metric_keys, metrics_of(evaluator))
     if not isinstance(evaluator, Mapping) or 'metrics' not in evaluator:
-        return _union(map(_metric_keys, as_list(evaluator)))
+        return _union(found)
     # MMEngine builds a dict of metrics as an evaluator.
-    found = map(_metric_keys, as_list(evaluator['metrics']))
     part = {'type': 'Evaluator', **evaluator}
     package, kind = package_of(EVALUATOR, part), kind_of(part)
     if (package, kind) == ('mmengine', 'Evaluator'):

@@ -9,7 +9,7 @@ from mmengine.registry import MODELS
 
 from ..arch import parse_arch
 from ..engine.arguments import require_arguments
-from ..engine.parts import named_parts
+from ..engine.parts import named_parts, value_at
 from ..models.backbones import MLLA
 from .kinds import class_of
 
@@ -49,9 +49,7 @@ def check_outputs(model: Mapping) -> None:
         _expect(neck.get('in_channels'), outputs, 'model.neck.in_channels')
         width = neck.get('out_channels')
         for path in _BEHIND_NECK:
-            value: Any = model
-            for key in path.split('.'):
-                value = value.get(key) if isinstance(value, Mapping) else None
+            value = value_at(model, path)
             if isinstance(value, int) and isinstance(width, int):
                 _expect(
                     [value],

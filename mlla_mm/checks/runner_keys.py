@@ -25,7 +25,14 @@ from mmengine.utils.dl_utils import set_multi_processing
 from torch.utils.data import DataLoader
 
 from ..engine.arguments import arguments_of
-from ..engine.parts import SPLITS, as_list, has_own_runner, kind_of, named_hooks
+from ..engine.parts import (
+    SPLITS,
+    as_list,
+    has_own_runner,
+    kind_of,
+    named_hooks,
+    value_at,
+)
 from ..engine.toolboxes import TOOLBOXES
 from ..utils.text import nearest, printable
 from .kinds import class_of, is_kind, is_known
@@ -156,10 +163,7 @@ def _check_arguments(cfg: Config) -> None:
         ('randomness', list(inspect.signature(Runner.set_randomness).parameters)[1:]),
         ('auto_scale_lr', ('base_batch_size', 'enable')),
     ):
-        part: Any = cfg
-        for key in path.split('.'):
-            part = part.get(key) if hasattr(part, 'get') else None
-        _require_known(part, path, known)
+        _require_known(value_at(cfg, path), path, known)
     seeds = cfg.get('randomness')
     # FlexibleRunner draws one.
     is_needed = kind_of(dict(type=cfg.get('runner_type') or 'Runner')) == 'Runner'

@@ -11,9 +11,8 @@ from typing import Any, List, Optional
 from mmengine.config import Config
 
 from ..compat.openmmlab import innermost_build
-from ..utils.text import describe_error, nearest
-from .option_keys import listed, paths_of
-from .parts import kind_of
+from ..utils.text import describe_error, listed, nearest
+from .parts import kind_of, paths_of
 
 _REFUSED = re.compile(r"got an unexpected keyword argument '(\w+)'")
 _MISSING = re.compile(r"missing \d+ required [\w-]+ arguments?: '(\w+)'")
@@ -105,10 +104,18 @@ def require_arguments(kind: Any, given: Mapping, key: str) -> None:
     Raises:
         ArgumentError: Names the first key, and the arguments that exist.
     """
-    known = inspect.signature(kind).parameters
-    unknown = [name for name in given if name not in known]
-    if unknown and not any(x.kind is x.VAR_KEYWORD for x in known.values()):
+    unknown = unknown_arguments(kind, given)
+    if unknown:
+        known = inspect.signature(kind).parameters
         raise ArgumentError(_refusal(f'{key}.{unknown[0]}', unknown[0], kind, known))
+
+
+def unknown_arguments(kind: Any, given: Mapping) -> List[str]:
+    """The arguments that a class does not take; none if it takes any."""
+    known = inspect.signature(kind).parameters
+    if any(x.kind is x.VAR_KEYWORD for x in known.values()):
+        return []
+    return [name for name in given if name not in known]
 
 
 # Of their derived classes, each has a message of its own.

@@ -5,14 +5,14 @@ import ast
 import inspect
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-from ..utils.text import nearest, printable
-from .parts import has_own_runner
+from ..utils.text import listed, nearest, printable
+from .parts import Keys, has_own_runner, paths_of
 
 #: Keys of a config that something reads: MMEngine's runners, its Config, our tools.
 READ = frozenset(
@@ -80,10 +80,6 @@ OLD_KEYS: Dict[str, str] = {
 }
 # Top-level names that configs of today use for variables of their own.
 _STILL_USED = {'deterministic', 'device', 'gpus', 'paramwise_cfg', 'seed'}
-# Of many keys that end alike, as many are named.
-_SHOWN = 4
-
-Path = Tuple[str, ...]
 
 
 def require_read(cfg: Config, options: Mapping[str, Any]) -> None:
@@ -219,11 +215,11 @@ def describe_unused(cfg: Config) -> List[str]:
     Returns:
         list[str]: A line for each of them.
     """
-    if has_own_runner(cfg) or FilePath(cfg.filename or '').suffix != '.py':
+    if has_own_runner(cfg) or Path(cfg.filename or '').suffix != '.py':
         return []
     values = list(_read_paths(cfg))
     lines = []
-    for name in _unused_names(FilePath(cfg.filename).read_text('utf-8')):
+    for name in _unused_names(Path(cfg.filename).read_text('utf-8')):
         # Old names have a line of their own.
         if name not in cfg or name in READ or name in OLD_KEYS.keys() - _STILL_USED:
             continue
@@ -256,24 +252,11 @@ def _unused_names(text: str) -> List[str]:
     return [name for name in dict.fromkeys(given) if name not in read]
 
 
-def paths_of(value: Any, path: Path = ()) -> Iterator[Tuple[Path, Any]]:
-    """All keys of a config's part with their values, each before those below it."""
-    if isinstance(value, (Mapping, Config)):
-        items = [(str(key), item) for key, item in value.items()]
-    elif isinstance(value, (list, tuple)):
-        items = [(str(i), item) for i, item in enumerate(value)]
-    else:
-        return
-    for key, item in items:
-        yield (*path, key), item
-        yield from paths_of(item, (*path, key))
-
-
-def _read_paths(cfg: Config) -> Iterator[Tuple[Path, Any]]:
+def _read_paths(cfg: Config) -> Iterator[Tuple[Keys, Any]]:
     return ((path, x) for path, x in paths_of(cfg) if path[0] in READ)
 
 
-def _uses(cfg: Config, name: str) -> Iterator[Path]:
+def _uses(cfg: Config, name: str) -> Iterator[Keys]:
     """The keys that took name and value of a variable, such as ``max_epochs``.
 
     For a list or a dict, the end of the name is enough: ``train_pipeline``.
@@ -327,17 +310,9 @@ def _where(cfg: Config) -> str:
 def _choice(keys: Sequence[str], value: Any, word: str = 'or') -> str:
     # Some of OLD_KEYS are now an option of a tool, or a value.
     shown = [
-        _assigned(key, value) if re.fullmatch(r'[\w.]+', key) else key
-        for key in keys[:_SHOWN]
+        _assigned(key, value) if re.fullmatch(r'[\w.]+', key) else key for key in keys
     ]
-    return listed(shown, word, len(keys))
-
-
-def listed(shown: Sequence[str], word: str, total: int = 0) -> str:
-    """Words with commas, of which only so many are named."""
-    more = max(total, len(shown)) - _SHOWN
-    words = [*shown[:_SHOWN], *([f'{more} more'] if more > 0 else [])]
-    return f' {word} '.join(filter(None, [', '.join(words[:-1]), words[-1]]))
+    return listed(shown, word)
 
 
 def _assigned(key: str, value: Any) -> str:

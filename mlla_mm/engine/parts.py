@@ -12,14 +12,37 @@ SPLITS = ('train', 'val', 'test')
 """What ``_dataloader`` follows in the keys of a config."""
 
 
+Keys = Tuple[str, ...]
+"""Keys below one another, as ``--cfg-options`` joins them with dots."""
+
+
+def paths_of(value: Any, path: Keys = ()) -> Iterator[Tuple[Keys, Any]]:
+    """All keys of a config's part with their values, each before those below it."""
+    if isinstance(value, (Mapping, Config)):
+        items = [(str(key), item) for key, item in value.items()]
+    elif isinstance(value, (list, tuple)):
+        items = [(str(i), item) for i, item in enumerate(value)]
+    else:
+        return
+    for key, item in items:
+        yield (*path, key), item
+        yield from paths_of(item, (*path, key))
+
+
 def parts_of(config: Any) -> Iterator[dict]:
     """All dicts of a config's part, each before those that are in it."""
     if isinstance(config, dict):
         yield config
-        config = list(config.values())
-    if isinstance(config, (list, tuple)):
-        for value in config:
-            yield from parts_of(value)
+    for _, value in paths_of(config):
+        if isinstance(value, dict):
+            yield value
+
+
+def value_at(config: Any, key: str) -> Any:
+    """The value of a key with dots; None if something above it has no such key."""
+    for name in key.split('.'):
+        config = config.get(name) if isinstance(config, (Mapping, Config)) else None
+    return config
 
 
 def named_parts(value: Any, key: str) -> Iterator[Tuple[str, Mapping]]:
@@ -221,9 +244,7 @@ def require_kinds(cfg: Config) -> None:
     if has_own_runner(cfg):
         return
     for key, kinds in _KINDS.items():
-        value: Any = cfg
-        for name in key.split('.'):
-            value = value.get(name) if hasattr(value, 'get') else None
+        value = value_at(cfg, key)
         if isinstance(value, _PLAIN) and not isinstance(value, kinds):
             right = ' or '.join(_WORDS[kind] for kind in kinds if kind in _WORDS)
             raise ValueError(

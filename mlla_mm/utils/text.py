@@ -2,10 +2,12 @@
 """Text of messages: strangers' words made safe to print, and the nearest name."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import PurePath
 from typing import Any, Optional
 
+# So many words of a list are named.
+_LISTED = 4
 #: Limit that keeps paths whole: no system has longer ones.
 PATH_LIMIT = 4096
 
@@ -70,3 +72,22 @@ def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> Optional[st
     by_lower = {x.lower(): x for x in sorted(names)}
     found = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=cutoff)
     return by_lower[found[0]] if found else None
+
+
+def listed(words: Sequence[str], conjunction: str) -> str:
+    """Words with commas, and a conjunction before the last of them.
+
+    Args:
+        words (Sequence[str]): The words, at least one. Four of them are named.
+        conjunction (str): Such as 'or'.
+
+    Examples:
+        >>> listed(['a', 'b', 'c'], 'or')
+        'a, b or c'
+        >>> listed('abcdef', 'and')
+        'a, b, c, d and 2 more'
+    """
+    more = len(words) - _LISTED
+    named = [*words[:_LISTED], *([f'{more} more'] if more > 0 else [])]
+    *first, last = named
+    return f'{", ".join(first)} {conjunction} {last}' if first else last

@@ -10,38 +10,25 @@ import torch
 from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import CheckpointHook
-from mmengine.model import BaseModel
 from mmengine.optim import ConstantLR
 from mmengine.registry import (
     HOOKS,
     LOG_PROCESSORS,
     LOOPS,
     METRICS,
-    MODELS,
     PARAM_SCHEDULERS,
 )
 from mmengine.runner import IterBasedTrainLoop, LogProcessor, Runner
 
 from mlla_mm.checks.units import IntervalError, check_checkpoints, check_units
 
+from .. import one_weight  # noqa: F401  (registers its model)
 from ..bad_data import CLS, DET, SEG, assert_says, config
 
 for package in ('mmdet', 'mmseg', 'mmpretrain'):
     pytest.importorskip(package)
 
 LENGTH = 6
-
-
-@MODELS.register_module()
-class Counter(BaseModel):
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1))
-
-    def forward(self, inputs, mode):
-        if mode == 'predict':
-            return [self.weight.item()]
-        return dict(loss=(self.weight - inputs).square().sum())
 
 
 @METRICS.register_module()
@@ -87,7 +74,7 @@ def in_iterations(work_dir='work', **changes) -> Config:
     loop = dict(type='IterBasedTrainLoop', max_iters=LENGTH, val_interval=2)
     cfg = Config(
         dict(
-            model=dict(type='Counter'),
+            model=dict(type='OneWeight'),
             work_dir=str(work_dir),
             train_dataloader=loader,
             val_dataloader=copy.deepcopy(loader),

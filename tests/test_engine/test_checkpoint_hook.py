@@ -8,23 +8,13 @@ import shutil
 import pytest
 import torch
 from mmengine.evaluator import BaseMetric
-from mmengine.model import BaseModel
 from mmengine.registry import METRICS
 from mmengine.runner import Runner
 
 from mlla_mm.checkpoints.reader import CheckpointError
 from mlla_mm.utils import files
 
-
-class Tiny(BaseModel):
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1))
-
-    def forward(self, inputs, mode):
-        if mode == 'predict':
-            return [self.weight.item()]
-        return dict(loss=(self.weight - inputs).square().sum())
+from ..one_weight import OneWeight
 
 
 @METRICS.register_module()
@@ -56,7 +46,7 @@ def train(tmp_path):
             collate_fn=dict(type='default_collate'),
         )
         runner = Runner(
-            Tiny(),
+            OneWeight(),
             str(work_dir),
             train_dataloader=loader,
             val_dataloader=loader,

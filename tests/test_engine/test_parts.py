@@ -10,9 +10,12 @@ from mmengine.runner import Runner
 
 from mlla_mm.engine.parts import (
     metrics_of,
+    parts_of,
+    paths_of,
     require_kinds,
     require_parts,
     require_whole_splits,
+    value_at,
 )
 
 from ..bad_data import assert_says
@@ -103,3 +106,20 @@ def test_metrics_of_evaluators():
     for evaluator in (one, [one], dict(metrics=one), dict(type='E', metrics=[one])):
         assert metrics_of(evaluator) == [one]
     assert metrics_of(None) == []
+
+
+def test_parts_and_their_keys():
+    """Each before what is in it, also in lists."""
+    part = dict(a=dict(b=1), c=[dict(d=dict(e=2)), 3])
+    config = dict(part, f='x')
+    assert list(parts_of(config)) == [config, {'b': 1}, {'d': {'e': 2}}, {'e': 2}]
+    keys = ['.'.join(path) for path, _ in paths_of(Config(config))]
+    assert keys == ['a', 'a.b', 'c', 'c.0', 'c.0.d', 'c.0.d.e', 'c.1', 'f']
+
+
+def test_a_value_by_its_key():
+    cfg = Config(dict(a=dict(b=dict(c=1)), d=[dict(e=2)], f=None))
+    assert value_at(cfg, 'a.b.c') == 1
+    assert value_at(cfg, 'd') == [dict(e=2)]
+    for key in ('a.x', 'a.b.c.d', 'd.e', 'f.g', 'x'):
+        assert value_at(cfg, key) is None

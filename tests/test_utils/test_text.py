@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from mlla_mm.utils.text import describe_error, printable
+from mlla_mm.utils.text import describe_error, listed, printable
 
 
 class Talkative:
@@ -58,3 +58,17 @@ def test_errors_are_one_line():
     error = ValueError('two\n  lines\x1b[31m')
     assert describe_error(error) == r'ValueError: two lines\x1b[31m'
     assert describe_error(MemoryError()) == 'MemoryError'
+
+
+@pytest.mark.parametrize(
+    'words, text',
+    [
+        ('a', 'a'),
+        ('ab', 'a or b'),
+        ('abcd', 'a, b, c or d'),
+        ('abcde', 'a, b, c, d or 1 more'),
+        ('abcdefg', 'a, b, c, d or 3 more'),
+    ],
+)
+def test_words_of_a_list(words, text):
+    assert listed(words, 'or') == text
