@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mlla_mm.models import MLLA
-from mlla_mm.models.backbones.mlla import Stage
+from mlla_mm.models.backbones.staged import Stage
 from mlla_mm.models.layers import (
     MLP,
     ConvLayer,
-    LinearAttention,
+    MLLAAttention,
     MLLABlock,
     PatchMerging,
     Stem,
@@ -150,7 +150,7 @@ def _mlp(mlp: MLP, x: Tensor) -> Tensor:
     return mlp.drop(_linear(mlp.fc2, x))
 
 
-def _attention(attn: LinearAttention, v: Tensor, size: Tuple[int, int]) -> Tensor:
+def _attention(attn: MLLAAttention, v: Tensor, size: Tuple[int, int]) -> Tensor:
     """Linear attention with local position encoding, (N, L, C) -> (N, L, C)."""
     batch, tokens, channels = v.shape
 

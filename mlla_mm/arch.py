@@ -1,7 +1,7 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 """The sizes of MLLA, and the checks of its arguments."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import inf
 from typing import Any, Dict, NamedTuple, Optional, Tuple, Union
 
@@ -154,6 +154,12 @@ def check_flags(**flags: Any) -> None:
     for name, value in flags.items():
         if not isinstance(value, bool):
             raise ValueError(f'{name} must be True or False, got {value!r}.')
+
+
+def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
+    """Raise a ValueError unless a value is one of some."""
+    if value not in choices:
+        raise ValueError(f'{name} must be one of {list(choices)}, got {value!r}.')
 
 
 def _is_int(value: Any) -> bool:

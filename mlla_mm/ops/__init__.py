@@ -5,18 +5,21 @@ from .dispatch import (
     conv_layer,
     depthwise_conv,
     fused_block,
+    gated_mixer,
     layer_norm,
     mlla_attention,
     mlp,
 )
-from .naive import linear_attention
+from .naive import EPS, linear_attention
 from .padding import pad_to_multiple
 from .rotary import rotary_embedding
 
 __all__ = [
+    'EPS',
     'conv_layer',
     'depthwise_conv',
     'fused_block',
+    'gated_mixer',
     'layer_norm',
     'linear_attention',
     'mlla_attention',

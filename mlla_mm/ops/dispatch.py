@@ -97,6 +97,32 @@ def mlla_attention(
     return ops.mlla_attention(*tensors, num_heads)
 
 
+def gated_mixer(
+    mixer: nn.Module, x: Tensor, gate: Tensor, readable: Type[nn.Module]
+) -> Tensor:
+    """A token mixer with a gate.
+
+    ::
+
+        y = mixer(x) * SiLU(gate)
+
+    Args:
+        mixer (nn.Module): From (N, H, W, C) to the same shape.
+        x (Tensor): (N, H, W, C).
+        gate (Tensor): Gate before SiLU, (N, H, W, C).
+        readable (type): The type of mixer that :func:`mlla_attention` computes from its
+            ``qk`` and ``lepe``. Others are called.
+
+    Returns:
+        Tensor: (N, H, W, C).
+    """
+    if _implementation(x) is not naive and may_be_read(readable, mixer):
+        attn: Any = mixer
+        if attn.v is None:
+            return mlla_attention(attn.qk(x), x, gate, attn.lepe, attn.num_heads)
+    return mixer(x) * F.silu(gate)
+
+
 def mlp(x: Tensor, fc1: nn.Module, fc2: nn.Module, drop: nn.Module) -> Tensor:
     """Linear layer, GELU (by the error function), linear layer, with dropout.
 
@@ -350,6 +376,7 @@ def _is_readable_block(
     """Whether every layer of a block may be read. Shapes are compared later."""
     if not (
         may_be_read(attn, block.attn)
+        and block.attn.v is None
         and may_be_read(mlp, block.mlp)
         and may_be_read(drop_path, block.drop_path)
     ):

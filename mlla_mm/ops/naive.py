@@ -94,22 +94,54 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
     Returns:
         Tensor: (N, H, W, C), the dtype of ``v``.
     """
-    height, width = v.shape[1:3]
-    dtype = product_dtype(v)
     q = F.elu(at_least_float32(q)) + 1
     k = F.elu(at_least_float32(k)) + 1
+    q_rotated, k_rotated = rotary_embedding(q), rotary_embedding(k)
+    y = mean_over_tokens(q_rotated, k_rotated, v, num_heads)
+    return (y / normaliser(q, k, num_heads)).flatten(-2).to(v.dtype)
+
+
+def mean_over_tokens(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
+    """Linear attention without its normaliser: y = q (k^T v / n), for each head.
+
+    Args:
+        q (Tensor): Queries after the feature map, (N, H, W, heads * d), float32 or
+            float64.
+        k (Tensor): Keys after the feature map, of the same shape and type.
+        v (Tensor): Values, (N, H, W, C).
+        num_heads (int): Number of heads.
+
+    Returns:
+        Tensor: (N, H, W, heads, C / heads), float32 or float64.
+    """
+    height, width = v.shape[1:3]
+    dtype = product_dtype(v)
     # Each factor is multiplied by the root of 1 / n, so that the sum stays in range. A
     # traced program runs it in half precision if autocast is on where it runs.
     scale = (height * width) ** -0.5
-    q_rotated = _split_heads(rotary_embedding(q).to(dtype), num_heads)
-    k_rotated = _split_heads((rotary_embedding(k) * scale).to(dtype), num_heads)
+    queries = _split_heads(q.to(dtype), num_heads)
+    keys = _split_heads((k * scale).to(dtype), num_heads)
     values = _split_heads(v.to(dtype) * scale, num_heads)
     # Autocast would run the products in half precision.
     with without_autocast(v.device.type):
-        y = q_rotated @ (k_rotated.transpose(-2, -1) @ values)
-    norm = _split_heads(q * k.mean(dim=(1, 2), keepdim=True), num_heads)
-    norm = norm.sum(dim=-1, keepdim=True) + EPS
-    return _merge_heads(at_least_float32(y) / norm, height, width).to(v.dtype)
+        y = queries @ (keys.transpose(-2, -1) @ values)
+    return at_least_float32(y).transpose(1, 2).unflatten(1, (height, width))
+
+
+def normaliser(q: Tensor, k: Tensor, num_heads: int) -> Tensor:
+    """The sum of the attention's weights: q . mean_n(k) + 1e-6, for each head.
+
+    Args:
+        q (Tensor): Queries after the feature map, (N, H, W, heads * d), float32 or
+            float64.
+        k (Tensor): Keys after the feature map, of the same shape and type.
+        num_heads (int): Number of heads.
+
+    Returns:
+        Tensor: (N, H, W, heads, 1).
+    """
+    products = q * k.mean(dim=(1, 2), keepdim=True)
+    return products.unflatten(-1, (num_heads, -1)).sum(dim=-1, keepdim=True) + EPS
 
 
 def product_dtype(v: Tensor) -> torch.dtype:
@@ -132,11 +164,6 @@ def at_least_float32(x: Tensor) -> Tensor:
 def _split_heads(x: Tensor, num_heads: int) -> Tensor:
     """(N, H, W, C) -> (N, heads, H * W, C / heads)."""
     return x.flatten(1, 2).unflatten(-1, (num_heads, -1)).transpose(1, 2)
-
-
-def _merge_heads(x: Tensor, height: int, width: int) -> Tensor:
-    """(N, heads, H * W, C / heads) -> (N, H, W, C)."""
-    return x.transpose(1, 2).flatten(2).unflatten(1, (height, width))
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

@@ -145,7 +145,7 @@ def test_images_without_objects(group):
 
 def test_what_fails_without_it(group, monkeypatch):
     monkeypatch.setattr(
-        'mlla_mm.models.backbones.mlla._read_together', lambda maps, norms: maps
+        'mlla_mm.models.backbones.staged._read_together', lambda maps, norms: maps
     )
     for case in ('FCN on the last output', 'FPN of late levels'):
         scope, changes = UNREAD[case]

@@ -1,71 +1,23 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 from collections.abc import Sequence
-from typing import Any, List, Optional, Tuple, Union
+from typing import List, Optional, Union
 
-import torch
-from mmengine.model import BaseModule
 from mmengine.registry import MODELS
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from ... import ops
 from ...arch import (
     ARCH_ZOO,
-    NUM_STAGES,
     check_flags,
     check_int,
     check_mlp_ratio,
     check_rate,
     parse_arch,
-    parse_out_indices,
 )
-from ...compat.pytorch import BatchNorm
-from ...ops.tracing import is_graph
 from ..layers import MLLABlock, PatchMerging, Stem
-
-
-class Stage(nn.Module):
-    """Blocks at one resolution, followed by patch merging except in the last stage.
-
-    Args:
-        embed_dims (int): Number of channels of the blocks.
-        num_heads (int): Number of attention heads.
-        drop_path_rates (Sequence[float]): Stochastic depth rate of each block.
-        downsample (bool): Whether patch merging follows.
-        with_cp (bool): Recompute the blocks in the backward pass. The patch merging is
-            not recomputed, because that would update its BatchNorm twice.
-        **block_cfg: Further arguments of :class:`MLLABlock`.
-    """
-
-    def __init__(
-        self,
-        embed_dims: int,
-        num_heads: int,
-        drop_path_rates: Sequence[float],
-        downsample: bool,
-        with_cp: bool,
-        **block_cfg,
-    ) -> None:
-        super().__init__()
-        self.with_cp = with_cp
-        self.blocks = nn.ModuleList(
-            MLLABlock(embed_dims, num_heads, drop_path_rate=rate, **block_cfg)
-            for rate in drop_path_rates
-        )
-        self.downsample = PatchMerging(embed_dims) if downsample else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, H, W, C) -> (N, H, W, C), without the patch merging."""
-        for block in self.blocks:
-            if self.with_cp and x.requires_grad:
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
-        return x
+from .staged import StagedBackbone, drop_path_rates
 
 
 @MODELS.register_module()
-class MLLA(BaseModule):
+class MLLA(StagedBackbone):
     """MLLA: a linear-attention vision backbone with Mamba's block design.
 
     It has a convolutional stem at stride 4, four stages of :class:`MLLABlock` with
@@ -101,6 +53,9 @@ class MLLA(BaseModule):
             Defaults to False.
         with_cp (bool): Recompute the blocks in the backward pass to save memory.
             Defaults to False.
+        token_mixer (dict, optional): Config of another token mixer in the place of the
+            linear attention, see :class:`mlla_mm.models.layers.TokenMixer`. None takes
+            :class:`mlla_mm.models.layers.MLLAAttention`. Defaults to None.
         init_cfg (dict | list[dict], optional): MMEngine's initialisation config.
             ``dict(type='Pretrained', checkpoint=PATH)`` reads official weights and
             ours. ``ema=True`` takes the averaged weights, ``ema=False`` the plain ones
@@ -122,9 +77,6 @@ class MLLA(BaseModule):
     """
 
     arch_zoo = ARCH_ZOO
-    num_stages = NUM_STAGES
-    # An nn.ModuleList of Stage. Its own type would tell nothing about its items.
-    layers: Any
 
     def __init__(
         self,
@@ -138,183 +90,39 @@ class MLLA(BaseModule):
         frozen_stages: int = -1,
         norm_eval: bool = False,
         with_cp: bool = False,
+        token_mixer: Optional[dict] = None,
         init_cfg: Optional[Union[dict, List[dict]]] = None,
     ) -> None:
-        super().__init__(init_cfg=init_cfg)
         embed_dims, depths, num_heads = parse_arch(arch, self.arch_zoo)
+        # Before the layers: a stem of no channels would fail first.
         check_int('in_channels', in_channels, 1)
-        check_int('frozen_stages', frozen_stages, -1, NUM_STAGES)
         check_rate('drop_rate', drop_rate)
         check_rate('drop_path_rate', drop_path_rate)
         check_mlp_ratio(mlp_ratio, embed_dims)
-        check_flags(qkv_bias=qkv_bias, norm_eval=norm_eval, with_cp=with_cp)
-        self.in_channels = in_channels
-        self.out_indices = parse_out_indices(out_indices)
-        self.frozen_stages = frozen_stages
-        self.norm_eval = norm_eval
-        self.num_features = [embed_dims * 2**i for i in range(NUM_STAGES)]
-
-        self.patch_embed = Stem(in_channels, embed_dims, drop_rate)
-        rates = torch.linspace(
-            0, drop_path_rate, sum(depths), dtype=torch.float64, device='cpu'
-        ).split(list(depths))
-        self.layers = nn.ModuleList(
-            Stage(
-                self.num_features[i],
-                num_heads[i],
-                drop_path_rates=rates[i].tolist(),
-                downsample=i < NUM_STAGES - 1,
-                with_cp=with_cp,
-                mlp_ratio=mlp_ratio,
-                qkv_bias=qkv_bias,
-                drop_rate=drop_rate,
-            )
-            for i in range(NUM_STAGES)
+        check_flags(qkv_bias=qkv_bias)
+        super().__init__(
+            in_channels=in_channels,
+            embed_dims=embed_dims,
+            patch_embed=Stem(in_channels, embed_dims, drop_rate),
+            blocks=[
+                [
+                    MLLABlock(
+                        embed_dims * 2**i,
+                        num_heads[i],
+                        mlp_ratio=mlp_ratio,
+                        qkv_bias=qkv_bias,
+                        drop_rate=drop_rate,
+                        drop_path_rate=rate,
+                        token_mixer=token_mixer,
+                    )
+                    for rate in rates
+                ]
+                for i, rates in enumerate(drop_path_rates(drop_path_rate, depths))
+            ],
+            patch_merging=PatchMerging,
+            out_indices=out_indices,
+            frozen_stages=frozen_stages,
+            norm_eval=norm_eval,
+            with_cp=with_cp,
+            init_cfg=init_cfg,
         )
-        for i in self.out_indices:
-            self.add_module(f'norm{i}', nn.LayerNorm(self.num_features[i]))
-
-        self.apply(_init_linear)
-        # Maps and gradients are channels-last. DistributedDataParallel lays out its
-        # buckets for gradients like the weights. self.to() would fail for fake tensors,
-        # because it swaps them for new ones.
-        for weight in self.parameters():
-            if weight.dim() == 4:
-                weight.data = weight.data.to(memory_format=torch.channels_last)
-        self._freeze_stages()
-        self._freeze_unused()
-
-    def forward(self, x: Tensor) -> Tuple[Tensor, ...]:
-        """Features of the stages in ``out_indices``.
-
-        Args:
-            x (Tensor): Images (N, in_channels, H, W), with any H and W from 1.
-
-        Returns:
-            tuple[Tensor]: For each output stage i, a map (N, C * 2**i, H_i, W_i). H_0
-            is H / 4 rounded up, and H_(i+1) is H_i / 2 rounded up.
-
-        Raises:
-            ValueError: If ``x`` is empty, has another shape or is not floating-point.
-                In training also for a single image of at most 32 x 32 pixels, because
-                BatchNorm would get one value per channel, which has no variance.
-        """
-        self._check_input(x)
-        # From here on maps are (N, H, W, C) in memory. Linear layers and LayerNorm work
-        # on the last axis, and convolutions see a channels-last tensor.
-        x = self.patch_embed(x).permute(0, 2, 3, 1).contiguous()
-        maps = []
-        for i, stage in enumerate(self.layers):
-            x = stage(x)
-            if i in self.out_indices:
-                maps.append(x)
-            if i == self.out_indices[-1]:
-                break
-            x = stage.downsample(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        norms = [getattr(self, f'norm{i}') for i in self.out_indices]
-        outs = map(ops.layer_norm, _read_together(maps, norms), norms)
-        # mmcv's compiled RoIAlign takes maps for contiguous without a check.
-        return tuple(out.permute(0, 3, 1, 2).contiguous() for out in outs)
-
-    def train(self, mode: bool = True) -> 'MLLA':
-        """Set training mode, unless ``frozen_stages`` or ``norm_eval`` forbid it."""
-        super().train(mode)
-        self._freeze_stages()
-        if mode and self.norm_eval:
-            for module in self.modules():
-                if isinstance(module, BatchNorm):
-                    module.eval()
-        return self
-
-    def get_layer_depth(self, param_name: str, prefix: str = '') -> Tuple[int, int]:
-        """Depth of a parameter, for layer-wise learning-rate decay.
-
-        Args:
-            param_name (str): Name of the parameter.
-            prefix (str): The part of the name before the backbone's own names, such as
-                'backbone.'. Defaults to ''.
-
-        Returns:
-            tuple[int, int]: The depth, and the number of depths. The stem has depth 0,
-            and the blocks have 1, 2 and so on. Patch merging has the depth of the block
-            before it. Output norms and heads have the last depth.
-        """
-        blocks = [len(stage.blocks) for stage in self.layers]
-        num_depths = sum(blocks) + 2
-        if param_name.startswith(f'{prefix}patch_embed.'):
-            return 0, num_depths
-        if not param_name.startswith(f'{prefix}layers.'):
-            return num_depths - 1, num_depths
-        # STAGE.blocks.BLOCK.… or STAGE.downsample.…
-        stage, module, block = param_name[len(f'{prefix}layers.') :].split('.')[:3]
-        in_stage = int(block) + 1 if module == 'blocks' else blocks[int(stage)]
-        return sum(blocks[: int(stage)]) + in_stage, num_depths
-
-    def _freeze_stages(self) -> None:
-        if self.frozen_stages < 0:
-            return
-        frozen = [self.patch_embed, *self.layers[: self.frozen_stages]]
-        frozen += [
-            getattr(self, f'norm{i}')
-            for i in self.out_indices
-            if i < self.frozen_stages
-        ]
-        for module in frozen:
-            module.eval()
-            module.requires_grad_(False)
-
-    def _freeze_unused(self) -> None:
-        """Freeze what never runs: DistributedDataParallel would wait for gradients."""
-        last = self.out_indices[-1]
-        if last < NUM_STAGES - 1:
-            self.layers[last].downsample.requires_grad_(False)
-            self.layers[last + 1 :].requires_grad_(False)
-
-    def _check_input(self, x: Tensor) -> None:
-        if x.dim() != 4 or x.shape[1] != self.in_channels or x.numel() == 0:
-            raise ValueError(
-                f'Expected non-empty images (N, {self.in_channels}, H, W), '
-                f'got a tensor of shape {tuple(x.shape)}.'
-            )
-        if not x.is_floating_point():
-            raise ValueError(
-                f'Expected images of floating-point numbers, got {x.dtype}. '
-                'Normalise them first.'
-            )
-
-
-def _init_linear(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
-def _read_together(maps: List[Tensor], norms: List[nn.Module]) -> Sequence[Tensor]:
-    """The maps, such that a backward pass from any reaches all maps and norms.
-
-    DistributedDataParallel waits until it has reached each parameter, also those behind
-    outputs that nobody reads.
-    """
-    # A compiled graph has one backward pass anyway.
-    if len(maps) == 1 or not torch.is_grad_enabled() or is_graph():
-        return maps
-    parameters = [parameter for norm in norms for parameter in norm.parameters()]
-    return _ReadTogether.apply(len(maps), *maps, *parameters)
-
-
-class _ReadTogether(torch.autograd.Function):
-    """The first ``count`` tensors. Gradients stay as they are, None where unread."""
-
-    @staticmethod
-    def forward(count: int, *tensors: Tensor) -> Tuple[Tensor, ...]:
-        return tuple(x.view_as(x) for x in tensors[:count])
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Tuple[Any, ...], output: Any) -> None:
-        ctx.set_materialize_grads(False)
-        ctx.num_others = len(inputs) - 1 - len(output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
-        return (None, *grads, *[None] * ctx.num_others)

@@ -1,0 +1,173 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+from collections.abc import Sequence
+from typing import List, Optional, Tuple, Union
+
+from mmengine.registry import MODELS
+
+from ...arch import (
+    NUM_STAGES,
+    check_choice,
+    check_flags,
+    check_int,
+    check_mlp_ratio,
+    check_rate,
+    parse_arch,
+)
+from ..layers import MambaBlock, PatchEmbed, SwinPatchMerging, TransformerBlock
+from .staged import StagedBackbone, drop_path_rates
+
+BLOCK_DESIGNS = ('transformer', 'sub', 'all')
+
+
+@MODELS.register_module()
+class LinearAttentionSwin(StagedBackbone):
+    """Swin with linear attention: the baseline of the study of Mamba's designs.
+
+    It is the network of Tables 1 and 2 of `Demystify Mamba in Vision: A Linear
+    Attention Perspective <https://arxiv.org/abs/2405.16605>`_. By default it is the
+    baseline: Swin-T with global linear attention, without windows and without any
+    position encoding. Each design of Mamba is one argument. The authors have not
+    released this part; docs/analysis.md says what is stated and what is chosen.
+
+    Args:
+        arch (str | dict): 'tiny' (or 't'), or a dict with ``embed_dims`` (int, number
+            of channels of the first stage, doubled in each later one), ``depths`` and
+            ``num_heads`` (four ints each). Defaults to 'tiny': 96, 2-2-6-2, 3-6-12-24.
+        token_mixer (dict, optional): What mixes the tokens in each block, any
+            registered :class:`mlla_mm.models.layers.TokenMixer`. The default type is
+            :class:`mlla_mm.models.layers.LinearAttention`, whose switches are
+            ``input_gate``, ``forget_gate``, ``shortcut``, ``normalization``,
+            ``qk_head_dims``, ``lepe`` and ``rope``. Defaults to None.
+        block_design (str): 'transformer', 'sub' (Mamba's block in the place of the
+            attention, the MLP stays) or 'all' (Mamba's block alone).
+            Defaults to 'transformer'.
+        expansion (float): Channels inside Mamba's block, divided by those outside.
+            Defaults to 1.
+        ape (int | tuple[int, int], optional): Height and width of the images, for an
+            absolute position embedding in each block: a table that is added to the
+            mixer's input. It fits images of this size alone. Defaults to None.
+        cpe (int): Conditional position encodings in each block, 3x3 depthwise
+            convolutions before the mixer (1) and also before the MLP (2).
+            Defaults to 0.
+        in_channels (int): Number of image channels. Defaults to 3.
+        mlp_ratio (float): Hidden channels of the MLPs, divided by their input channels.
+            Defaults to 4.
+        qkv_bias (bool): Whether the mixer's projections have a bias.
+            Defaults to True.
+        drop_rate (float): Dropout after the stem and in the MLPs, in [0, 1).
+            Defaults to 0.
+        drop_path_rate (float): Stochastic depth rate of the last block, in [0, 1). It
+            rises linearly from 0. Defaults to 0.
+        out_indices (int | Sequence[int]): Stages to return, 0 to 3.
+            Defaults to (0, 1, 2, 3).
+        frozen_stages (int): 0 freezes the stem, and 1 to 4 also freeze so many stages
+            with their norms. -1 freezes nothing. Defaults to -1.
+        norm_eval (bool): Keep BatchNorm in evaluation mode while training, if a token
+            mixer has any. Defaults to False.
+        with_cp (bool): Recompute the blocks in the backward pass to save memory.
+            Defaults to False.
+        init_cfg (dict | list[dict], optional): MMEngine's initialisation config.
+            ``dict(type='Pretrained', checkpoint=PATH)`` reads checkpoints of this
+            backbone, as in :class:`mlla_mm.models.MLLA`. Defaults to None.
+
+    Raises:
+        ValueError: If an argument is not possible for a network.
+
+    Examples:
+        >>> import torch
+        >>> from mlla_mm.models import LinearAttentionSwin
+        >>> model = LinearAttentionSwin(token_mixer=dict(input_gate=True)).eval()
+        >>> with torch.no_grad():
+        ...     [tuple(x.shape) for x in model(torch.rand(1, 3, 224, 224))]
+        [(1, 96, 56, 56), (1, 192, 28, 28), (1, 384, 14, 14), (1, 768, 7, 7)]
+    """
+
+    arch_zoo = dict.fromkeys(
+        ['t', 'tiny'],
+        dict(embed_dims=96, depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24)),
+    )
+
+    def __init__(
+        self,
+        arch: Union[str, dict] = 'tiny',
+        token_mixer: Optional[dict] = None,
+        block_design: str = 'transformer',
+        expansion: float = 1.0,
+        ape: Optional[Union[int, Tuple[int, int]]] = None,
+        cpe: int = 0,
+        in_channels: int = 3,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        out_indices: Union[int, Sequence[int]] = (0, 1, 2, 3),
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        with_cp: bool = False,
+        init_cfg: Optional[Union[dict, List[dict]]] = None,
+    ) -> None:
+        embed_dims, depths, num_heads = parse_arch(arch, self.arch_zoo)
+        check_choice('block_design', block_design, BLOCK_DESIGNS)
+        check_int('cpe', cpe, 0, 2)
+        check_int('in_channels', in_channels, 1)
+        check_rate('drop_rate', drop_rate)
+        check_rate('drop_path_rate', drop_path_rate)
+        check_mlp_ratio(mlp_ratio, embed_dims)
+        check_flags(qkv_bias=qkv_bias)
+        options = dict(
+            token_mixer=token_mixer,
+            qkv_bias=qkv_bias,
+            drop_rate=drop_rate,
+            mlp_ratio=0 if block_design == 'all' else mlp_ratio,
+            cpe=cpe,
+        )
+        if block_design != 'transformer':
+            options['expansion'] = expansion
+        elif expansion != 1:
+            raise ValueError(
+                f"expansion = {expansion!r} is for Mamba's block. Leave it out, or set "
+                "block_design to 'sub' or 'all'."
+            )
+        block = TransformerBlock if block_design == 'transformer' else MambaBlock
+        sizes = _map_sizes(ape)
+        super().__init__(
+            in_channels=in_channels,
+            embed_dims=embed_dims,
+            patch_embed=PatchEmbed(in_channels, embed_dims, drop_rate),
+            blocks=[
+                [
+                    block(
+                        embed_dims * 2**i,
+                        num_heads[i],
+                        drop_path_rate=rate,
+                        ape=sizes[i],
+                        **options,
+                    )
+                    for rate in rates
+                ]
+                for i, rates in enumerate(drop_path_rates(drop_path_rate, depths))
+            ],
+            patch_merging=SwinPatchMerging,
+            out_indices=out_indices,
+            frozen_stages=frozen_stages,
+            norm_eval=norm_eval,
+            with_cp=with_cp,
+            init_cfg=init_cfg,
+        )
+
+
+def _map_sizes(
+    image: Optional[Union[int, Tuple[int, int]]],
+) -> List[Optional[Tuple[int, int]]]:
+    """Height and width of each stage's maps, for images of a size."""
+    if image is None:
+        return [None] * NUM_STAGES
+    sides = (image, image) if isinstance(image, int) else tuple(image)
+    if len(sides) != 2:
+        raise ValueError(f'ape must be an image size, one or two ints, got {image!r}.')
+    for side in sides:
+        check_int('ape', side, 1)
+    # Each stage rounds up, the stem from a quarter.
+    return [
+        (-(-sides[0] // 2**i), -(-sides[1] // 2**i)) for i in range(2, NUM_STAGES + 2)
+    ]

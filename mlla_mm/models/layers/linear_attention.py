@@ -1,0 +1,251 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+"""Linear attention with the designs of Mamba, each a switch (arXiv 2405.16605)."""
+
+import math
+from typing import Callable, Dict, Optional
+
+import torch
+import torch.nn.functional as F
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+from ... import ops
+from ...arch import check_choice, check_flags
+from ...ops.naive import at_least_float32, mean_over_tokens, normaliser
+from ...ops.scan import causal_normaliser, decayed_scan
+from .token_mixer import TokenMixer
+
+#: The feature maps phi of queries and keys, by name.
+FEATURE_MAPS: Dict[str, Callable[[Tensor], Tensor]] = {
+    'elu+1': lambda x: F.elu(x) + 1,
+    'relu': F.relu,
+    'identity': lambda x: x,
+}
+#: The order of the tokens in the recurrence: row by row, or column by column.
+SCAN_ORDERS = ('rows', 'columns')
+
+
+class Delta(nn.Module):
+    """Mamba's step, a positive number for each token and channel.
+
+    ::
+
+        Delta = Softplus(x W_1 W_2 + b)
+
+    Args:
+        in_dims (int): Number of input channels C.
+        out_dims (int): Number of channels of the steps.
+        hidden_dims (int, optional): Columns C_0 of W_1. None takes Mamba's, C / 16
+            rounded up. Defaults to None.
+        bias (bool): Whether b is there. Defaults to True.
+        mamba_init (bool): Whether to start like Mamba: W_2 uniform within
+            +-C_0^(-1/2), and b so that Softplus(b) is log-uniform in [1e-3, 1e-1].
+            Else W_2 is a linear layer like others, and the steps start near
+            Softplus(0) = 0.69. Defaults to False.
+    """
+
+    def __init__(
+        self,
+        in_dims: int,
+        out_dims: int,
+        hidden_dims: Optional[int] = None,
+        bias: bool = True,
+        mamba_init: bool = False,
+    ) -> None:
+        super().__init__()
+        hidden = hidden_dims or math.ceil(in_dims / 16)
+        self.w1 = nn.Linear(in_dims, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, out_dims, bias=bias)
+        self.mamba_init = mamba_init
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Start W_2 and b like Mamba, if ``mamba_init`` says so."""
+        if not self.mamba_init:
+            return
+        nn.init.uniform_(self.w2.weight, -1, 1)
+        with torch.no_grad():
+            self.w2.weight *= self.w2.in_features**-0.5
+            if self.w2.bias is not None:
+                low, high = math.log(1e-3), math.log(1e-1)
+                step = torch.empty_like(self.w2.bias).uniform_(low, high).exp_()
+                # The inverse of Softplus.
+                self.w2.bias.copy_(step + torch.log(-torch.expm1(-step)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., out_dims), float32 or float64."""
+        return F.softplus(at_least_float32(self.w2(self.w1(x))))
+
+
+@MODELS.register_module()
+class LinearAttention(TokenMixer):
+    """Linear attention, and five of the six designs that make it a selective SSM.
+
+    With phi a feature map, Q = phi(x W_Q), K = phi(x W_K), V = x W_V, for each head and
+    token i of n (Eq. 2 of arXiv 2405.16605)::
+
+        y_i = Q_i sum_j(K_j^T V_j) / (Q_i sum_j(K_j^T))
+
+    Every switch changes this alone, and they combine:
+
+    - ``input_gate``: Delta_j o V_j takes the place of V_j, with :class:`Delta` of x.
+    - ``forget_gate``: the sums run over the tokens so far, and decay (Eqs. 4 and 10),
+      ``S_i = exp(A o Delta_i) o S_(i-1) + K_i^T V_i``. See
+      :func:`mlla_mm.ops.scan.decayed_scan`. Both gates share one Delta, as in Mamba.
+    - ``shortcut``: ``D o V_i`` is added, with a parameter D for each channel.
+    - ``normalization=False``: there is no denominator. The sum over all tokens is then
+      divided by n; one that decays is not, as in Mamba.
+    - ``num_heads=1`` with ``qk_head_dims=32``: a single head, whose queries and keys
+      have 32 channels.
+    - ``lepe``: a 3x3 depthwise convolution of V is added.
+    - ``rope``: queries and keys of the numerator are rotated by their position.
+
+    All of the first four, a single head and ``feature_map='identity'`` make a selective
+    SSM: :func:`mlla_mm.ops.selective_ssm.selective_ssm`.
+
+    Args:
+        embed_dims (int): Number of channels C.
+        num_heads (int): Number of heads, a divisor of C.
+        v_proj (bool): Whether values are projected. Defaults to True.
+        qkv_bias (bool): Whether the projections have a bias. Defaults to True.
+        qk_head_dims (int, optional): Channels of the queries and keys of a head. None
+            takes C / num_heads. Defaults to None.
+        feature_map (str): phi, a name of :data:`FEATURE_MAPS`. The paper leaves it
+            open; the authors' MLLA has ELU + 1. Defaults to 'elu+1'.
+        input_gate (bool): Defaults to False.
+        forget_gate (bool): Defaults to False.
+        shortcut (bool): Defaults to False.
+        normalization (bool): Defaults to True.
+        lepe (bool): Defaults to False.
+        rope (bool): Defaults to False.
+        gate_dims (int, optional): Columns of Delta's W_1. None takes Mamba's, C / 16
+            rounded up. Defaults to None.
+        gate_bias (bool): Whether Delta has Mamba's bias; the paper's formula shows
+            none. Defaults to True.
+        gate_init (str, optional): 'mamba' or 'linear', see :class:`Delta`. None takes
+            Mamba's with a forget gate, and else the other. Defaults to None.
+        scan_order (str): Order of the tokens under a forget gate, one of
+            :data:`SCAN_ORDERS`. Defaults to 'rows'.
+        decayed_normalizer (bool): Whether the sum of keys decays like the values', at
+            the cost of a second scan. Defaults to False.
+        shortcut_of (str): What the shortcut scales: 'values' V_i, or the 'input' x_i.
+            Defaults to 'values'.
+
+    Raises:
+        ValueError: If an argument is impossible.
+    """
+
+    def __init__(
+        self,
+        embed_dims: int,
+        num_heads: int,
+        v_proj: bool = True,
+        qkv_bias: bool = True,
+        qk_head_dims: Optional[int] = None,
+        feature_map: str = 'elu+1',
+        input_gate: bool = False,
+        forget_gate: bool = False,
+        shortcut: bool = False,
+        normalization: bool = True,
+        lepe: bool = False,
+        rope: bool = False,
+        gate_dims: Optional[int] = None,
+        gate_bias: bool = True,
+        gate_init: Optional[str] = None,
+        scan_order: str = 'rows',
+        decayed_normalizer: bool = False,
+        shortcut_of: str = 'values',
+    ) -> None:
+        super().__init__(embed_dims, num_heads, v_proj, qkv_bias, qk_head_dims)
+        check_flags(
+            input_gate=input_gate,
+            forget_gate=forget_gate,
+            shortcut=shortcut,
+            normalization=normalization,
+            lepe=lepe,
+            rope=rope,
+            gate_bias=gate_bias,
+            decayed_normalizer=decayed_normalizer,
+        )
+        check_choice('feature_map', feature_map, FEATURE_MAPS)
+        check_choice('gate_init', gate_init, (None, 'mamba', 'linear'))
+        check_choice('scan_order', scan_order, SCAN_ORDERS)
+        check_choice('shortcut_of', shortcut_of, ('values', 'input'))
+        self.phi = FEATURE_MAPS[feature_map]
+        self.input_gate = input_gate
+        self.normalization = normalization
+        self.rope = rope
+        self.scan_order = scan_order
+        self.decayed_normalizer = decayed_normalizer
+        self.shortcut_of = shortcut_of
+        self.delta = self.A_log = self.D = self.lepe = None
+        if input_gate or forget_gate:
+            mamba_init = (gate_init or ('mamba' if forget_gate else '')) == 'mamba'
+            self.delta = Delta(embed_dims, embed_dims, gate_dims, gate_bias, mamba_init)
+        if forget_gate:
+            # A = -1, -2, ... in every channel, as in Mamba.
+            rates = torch.arange(1, self.qk_head_dims + 1).log()
+            self.A_log = nn.Parameter(rates.repeat(embed_dims, 1))
+        if shortcut:
+            self.D = nn.Parameter(torch.ones(embed_dims))
+        if lepe:
+            self.lepe = nn.Conv2d(
+                embed_dims, embed_dims, 3, padding=1, groups=embed_dims
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, H, W, C) -> (N, H, W, C)."""
+        q, k = self.qk(x).chunk(2, dim=-1)
+        q, k = self.phi(at_least_float32(q)), self.phi(at_least_float32(k))
+        v = x if self.v is None else self.v(x)
+        delta = None if self.delta is None else self.delta(x)
+        gated = (delta * v).to(v.dtype) if self.input_gate else v
+        if self.A_log is None:
+            y = self._sum_over_all(q, k, gated)
+        else:
+            y = self._sum_over_past(q, k, gated, delta)
+        if self.D is not None:
+            y = y + self.D * (v if self.shortcut_of == 'values' else x)
+        if self.lepe is not None:
+            y = y + ops.depthwise_conv(v, self.lepe)
+        return y.to(v.dtype)
+
+    def _sum_over_all(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Every token attends to all tokens, (N, H, W, C)."""
+        y = mean_over_tokens(self._rotate(q), self._rotate(k), v, self.num_heads)
+        if self.normalization:
+            y = y / normaliser(q, k, self.num_heads)
+        return y.flatten(-2)
+
+    def _sum_over_past(self, q: Tensor, k: Tensor, v: Tensor, delta: Tensor) -> Tensor:
+        """Every token attends to those before it and itself, (N, H, W, C)."""
+        assert self.A_log is not None
+        a = -self.A_log.to(delta.dtype).exp().unflatten(0, (self.num_heads, -1))
+        queries, keys, values, delta = (
+            self._tokens(x) for x in (self._rotate(q), self._rotate(k), v, delta)
+        )
+        y = decayed_scan(queries, keys, values, delta, a)
+        if self.normalization:
+            # The weights are those before the rotation.
+            q, k = self._tokens(q), self._tokens(k)
+            if self.decayed_normalizer:
+                ones = torch.ones_like(delta)
+                y = y / (decayed_scan(q, k, ones, delta, a) + ops.EPS)
+            else:
+                y = y / v.shape[1] / v.shape[2] / causal_normaliser(q, k)
+        return self._map(y, v)
+
+    def _rotate(self, x: Tensor) -> Tensor:
+        return ops.rotary_embedding(x) if self.rope else x
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        """(N, H, W, C) -> (N, L, heads, C / heads), in the order of the scan."""
+        x = x.transpose(1, 2) if self.scan_order == 'columns' else x
+        return x.flatten(1, 2).unflatten(-1, (self.num_heads, -1))
+
+    def _map(self, x: Tensor, like: Tensor) -> Tensor:
+        """(N, L, heads, C / heads) -> (N, H, W, C)."""
+        height, width = like.shape[1:3]
+        if self.scan_order == 'columns':
+            return x.flatten(-2).unflatten(1, (width, height)).transpose(1, 2)
+        return x.flatten(-2).unflatten(1, (height, width))
