@@ -316,15 +316,7 @@ def test_starting_values_are_those_of_transformers():
 # The page.
 
 
-@pytest.fixture
-def keep_print_options():
-    before = torch._tensor_str.PRINT_OPTS
-    saved = {name: getattr(before, name) for name in vars(type(before)())}
-    yield
-    torch.set_printoptions(**saved)
-
-
-def test_python_of_the_page(keep_print_options):
+def test_python_of_the_page():
     """Its blocks run one after the other, and print what is shown below them."""
     page = (ROOT / 'docs' / 'selective_ssm.md').read_text()
     blocks = re.findall(r'```python\n(.*?)```(?:\n\n```text\n(.*?)```)?', page, re.S)
