@@ -152,7 +152,7 @@ def causal_normaliser(q: Tensor, k: Tensor) -> Tensor:
 
         z_i = (Q_i (K_1 + ... + K_i)^T) / L + 1e-6
 
-    At the last token it is the normaliser of :func:`mlla_mm.ops.naive.linear_attention`.
+    At the last token it is that of :func:`mlla_mm.ops.naive.linear_attention`.
 
     Args:
         q (Tensor): Queries, (N, L, heads, d), float32 or float64.
