@@ -101,7 +101,7 @@ class _PreNormBlock(nn.Module):
         self.norm1 = nn.LayerNorm(embed_dims)
         self.ape = None
         if ape is not None:
-            self.ape = nn.Parameter(torch.empty(1, *ape, embed_dims))
+            self.ape = nn.Parameter(torch.empty(*ape, embed_dims))
             nn.init.trunc_normal_(self.ape, std=0.02)
         self.drop_path = DropPath(drop_path_rate)
         self.norm2 = self.mlp = None
