@@ -158,7 +158,8 @@ def check_flags(**flags: Any) -> None:
 
 def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
     """Raise a ValueError unless a value is one of some."""
-    if value not in choices:
+    # A list, because a value may have no hash.
+    if value not in list(choices):
         raise ValueError(f'{name} must be one of {list(choices)}, got {value!r}.')
 
 

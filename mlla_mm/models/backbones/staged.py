@@ -209,7 +209,8 @@ class StagedBackbone(BaseModule):
             nn.init.trunc_normal_(module.weight, std=0.02)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif module is not self and hasattr(module, 'init_weights'):
+        # MMEngine initialises its own modules later.
+        elif hasattr(module, 'init_weights') and not isinstance(module, BaseModule):
             part: Any = module
             part.init_weights()
 
