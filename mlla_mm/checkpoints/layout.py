@@ -24,8 +24,8 @@ plain ones have ``module.`` before their names.
 """
 
 _PLAIN_KEYS = ('state_dict', 'model')
-# Only our networks have such names: Swin has 'attn.qkv'. One digit keeps the number of stages,
-# which is the highest one plus one, small.
+# Only our networks have such names: Swin has 'attn.qkv'. One digit keeps the number of
+# stages, which is the highest one plus one, small.
 _BLOCK = re.compile(
     r'^(?P<prefix>.*?)layers\.(?P<stage>[0-9])\.blocks\.\d+\.attn\.qk\.weight$'
 )

@@ -4,7 +4,7 @@ from functools import partial
 from typing import Dict, List, Optional, Tuple, Union
 
 from mmengine.registry import MODELS
-from torch import nn
+from torch import Tensor, nn
 
 from ...arch import (
     NUM_STAGES,
@@ -15,6 +15,7 @@ from ...arch import (
     check_ratio,
     parse_arch,
 )
+from ...ops.tracing import is_tracing
 from ..layers import MambaBlock, PatchEmbed, SwinPatchMerging, TransformerBlock
 from .staged import StagedBackbone
 
@@ -73,7 +74,8 @@ class LinearAttentionSwin(StagedBackbone):
             backbone, as in :class:`mlla_mm.models.MLLA`. Defaults to None.
 
     Raises:
-        ValueError: If an argument is not possible for a network.
+        ValueError: If an argument is not possible for a network; or in the forward
+            pass, if images have another size than ``ape`` says.
 
     Examples:
         >>> import torch
@@ -153,6 +155,20 @@ class LinearAttentionSwin(StagedBackbone):
             with_cp=with_cp,
             init_cfg=init_cfg,
         )
+        self.ape = ape
+        self._map_sizes = map_sizes
+
+    def _check_input(self, x: Tensor) -> None:
+        super()._check_input(x)
+        if self.ape is None or is_tracing():
+            return
+        if _map_sizes(x.shape[2:]) != self._map_sizes:
+            height, width = x.shape[2:]
+            raise ValueError(
+                f'The absolute position embedding is for images of the size ape = '
+                f'{self.ape}, and these have {height} x {width} pixels. Resize them, '
+                'or train with another ape.'
+            )
 
 
 def _map_sizes(

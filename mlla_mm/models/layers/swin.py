@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import ops
-from ...ops.tracing import is_graph
 from .drop_path import DropPath
 from .linear_attention import LinearAttention
 from .mlla_block import MLP
@@ -114,7 +113,7 @@ class _PreNormBlock(nn.Module):
         if self.cpe1 is not None:
             x = ops.depthwise_conv(x, self.cpe1, residual=True)
         u = ops.layer_norm(x, self.norm1)
-        x = self.drop_path(x, self.mix(u if self.ape is None else self._add_ape(u)))
+        x = self.drop_path(x, self.mix(u if self.ape is None else u + self.ape))
         if self.cpe2 is not None:
             x = ops.depthwise_conv(x, self.cpe2, residual=True)
         if self.mlp is None or self.norm2 is None:
@@ -124,17 +123,6 @@ class _PreNormBlock(nn.Module):
     def mix(self, u: Tensor) -> Tensor:
         """The branch that mixes tokens, (N, H, W, C) -> (N, H, W, C)."""
         raise NotImplementedError
-
-    def _add_ape(self, u: Tensor) -> Tensor:
-        assert self.ape is not None
-        if not is_graph() and u.shape[1:3] != self.ape.shape[1:3]:
-            height, width = self.ape.shape[1:3]
-            raise ValueError(
-                f'The absolute position embedding is for maps of {height}x{width} '
-                f'tokens, and this one has {u.shape[1]}x{u.shape[2]}. Give the '
-                'backbone images of the size that ape names.'
-            )
-        return u + self.ape
 
 
 class TransformerBlock(_PreNormBlock):
