@@ -180,3 +180,16 @@ def complexity_row(
         f'{100 * (counted.flops / paper_flops - 1):+.2f} %' if paper_flops else '-',
         f'{counted.activations / 1e6:.1f} M',
     ]
+
+
+def scan_note(counted: Complexity, name: str) -> str:
+    """How the recurrences of a model's forget gates are counted.
+
+    Args:
+        counted (Complexity): From :func:`count_complexity`.
+        name (str): What to call the model.
+    """
+    return (
+        f'{name}: {counted.scan_flops / 1e9:.2f} G of the FLOPs are the recurrence of '
+        f'the forget gate, counted as {SCAN_FLOPS} per token, channel and state.'
+    )

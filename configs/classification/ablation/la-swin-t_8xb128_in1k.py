@@ -11,7 +11,7 @@ optim_wrapper = dict(
         # No decay on rates of forget gates (as in Mamba) and on tables of positions (as
         # in Swin), either. A shortcut's D is one-dimensional.
         custom_keys={
-            '.A_log': dict(decay_mult=0.0),
+            'attn.A_log': dict(decay_mult=0.0),
             '.ape': dict(decay_mult=0.0),
         }
     )
