@@ -293,6 +293,61 @@ def test_mesa_with_another_backbone(read):
     assert cfg.default_hooks.mesa.type == 'MESAHook'
 
 
+def test_switches_together(read):
+    cfg = read('classification/my_gates')
+    model = MODELS.build(cfg.model).eval()
+    for stage in model.backbone.layers:
+        for block in stage.blocks:
+            assert block.cpe1 is not None and block.cpe2 is None
+            mixer = block.attn
+            assert mixer.input_gate and mixer.normalization
+            assert mixer.A_log is not None and mixer.D is not None
+            assert mixer.scan_order == 'columns'
+    with torch.no_grad():
+        assert model(torch.rand(1, 3, 32, 64), mode='tensor').shape == (1, 1000)
+
+
+def test_study_in_detection(read):
+    cfg = read('detection/my_study')
+    base = Config.fromfile(ROOT / 'configs/detection/mask-rcnn_mlla-t_fpn_1x_coco.py')
+    assert 'arch' not in cfg.model.backbone
+    model = MODELS.build(cfg.model).eval()
+    with torch.no_grad():
+        features = model.extract_feat(torch.rand(1, 3, 70, 100))
+    assert [tuple(x.shape[1:]) for x in features[:2]] == [(256, 18, 25), (256, 9, 13)]
+    # The page says that its keys are for the other rows.
+    cfg.model.backbone.token_mixer = dict(forget_gate=True, shortcut=True)
+    for name, group in rates(cfg).items():
+        gate = name.endswith(('attn.A_log', 'attn.D'))
+        expected = 0 if gate or 'norm' in name else 0.05
+        assert group['weight_decay'] == expected, name
+        assert group['lr'] == base.optim_wrapper.optimizer.lr
+    assert any(name.endswith('attn.D') for name in rates(cfg))
+
+
+def test_study_in_segmentation(read):
+    cfg = read('segmentation/my_study')
+    replace_sync_bn(cfg.model)
+    model = MODELS.build(cfg.model).eval()
+    assert all(block.attn.lepe for x in model.backbone.layers for block in x.blocks)
+    with torch.no_grad():
+        logits = model.encode_decode(
+            torch.rand(1, 3, 64, 96), [dict(img_shape=(64, 96))]
+        )
+    assert logits.shape == (1, 150, 64, 96)
+
+
+def test_study_starts_from_a_row():
+    """The checkpoints that the pages name are those of rows of the same switches."""
+    rows = ROOT / 'configs' / 'classification' / 'ablation'
+    for task in ('detection', 'segmentation'):
+        code = EXAMPLES[f'configs/{task}/my_study.py']
+        (row,) = re.findall(r"'work_dirs/([\w-]+)/epoch_300\.pth'", code)
+        trained = Config.fromfile(rows / f'{row}.py').model.backbone
+        found = re.search(r'token_mixer=(dict\(.*\)),\n', code)
+        assert trained.get('token_mixer') == (eval(found[1]) if found else None)
+
+
 def test_every_example_is_tested():
     # By the text of this file: a worker may run some of its tests only.
     tested = re.findall(r"'(\w+tion/my_\w+)'", Path(__file__).read_text())
