@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..compat.pytorch import is_exporting, without_autocast
+from ..compat.pytorch import is_exporting, not_compiled, without_autocast
 from .naive import EPS, at_least_float32
 
 
@@ -45,7 +45,7 @@ def decayed_scan(q: Tensor, k: Tensor, v: Tensor, delta: Tensor, a: Tensor) -> T
 
 
 # The compiler would write out the loop over the tokens.
-@torch.compiler.disable
+@not_compiled
 def _call(q: Tensor, k: Tensor, v: Tensor, delta: Tensor, a: Tensor) -> Tensor:
     with without_autocast(v.device.type):
         tensors = (at_least_float32(x) for x in (q, k, v, delta, a))
