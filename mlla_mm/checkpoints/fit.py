@@ -166,6 +166,11 @@ def _way_out(
             f'Use a config of that size, {_CONFIGS[model.task]}/*mlla-{file.size}*.py, '
             f"or set the backbone's arch to '{file.size}'."
         )
+    if all('.attn.' in key for key in problems):
+        return (
+            "Only the attentions differ. Set the backbone's token_mixer and qkv_bias "
+            'as in the file, or train from scratch (init_cfg=None).'
+        )
     start = _BACKBONE_ALONE.format(source)
     if model.prefix and file.task != model.task:
         return f'The file holds a {file.task}, the model is a {model.task}. {start}'

@@ -24,10 +24,11 @@ plain ones have ``module.`` before their names.
 """
 
 _PLAIN_KEYS = ('state_dict', 'model')
-# Only our networks have such names: Swin has 'attn.qkv'. One digit keeps the number of
-# stages, which is the highest one plus one, small.
+# The output projection of a block, whatever its token mixer is. Only our networks have
+# such names: Swin has 'attn.proj'. One digit keeps the number of stages, which is the
+# highest one plus one, small.
 _BLOCK = re.compile(
-    r'^(?P<prefix>.*?)layers\.(?P<stage>[0-9])\.blocks\.\d+\.attn\.qk\.weight$'
+    r'^(?P<prefix>.*?)layers\.(?P<stage>[0-9])\.blocks\.\d+\.(out_)?proj\.weight$'
 )
 # The authors' files contain rotation tables, which can be computed.
 _ROTATIONS = re.compile(r'\.rope\.rotations$')
@@ -89,7 +90,7 @@ def describe(weights: Mapping[str, Tensor]) -> Optional[Network]:
         else 'MLLA',
         prefix=prefix,
         # Each stage has twice the channels of the one before.
-        embed_dims=weights[blocks[0].string].shape[-1] >> stages[0],
+        embed_dims=weights[blocks[0].string].shape[0] >> stages[0],
         depths=tuple(stages.count(stage) for stage in range(max(stages) + 1)),
         task=tasks[0] if tasks else 'backbone',
     )
