@@ -5,10 +5,11 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, List, NamedTuple, Optional
 
+from mmengine.config import Config
 from mmengine.registry import MODELS
 
 from ..arch import parse_arch
-from ..engine.arguments import require_arguments
+from ..engine.arguments import ArgumentError, named_arguments, require_arguments
 from ..engine.parts import named_parts, value_at
 from ..models.backbones import MLLA, LinearAttentionSwin
 from ..models.backbones.staged import StagedBackbone
@@ -81,11 +82,15 @@ def _backbone_outputs(backbone: Any) -> Optional[_Outputs]:
     if kind not in (MLLA, LinearAttentionSwin):
         return None
     arch = options.get('arch', 'tiny')
+    cfg = Config(dict(model=dict(backbone=backbone)))
     try:
         embed_dims, _, num_heads = parse_arch(arch, kind.arch_zoo)
         # As wide as the network and a block deep, which makes its own checks fast.
         shallow = dict(embed_dims=embed_dims, depths=(1,) * 4, num_heads=num_heads)
-        indices = kind(**dict(options, arch=shallow)).out_indices
+        with named_arguments(cfg):
+            indices = kind(**dict(options, arch=shallow)).out_indices
+    except ArgumentError:
+        raise  # names the key of a part, such as the token mixer's
     except (TypeError, ValueError) as error:
         raise ValueError(f'model.backbone: {error}') from error
     name = f"arch '{arch}'" if isinstance(arch, str) else f'embed_dims {embed_dims}'
