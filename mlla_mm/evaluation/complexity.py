@@ -113,6 +113,7 @@ def count_complexity(
         image = torch.rand(1, 3, height, width, device=device)
         flops = FlopAnalyzer(model, (image,))
         flops.set_op_handle(_SCAN, _count_scan)
+        flops.set_op_handle('aten::scaled_dot_product_attention', _count_softmax)
         activations = ActivationAnalyzer(model, (image,))
         activations.set_op_handle(_SCAN, generic_activation_jit('scan'))
         # A trace would write out its loop over the tokens.
@@ -136,6 +137,14 @@ def _count_scan(inputs: List[Any], outputs: List[Any]) -> Counter:
     """FLOPs of the arguments of :func:`mlla_mm.ops.scan.decayed_scan`."""
     q, _, v = map(get_shape, inputs[:3])
     return Counter(scan=SCAN_FLOPS * math.prod(v) * q[-1])
+
+
+def _count_softmax(inputs: List[Any], outputs: List[Any]) -> Counter:
+    """FLOPs of the two products of a softmax attention."""
+    q, k, v = map(get_shape, inputs[:3])
+    return Counter(
+        attention=math.prod(q) * k[-2] + math.prod(q[:-1]) * math.prod(v[-2:])
+    )
 
 
 def _like_values(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *args: Tensor) -> Tensor:

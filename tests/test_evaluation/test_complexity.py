@@ -189,3 +189,20 @@ def test_errors():
         count_complexity(cfg)
     with pytest.raises(ValueError, match=r'positive, got \(0, 64\)'):
         count_complexity(cfg, (0, 64))
+
+
+def test_softmax_attention_counts_its_products():
+    """In the place of linear attention, whose products are of other sizes."""
+    pytest.importorskip('mmpretrain')
+    name = 'classification/ablation/la-swin-t_8xb128_in1k.py'
+    cfg = Config.fromfile(CONFIGS / name)
+    cfg.model.backbone.arch = dict(
+        embed_dims=16, depths=(1, 1, 1, 1), num_heads=(2, 4, 8, 16)
+    )
+    cfg.model.head.in_channels = 128
+    linear = count_complexity(cfg, (64, 96)).flops
+    cfg.model.backbone.token_mixer = dict(type='SoftmaxAttention')
+    softmax = count_complexity(cfg, (64, 96)).flops
+    stages = [(16 * 24, 16), (8 * 12, 32), (4 * 6, 64), (2 * 3, 128)]
+    # Q K^T and its product with V, against K^T V and its product with Q.
+    assert softmax - linear == sum(2 * n * c * (n - 8) for n, c in stages)
