@@ -169,6 +169,14 @@ class StagedBackbone(BaseModule):
         # mmcv's compiled RoIAlign takes maps for contiguous without a check.
         return tuple(out.permute(0, 3, 1, 2).contiguous() for out in outs)
 
+    def init_weights(self) -> None:
+        """Initialise MMEngine's modules in blocks, too, and then apply ``init_cfg``."""
+        # MMEngine looks for them among a module's children alone.
+        for module in self.layers.modules():
+            if isinstance(module, BaseModule) and not module.is_init:
+                module.init_weights()
+        super().init_weights()
+
     def train(self, mode: bool = True) -> 'StagedBackbone':
         """Set training mode, unless ``frozen_stages`` or ``norm_eval`` forbid it."""
         super().train(mode)

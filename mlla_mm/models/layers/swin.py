@@ -149,7 +149,7 @@ class TransformerBlock(_PreNormBlock):
         super().__init__(embed_dims, **options)
         self.attn = build_token_mixer(
             token_mixer,
-            LinearAttention.__name__,
+            LinearAttention,
             embed_dims=embed_dims,
             num_heads=num_heads,
             v_proj=True,
@@ -198,7 +198,7 @@ class MambaBlock(_PreNormBlock):
         self.dwc = nn.Conv2d(inner, inner, 3, padding=1, groups=inner)
         self.attn = build_token_mixer(
             token_mixer,
-            LinearAttention.__name__,
+            LinearAttention,
             embed_dims=inner,
             num_heads=num_heads,
             v_proj=False,
