@@ -89,7 +89,7 @@ def find_candidate(name: str) -> Candidate:
 
     ours = published_models().get(name)
     if ours is not None:
-        family, metrics, source = 'MLLA', ours.metrics, str(ours.config)
+        family, metrics, source = ours.collection, ours.metrics, str(ours.config)
     else:
         entry = ModelHub.get(name)
         metrics = {k: v for r in entry.results or [] for k, v in r.metrics.items()}

@@ -5,7 +5,7 @@ It takes the parameters from the modules of :class:`MLLA`, but never calls their
 passes. A change that makes those faster does not change this assembly.
 """
 
-from typing import Any, Tuple
+from typing import Any, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +69,6 @@ class PlainMLLA(MLLA):
                 outs.append(_to_map(out, size).contiguous())
             if i == self.out_indices[-1]:
                 break
-            assert stage.downsample is not None
             x = _merge_patches(stage.downsample, _to_map(x, size))
         return tuple(outs)
 
@@ -105,15 +104,17 @@ def _conv_layer(layer: nn.Module, x: Tensor) -> Tensor:
     return x if layer.act is None else F.relu(x, inplace=True)
 
 
-def _stem(stem: Stem, x: Tensor) -> Tensor:
+def _stem(stem: nn.Module, x: Tensor) -> Tensor:
     """(N, in_channels, H, W) -> (N, C, ceil(H / 4), ceil(W / 4))."""
+    assert isinstance(stem, Stem)
     x = _conv_layer(stem.conv1, pad_to_multiple(x, 4))
     x = x + _conv_layer(stem.conv2[1], _conv_layer(stem.conv2[0], x))
     return stem.drop(_conv_layer(stem.conv3[1], _conv_layer(stem.conv3[0], x)))
 
 
-def _merge_patches(merging: PatchMerging, x: Tensor) -> Tensor:
+def _merge_patches(merging: Optional[nn.Module], x: Tensor) -> Tensor:
     """(N, d, H, W) -> (N, 2d, ceil(H / 2), ceil(W / 2))."""
+    assert isinstance(merging, PatchMerging)
     x = pad_to_multiple(x, 2)
     for layer in merging.conv:
         x = _conv_layer(layer, x)
@@ -150,8 +151,9 @@ def _mlp(mlp: MLP, x: Tensor) -> Tensor:
     return mlp.drop(_linear(mlp.fc2, x))
 
 
-def _attention(attn: MLLAAttention, v: Tensor, size: Tuple[int, int]) -> Tensor:
+def _attention(attn: nn.Module, v: Tensor, size: Tuple[int, int]) -> Tensor:
     """Linear attention with local position encoding, (N, L, C) -> (N, L, C)."""
+    assert isinstance(attn, MLLAAttention)
     batch, tokens, channels = v.shape
 
     def split_heads(x: Tensor) -> Tensor:

@@ -15,8 +15,15 @@ ROOT = Path(__file__).parents[1]
 def substitutions() -> Dict[str, str]:
     """Markdown for the ``{{ name }}`` of the pages, by name."""
     tables = {
-        f'{task}_results': _results(ROOT / 'configs' / task / 'metafile.yml')
-        for task in ('detection', 'segmentation', 'classification')
+        f'{Path(folder).name}_results': _results(
+            ROOT / 'configs' / folder / 'metafile.yml'
+        )
+        for folder in (
+            'detection',
+            'segmentation',
+            'classification',
+            'classification/ablation',
+        )
     }
     return {
         **tables,

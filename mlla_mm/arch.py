@@ -140,12 +140,12 @@ def check_rate(name: str, value: Any) -> None:
         )
 
 
-def check_mlp_ratio(mlp_ratio: Any, embed_dims: int) -> None:
-    """Raise a ValueError if the MLPs would have no hidden channels."""
-    if not _is_number(mlp_ratio) or not 1 <= embed_dims * mlp_ratio < inf:
+def check_ratio(name: str, ratio: Any, embed_dims: int) -> None:
+    """Raise a ValueError if hidden channels, divided by others, leave none."""
+    if not _is_number(ratio) or not 1 <= embed_dims * ratio < inf:
         raise ValueError(
-            'mlp_ratio must be a number that gives the MLPs at least one hidden '
-            f'channel, got {mlp_ratio!r}.'
+            f'{name} must be a number that gives at least one hidden channel, got '
+            f'{ratio!r}.'
         )
 
 
@@ -158,7 +158,8 @@ def check_flags(**flags: Any) -> None:
 
 def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
     """Raise a ValueError unless a value is one of some."""
-    if value not in choices:
+    # A list, because a value may have no hash.
+    if value not in list(choices):
         raise ValueError(f'{name} must be one of {list(choices)}, got {value!r}.')
 
 

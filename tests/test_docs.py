@@ -23,7 +23,7 @@ from . import checkpoints, nano
 from .processes import ROOT
 
 PAGES = sorted(ROOT.glob('docs/*.md'))
-TEXTS = [ROOT / 'README.md', *sorted(ROOT.glob('configs/*/README.md')), *PAGES]
+TEXTS = [ROOT / 'README.md', *sorted(ROOT.glob('configs/**/README.md')), *PAGES]
 NOTEBOOK = ROOT / 'demo' / 'mlla_mm_demo.ipynb'
 # What a launcher hands to its Python tool.
 LAUNCHED = {

@@ -74,10 +74,10 @@ def check_fit(
 def load_strictly(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
     """Load weights into a model, all of them or none.
 
-    Weights of a model with an MLLA have to pass :func:`check_fit`. Other models may
-    rename and resize weights while they load them, so loading itself has to tell: all
-    parameters and statistics of BatchNorm are there, with their shapes. The file may
-    lack other buffers, which models compute, and have more than the model.
+    Weights of a model with a backbone of ours have to pass :func:`check_fit`. Other
+    models may rename and resize weights while they load them, so loading itself has to
+    tell: all parameters and statistics of BatchNorm are there, with their shapes. The
+    file may lack other buffers, which models compute, and have more than the model.
 
     Args:
         model (nn.Module): The model. After an error its weights are undefined.
@@ -149,8 +149,15 @@ def _way_out(
 ) -> str:
     """Say what the user can do about weights that do not fit."""
     model, file = describe(own), describe(weights)
-    if file is None or model is None:
-        return 'The file holds no MLLA.' if file is None else 'The model has no MLLA.'
+    if model is None:
+        return f'The model has no {file.kind}.' if file else 'The model has no MLLA.'
+    if file is None:
+        return f'The file holds no {model.kind}.'
+    if file.kind != model.kind:
+        return (
+            f'The file holds {file}; the model is {model}. Use a config whose backbone '
+            f'is of the type {file.kind}, or another file.'
+        )
     if (file.embed_dims, file.depths) != (model.embed_dims, model.depths):
         text = f'The file holds {file}; the model is {model}. '
         if file.size is None:
@@ -158,6 +165,11 @@ def _way_out(
         return text + (
             f'Use a config of that size, {_CONFIGS[model.task]}/*mlla-{file.size}*.py, '
             f"or set the backbone's arch to '{file.size}'."
+        )
+    if all('.attn.' in key for key in problems):
+        return (
+            "Only the attentions differ. Set the backbone's token_mixer and qkv_bias "
+            'as in the file, or train from scratch (init_cfg=None).'
         )
     start = _BACKBONE_ALONE.format(source)
     if model.prefix and file.task != model.task:
@@ -173,7 +185,7 @@ def _way_out_of_others(
     source: str,
     problems: Iterable[str],
 ) -> str:
-    """:func:`_way_out` for a model without an MLLA."""
+    """:func:`_way_out` for a model without a backbone of ours."""
     backbone = {
         name for name, _ in model.named_parameters() if name.startswith('backbone.')
     }

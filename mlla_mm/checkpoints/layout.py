@@ -1,5 +1,5 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""The layouts of MLLA checkpoints: where their weights are, and how they are named."""
+"""The layouts of checkpoints: where their weights are, and how they are named."""
 
 import re
 from collections import OrderedDict
@@ -24,10 +24,11 @@ plain ones have ``module.`` before their names.
 """
 
 _PLAIN_KEYS = ('state_dict', 'model')
-# Only MLLA has such names: Swin has 'attn.qkv'. One digit keeps the number of stages,
-# which is the highest one plus one, small.
+# The output projection of a block, whatever its token mixer is. Only our networks have
+# such names: Swin has 'attn.proj'. One digit keeps the number of stages, which is the
+# highest one plus one, small.
 _BLOCK = re.compile(
-    r'^(?P<prefix>.*?)layers\.(?P<stage>[0-9])\.blocks\.\d+\.attn\.qk\.weight$'
+    r'^(?P<prefix>.*?)layers\.(?P<stage>[0-9])\.blocks\.\d+\.(out_)?proj\.weight$'
 )
 # The authors' files contain rotation tables, which can be computed.
 _ROTATIONS = re.compile(r'\.rope\.rotations$')
@@ -41,15 +42,17 @@ _TASKS = {
 
 
 class Network(NamedTuple):
-    """An MLLA, as the names and shapes of its weights describe it.
+    """A network of this package, as names and shapes of its weights describe it.
 
     Attributes:
+        kind (str): 'MLLA' or 'LinearAttentionSwin'.
         prefix (str): Text before the backbone's own names, '' or 'backbone.'.
         embed_dims (int): Channels of the first stage.
         depths (tuple[int]): Blocks of each stage.
         task (str): 'detector', 'segmentor', 'classifier' or 'backbone'.
     """
 
+    kind: str
     prefix: str
     embed_dims: int
     depths: Tuple[int, ...]
@@ -57,17 +60,19 @@ class Network(NamedTuple):
 
     @property
     def size(self) -> Optional[str]:
-        """'t', 's' or 'b' if this is a published network, else None."""
-        return name_size(self.embed_dims, self.depths)
+        """'t', 's' or 'b' if this is a published MLLA, else None."""
+        is_mlla = self.kind == 'MLLA'
+        return name_size(self.embed_dims, self.depths) if is_mlla else None
 
     def __str__(self) -> str:
         depths = '-'.join(map(str, self.depths))
-        name = f'MLLA-{self.size.upper()}' if self.size else 'an MLLA'
+        article = 'an' if self.kind == 'MLLA' else 'a'
+        name = f'MLLA-{self.size.upper()}' if self.size else f'{article} {self.kind}'
         return f'{name} (embed_dims {self.embed_dims}, depths {depths})'
 
 
 def describe(weights: Mapping[str, Tensor]) -> Optional[Network]:
-    """Recognise an MLLA by its weights. Return None for other weights."""
+    """Recognise a network of this package. Return None for other weights."""
     blocks = [match for match in map(_BLOCK.match, weights) if match]
     if not blocks or weights[blocks[0].string].dim() != 2:
         return None
@@ -77,10 +82,15 @@ def describe(weights: Mapping[str, Tensor]) -> Optional[Network]:
         for task, prefixes in _TASKS.items()
         if any(key.startswith(prefixes) for key in weights)
     ]
+    prefix = blocks[0]['prefix']
     return Network(
-        prefix=blocks[0]['prefix'],
+        # MLLA's stem has several convolutions.
+        kind='LinearAttentionSwin'
+        if f'{prefix}patch_embed.proj.weight' in weights
+        else 'MLLA',
+        prefix=prefix,
         # Each stage has twice the channels of the one before.
-        embed_dims=weights[blocks[0].string].shape[-1] >> stages[0],
+        embed_dims=weights[blocks[0].string].shape[0] >> stages[0],
         depths=tuple(stages.count(stage) for stage in range(max(stages) + 1)),
         task=tasks[0] if tasks else 'backbone',
     )
@@ -172,7 +182,7 @@ def has_names(weights: Any) -> bool:
 
 
 def to_own_names(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Give the weights of an MLLA the names that they have in this package.
+    """Give weights the names that they have in this package.
 
     The prefix ``module.`` of distributed training and the rotation tables are removed.
     In the authors' classifier, ``norm`` becomes ``backbone.norm3``, ``head`` becomes
@@ -219,7 +229,7 @@ def with_metadata(
 
 
 def to_own_layout(checkpoint: Any, source: str) -> Any:
-    """Turn a checkpoint of an MLLA into one with ``state_dict`` and our names.
+    """Turn a checkpoint into one with ``state_dict`` and our names.
 
     Args:
         checkpoint (Any): Content of a file.

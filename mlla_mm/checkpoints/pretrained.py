@@ -127,21 +127,22 @@ def load_pretrained(
 # Replaces MMEngine's class of this name, also for the registries derived from this one.
 @WEIGHT_INITIALIZERS.register_module(name='Pretrained', force=True)
 class Pretrained(PretrainedInit):
-    """``init_cfg=dict(type='Pretrained', checkpoint=PATH)``, also for an MLLA.
+    """``init_cfg=dict(type='Pretrained', checkpoint=PATH)``, also for our backbones.
 
-    An MLLA gets its weights from :func:`load_pretrained`, which knows the layouts of
-    MLLA checkpoints. Every other module gets them from MMEngine. Configs have to use
-    this name, not the class: MMEngine applies the initialiser of this name last.
+    An MLLA or LinearAttentionSwin gets its weights from :func:`load_pretrained`, which
+    knows the layouts of checkpoints. Every other module gets them from MMEngine.
+    Configs have to use this name, not the class: MMEngine applies the initialiser of
+    this name last.
 
     Args:
         checkpoint (str): Local path or address.
-        prefix (str, optional): Text before the module's names in the file. For an MLLA,
-            None finds it out; for other modules, None means no prefix. Defaults to
-            None.
+        prefix (str, optional): Text before the module's names in the file. For our
+            backbones, None finds it out; for other modules, None means no prefix.
+            Defaults to None.
         map_location (str): Device to which MMEngine loads the tensors of other modules.
             Defaults to 'cpu'.
-        ema (bool, optional): Whether an MLLA takes the averaged weights, see
-            :func:`load_pretrained`. Defaults to None.
+        ema (bool, optional): Whether a backbone of ours takes the averaged weights,
+            see :func:`load_pretrained`. Defaults to None.
 
     Raises:
         ValueError: If ``ema`` is given for another module.
@@ -164,7 +165,7 @@ class Pretrained(PretrainedInit):
             note_init_info(module, self._get_init_info())
         elif self.ema is not None:
             raise ValueError(
-                f'ema={self.ema} is for the weights of an MLLA, and '
+                f'ema={self.ema} is for an MLLA or a LinearAttentionSwin, and '
                 f'{type(module).__name__} is none. Remove ema from init_cfg.'
             )
         else:

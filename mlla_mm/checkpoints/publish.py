@@ -26,7 +26,7 @@ def publish(
     ema: Optional[bool] = None,
     trust: Optional[bool] = None,
 ) -> Path:
-    """Write the weights of any MLLA checkpoint in this package's layout.
+    """Write the weights of a checkpoint in this package's layout.
 
     The new file contains ``state_dict`` and the keys :data:`PUBLISHED_META` of
     ``meta``, among them the class names for inference. It does not contain the config,
@@ -47,7 +47,8 @@ def publish(
     Raises:
         FileNotFoundError: If there is no ``source``.
         ValueError: If ``destination`` does not end in .pth.
-        CheckpointError: If ``source`` is no checkpoint of an MLLA.
+        CheckpointError: If ``source`` is no checkpoint of an MLLA or of a
+            LinearAttentionSwin.
     """
     destination = Path(destination)
     if destination.suffix != '.pth':
@@ -55,7 +56,7 @@ def publish(
     checkpoint = load_checkpoint_file(source, trust=trust)
     weights = to_own_names(find_weights(checkpoint, str(source), ema))
     if describe(weights) is None:
-        raise CheckpointError(f'{source} holds no MLLA.')
+        raise CheckpointError(f'{source} holds no MLLA and no LinearAttentionSwin.')
     published = dict(state_dict=weights)
     meta = checkpoint.get('meta')
     if isinstance(meta, dict):

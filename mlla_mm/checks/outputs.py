@@ -1,16 +1,18 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""Finds out whether what follows an MLLA in a config can read its outputs."""
+"""Finds out whether what follows a backbone of ours can read its outputs."""
 
 import inspect
 from collections.abc import Mapping
 from typing import Any, List, NamedTuple, Optional
 
+from mmengine.config import Config
 from mmengine.registry import MODELS
 
 from ..arch import parse_arch
-from ..engine.arguments import require_arguments
+from ..engine.arguments import ArgumentError, named_arguments, require_arguments
 from ..engine.parts import named_parts, value_at
-from ..models.backbones import MLLA
+from ..models.backbones import MLLA, LinearAttentionSwin
+from ..models.backbones.staged import StagedBackbone
 from .kinds import class_of
 
 # Necks whose in_channels are the channels of all maps of the backbone.
@@ -32,7 +34,10 @@ class _Outputs(NamedTuple):
 
 
 def check_outputs(model: Mapping) -> None:
-    """Compare the arguments of an MLLA and its channels with what follows it.
+    """Compare a backbone's arguments and channels with what follows it.
+
+    Backbones are :class:`MLLA` and :class:`LinearAttentionSwin`. Of others that derive
+    from them or from :class:`StagedBackbone`, the names of the arguments are compared.
 
     Args:
         model (Mapping): The config of a model, whose default scope is the current one.
@@ -66,27 +71,32 @@ def check_outputs(model: Mapping) -> None:
 
 
 def _backbone_outputs(backbone: Any) -> Optional[_Outputs]:
-    """What an MLLA gives; None for another backbone. Checks the arguments of MLLA."""
+    """What a backbone of ours gives, None for others. Checks its arguments."""
     if not isinstance(backbone, Mapping):
         return None
     kind = class_of(MODELS, backbone.get('type'))
-    if not (inspect.isclass(kind) and issubclass(kind, MLLA)):
+    if not (inspect.isclass(kind) and issubclass(kind, StagedBackbone)):
         return None
     options = {k: v for k, v in backbone.items() if k not in ('type', 'init_cfg')}
     require_arguments(kind, options, 'model.backbone')
-    if kind is not MLLA:
+    if kind not in (MLLA, LinearAttentionSwin):
         return None
     arch = options.get('arch', 'tiny')
+    cfg = Config(dict(model=dict(backbone=backbone)))
     try:
-        embed_dims, _, num_heads = parse_arch(arch)
+        embed_dims, _, num_heads = parse_arch(arch, kind.arch_zoo)
         # As wide as the network and a block deep, which makes its own checks fast.
         shallow = dict(embed_dims=embed_dims, depths=(1,) * 4, num_heads=num_heads)
-        indices = MLLA(**dict(options, arch=shallow)).out_indices
+        with named_arguments(cfg):
+            indices = kind(**dict(options, arch=shallow)).out_indices
+    except ArgumentError:
+        raise  # names the key of a part, such as the token mixer's
     except (TypeError, ValueError) as error:
         raise ValueError(f'model.backbone: {error}') from error
     name = f"arch '{arch}'" if isinstance(arch, str) else f'embed_dims {embed_dims}'
     return _Outputs(
-        [embed_dims * 2**i for i in indices], f'MLLA of {name}, out_indices {indices}'
+        [embed_dims * 2**i for i in indices],
+        f'{kind.__name__} of {name}, out_indices {indices}',
     )
 
 

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Optional, Tuple, Union
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, _compile, nn
 from torch.nn.modules import batchnorm, module
 
 #: Base class of all kinds of BatchNorm, but not of InstanceNorm.
@@ -44,6 +44,10 @@ if hasattr(torch.compiler, 'is_compiling'):
     is_compiling = torch.compiler.is_compiling
 else:
     from torch._dynamo import is_compiling  # noqa: F401
+
+#: As torch.compiler.disable, but the decorator imports neither the compiler nor Triton:
+#: the first call does.
+not_compiled = _compile._disable_dynamo
 
 #: Whether torch.compile is usable. PyTorch 2.1 needs more than eight minutes to trace
 #: the smallest MLLA.

@@ -6,11 +6,14 @@ from typing import Any
 from torch import nn
 
 from ..compat.pytorch import require_compiler
-from ..models import MLLA
+from ..models.backbones.staged import StagedBackbone
 
 
 def compile_backbone(model: nn.Module, **options: Any) -> None:
     """Run the forward pass of a model's backbone through ``torch.compile``.
+
+    The recurrence of a forget gate is left out: it runs as it does without a compiler,
+    between the compiled parts of a block.
 
     The first call compiles for its image size. The first call with another size
     compiles for all sizes. Training and evaluation are compiled separately. A copy of
@@ -22,12 +25,12 @@ def compile_backbone(model: nn.Module, **options: Any) -> None:
     on the gradients if image sizes vary (PyTorch 2.11).
 
     Args:
-        model (nn.Module): An MLLA, or a model that has one or several; changed in
-            place.
+        model (nn.Module): An MLLA or LinearAttentionSwin, or a model that has one or
+            several; changed in place.
         **options: Arguments for ``torch.compile``.
 
     Raises:
-        ValueError: If there is no MLLA, or PyTorch is older than 2.2.
+        ValueError: If there is no such backbone, or PyTorch is older than 2.2.
 
     Examples:
         >>> from mlla_mm import get_model
@@ -36,10 +39,11 @@ def compile_backbone(model: nn.Module, **options: Any) -> None:
         >>> compile_backbone(model)
     """
     require_compiler('compile')
-    backbones = [module for module in model.modules() if isinstance(module, MLLA)]
+    backbones = [x for x in model.modules() if isinstance(x, StagedBackbone)]
     if not backbones:
         raise ValueError(
-            f'{type(model).__name__} has no MLLA whose forward pass could be compiled.'
+            f'{type(model).__name__} has no MLLA and no LinearAttentionSwin, whose '
+            'forward pass could be compiled.'
         )
     if options.get('mode') is None and options.get('backend', 'inductor') == 'inductor':
         own = options.get('options') or {}

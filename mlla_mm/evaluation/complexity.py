@@ -2,17 +2,23 @@
 """Parameters, FLOPs and activations of a model, beside the paper's."""
 
 import copy
+import math
+from collections import Counter
 from functools import partial
-from typing import Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from unittest import mock
 
 import torch
 from mmengine.analysis import ActivationAnalyzer, FlopAnalyzer, parameter_count
+from mmengine.analysis.jit_handles import generic_activation_jit, get_shape
 from mmengine.analysis.print_helper import complexity_stats_table
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
+from torch import Tensor
 
 from ..engine.arguments import named_arguments
 from ..engine.parts import replace_sync_bn, require_parts
+from ..ops import scan
 from .published import PublishedModel
 
 Shape = Tuple[int, int]
@@ -23,6 +29,11 @@ IMAGE_SHAPES: Dict[str, Shape] = {
     'mmdet': (800, 1280),
     'mmseg': (512, 2048),
 }
+#: FLOPs of a forget gate's recurrence, per token, channel and state. The papers of
+#: vision Mamba count so, after https://github.com/state-spaces/mamba/issues/110.
+SCAN_FLOPS = 9
+# In a traced graph it is one node.
+_SCAN = f'prim::PythonOp.{scan._DecayedScan.__name__}'
 
 
 class Complexity(NamedTuple):
@@ -32,9 +43,11 @@ class Complexity(NamedTuple):
         shape (tuple[int, int]): Height and width of the image.
         parameters (int): Number of parameters, with those of auxiliary heads.
         flops (int): Multiply-adds of one image in evaluation.
-        activations (int): Output elements of convolutions, linear layers and matrix
-            products.
+        activations (int): Output elements of convolutions, linear layers, matrix
+            products and the recurrences of forget gates.
         table (str): Parameters, FLOPs and activations by module.
+        scan_flops (int): The part of ``flops`` that are those of recurrences, see
+            :data:`SCAN_FLOPS`.
     """
 
     shape: Shape
@@ -42,6 +55,7 @@ class Complexity(NamedTuple):
     flops: int
     activations: int
     table: str
+    scan_flops: int = 0
 
 
 def count_complexity(
@@ -53,7 +67,8 @@ def count_complexity(
     Element-wise operations, NMS and RoIAlign do not count. A detector is counted on as
     many proposals as it makes, 1000 on an image of the paper's size: all go through the
     box head, 100 through the mask head. Auxiliary heads work in training only, and have
-    no FLOPs here.
+    no FLOPs here. The recurrence of a forget gate counts :data:`SCAN_FLOPS` for each
+    token, channel and state.
 
     Args:
         cfg (Config): Config with a ``model``; no weights are loaded.
@@ -97,8 +112,13 @@ def count_complexity(
         device = next(model.parameters()).device
         image = torch.rand(1, 3, height, width, device=device)
         flops = FlopAnalyzer(model, (image,))
+        flops.set_op_handle(_SCAN, _count_scan)
+        flops.set_op_handle('aten::scaled_dot_product_attention', _count_softmax)
         activations = ActivationAnalyzer(model, (image,))
-        with torch.no_grad():
+        activations.set_op_handle(_SCAN, generic_activation_jit('scan'))
+        # A trace would write out its loop over the tokens.
+        without_loop = mock.patch.object(scan._DecayedScan, 'forward', _like_values)
+        with torch.no_grad(), without_loop:
             # First: unlike the totals, the table warns about no operator.
             table = complexity_stats_table(
                 flops, depth, activations, show_param_shapes=False
@@ -109,7 +129,27 @@ def count_complexity(
                 flops=round(flops.total()),
                 activations=round(activations.total()),
                 table=table,
+                scan_flops=flops.by_operator()['scan'],
             )
+
+
+def _count_scan(inputs: List[Any], outputs: List[Any]) -> Counter:
+    """FLOPs of the arguments of :func:`mlla_mm.ops.scan.decayed_scan`."""
+    q, _, v = map(get_shape, inputs[:3])
+    return Counter(scan=SCAN_FLOPS * math.prod(v) * q[-1])
+
+
+def _count_softmax(inputs: List[Any], outputs: List[Any]) -> Counter:
+    """FLOPs of the two products of a softmax attention."""
+    q, k, v = map(get_shape, inputs[:3])
+    return Counter(
+        attention=math.prod(q) * k[-2] + math.prod(q[:-1]) * math.prod(v[-2:])
+    )
+
+
+def _like_values(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *args: Tensor) -> Tensor:
+    """What has the shape of a recurrence's result."""
+    return torch.zeros_like(v)
 
 
 #: Columns of :func:`complexity_row`.
@@ -149,3 +189,16 @@ def complexity_row(
         f'{100 * (counted.flops / paper_flops - 1):+.2f} %' if paper_flops else '-',
         f'{counted.activations / 1e6:.1f} M',
     ]
+
+
+def scan_note(counted: Complexity, name: str) -> str:
+    """How the recurrences of a model's forget gates are counted.
+
+    Args:
+        counted (Complexity): From :func:`count_complexity`.
+        name (str): What to call the model.
+    """
+    return (
+        f'{name}: {counted.scan_flops / 1e9:.2f} G of the FLOPs are the recurrence of '
+        f'the forget gate, counted as {SCAN_FLOPS} per token, channel and state.'
+    )

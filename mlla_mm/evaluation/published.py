@@ -1,5 +1,5 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""Published figures of our configs, from ``configs/*/metafile.yml``."""
+"""Published figures of our configs, from the metafiles beside them."""
 
 from pathlib import Path
 from typing import Dict, NamedTuple, Optional
@@ -44,22 +44,27 @@ class PublishedModel(NamedTuple):
 
     Attributes:
         name (str): The model's name, the stem of its config.
+        collection (str): The name of what it belongs to, its kind of network.
         config (Path): Its config file.
         parameters (int): Number of parameters, counted on our model.
         flops (int): Multiply-adds, counted on our model.
         paper_parameters (float | None): The paper's rounded number of parameters. None
             if the paper has no number.
         paper_flops (float | None): The paper's rounded number of FLOPs, or None.
+        paper_throughput (float | None): The paper's throughput, or None. It has no
+            unit; the ratio to that of another model is what it tells.
         metrics (dict[str, float]): Published results in percent by name. Empty if
             there are none.
     """
 
     name: str
+    collection: str
     config: Path
     parameters: int
     flops: int
     paper_parameters: Optional[float]
     paper_flops: Optional[float]
+    paper_throughput: Optional[float]
     metrics: Dict[str, float]
 
 
@@ -91,11 +96,13 @@ def published_models(repository: Path = REPOSITORY) -> Dict[str, PublishedModel]
                 metrics.update(result['Metrics'])
             models[entry['Name']] = PublishedModel(
                 name=entry['Name'],
+                collection=entry['In Collection'],
                 config=repository / entry['Config'],
                 parameters=metadata['Parameters'],
                 flops=metadata['FLOPs'],
                 paper_parameters=metadata.get('Paper Parameters'),
                 paper_flops=metadata.get('Paper FLOPs'),
+                paper_throughput=metadata.get('Paper Throughput'),
                 metrics=metrics,
             )
     return models

@@ -116,10 +116,9 @@ def gated_mixer(
     Returns:
         Tensor: (N, H, W, C).
     """
-    if _implementation(x) is not naive and may_be_read(readable, mixer):
+    if _implementation(x) is not naive and _is_readable_attention(readable, mixer):
         attn: Any = mixer
-        if attn.v is None:
-            return mlla_attention(attn.qk(x), x, gate, attn.lepe, attn.num_heads)
+        return mlla_attention(attn.qk(x), x, gate, attn.lepe, attn.num_heads)
     return mixer(x) * F.silu(gate)
 
 
@@ -367,6 +366,11 @@ def _drops_nothing(drop: Any) -> bool:
     return may_be_read(nn.Dropout, drop) and not (drop.p and drop.training)
 
 
+def _is_readable_attention(kind: Type[nn.Module], attn: Any) -> bool:
+    """Whether ``qk`` and ``lepe`` say all of an attention. Values are its input."""
+    return may_be_read(kind, attn) and attn.v is None and 'attend' not in vars(attn)
+
+
 def _is_readable_block(
     block: Any,
     attn: Type[nn.Module],
@@ -375,8 +379,7 @@ def _is_readable_block(
 ) -> bool:
     """Whether every layer of a block may be read. Shapes are compared later."""
     if not (
-        may_be_read(attn, block.attn)
-        and block.attn.v is None
+        _is_readable_attention(attn, block.attn)
         and may_be_read(mlp, block.mlp)
         and may_be_read(drop_path, block.drop_path)
     ):

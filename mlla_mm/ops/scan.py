@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..compat.pytorch import is_exporting, without_autocast
+from ..compat.pytorch import is_exporting, not_compiled, without_autocast
 from .naive import EPS
 
 
@@ -51,7 +51,7 @@ def decayed_scan(q: Tensor, k: Tensor, v: Tensor, delta: Tensor, a: Tensor) -> T
 
 
 # The compiler would write out the loop over the tokens.
-@torch.compiler.disable
+@not_compiled
 def _call(*tensors: Tensor) -> Tensor:
     dtypes = (x.dtype for x in tensors)
     dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)

@@ -31,7 +31,12 @@ def test_names_without_a_figure():
     with pytest.raises(ValueError, match='Failed to find model "swin-huge"'):
         al.find_candidate('swin-huge')
     with pytest.raises(ValueError, match='No Top 1 Accuracy is published'):
-        al.find_candidate('mlla-t_8xb128-no-mesa_in1k')
+        al.find_candidate('mask-rcnn_mlla-t_fpn_1x_coco')
+
+
+def test_families_are_those_of_the_metafiles():
+    candidate = al.find_candidate('la-swin-t_rope_8xb128_in1k')
+    assert candidate[:3] == (candidate.name, 'LinearAttentionSwin', 80.0)
 
 
 def candidate(name, family, top1, width):

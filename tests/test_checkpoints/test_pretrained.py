@@ -350,7 +350,7 @@ def test_description():
     for name in 'tsb':
         network = describe(outline(name))
         assert (network.size, network.task, network.prefix) == (name, 'backbone', '')
-    assert describe({'layers.0.blocks.0.attn.qkv.weight': torch.ones(3, 1)}) is None
+    assert describe({'layers.0.blocks.0.attn.proj.weight': torch.ones(3, 3)}) is None
 
 
 def test_other_checkpoints_are_left_alone():

@@ -148,14 +148,14 @@ def test_no_code_runs(tmp_path, bad, name):
     assert not (tmp_path / 'ran').exists()
 
 
-QK = 'layers.{}.blocks.0.attn.qk.weight'
+BLOCK = 'layers.{}.blocks.0.out_proj.weight'
 NO_WEIGHTS = {
-    'numbers for names': {1: torch.ones(1), QK.format(0): torch.ones(4, 4)},
-    'a stage of many': {QK.format(10**9): torch.ones(4, 4)},
-    'a stage of other digits': {QK.format('\u0663'): torch.ones(4, 4)},
-    'no axes': {QK.format(0): torch.tensor(1.0)},
-    'no tensors': {QK.format(0): [1.0]},
-    'control characters': {QK.format(0): torch.ones(4, 4), '\x1b[2J': torch.ones(1)},
+    'numbers for names': {1: torch.ones(1), BLOCK.format(0): torch.ones(4, 4)},
+    'a stage of many': {BLOCK.format(10**9): torch.ones(4, 4)},
+    'a stage of other digits': {BLOCK.format('\u0663'): torch.ones(4, 4)},
+    'no axes': {BLOCK.format(0): torch.tensor(1.0)},
+    'no tensors': {BLOCK.format(0): [1.0]},
+    'control characters': {BLOCK.format(0): torch.ones(4, 4), '\x1b[2J': torch.ones(1)},
 }
 
 

@@ -228,7 +228,7 @@ def test_hooks_are_switched_off(tmp_path):
 
 @pytest.mark.parametrize(
     'path',
-    [path for path in sorted(CONFIGS.glob('*/*.py')) if path.parent.name != '_base_'],
+    [path for path in sorted(CONFIGS.rglob('*.py')) if '_base_' not in path.parts],
     ids=lambda path: path.stem,
 )
 def test_our_configs_are_right(path):

@@ -16,10 +16,19 @@ from mlla_mm.checks.config import check_config
 from mlla_mm.checks.data import require_data
 from mlla_mm.datasets.digits import make_ade20k, make_coco, make_imagenet
 from mlla_mm.engine.parts import replace_sync_bn
-from mlla_mm.models import MLLA
+from mlla_mm.models import MLLA, LinearAttentionSwin
 
 from ..processes import ROOT
-from .examples import CLONE, EXAMPLES, RELIABLE, clone_mmdetection, copy_configs, small
+from .examples import (
+    CLONE,
+    EXAMPLES,
+    MODULES,
+    RELIABLE,
+    clone_mmdetection,
+    copy_configs,
+    shorten,
+    small,
+)
 
 SCOPES = dict(detection='mmdet', segmentation='mmseg', classification='mmpretrain')
 
@@ -30,6 +39,12 @@ def clone(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp('clone')
     copy_configs(root)
     return root
+
+
+@pytest.fixture
+def importable(clone, monkeypatch):
+    """Modules of the pages are found, as where the tools are started."""
+    monkeypatch.syspath_prepend(clone)
 
 
 @pytest.fixture
@@ -131,6 +146,57 @@ def test_other_depth_and_width(read):
     assert [len(stage.blocks) for stage in model.backbone.layers] == [2, 2, 6, 2]
     with torch.no_grad():
         assert model(torch.rand(1, 3, 32, 32), mode='tensor').shape == (1, 1000)
+
+
+@pytest.mark.parametrize(
+    'name, backbone',
+    [
+        ('classification/my_xca', MLLA),
+        ('classification/my_xca_baseline', LinearAttentionSwin),
+    ],
+)
+def test_a_new_attention(read, clone, importable, run_tool, tmp_path, name, backbone):
+    """Its file and config are a user's, in whose folder our tool trains."""
+    assert len(MODULES['my_attention.py'].splitlines()) <= 40
+    make_imagenet(clone / 'data/imagenet', train=8, val=10, size=32)
+    cfg = read(name)
+    assert cfg.model.backbone.type == backbone.__name__
+    shorten(cfg)
+    cfg.model.backbone.arch = dict(
+        embed_dims=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8)
+    )
+    cfg.model.head.in_channels = 128
+    cfg.default_hooks.checkpoint = dict(type='WholeCheckpointHook', interval=1)
+    cfg.dump(tmp_path / 'config.py')
+    run_tool(
+        'python', ROOT / 'tools' / 'train.py', tmp_path / 'config.py',
+        '--work-dir', tmp_path / 'work', cwd=clone,
+    )  # fmt: skip
+    weights = torch.load(tmp_path / 'work/epoch_1.pth', weights_only=False)
+    key = 'backbone.layers.1.blocks.0.attn.temperature'
+    temperature = weights['state_dict'][key]
+    assert temperature.shape == (2, 1, 1) and temperature.isfinite().all()
+    assert (temperature != 1).all()  # it has been trained
+
+
+@torch.no_grad()
+def test_the_attention_of_the_page(importable):
+    """Against its paper's formula, channel by channel."""
+    from my_attention import CrossCovarianceAttention
+
+    mixer = CrossCovarianceAttention(12, 3)
+    mixer.temperature.uniform_(0.5, 2)
+    q, k, v = torch.randn(3, 2, 4, 5, 12)
+    y = mixer.attend(q, k, v)
+    for c in range(12):
+        head = range(c // 4 * 4, c // 4 * 4 + 4)
+        query = q[0, ..., c] / q[0, ..., c].norm()
+        scores = torch.stack(
+            [(query * k[0, ..., d]).sum() / k[0, ..., d].norm() for d in head]
+        )
+        weights = (scores * mixer.temperature[c // 4]).flatten().softmax(0)
+        expected = sum(w * v[0, ..., d] for w, d in zip(weights, head))
+        torch.testing.assert_close(y[0, ..., c], expected)
 
 
 def test_frozen_stages(read):
@@ -291,6 +357,61 @@ def test_mesa_with_another_backbone(read):
     losses = model(**model.data_preprocessor(data, training=True), mode='loss')
     assert set(losses) == {'loss_ce', 'loss_mesa'}
     assert cfg.default_hooks.mesa.type == 'MESAHook'
+
+
+def test_switches_together(read):
+    cfg = read('classification/my_gates')
+    model = MODELS.build(cfg.model).eval()
+    for stage in model.backbone.layers:
+        for block in stage.blocks:
+            assert block.cpe1 is not None and block.cpe2 is None
+            mixer = block.attn
+            assert mixer.input_gate and mixer.normalization
+            assert mixer.A_log is not None and mixer.D is not None
+            assert mixer.scan_order == 'columns'
+    with torch.no_grad():
+        assert model(torch.rand(1, 3, 32, 64), mode='tensor').shape == (1, 1000)
+
+
+def test_study_in_detection(read):
+    cfg = read('detection/my_study')
+    base = Config.fromfile(ROOT / 'configs/detection/mask-rcnn_mlla-t_fpn_1x_coco.py')
+    assert 'arch' not in cfg.model.backbone
+    model = MODELS.build(cfg.model).eval()
+    with torch.no_grad():
+        features = model.extract_feat(torch.rand(1, 3, 70, 100))
+    assert [tuple(x.shape[1:]) for x in features[:2]] == [(256, 18, 25), (256, 9, 13)]
+    # The page says that its keys are for the other rows.
+    cfg.model.backbone.token_mixer = dict(forget_gate=True, shortcut=True)
+    for name, group in rates(cfg).items():
+        gate = name.endswith(('attn.A_log', 'attn.D'))
+        expected = 0 if gate or 'norm' in name else 0.05
+        assert group['weight_decay'] == expected, name
+        assert group['lr'] == base.optim_wrapper.optimizer.lr
+    assert any(name.endswith('attn.D') for name in rates(cfg))
+
+
+def test_study_in_segmentation(read):
+    cfg = read('segmentation/my_study')
+    replace_sync_bn(cfg.model)
+    model = MODELS.build(cfg.model).eval()
+    assert all(block.attn.lepe for x in model.backbone.layers for block in x.blocks)
+    with torch.no_grad():
+        logits = model.encode_decode(
+            torch.rand(1, 3, 64, 96), [dict(img_shape=(64, 96))]
+        )
+    assert logits.shape == (1, 150, 64, 96)
+
+
+def test_study_starts_from_a_row():
+    """The checkpoints that the pages name are those of rows of the same switches."""
+    rows = ROOT / 'configs' / 'classification' / 'ablation'
+    for task in ('detection', 'segmentation'):
+        code = EXAMPLES[f'configs/{task}/my_study.py']
+        (row,) = re.findall(r"'work_dirs/([\w-]+)/epoch_300\.pth'", code)
+        trained = Config.fromfile(rows / f'{row}.py').model.backbone
+        found = re.search(r'token_mixer=(dict\(.*\)),\n', code)
+        assert trained.get('token_mixer') == (eval(found[1]) if found else None)
 
 
 def test_every_example_is_tested():

@@ -14,11 +14,17 @@ import pytest
 from mmengine.config import Config
 
 from mlla_mm.datasets.digits import make_ade20k, make_coco, make_imagenet
-from mlla_mm.engine.parts import datasets_of, parts_of
 
 from ..nano import NANO
 from ..processes import ROOT, run_tool
-from .examples import CLONE, EXAMPLES, RELIABLE, clone_mmdetection, copy_configs, small
+from .examples import (
+    CLONE,
+    EXAMPLES,
+    RELIABLE,
+    clone_mmdetection,
+    copy_configs,
+    shorten,
+)
 
 mmdet = pytest.importorskip('mmdet')
 for package in ('mmseg', 'mmpretrain'):
@@ -81,37 +87,6 @@ def with_classes_of_coco(content: dict) -> dict:
     return content
 
 
-def shorten(cfg: Config) -> None:
-    """Two updates of two images a process, in place; no validation, no checkpoint."""
-    cfg.load_from = None
-    for part in parts_of(cfg.model):
-        if part.get('init_cfg') and 'Pretrained' in str(part['init_cfg']):
-            part['init_cfg'] = None
-    loader = cfg.train_dataloader
-    loader.update(num_workers=0, persistent_workers=False, batch_size=2)
-    for part in parts_of(loader.dataset):
-        if 'pipeline' in part:
-            small(part['pipeline'])
-    for _, dataset in datasets_of(cfg, 'train'):
-        dataset['indices'] = 8
-    if cfg.model.data_preprocessor.get('size'):
-        cfg.model.data_preprocessor.size = (32, 48)
-    if 'rcnn' in (cfg.model.get('train_cfg') or {}):
-        cfg.model.train_cfg.rcnn.sampler.num = 64
-    if 'max_iters' in cfg.train_cfg:
-        cfg.train_cfg.max_iters = 2
-    else:
-        cfg.train_cfg.max_epochs = 1
-    if cfg.optim_wrapper.type == 'AmpOptimWrapper':  # needs a GPU
-        cfg.optim_wrapper.type = 'OptimWrapper'
-        cfg.optim_wrapper.pop('loss_scale')
-    for split in ('val', 'test'):
-        cfg.update({f'{split}_{x}': None for x in ('cfg', 'dataloader', 'evaluator')})
-    cfg.default_hooks.checkpoint = dict(type='NoHook')
-    cfg.visualizer.vis_backends = [dict(type='LocalVisBackend')]
-    cfg.allow_empty_classes = True
-
-
 def train(cfg: Config, folder: Path, cwd: Path = ROOT) -> None:
     """Train on two processes, and look at what both have done."""
     cfg.custom_imports.imports.append('tests.update_counter')
@@ -135,8 +110,9 @@ def train(cfg: Config, folder: Path, cwd: Path = ROOT) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize('path', CONFIGS)
-def test_two_updates(roots, tmp_path, path):
+def test_two_updates(roots, tmp_path, path, monkeypatch):
     root = roots[path in IN_CLONE]
+    monkeypatch.syspath_prepend(root)  # as the tools do, for modules of the pages
     if not root.is_dir():
         pytest.skip('mmdet is installed without its configs')
     cfg = Config.fromfile(root / path)

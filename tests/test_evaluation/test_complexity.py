@@ -12,8 +12,10 @@ from mlla_mm.evaluation.complexity import (
     Complexity,
     complexity_row,
     count_complexity,
+    scan_note,
 )
 from mlla_mm.evaluation.published import published_models
+from mlla_mm.ops.scan import decayed_scan
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
 #: The architecture's own counts, independent of what the metafiles say.
@@ -128,6 +130,46 @@ def test_heads_get_the_proposals_of_the_paper():
     assert flops['roi_head.mask_head'] == pytest.approx(100 * mask, rel=0.01)
 
 
+def count_with(**token_mixer) -> Complexity:
+    backbone = dict(
+        type='LinearAttentionSwin',
+        arch=dict(embed_dims=8, depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 4)),
+        token_mixer=token_mixer,
+    )
+    return count_complexity(
+        Config(dict(model=backbone, default_scope='mmengine')), (64, 96)
+    )
+
+
+def test_recurrence_of_the_forget_gate():
+    without, gate = count_with(), count_with(forget_gate=True)
+    assert without.scan_flops == 0
+    # Tokens, channels, and channels of a head, which are its states.
+    maps = [(16 * 24, 8, 8), (8 * 12, 16, 8), (4 * 6, 32, 16), (2 * 3, 64, 16)]
+    scan = sum(9 * n * c * d for n, c, d in maps)
+    assert gate.scan_flops == scan
+    # Steps: W_1 and W_2 with a column of W_1 for 16 channels. The recurrence takes the
+    # place of two products.
+    steps = sum(n * 2 * c * -(-c // 16) for n, c, _ in maps)
+    products = sum(2 * n * c * d for n, c, d in maps)
+    assert gate.flops - without.flops == scan + steps - products
+    # Both have outputs of n * c. The baseline also has d * c, the gate two layers.
+    layers = sum(n * (c + -(-c // 16)) for n, c, _ in maps)
+    states = sum(c * d for _, c, d in maps)
+    assert gate.activations - without.activations == layers - states
+    twice = count_with(forget_gate=True, decayed_normalizer=True)
+    assert twice.scan_flops == 2 * scan
+    note = scan_note(gate._replace(scan_flops=412e6), 'mine')
+    assert note.startswith('mine: 0.41 G of the FLOPs')
+
+
+def test_counting_leaves_the_recurrence_as_it_is():
+    ones = torch.ones(1, 3, 1, 1)
+    count_with(forget_gate=True)
+    y = decayed_scan(ones, ones, ones, ones, -torch.full((1, 1, 1), 1e-9))
+    assert y.flatten().tolist() == pytest.approx([1, 2, 3])
+
+
 def test_row():
     model = published_models()['mlla-t_8xb128_in1k']
     counted = Complexity((224, 224), 24_392_200, 4_149_000_000, 25_600_000, '')
@@ -147,3 +189,20 @@ def test_errors():
         count_complexity(cfg)
     with pytest.raises(ValueError, match=r'positive, got \(0, 64\)'):
         count_complexity(cfg, (0, 64))
+
+
+def test_softmax_attention_counts_its_products():
+    """In the place of linear attention, whose products are of other sizes."""
+    pytest.importorskip('mmpretrain')
+    name = 'classification/ablation/la-swin-t_8xb128_in1k.py'
+    cfg = Config.fromfile(CONFIGS / name)
+    cfg.model.backbone.arch = dict(
+        embed_dims=16, depths=(1, 1, 1, 1), num_heads=(2, 4, 8, 16)
+    )
+    cfg.model.head.in_channels = 128
+    linear = count_complexity(cfg, (64, 96)).flops
+    cfg.model.backbone.token_mixer = dict(type='SoftmaxAttention')
+    softmax = count_complexity(cfg, (64, 96)).flops
+    stages = [(16 * 24, 16), (8 * 12, 32), (4 * 6, 64), (2 * 3, 128)]
+    # Q K^T and its product with V, against K^T V and its product with Q.
+    assert softmax - linear == sum(2 * n * c * (n - 8) for n, c in stages)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mlla_mm import ops
-from mlla_mm.models.layers import MLLABlock
+from mlla_mm.models.layers import MLLAAttention, MLLABlock, SoftmaxAttention
 from mlla_mm.ops import dispatch, eager, naive, triton
 
 
@@ -57,6 +57,25 @@ def test_the_environment_chooses(monkeypatch, chosen):
         chosen()
     with pytest.raises(ValueError, match="MLLA_OPS is 'fused', but .* on cpu"):
         MLLABlock(8, 2)(torch.randn(1, 2, 3, 8))
+
+
+def test_what_a_gated_mixer_runs(monkeypatch):
+    """MLLA's attention is read, unless layers are to be called; others are called."""
+    mlla, softmax = MLLAAttention(8, 2), SoftmaxAttention(8, 2, v_proj=False)
+    calls, x = [], torch.randn(1, 2, 3, 8)
+    attention = eager.mlla_attention
+    monkeypatch.setattr(
+        eager, 'mlla_attention', lambda *args: calls.append(args) or attention(*args)
+    )
+    for mixer, number in ((mlla, 1), (softmax, 0)):
+        monkeypatch.delenv('MLLA_OPS', raising=False)
+        y = ops.gated_mixer(mixer, x, -x, MLLAAttention)
+        assert len(calls) == number
+        calls.clear()
+        torch.testing.assert_close(y, mixer(x) * nn.functional.silu(-x))
+        monkeypatch.setenv('MLLA_OPS', 'naive')
+        torch.testing.assert_close(ops.gated_mixer(mixer, x, -x, MLLAAttention), y)
+        assert not calls
 
 
 @pytest.mark.parametrize('available', [False, True])
@@ -221,8 +240,8 @@ def test_no_op_is_forgotten():
             and value.__module__ == module.__name__
             and not name.startswith(('_', 'supports_'))
         }
-        helpers = {'linear_attention', 'product_dtype'}
-        helpers |= {'at_least_float32', 'is_available'}
+        helpers = {'linear_attention', 'mean_over_tokens', 'normaliser'}
+        helpers |= {'product_dtype', 'at_least_float32', 'is_available'}
         assert ops_of_module - helpers == {
             name for name, modules in IMPLEMENTATIONS.items() if module in modules
         }

@@ -11,7 +11,12 @@ from torch.nn.modules import module as nn_module
 
 from mlla_mm import ops
 from mlla_mm.models import MLLA
-from mlla_mm.models.layers import MLLABlock, PatchMerging
+from mlla_mm.models.layers import (
+    MLLAAttention,
+    MLLABlock,
+    PatchMerging,
+    SoftmaxAttention,
+)
 from mlla_mm.ops import dispatch, naive, triton
 from mlla_mm.ops.triton import supports_mlla_block
 
@@ -434,6 +439,59 @@ def test_a_block_with_a_forward_pass_of_its_own_is_not_fused(fused):
     assert not fused
 
 
+class Twice(MLLAAttention):
+    """What a user derives, with the same layers."""
+
+    def attend(self, q, k, v):
+        return super().attend(q, k, v) * 2
+
+
+def set_attend(attn):
+    attend = attn.attend
+    attn.attend = lambda q, k, v: attend(q, k, v) * 2
+    return attn
+
+
+OTHER_ATTENTIONS = {
+    'a subclass': lambda: Twice(16, 2),
+    'an attend of the object': lambda: set_attend(MLLAAttention(16, 2)),
+    'projected values': lambda: MLLAAttention(16, 2, v_proj=True),
+    'softmax': lambda: SoftmaxAttention(16, 2, v_proj=False),
+}
+
+
+@pytest.mark.parametrize('name', OTHER_ATTENTIONS)
+@pytest.mark.parametrize('kernels', [True, False])
+def test_another_attention_is_called(name, kernels, request, monkeypatch):
+    fused = request.getfixturevalue('fused') if kernels else []
+    block, calls = MLLABlock(16, 2), []
+    block.attn = OTHER_ATTENTIONS[name]()
+    y = block(X)
+    assert not fused
+    y.sum().backward()
+    assert all(x.grad.any() for x in block.attn.parameters())
+    block.attn.register_forward_hook(lambda *args: calls.append(name))
+    torch.testing.assert_close(block(X), y)
+    assert calls == [name]
+    monkeypatch.setenv('MLLA_OPS', 'naive')
+    torch.testing.assert_close(block(X), y)
+
+
+@pytest.mark.parametrize('name', ['attn', 'attn.qk', 'attn.lepe'])
+def test_a_changed_attention_takes_effect_without_kernels_for_blocks(name):
+    """The gated mixer reads an attention, but calls what has hooks or is wrapped."""
+    block, x = MLLABlock(16, 2).eval(), torch.randn(2, 3, 5, 16)
+    plain = block(x)
+    handle = block.get_submodule(name).register_forward_hook(lambda *args: args[2] * 2)
+    expected = block(x)
+    handle.remove()
+    assert relative_error(expected, plain) > 1e-4
+    parent, _, child = name.rpartition('.')
+    parent = block.get_submodule(parent)
+    setattr(parent, child, Doubled(getattr(parent, child)))
+    torch.testing.assert_close(block(x), expected)
+
+
 def test_a_parametrised_block_is_not_fused(fused):
     block = MLLABlock(16, 2)
     nn.utils.parametrizations.weight_norm(block.out_proj)
@@ -545,11 +603,14 @@ def test_called_layers_compute_the_definitions(monkeypatch):
     conv, norm = depthwise(), layer(nn.LayerNorm, 16, eps=0.1)
     fc1, fc2 = layer(nn.Linear, 16, 8), layer(nn.Linear, 8, 16)
     qk, weights = torch.randn(2, 3, 5, 32), (conv.weight, conv.bias)
+    attn = MLLAAttention(16, 2)
     pairs = [
         (ops.depthwise_conv(X, conv, True, True),
          naive.depthwise_conv(X, *weights, True, True)),
         (ops.mlla_attention(qk, X, -X, conv, 2),
          naive.mlla_attention(qk, X, -X, *weights, 2)),
+        (ops.gated_mixer(attn, X, -X, MLLAAttention),
+         naive.mlla_attention(attn.qk(X), X, -X, *attn.lepe.parameters(), 2)),
         (ops.layer_norm(X, norm),
          naive.layer_norm(X, norm.weight, norm.bias, norm.eps)),
         (ops.mlp(X, fc1, fc2, nn.Dropout().eval()),

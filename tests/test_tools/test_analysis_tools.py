@@ -93,6 +93,19 @@ def test_get_flops_beside_the_paper(call_tool):
     assert cells[2:7] == ['224x224', '24.39 M', '25 M', '4.15 G', '4.2 G']
 
 
+def test_get_flops_of_a_forget_gate(call_tool):
+    """It says how its recurrence is counted. No pass over its tokens is needed."""
+    config = 'configs/classification/ablation/la-swin-t_forget-gate_8xb128_in1k.py'
+    tool = 'tools/analysis_tools/get_flops.py'
+    *_, row, _, note = call_tool(tool, config).stdout.splitlines()
+    cells = [cell.strip() for cell in row.split('|')]
+    assert cells[2:7] == ['224x224', '28.68 M', '29 M', '4.82 G', '4.8 G']
+    assert note == (
+        'la-swin-t_forget-gate_8xb128_in1k: 0.41 G of the FLOPs are the recurrence of '
+        'the forget gate, counted as 9 per token, channel and state.'
+    )
+
+
 def test_print_config(call_tool):
     output = call_tool(
         'tools/misc/print_config.py', SEGMENTOR,

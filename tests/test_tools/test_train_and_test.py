@@ -275,6 +275,19 @@ CHECKED = {
     'type of a test': (
         ['test.py', ROOT / CLASSIFIER, '--cfg-options', 'model.backbone.type=MLA'],
         'MLA is not in the', 'registry'),
+    'argument of a mixer': (
+        ['train.py', '--cfg-options', 'model.backbone.token_mixer.type=LinearAttention',
+         'model.backbone.token_mixer.input_gatee=True'],
+        'model.backbone.token_mixer.input_gatee', 'input_gate meant'),
+    'type of a mixer': (
+        ['train.py', '--cfg-options', 'model.backbone.token_mixer.type=LinearAtention'],
+        'LinearAtention is not in the', 'registry'),
+    'no dict of a mixer': (
+        ['train.py', '--cfg-options', 'model.backbone.token_mixer=LinearAttention'],
+        'model.backbone: token_mixer must be a dict', "'LinearAttention'"),
+    'value of a mixer': (
+        ['train.py', '--cfg-options', 'model.backbone.token_mixer.num_heads=5'],
+        'model.backbone.token_mixer: ', 'num_heads = 5 does not divide'),
     'metric': (
         ['train.py', '--cfg-options', 'default_hooks.checkpoint.save_best=acc/top1'],
         'acc/top1', "default_hooks.checkpoint.save_best='accuracy/top1'"),

@@ -36,7 +36,12 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     from mlla_mm.engine.config_files import read_config
     from mlla_mm.engine.console import quiet
     from mlla_mm.engine.launch import exit_on_user_error
-    from mlla_mm.evaluation.complexity import COLUMNS, complexity_row, count_complexity
+    from mlla_mm.evaluation.complexity import (
+        COLUMNS,
+        complexity_row,
+        count_complexity,
+        scan_note,
+    )
     from mlla_mm.evaluation.markdown import markdown_table
     from mlla_mm.evaluation.published import published_models
 
@@ -47,16 +52,18 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             configs = [model.config for model in published.values()]
         else:
             configs = [Path(args.config)]
-        rows = []
+        rows, notes = [], []
         for config in track_iter_progress(configs) if args.all else configs:
             counted = count_complexity(read_config(str(config)), args.shape, args.depth)
             # The paper's counts are for the paper's image.
             paper = None if args.shape else published.get(config.stem)
             rows.append(complexity_row(counted, config.stem, paper))
+            if counted.scan_flops:
+                notes.append(scan_note(counted, config.stem))
     if not args.all:
         print(counted.table)
     print()
-    print(markdown_table(COLUMNS, rows))
+    print('\n\n'.join([markdown_table(COLUMNS, rows), *notes]))
 
 
 if __name__ == '__main__':

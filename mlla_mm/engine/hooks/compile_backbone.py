@@ -7,17 +7,18 @@ from mmengine.runner import Runner
 from torch import nn
 
 from ...compat.pytorch import require_compiler
-from ...models import MLLA
+from ...models.backbones.staged import StagedBackbone
 from ..compile import compile_backbone
 from .mesa import MESAHook
 
 
 @HOOKS.register_module()
 class CompileBackboneHook(Hook):
-    """Let a config's ``compile`` compile an MLLA backbone alone.
+    """Let a config's ``compile`` compile the backbone alone.
 
     MMEngine compiles the whole training step, in over a hundred graphs for Mask R-CNN.
-    It still does so in three cases: with another backbone; if ``compile`` names a
+    It still does so in three cases: if the backbone is neither an MLLA nor a
+    LinearAttentionSwin; if ``compile`` names a
     ``target``; and in its FlexibleRunner, which compiles before any hook is called.
     See :func:`mlla_mm.engine.compile.compile_backbone`.
 
@@ -37,9 +38,9 @@ class CompileBackboneHook(Hook):
 
     def before_run(self, runner) -> None:
         written = runner.cfg.get('compile')
-        has_mlla = any(isinstance(module, MLLA) for module in runner.model.modules())
+        has_ours = any(isinstance(x, StagedBackbone) for x in runner.model.modules())
         has_target = isinstance(written, dict) and 'target' in written
-        if written and has_mlla and isinstance(runner, Runner) and not has_target:
+        if written and has_ours and isinstance(runner, Runner) and not has_target:
             require_compiler('compile')
             self._written = written
             runner.cfg.compile = False  # MMEngine reads it before the loop starts

@@ -83,8 +83,8 @@ class CheckWeightsHook(Hook):
     """Refuse a checkpoint that does not fit the model.
 
     MMEngine loads the weights that fit, warns of the rest and continues, for
-    ``load_from``, resuming and testing. A model with an MLLA and the file have to have
-    the same names and shapes. For other models see
+    ``load_from``, resuming and testing. A model with a backbone of ours and the file
+    have to have the same names and shapes. For other models see
     :func:`mlla_mm.checkpoints.fit.load_strictly`; the strategies of MMEngine's
     FlexibleRunner load them as they do.
 

@@ -1,20 +1,23 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-from collections.abc import Sequence
-from typing import List, Optional, Tuple, Union
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Dict, List, Optional, Tuple, Union
 
 from mmengine.registry import MODELS
+from torch import Tensor, nn
 
 from ...arch import (
     NUM_STAGES,
     check_choice,
     check_flags,
     check_int,
-    check_mlp_ratio,
     check_rate,
+    check_ratio,
     parse_arch,
 )
+from ...ops.tracing import is_tracing
 from ..layers import MambaBlock, PatchEmbed, SwinPatchMerging, TransformerBlock
-from .staged import StagedBackbone, drop_path_rates
+from .staged import StagedBackbone
 
 BLOCK_DESIGNS = ('transformer', 'sub', 'all')
 
@@ -71,7 +74,8 @@ class LinearAttentionSwin(StagedBackbone):
             backbone, as in :class:`mlla_mm.models.MLLA`. Defaults to None.
 
     Raises:
-        ValueError: If an argument is not possible for a network.
+        ValueError: If an argument is not possible for a network; or in the forward
+            pass, if images have another size than ``ape`` says.
 
     Examples:
         >>> import torch
@@ -93,7 +97,7 @@ class LinearAttentionSwin(StagedBackbone):
         token_mixer: Optional[dict] = None,
         block_design: str = 'transformer',
         expansion: float = 1.0,
-        ape: Optional[Union[int, Tuple[int, int]]] = None,
+        ape: Optional[Union[int, Sequence[int]]] = None,
         cpe: int = 0,
         in_channels: int = 3,
         mlp_ratio: float = 4.0,
@@ -106,68 +110,79 @@ class LinearAttentionSwin(StagedBackbone):
         with_cp: bool = False,
         init_cfg: Optional[Union[dict, List[dict]]] = None,
     ) -> None:
-        embed_dims, depths, num_heads = parse_arch(arch, self.arch_zoo)
+        size = parse_arch(arch, self.arch_zoo)
         check_choice('block_design', block_design, BLOCK_DESIGNS)
         check_int('cpe', cpe, 0, 2)
-        check_int('in_channels', in_channels, 1)
         check_rate('drop_rate', drop_rate)
-        check_rate('drop_path_rate', drop_path_rate)
-        check_mlp_ratio(mlp_ratio, embed_dims)
+        check_ratio('mlp_ratio', mlp_ratio, size.embed_dims)
         check_flags(qkv_bias=qkv_bias)
-        options = dict(
-            token_mixer=token_mixer,
-            qkv_bias=qkv_bias,
-            drop_rate=drop_rate,
-            mlp_ratio=0 if block_design == 'all' else mlp_ratio,
-            cpe=cpe,
-        )
         if block_design != 'transformer':
-            options['expansion'] = expansion
+            check_ratio('expansion', expansion, size.embed_dims)
         elif expansion != 1:
             raise ValueError(
                 f"expansion = {expansion!r} is for Mamba's block. Leave it out, or set "
                 "block_design to 'sub' or 'all'."
             )
-        block = TransformerBlock if block_design == 'transformer' else MambaBlock
-        sizes = _map_sizes(ape)
+        designs: Dict[str, Callable[..., nn.Module]] = {
+            'transformer': partial(TransformerBlock, mlp_ratio=mlp_ratio),
+            'sub': partial(MambaBlock, mlp_ratio=mlp_ratio, expansion=expansion),
+            'all': partial(MambaBlock, mlp_ratio=0, expansion=expansion),
+        }
+        map_sizes = _map_sizes(ape)
+
+        def make_block(stage: int, drop_path_rate: float) -> nn.Module:
+            return designs[block_design](
+                size.embed_dims * 2**stage,
+                size.num_heads[stage],
+                token_mixer=token_mixer,
+                qkv_bias=qkv_bias,
+                drop_rate=drop_rate,
+                drop_path_rate=drop_path_rate,
+                ape=map_sizes[stage],
+                cpe=cpe,
+            )
+
         super().__init__(
+            size,
+            make_stem=lambda: PatchEmbed(in_channels, size.embed_dims, drop_rate),
+            make_block=make_block,
+            make_merging=SwinPatchMerging,
             in_channels=in_channels,
-            embed_dims=embed_dims,
-            patch_embed=PatchEmbed(in_channels, embed_dims, drop_rate),
-            blocks=[
-                [
-                    block(
-                        embed_dims * 2**i,
-                        num_heads[i],
-                        drop_path_rate=rate,
-                        ape=sizes[i],
-                        **options,
-                    )
-                    for rate in rates
-                ]
-                for i, rates in enumerate(drop_path_rates(drop_path_rate, depths))
-            ],
-            patch_merging=SwinPatchMerging,
+            drop_path_rate=drop_path_rate,
             out_indices=out_indices,
             frozen_stages=frozen_stages,
             norm_eval=norm_eval,
             with_cp=with_cp,
             init_cfg=init_cfg,
         )
+        self.ape = ape
+        self._map_sizes = map_sizes
+
+    def _check_input(self, x: Tensor) -> None:
+        super()._check_input(x)
+        if self.ape is None or is_tracing():
+            return
+        if _map_sizes(x.shape[2:]) != self._map_sizes:
+            height, width = x.shape[2:]
+            raise ValueError(
+                f'The absolute position embedding is for images of the size ape = '
+                f'{self.ape}, and these have {height} x {width} pixels. Resize them, '
+                'or train with another ape.'
+            )
 
 
 def _map_sizes(
-    image: Optional[Union[int, Tuple[int, int]]],
+    image: Optional[Union[int, Sequence[int]]],
 ) -> List[Optional[Tuple[int, int]]]:
     """Height and width of each stage's maps, for images of a size."""
     if image is None:
         return [None] * NUM_STAGES
-    sides = (image, image) if isinstance(image, int) else tuple(image)
+    sides = image if isinstance(image, (list, tuple)) else (image, image)
     if len(sides) != 2:
         raise ValueError(f'ape must be an image size, one or two ints, got {image!r}.')
     for side in sides:
         check_int('ape', side, 1)
-    # Each stage rounds up, the stem from a quarter.
-    return [
-        (-(-sides[0] // 2**i), -(-sides[1] // 2**i)) for i in range(2, NUM_STAGES + 2)
-    ]
+    height, width = sides
+    # Each stage rounds up, the first from a quarter.
+    strides = [2**i for i in range(2, NUM_STAGES + 2)]
+    return [(-(-height // stride), -(-width // stride)) for stride in strides]

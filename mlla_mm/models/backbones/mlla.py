@@ -4,16 +4,9 @@ from typing import List, Optional, Union
 
 from mmengine.registry import MODELS
 
-from ...arch import (
-    ARCH_ZOO,
-    check_flags,
-    check_int,
-    check_mlp_ratio,
-    check_rate,
-    parse_arch,
-)
+from ...arch import ARCH_ZOO, check_flags, check_rate, check_ratio, parse_arch
 from ..layers import MLLABlock, PatchMerging, Stem
-from .staged import StagedBackbone, drop_path_rates
+from .staged import StagedBackbone
 
 
 @MODELS.register_module()
@@ -93,33 +86,29 @@ class MLLA(StagedBackbone):
         token_mixer: Optional[dict] = None,
         init_cfg: Optional[Union[dict, List[dict]]] = None,
     ) -> None:
-        embed_dims, depths, num_heads = parse_arch(arch, self.arch_zoo)
-        # Before the layers: a stem of no channels would fail first.
-        check_int('in_channels', in_channels, 1)
+        size = parse_arch(arch, self.arch_zoo)
         check_rate('drop_rate', drop_rate)
-        check_rate('drop_path_rate', drop_path_rate)
-        check_mlp_ratio(mlp_ratio, embed_dims)
+        check_ratio('mlp_ratio', mlp_ratio, size.embed_dims)
         check_flags(qkv_bias=qkv_bias)
+
+        def make_block(stage: int, drop_path_rate: float) -> MLLABlock:
+            return MLLABlock(
+                size.embed_dims * 2**stage,
+                size.num_heads[stage],
+                mlp_ratio=mlp_ratio,
+                qkv_bias=qkv_bias,
+                drop_rate=drop_rate,
+                drop_path_rate=drop_path_rate,
+                token_mixer=token_mixer,
+            )
+
         super().__init__(
+            size,
+            make_stem=lambda: Stem(in_channels, size.embed_dims, drop_rate),
+            make_block=make_block,
+            make_merging=PatchMerging,
             in_channels=in_channels,
-            embed_dims=embed_dims,
-            patch_embed=Stem(in_channels, embed_dims, drop_rate),
-            blocks=[
-                [
-                    MLLABlock(
-                        embed_dims * 2**i,
-                        num_heads[i],
-                        mlp_ratio=mlp_ratio,
-                        qkv_bias=qkv_bias,
-                        drop_rate=drop_rate,
-                        drop_path_rate=rate,
-                        token_mixer=token_mixer,
-                    )
-                    for rate in rates
-                ]
-                for i, rates in enumerate(drop_path_rates(drop_path_rate, depths))
-            ],
-            patch_merging=PatchMerging,
+            drop_path_rate=drop_path_rate,
             out_indices=out_indices,
             frozen_stages=frozen_stages,
             norm_eval=norm_eval,

@@ -8,7 +8,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ... import ops
-from ...arch import NUM_STAGES, check_flags, check_int, parse_out_indices
+from ...arch import (
+    NUM_STAGES,
+    Arch,
+    check_flags,
+    check_int,
+    check_rate,
+    parse_out_indices,
+)
 from ...compat.pytorch import BatchNorm
 from ...ops.tracing import is_graph
 
@@ -51,18 +58,20 @@ class StagedBackbone(BaseModule):
     Parameters have the names ``patch_embed.*``, ``layers.STAGE.blocks.BLOCK.*``,
     ``layers.STAGE.downsample.*`` and ``normSTAGE.*``. Linear layers start from a
     truncated normal distribution with standard deviation 0.02 and bias 0. Parts that
-    have a method ``init_weights`` start as it says.
+    have a method ``init_weights`` start as it says, and others as PyTorch's.
 
     Args:
-        in_channels (int): Number of image channels.
-        embed_dims (int): Number of channels C of the first stage, doubled in each later
-            one.
-        patch_embed (nn.Module): The stem, (N, in_channels, H, W) to
+        arch (Arch): Channels of the first stage, which double in each later one, and
+            blocks and heads of each stage.
+        make_stem (Callable[[], nn.Module]): Makes the stem, (N, in_channels, H, W) to
             (N, C, ceil(H / 4), ceil(W / 4)).
-        blocks (Sequence[Sequence[nn.Module]]): The blocks of each stage, (N, H, W, C)
-            to the same shape.
-        patch_merging (Callable[[int], nn.Module]): What makes the patch merging of a
-            number of channels.
+        make_block (Callable[[int, float], nn.Module]): Makes a block from the number of
+            its stage and its stochastic depth rate, (N, H, W, C) to the same shape.
+        make_merging (Callable[[int], nn.Module]): Makes the patch merging of a number
+            of channels d, (N, d, H, W) to (N, 2d, ceil(H / 2), ceil(W / 2)).
+        in_channels (int): Number of image channels.
+        drop_path_rate (float): Stochastic depth rate of the last block, in [0, 1). It
+            rises linearly from 0.
         out_indices (int | Sequence[int]): Stages to return.
         frozen_stages (int): 0 freezes the stem, 1 to 4 also so many stages.
         norm_eval (bool): Keep BatchNorm in evaluation mode while training.
@@ -79,11 +88,12 @@ class StagedBackbone(BaseModule):
 
     def __init__(
         self,
+        arch: Arch,
+        make_stem: Callable[[], nn.Module],
+        make_block: Callable[[int, float], nn.Module],
+        make_merging: Callable[[int], nn.Module],
         in_channels: int,
-        embed_dims: int,
-        patch_embed: nn.Module,
-        blocks: Sequence[Sequence[nn.Module]],
-        patch_merging: Callable[[int], nn.Module],
+        drop_path_rate: float,
         out_indices: Union[int, Sequence[int]],
         frozen_stages: int,
         norm_eval: bool,
@@ -92,24 +102,31 @@ class StagedBackbone(BaseModule):
     ) -> None:
         super().__init__(init_cfg=init_cfg)
         check_int('in_channels', in_channels, 1)
+        check_rate('drop_path_rate', drop_path_rate)
         check_int('frozen_stages', frozen_stages, -1, NUM_STAGES)
         check_flags(norm_eval=norm_eval, with_cp=with_cp)
         self.in_channels = in_channels
         self.out_indices = parse_out_indices(out_indices)
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
-        self.num_features = [embed_dims * 2**i for i in range(NUM_STAGES)]
-        self.patch_embed = patch_embed
-        *channels, _ = self.num_features
-        mergings = [*map(patch_merging, channels), None]
+        self.num_features = [arch.embed_dims * 2**i for i in range(NUM_STAGES)]
+
+        self.patch_embed = make_stem()
+        rates = torch.linspace(
+            0, drop_path_rate, sum(arch.depths), dtype=torch.float64, device='cpu'
+        ).split(list(arch.depths))
         self.layers = nn.ModuleList(
-            Stage(of_stage, merging, with_cp)
-            for of_stage, merging in zip(blocks, mergings)
+            Stage(
+                [make_block(i, rate) for rate in rates[i].tolist()],
+                make_merging(self.num_features[i]) if i < NUM_STAGES - 1 else None,
+                with_cp,
+            )
+            for i in range(NUM_STAGES)
         )
         for i in self.out_indices:
             self.add_module(f'norm{i}', nn.LayerNorm(self.num_features[i]))
 
-        self.apply(_init_weights)
+        self.apply(self._init_part)
         # Maps and gradients are channels-last. DistributedDataParallel lays out its
         # buckets for gradients like the weights. self.to() would fail for fake tensors,
         # because it swaps them for new ones.
@@ -152,6 +169,14 @@ class StagedBackbone(BaseModule):
         # mmcv's compiled RoIAlign takes maps for contiguous without a check.
         return tuple(out.permute(0, 3, 1, 2).contiguous() for out in outs)
 
+    def init_weights(self) -> None:
+        """Initialise MMEngine's modules in blocks, too, and then apply ``init_cfg``."""
+        # MMEngine looks for them among a module's children alone.
+        for module in self.layers.modules():
+            if isinstance(module, BaseModule) and not module.is_init:
+                module.init_weights()
+        super().init_weights()
+
     def train(self, mode: bool = True) -> 'StagedBackbone':
         """Set training mode, unless ``frozen_stages`` or ``norm_eval`` forbid it."""
         super().train(mode)
@@ -186,6 +211,17 @@ class StagedBackbone(BaseModule):
         in_stage = int(block) + 1 if module == 'blocks' else blocks[int(stage)]
         return sum(blocks[: int(stage)]) + in_stage, num_depths
 
+    def _init_part(self, module: nn.Module) -> None:
+        """Initialise a module whose children have been initialised."""
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        # MMEngine initialises its own modules later.
+        elif hasattr(module, 'init_weights') and not isinstance(module, BaseModule):
+            part: Any = module
+            part.init_weights()
+
     def _freeze_stages(self) -> None:
         if self.frozen_stages < 0:
             return
@@ -219,17 +255,6 @@ class StagedBackbone(BaseModule):
             )
 
 
-def _init_weights(module: nn.Module) -> None:
-    """Initialise a module whose children have been initialised."""
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    # MMEngine calls those of its own modules.
-    elif hasattr(module, 'init_weights') and not isinstance(module, BaseModule):
-        module.init_weights()
-
-
 def _read_together(maps: List[Tensor], norms: List[nn.Module]) -> Sequence[Tensor]:
     """The maps, such that a backward pass from any reaches all maps and norms.
 
@@ -258,16 +283,3 @@ class _ReadTogether(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Optional[Tensor]) -> Tuple[Optional[Tensor], ...]:
         return (None, *grads, *[None] * ctx.num_others)
-
-
-def drop_path_rates(drop_path_rate: float, depths: Sequence[int]) -> List[List[float]]:
-    """The stochastic depth rates of the blocks of each stage, from 0 rising linearly.
-
-    Args:
-        drop_path_rate (float): The rate of the last block.
-        depths (Sequence[int]): Number of blocks of each stage.
-    """
-    rates = torch.linspace(
-        0, drop_path_rate, sum(depths), dtype=torch.float64, device='cpu'
-    )
-    return [stage.tolist() for stage in rates.split(list(depths))]

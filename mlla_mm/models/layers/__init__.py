@@ -3,6 +3,13 @@ from .conv import ConvLayer
 from .drop_path import DropPath
 from .linear_attention import LinearAttention
 from .mlla_block import MLP, MLLABlock
+from .other_attentions import (
+    EfficientAttention,
+    EnhancedLinearAttention,
+    FocusedLinearAttention,
+    HydraAttention,
+    SoftmaxAttention,
+)
 from .patch_merging import PatchMerging
 from .stem import Stem
 from .swin import MambaBlock, PatchEmbed, SwinPatchMerging, TransformerBlock
@@ -12,12 +19,17 @@ __all__ = [
     'MLP',
     'ConvLayer',
     'DropPath',
+    'EfficientAttention',
+    'EnhancedLinearAttention',
+    'FocusedLinearAttention',
+    'HydraAttention',
     'LinearAttention',
     'MLLAAttention',
     'MLLABlock',
     'MambaBlock',
     'PatchEmbed',
     'PatchMerging',
+    'SoftmaxAttention',
     'Stem',
     'SwinPatchMerging',
     'TokenMixer',

@@ -10,8 +10,13 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ... import ops
-from ...arch import check_choice, check_flags
-from ...ops.naive import at_least_float32, mean_over_tokens, normaliser
+from ...arch import check_choice, check_flags, check_int
+from ...ops.naive import (
+    at_least_float32,
+    mean_over_tokens,
+    normaliser,
+    product_dtype,
+)
 from ...ops.scan import causal_normaliser, decayed_scan
 from .token_mixer import TokenMixer
 
@@ -40,8 +45,8 @@ class Delta(nn.Module):
         bias (bool): Whether b is there. Defaults to True.
         mamba_init (bool): Whether to start like Mamba: W_2 uniform within
             +-C_0^(-1/2), and b so that Softplus(b) is log-uniform in [1e-3, 1e-1].
-            Else W_2 is a linear layer like others, and the steps start near
-            Softplus(0) = 0.69. Defaults to False.
+            Else W_2 starts like other linear layers and b at 0, which makes the steps
+            Softplus(0) = 0.69 or so. Defaults to False.
     """
 
     def __init__(
@@ -55,7 +60,8 @@ class Delta(nn.Module):
         super().__init__()
         hidden = hidden_dims or math.ceil(in_dims / 16)
         self.w1 = nn.Linear(in_dims, hidden, bias=False)
-        self.w2 = nn.Linear(hidden, out_dims, bias=bias)
+        self.w2 = nn.Linear(hidden, out_dims, bias=False)
+        self.bias = nn.Parameter(torch.zeros(out_dims)) if bias else None
         self.mamba_init = mamba_init
         self.init_weights()
 
@@ -63,18 +69,22 @@ class Delta(nn.Module):
         """Start W_2 and b like Mamba, if ``mamba_init`` says so."""
         if not self.mamba_init:
             return
-        nn.init.uniform_(self.w2.weight, -1, 1)
-        with torch.no_grad():
-            self.w2.weight *= self.w2.in_features**-0.5
-            if self.w2.bias is not None:
-                low, high = math.log(1e-3), math.log(1e-1)
-                step = torch.empty_like(self.w2.bias).uniform_(low, high).exp_()
-                # The inverse of Softplus.
-                self.w2.bias.copy_(step + torch.log(-torch.expm1(-step)))
+        bound = self.w2.in_features**-0.5
+        nn.init.uniform_(self.w2.weight, -bound, bound)
+        if self.bias is not None:
+            low, high = math.log(1e-3), math.log(1e-1)
+            step = torch.empty_like(self.bias).uniform_(low, high).exp_()
+            # The inverse of Softplus.
+            self.bias.data.copy_(step + torch.log(-torch.expm1(-step)))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., out_dims), float32 or float64."""
-        return F.softplus(at_least_float32(self.w2(self.w1(x))))
+        steps = at_least_float32(self.w2(self.w1(x)))
+        # Not a bias of the layer: autocast would round the sum to half precision. Near
+        # -7 bfloat16 has steps of 1/32, and so would the logarithm of Delta.
+        if self.bias is not None:
+            steps = steps + self.bias
+        return F.softplus(steps)
 
 
 @MODELS.register_module()
@@ -171,7 +181,9 @@ class LinearAttention(TokenMixer):
         check_choice('gate_init', gate_init, (None, 'mamba', 'linear'))
         check_choice('scan_order', scan_order, SCAN_ORDERS)
         check_choice('shortcut_of', shortcut_of, ('values', 'input'))
-        self.phi = FEATURE_MAPS[feature_map]
+        if gate_dims is not None:
+            check_int('gate_dims', gate_dims, 1)
+        self.feature_map = feature_map
         self.input_gate = input_gate
         self.normalization = normalization
         self.rope = rope
@@ -179,11 +191,16 @@ class LinearAttention(TokenMixer):
         self.decayed_normalizer = decayed_normalizer
         self.shortcut_of = shortcut_of
         self.delta = self.A_log = self.D = self.lepe = None
+        if rope and num_heads * self.qk_head_dims % 4:
+            raise ValueError(
+                'rope pairs the channels of queries and keys on two axes: '
+                f'{num_heads} heads of {self.qk_head_dims} are no multiple of 4.'
+            )
         if input_gate or forget_gate:
             mamba_init = (gate_init or ('mamba' if forget_gate else '')) == 'mamba'
             self.delta = Delta(embed_dims, embed_dims, gate_dims, gate_bias, mamba_init)
         if forget_gate:
-            # A = -1, -2, ... in every channel, as in Mamba.
+            # A = -1, -2, ..., -d in every channel, as in Mamba.
             rates = torch.arange(1, self.qk_head_dims + 1).log()
             self.A_log = nn.Parameter(rates.repeat(embed_dims, 1))
         if shortcut:
@@ -195,15 +212,15 @@ class LinearAttention(TokenMixer):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, H, W, C) -> (N, H, W, C)."""
-        q, k = self.qk(x).chunk(2, dim=-1)
-        q, k = self.phi(at_least_float32(q)), self.phi(at_least_float32(k))
+        phi = FEATURE_MAPS[self.feature_map]
+        q, k = (phi(at_least_float32(x)) for x in self.qk(x).chunk(2, dim=-1))
         v = x if self.v is None else self.v(x)
         delta = None if self.delta is None else self.delta(x)
-        gated = (delta * v).to(v.dtype) if self.input_gate else v
-        if self.A_log is None:
-            y = self._sum_over_all(q, k, gated)
+        gated = delta * v if self.input_gate and delta is not None else v
+        if self.A_log is None or delta is None:
+            y = self._sum_over_all(q, k, gated.to(product_dtype(v)))
         else:
-            y = self._sum_over_past(q, k, gated, delta)
+            y = self._sum_over_past(q, k, gated, delta, -self.A_log.exp())
         if self.D is not None:
             y = y + self.D * (v if self.shortcut_of == 'values' else x)
         if self.lepe is not None:
@@ -211,29 +228,33 @@ class LinearAttention(TokenMixer):
         return y.to(v.dtype)
 
     def _sum_over_all(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Every token attends to all tokens, (N, H, W, C)."""
+        """Every token attends to all tokens (Eq. 2), (N, H, W, C)."""
         y = mean_over_tokens(self._rotate(q), self._rotate(k), v, self.num_heads)
         if self.normalization:
+            # Rotations are for the numerator alone.
             y = y / normaliser(q, k, self.num_heads)
         return y.flatten(-2)
 
-    def _sum_over_past(self, q: Tensor, k: Tensor, v: Tensor, delta: Tensor) -> Tensor:
-        """Every token attends to those before it and itself, (N, H, W, C)."""
-        assert self.A_log is not None
-        a = -self.A_log.to(delta.dtype).exp().unflatten(0, (self.num_heads, -1))
-        queries, keys, values, delta = (
-            self._tokens(x) for x in (self._rotate(q), self._rotate(k), v, delta)
+    def _sum_over_past(
+        self, q: Tensor, k: Tensor, v: Tensor, delta: Tensor, a: Tensor
+    ) -> Tensor:
+        """Every token attends to itself and those before (Eqs. 4, 10), (N, H, W, C)."""
+        height, width = v.shape[1:3]
+        a = a.unflatten(0, (self.num_heads, -1))
+        q_rotated, k_rotated, q, k, v, delta = map(
+            self._tokens, (self._rotate(q), self._rotate(k), q, k, v, delta)
         )
-        y = decayed_scan(queries, keys, values, delta, a)
-        if self.normalization:
-            # The weights are those before the rotation.
-            q, k = self._tokens(q), self._tokens(k)
-            if self.decayed_normalizer:
-                ones = torch.ones_like(delta)
-                y = y / (decayed_scan(q, k, ones, delta, a) + ops.EPS)
-            else:
-                y = y / v.shape[1] / v.shape[2] / causal_normaliser(q, k)
-        return self._map(y, v)
+        # In half precision the sum over many tokens would be out of range.
+        v = at_least_float32(v)
+        y = decayed_scan(q_rotated, k_rotated, v, delta, a)
+        if self.normalization and self.decayed_normalizer:
+            y = y / (decayed_scan(q, k, torch.ones_like(v), delta, a) + ops.EPS)
+        elif self.normalization:
+            y = y / (height * width * causal_normaliser(q, k))
+        y = y.flatten(-2)
+        if self.scan_order == 'columns':
+            return y.unflatten(1, (width, height)).transpose(1, 2)
+        return y.unflatten(1, (height, width))
 
     def _rotate(self, x: Tensor) -> Tensor:
         return ops.rotary_embedding(x) if self.rope else x
@@ -242,10 +263,3 @@ class LinearAttention(TokenMixer):
         """(N, H, W, C) -> (N, L, heads, C / heads), in the order of the scan."""
         x = x.transpose(1, 2) if self.scan_order == 'columns' else x
         return x.flatten(1, 2).unflatten(-1, (self.num_heads, -1))
-
-    def _map(self, x: Tensor, like: Tensor) -> Tensor:
-        """(N, L, heads, C / heads) -> (N, H, W, C)."""
-        height, width = like.shape[1:3]
-        if self.scan_order == 'columns':
-            return x.flatten(-2).unflatten(1, (width, height)).transpose(1, 2)
-        return x.flatten(-2).unflatten(1, (height, width))

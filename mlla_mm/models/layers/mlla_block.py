@@ -69,7 +69,7 @@ class MLLABlock(nn.Module):
         self.dwc = nn.Conv2d(embed_dims, embed_dims, 3, padding=1, groups=embed_dims)
         self.attn = build_token_mixer(
             token_mixer,
-            MLLAAttention.__name__,
+            MLLAAttention,
             embed_dims=embed_dims,
             num_heads=num_heads,
             v_proj=False,

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import ops
-from ...ops.tracing import is_graph
 from .drop_path import DropPath
 from .linear_attention import LinearAttention
 from .mlla_block import MLP
@@ -101,7 +100,7 @@ class _PreNormBlock(nn.Module):
         self.norm1 = nn.LayerNorm(embed_dims)
         self.ape = None
         if ape is not None:
-            self.ape = nn.Parameter(torch.empty(1, *ape, embed_dims))
+            self.ape = nn.Parameter(torch.empty(*ape, embed_dims))
             nn.init.trunc_normal_(self.ape, std=0.02)
         self.drop_path = DropPath(drop_path_rate)
         self.norm2 = self.mlp = None
@@ -114,7 +113,7 @@ class _PreNormBlock(nn.Module):
         if self.cpe1 is not None:
             x = ops.depthwise_conv(x, self.cpe1, residual=True)
         u = ops.layer_norm(x, self.norm1)
-        x = self.drop_path(x, self.mix(u if self.ape is None else self._add_ape(u)))
+        x = self.drop_path(x, self.mix(u if self.ape is None else u + self.ape))
         if self.cpe2 is not None:
             x = ops.depthwise_conv(x, self.cpe2, residual=True)
         if self.mlp is None or self.norm2 is None:
@@ -124,17 +123,6 @@ class _PreNormBlock(nn.Module):
     def mix(self, u: Tensor) -> Tensor:
         """The branch that mixes tokens, (N, H, W, C) -> (N, H, W, C)."""
         raise NotImplementedError
-
-    def _add_ape(self, u: Tensor) -> Tensor:
-        assert self.ape is not None
-        if not is_graph() and u.shape[1:3] != self.ape.shape[1:3]:
-            height, width = self.ape.shape[1:3]
-            raise ValueError(
-                f'The absolute position embedding is for maps of {height}x{width} '
-                f'tokens, and this one has {u.shape[1]}x{u.shape[2]}. Give the '
-                'backbone images of the size that ape names.'
-            )
-        return u + self.ape
 
 
 class TransformerBlock(_PreNormBlock):
@@ -161,7 +149,7 @@ class TransformerBlock(_PreNormBlock):
         super().__init__(embed_dims, **options)
         self.attn = build_token_mixer(
             token_mixer,
-            LinearAttention.__name__,
+            LinearAttention,
             embed_dims=embed_dims,
             num_heads=num_heads,
             v_proj=True,
@@ -210,7 +198,7 @@ class MambaBlock(_PreNormBlock):
         self.dwc = nn.Conv2d(inner, inner, 3, padding=1, groups=inner)
         self.attn = build_token_mixer(
             token_mixer,
-            LinearAttention.__name__,
+            LinearAttention,
             embed_dims=inner,
             num_heads=num_heads,
             v_proj=False,

@@ -1,0 +1,23 @@
+# Swin-T with linear attention on ImageNet-1K: the baseline of the paper's analysis.
+model = dict(
+    type='ImageClassifier',
+    data_preprocessor=dict(
+        num_classes=1000,
+        mean=[123.675, 116.28, 103.53],
+        std=[58.395, 57.12, 57.375],
+        to_rgb=True,
+    ),
+    backbone=dict(type='LinearAttentionSwin', drop_path_rate=0.2, out_indices=(3,)),
+    neck=dict(type='GlobalAveragePooling'),
+    head=dict(
+        type='LinearClsHead',
+        num_classes=1000,
+        in_channels=768,
+        loss=dict(type='LabelSmoothLoss', label_smooth_val=0.1),
+        init_cfg=dict(type='TruncNormal', layer='Linear', std=0.02, bias=0.0),
+    ),
+    # Every batch gets one of the two, with equal probability.
+    train_cfg=dict(
+        augments=[dict(type='Mixup', alpha=0.8), dict(type='CutMix', alpha=1.0)]
+    ),
+)

@@ -1,0 +1,3 @@
+_base_ = './la-swin-t_8xb128_in1k.py'
+
+model = dict(backbone=dict(token_mixer=dict(normalization=False)))
