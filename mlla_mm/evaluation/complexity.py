@@ -4,9 +4,10 @@
 import copy
 import math
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
-from unittest import mock
 
 import torch
 from mmengine.analysis import ActivationAnalyzer, FlopAnalyzer, parameter_count
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ..engine.arguments import named_arguments
 from ..engine.parts import replace_sync_bn, require_parts
-from ..ops import scan
+from ..ops.scan import _DecayedScan
 from .published import PublishedModel
 
 Shape = Tuple[int, int]
@@ -33,7 +34,7 @@ IMAGE_SHAPES: Dict[str, Shape] = {
 #: vision Mamba count so, after https://github.com/state-spaces/mamba/issues/110.
 SCAN_FLOPS = 9
 # In a traced graph it is one node.
-_SCAN = f'prim::PythonOp.{scan._DecayedScan.__name__}'
+_SCAN = f'prim::PythonOp.{_DecayedScan.__name__}'
 
 
 class Complexity(NamedTuple):
@@ -116,9 +117,7 @@ def count_complexity(
         flops.set_op_handle('aten::scaled_dot_product_attention', _count_softmax)
         activations = ActivationAnalyzer(model, (image,))
         activations.set_op_handle(_SCAN, generic_activation_jit('scan'))
-        # A trace would write out its loop over the tokens.
-        without_loop = mock.patch.object(scan._DecayedScan, 'forward', _like_values)
-        with torch.no_grad(), without_loop:
+        with torch.no_grad(), _recurrence_without_loop():
             # First: unlike the totals, the table warns about no operator.
             table = complexity_stats_table(
                 flops, depth, activations, show_param_shapes=False
@@ -147,9 +146,23 @@ def _count_softmax(inputs: List[Any], outputs: List[Any]) -> Counter:
     )
 
 
-def _like_values(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *args: Tensor) -> Tensor:
-    """What has the shape of a recurrence's result."""
-    return torch.zeros_like(v)
+@contextmanager
+def _recurrence_without_loop() -> Iterator[None]:
+    """Give zeros in the place of a recurrence's result.
+
+    A trace would write out its loop over the tokens, which takes minutes.
+    """
+
+    def zeros(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *args: Tensor) -> Tensor:
+        return torch.zeros_like(v)
+
+    recurrence: Any = _DecayedScan
+    forward = recurrence.forward
+    recurrence.forward = staticmethod(zeros)
+    try:
+        yield
+    finally:
+        recurrence.forward = staticmethod(forward)
 
 
 #: Columns of :func:`complexity_row`.
