@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..compat import pytorch
+from ..models import LinearAttentionSwin
+from ..models.layers import LinearAttention
 
 TOLERANCE = 1e-4
 """Largest difference to eager execution, relative to the largest output."""
@@ -109,6 +111,7 @@ def export_model(
             of the file differ by more than :data:`TOLERANCE`. Then there is no file.
     """
     _require_support(format, shape)
+    _require_exportable(part.module)
     write, load = _FORMATS[format]
     path = Path(path)
     if path.is_dir():
@@ -153,6 +156,21 @@ def _require_support(format: str, shape: Tuple[int, int]) -> None:
                 f"onnx needs {', '.join(missing)}: pip install -e '.[export]'. With "
                 "the original OpenMMLab packages, install '.[openmmlab,export]', which "
                 'keeps NumPy below 2.'
+            )
+
+
+def _require_exportable(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, LinearAttention) and module.A_log is not None:
+            raise ExportError(
+                'The recurrence of the forget gate runs token by token, and an '
+                'exported file takes any number of tokens. Export a model with '
+                'forget_gate=False.'
+            )
+        if isinstance(module, LinearAttentionSwin) and module.ape is not None:
+            raise ExportError(
+                f'ape = {module.ape} names the only image size of this model, and an '
+                'exported file takes any size. Export a model without ape.'
             )
 
 

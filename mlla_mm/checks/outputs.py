@@ -91,8 +91,9 @@ def _backbone_outputs(backbone: Any) -> Optional[_Outputs]:
             indices = kind(**dict(options, arch=shallow)).out_indices
     except ArgumentError:
         raise  # names the key of a part, such as the token mixer's
-    except (TypeError, ValueError) as error:
-        raise ValueError(f'model.backbone: {error}') from error
+    except (KeyError, TypeError, ValueError) as error:
+        # The text of a KeyError has quotation marks around it.
+        raise ValueError(f'model.backbone: {error.args[0]}') from error
     name = f"arch '{arch}'" if isinstance(arch, str) else f'embed_dims {embed_dims}'
     return _Outputs(
         [embed_dims * 2**i for i in indices],

@@ -8,7 +8,7 @@ from mlla_mm import get_model
 from mlla_mm.apis import export
 from mlla_mm.apis.export import FORMATS, ExportError, Part, export_model, select_part
 from mlla_mm.compat import pytorch
-from mlla_mm.models import MLLA
+from mlla_mm.models import MLLA, LinearAttentionSwin
 
 from ..reference import relative_error
 
@@ -102,6 +102,58 @@ def test_torch_export(backbone, tmp_path):
     check(backbone, run)
     with pytest.raises(AssertionError, match='33'):
         run(torch.rand(1, 3, 32, 64))
+
+
+#: All designs that attend to all tokens at once, and all encodings for any size.
+PARALLEL = dict(
+    block_design='sub',
+    cpe=2,
+    token_mixer=dict(input_gate=True, shortcut=True, lepe=True, rope=True),
+)
+
+
+@pytest.mark.parametrize(
+    'format, options',
+    [
+        ('torchscript', PARALLEL),
+        ('torchscript', {}),
+        ('torchscript', dict(block_design='all', expansion=2)),
+        (
+            'torchscript',
+            dict(token_mixer=dict(num_heads=1, qk_head_dims=4, normalization=False)),
+        ),
+        pytest.param('onnx', PARALLEL, marks=pytest.mark.slow),
+        ('onnx', {}),
+        pytest.param('torch-export', PARALLEL, marks=pytest.mark.slow),
+    ],
+)
+def test_study(format, options, tmp_path):
+    skip_unless_supported(format)
+    stages = (0, 1) if format == 'torchscript' else 0
+    model = LinearAttentionSwin(ARCH, out_indices=stages, **options).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, mean=0.3 * (parameter.dim() == 1), std=0.2)
+    part = select_part(model, 'backbone')
+    path = tmp_path / f'model{FORMATS[format]}'
+    assert export_model(part, format, path, (64, 96)) < 1e-5
+    if format == 'torchscript':
+        check(part, torch.jit.load(str(path)), [*SIZES, (1, 1), (7, 5)])
+
+
+@pytest.mark.parametrize('format', FORMATS)
+@pytest.mark.parametrize(
+    'options, message',
+    [
+        (dict(token_mixer=dict(forget_gate=True)), 'forget_gate=False'),
+        (dict(ape=(64, 96)), r'ape = \(64, 96\) names the only image size'),
+    ],
+)
+def test_study_that_is_for_one_number_of_tokens(format, options, message, tmp_path):
+    skip_unless_supported(format)
+    part = select_part(LinearAttentionSwin(ARCH, **options).eval(), 'backbone')
+    with pytest.raises(ExportError, match=message):
+        export_model(part, format, tmp_path / 'model', (64, 96))
+    assert not list(tmp_path.iterdir())
 
 
 def test_tracing_leaves_eager_execution_as_it_was(backbone, tmp_path):

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 from mmengine.config import Config, ConfigDict
-from mmengine.registry import DefaultScope
+from mmengine.registry import MODELS, DefaultScope
 
-import mlla_mm  # noqa: F401  (registers MLLA)
 from mlla_mm.checks.outputs import check_outputs
+from mlla_mm.models import LinearAttentionSwin
 
 # Channels of ResNet-50's stages, and of MLLA-T's.
 CHANNELS = {256: 64, 512: 128, 1024: 256, 2048: 512}
@@ -94,3 +94,34 @@ def test_heads_that_read_all_maps():
     head['in_channels'] = 256
     with pytest.raises(ValueError, match='decode_head.in_channels is 256'):
         check_outputs(model)
+
+
+def test_the_study_backbone():
+    """Its arguments and channels are compared, too; of its children the names."""
+    backbone = dict(type='LinearAttentionSwin', token_mixer=dict(forget_gate=True))
+    head = dict(type='FCNHead', in_index=3, in_channels=768)
+    model = dict(type='EncoderDecoder', backbone=backbone, decode_head=head)
+    check_outputs(model)
+    head['in_channels'] = 512
+    with pytest.raises(
+        ValueError, match="768 channels .LinearAttentionSwin of arch 'tiny'"
+    ):
+        check_outputs(model)
+    for wrong, message in (
+        (dict(arch='small'), "model.backbone: Unknown arch 'small'"),
+        (dict(expansion=2), "model.backbone: expansion = 2 is for Mamba's block"),
+        (dict(input_gate=True), 'input_gate'),
+        (dict(token_mixer=dict(lepe=1)), 'lepe must be True or False'),
+        (dict(token_mixer=dict(type='Nothing')), 'Nothing'),
+    ):
+        model['backbone'] = dict(backbone, **wrong)
+        with pytest.raises(ValueError, match=message):
+            check_outputs(model)
+    model['backbone'] = dict(type='OwnSwin', cpu=1)
+    with pytest.raises(ValueError, match='cpe'):
+        check_outputs(model)
+
+
+@MODELS.register_module()
+class OwnSwin(LinearAttentionSwin):
+    """A class of a user's."""

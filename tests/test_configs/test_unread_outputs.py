@@ -76,6 +76,13 @@ EARLY_LEVELS = {
     'model.roi_head.bbox_roi_extractor.featmap_strides': [4, 8, 16],
     'model.roi_head.mask_roi_extractor.featmap_strides': [4, 8, 16],
 }
+STUDY = {
+    'model.backbone.type': 'LinearAttentionSwin',
+    'model.backbone.block_design': 'sub',
+    'model.backbone.token_mixer': dict(
+        input_gate=True, shortcut=True, lepe=True, rope=True
+    ),
+}
 UNREAD = {
     'FCN on the last output': (
         SEG, {'model.decode_head': dict(FCN, in_channels=256, in_index=3),
@@ -101,6 +108,11 @@ UNREAD = {
         DET, {**LATE_LEVELS, 'model.roi_head.mask_head': None},
     ),
     'classifier with all outputs': (CLS, {'model.backbone.out_indices': (0, 1, 2, 3)}),
+    'FCN on a middle output of the study': (
+        SEG, {'model.decode_head': dict(FCN, in_channels=64, in_index=1),
+              **NO_AUXILIARY_HEAD, **STUDY},
+    ),
+    'FPN of late levels of the study': (DET, {**LATE_LEVELS, **STUDY}),
 }  # fmt: skip
 BACKBONES = {
     'trained': {},

@@ -9,7 +9,7 @@ from torch import nn
 
 from mlla_mm.engine.compile import compile_backbone
 from mlla_mm.engine.hooks import MESAHook
-from mlla_mm.models import MLLA
+from mlla_mm.models import MLLA, LinearAttentionSwin
 
 from ..compiler import needs_compiler
 
@@ -20,9 +20,9 @@ ARCH = dict(embed_dims=4, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1))
 class Regressor(BaseModel):
     """Counts its training steps that a compiler runs."""
 
-    def __init__(self, ours=True):
+    def __init__(self, kind=MLLA):
         super().__init__()
-        self.backbone = MLLA(ARCH, out_indices=3) if ours else nn.Conv2d(3, 32, 1)
+        self.backbone = kind(ARCH, out_indices=3) if kind else nn.Conv2d(3, 32, 1)
         self.steps_in_graph = 0
         for name, buffer in self.named_buffers():
             if name.endswith('running_var'):
@@ -41,7 +41,7 @@ class Regressor(BaseModel):
         return super().train_step(data, optim_wrapper)
 
 
-def train(work_dir, compile, ours=True, hooks=(), flow='train'):
+def train(work_dir, compile, kind=MLLA, hooks=(), flow='train'):
     cfg = Config(dict(compile=compile))
     images = [
         dict(inputs=torch.rand(3, 40, 40, generator=torch.Generator().manual_seed(i)))
@@ -54,7 +54,7 @@ def train(work_dir, compile, ours=True, hooks=(), flow='train'):
         collate_fn=dict(type='default_collate'),
     )
     runner = Runner(
-        Regressor(ours),
+        Regressor(kind),
         str(work_dir),
         train_dataloader=loader,
         train_cfg=dict(type='SeededEpochBasedTrainLoop', max_epochs=1),
@@ -76,10 +76,18 @@ def is_compiled(module):
 
 
 @needs_compiler
-@pytest.mark.parametrize('flow', ['train', 'test'])
-@pytest.mark.parametrize('compile', [dict(backend='eager'), False])
-def test_compile_in_a_config_means_the_backbone(tmp_path, compile, flow):
-    runner = train(tmp_path, compile, flow=flow)
+@pytest.mark.parametrize(
+    'compile, flow, kind',
+    [
+        (dict(backend='eager'), 'train', MLLA),
+        (dict(backend='eager'), 'test', MLLA),
+        (dict(backend='eager'), 'train', LinearAttentionSwin),
+        (False, 'train', MLLA),
+        (False, 'test', MLLA),
+    ],
+)
+def test_compile_in_a_config_means_the_backbone(tmp_path, compile, flow, kind):
+    runner = train(tmp_path, compile, kind, flow=flow)
     assert is_compiled(runner.model.backbone) == bool(compile)
     assert not is_compiled(runner.model)
     assert runner.model.steps_in_graph == 0
@@ -98,16 +106,16 @@ def test_the_teacher_is_compiled_as_well(tmp_path):
 
 @needs_compiler
 @pytest.mark.parametrize(
-    'ours, compile',
+    'kind, compile',
     [
-        (False, dict(backend='eager')),
-        (True, dict(backend='eager', target='train_step')),
+        (None, dict(backend='eager')),
+        (MLLA, dict(backend='eager', target='train_step')),
     ],
 )
-def test_mmengine_compiles_the_step_of_others(tmp_path, monkeypatch, ours, compile):
+def test_mmengine_compiles_the_step_of_others(tmp_path, monkeypatch, kind, compile):
     compiled = []
     monkeypatch.setattr(torch, 'compile', lambda f, **_: compiled.append(f) or f)
-    runner = train(tmp_path, compile, ours)
+    runner = train(tmp_path, compile, kind)
     assert [f.__name__ for f in compiled] == ['train_step']
     assert not any(map(is_compiled, runner.model.modules()))
 

@@ -15,25 +15,64 @@ from mlla_mm.compat.mmcv_ext import is_stand_in
 from mlla_mm.compat.openmmlab import count_in_micro_batches
 from mlla_mm.engine.ema import ModelEMA
 from mlla_mm.engine.parts import replace_sync_bn
-from mlla_mm.models import MLLA
+from mlla_mm.models import MLLA, LinearAttentionSwin
 from mlla_mm.ops import rotary
 from mlla_mm.reproducible.loops import train_step
 
 from ..nano import NANO, build
-from ..pretended import OPS, autocast, describe, needs_pretended_cuda
+from ..pretended import OPS, autocast, describe, needs_pretended_cuda, needs_triton
 
 pytestmark = needs_pretended_cuda
 
 ARCH = dict(embed_dims=16, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
+#: All designs of the study that go together, and the one with a recurrence.
+STUDY = {
+    'parallel': dict(
+        block_design='sub',
+        ape=(33, 65),
+        cpe=2,
+        token_mixer=dict(input_gate=True, shortcut=True, lepe=True, rope=True),
+    ),
+    'recurrent': dict(
+        token_mixer=dict(
+            input_gate=True,
+            forget_gate=True,
+            shortcut=True,
+            scan_order='columns',
+            decayed_normalizer=True,
+        )
+    ),
+}
 
 
 @pytest.mark.parametrize('ops', OPS)
 @pytest.mark.parametrize('dtype', [None, 'float16', 'bfloat16'])
 @pytest.mark.parametrize('with_cp', [False, True])
 def test_backbone(ops, dtype, with_cp, monkeypatch):
-    """Maps and gradients are described as those on a CPU in float32."""
     model = MLLA(ARCH, drop_path_rate=0.1, with_cp=with_cp)
-    images = torch.randn(2, 3, 33, 65)
+    check_backbone(model, ops, dtype, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    'ops, dtype, name',
+    [
+        ('naive', None, 'parallel'),
+        ('eager', 'float16', 'parallel'),
+        pytest.param('fused', 'bfloat16', 'parallel', marks=needs_triton),
+        ('naive', 'bfloat16', 'recurrent'),
+        ('eager', 'float16', 'recurrent'),
+    ],
+)
+def test_study_backbone(ops, dtype, name, monkeypatch):
+    model = LinearAttentionSwin(ARCH, drop_path_rate=0.1, **STUDY[name])
+    # To pretend takes milliseconds for each operator, and so for each token.
+    size = (33, 65) if name == 'parallel' else (9, 13)
+    check_backbone(model, ops, dtype, monkeypatch, size)
+
+
+def check_backbone(model, ops, dtype, monkeypatch, size=(33, 65)):
+    """Maps and gradients are described as those on a CPU in float32."""
+    images = torch.randn(2, 3, *size)
     wanted = copy.deepcopy(model)
     maps = wanted(images)
     torch.autograd.backward(maps, [torch.ones_like(x) for x in maps])
@@ -84,11 +123,12 @@ def test_a_table_on_the_cpu_is_found(ops, monkeypatch):
             model(torch.randn(1, 3, 64, 64, device='cuda'))
 
 
-def load(scope):
-    """Config and model of a task, and two batches."""
+def load(scope, **backbone):
+    """Config and model of a task, and two batches. May change the backbone."""
     if scope == 'mmdet' and not is_stand_in():
         pytest.skip("mmcv's compiled ops cannot pretend")
     cfg = Config.fromfile(NANO[scope])
+    cfg.model.backbone.update(backbone)
     replace_sync_bn(cfg.model)
     batches = [synthetic_batch(cfg, 2, largest_size(cfg)) for _ in range(2)]
     for sample in (x for batch in batches for x in batch['data_samples']):
@@ -139,6 +179,17 @@ def test_update_and_prediction(scope, amp, micro_batches, ops, monkeypatch):
         wrapper = build_wrapper(model, cfg.optim_wrapper, amp)
         check_update(model, batches[:micro_batches], wrapper)
         check_prediction(model, batches[0], amp)
+
+
+@pytest.mark.parametrize('scope', NANO)
+def test_study_in_each_task(scope):
+    mixer = dict(input_gate=True, rope=True)
+    cfg, model, batches = load(scope, type='LinearAttentionSwin', token_mixer=mixer)
+    with DefaultScope.overwrite_default_scope(scope), pretended_cuda():
+        model = model.to('cuda').train()
+        wrapper = build_wrapper(model, cfg.optim_wrapper, 'float16')
+        check_update(model, batches[:1], wrapper)
+        check_prediction(model, batches[0], 'float16')
 
 
 @pytest.mark.parametrize('amp', [None, 'float16', 'bfloat16'])
