@@ -5,7 +5,7 @@ import pytest
 import torch
 from mmengine.logging import MMLogger
 from mmengine.model import BaseModule
-from mmengine.registry import DefaultScope
+from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
 from mlla_mm.checkpoints import load_pretrained
@@ -287,6 +287,78 @@ def test_weights_of_another_size(name, own, words):
 def test_weights_of_a_size_that_was_not_published():
     with pytest.raises(CheckpointError, match="Set the backbone's arch to the numbers"):
         check_fit(outline('t'), MLLA(NANO).state_dict(), 'x.pth')
+
+
+STUDY = dict(type='LinearAttentionSwin', arch=NANO, token_mixer=dict(forget_gate=True))
+
+
+def test_the_study_backbone_starts_from_its_classifier(tmp_path, log):
+    trained = MODELS.build(dict(STUDY, out_indices=3)).state_dict()
+    weights = checkpoints.prefixed(trained, 'backbone.')
+    weights['head.fc.weight'] = torch.ones(2, 64)
+    path = tmp_path / 'x.pth'
+    averaged = {key: value + 1 for key, value in weights.items()}
+    torch.save(dict(state_dict=weights, state_dict_ema=averaged), path)
+    start = dict(type='Pretrained', checkpoint=str(path), ema=True)
+    model = MODELS.build(dict(STUDY, init_cfg=start))
+    model.init_weights()
+    for key, value in model.state_dict().items():
+        if key.startswith('norm'):
+            assert torch.equal(value, torch.full_like(value, key.endswith('weight')))
+        else:
+            assert torch.equal(value, trained[key] + 1), key
+    text = 'tensors of a LinearAttentionSwin (embed_dims 8, depths 1-1-1-1) from'
+    assert any(text in record.getMessage() for record in log.records)
+
+
+@pytest.mark.parametrize(
+    'file, model, words',
+    [
+        (
+            STUDY,
+            dict(type='MLLA', arch=NANO),
+            ['holds a LinearAttentionSwin (', 'is an MLLA (', 'type LinearAttentionSw'],
+        ),
+        (
+            dict(type='MLLA'),
+            STUDY,
+            ['holds MLLA-T (', 'is a LinearAttentionSwin (', 'of the type MLLA'],
+        ),
+        # No MLLA-S, which has the same numbers.
+        (
+            dict(STUDY, arch=dict(NANO, embed_dims=64, depths=(3, 6, 21, 6))),
+            STUDY,
+            ['holds a LinearAttentionSwin (embed_dims 64, depths 3-6-21-6)', 'arch to'],
+        ),
+        (
+            STUDY,
+            dict(STUDY, token_mixer=None),
+            ['attn.A_log: (8, 8) in the file, not part of', "backbone's token_mixer"],
+        ),
+        (
+            STUDY,
+            dict(STUDY, token_mixer=dict(forget_gate=True, shortcut=True)),
+            [
+                'attn.D: missing in the file, (8,) in the model',
+                "backbone's token_mixer",
+            ],
+        ),
+        (STUDY, dict(STUDY, cpe=1), ['cpe1.weight: missing', "backbone's arguments"]),
+        (
+            dict(STUDY, ape=64),
+            dict(STUDY, ape=224),
+            ['ape: (16, 16, 8) in the file, (56, 56, 8) in', "backbone's arguments"],
+        ),
+        (STUDY, dict(STUDY, block_design='sub'), ["Check the backbone's arguments"]),
+    ],
+)
+def test_weights_of_another_design(file, model, words):
+    with torch.device('meta'):
+        weights, own = (MODELS.build(x).state_dict() for x in (file, model))
+    with pytest.raises(CheckpointError) as error:
+        check_fit(own, weights, 'x.pth')
+    for word in words:
+        assert word in str(error.value)
 
 
 def test_files_that_are_no_checkpoints(tmp_path):

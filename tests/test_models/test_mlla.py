@@ -5,12 +5,14 @@ import io
 import pytest
 import torch
 from mmengine.registry import MODELS
+from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mlla_mm.compat import pytorch
 from mlla_mm.engine.compile import compile_backbone
 from mlla_mm.models import MLLA
+from mlla_mm.models.layers import MLLABlock, PatchMerging, Stem
 
 from .. import reference
 from ..compiler import needs_compiler
@@ -332,6 +334,24 @@ def test_initialisation():
     # Convolutions keep PyTorch's default, uniform in +-1/sqrt(fan_in).
     bound = block.dwc.weight.detach().abs().max()
     assert 0.3 < bound <= 1 / 3
+
+
+def test_seeded_networks_start_alike():
+    """Convolutions are drawn as they are made: in the order of the forward pass."""
+    torch.manual_seed(0)
+    model = MLLA(NANO)
+    torch.manual_seed(0)
+    stem = Stem(3, 16, 0.0)
+    stages = []
+    for i, (depth, heads) in enumerate(zip(NANO['depths'], NANO['num_heads'])):
+        blocks = nn.ModuleList(MLLABlock(16 * 2**i, heads) for _ in range(depth))
+        merging = PatchMerging(16 * 2**i) if i < 3 else nn.Identity()
+        stages.append(nn.ModuleDict(dict(blocks=blocks, downsample=merging)))
+    parts = nn.ModuleDict(dict(patch_embed=stem, layers=nn.ModuleList(stages)))
+    expected = {k: v for k, v in parts.state_dict().items() if v.dim() == 4}
+    assert len(expected) > 30
+    actual = model.state_dict()
+    assert all(torch.equal(actual[key], expected[key]) for key in expected)
 
 
 def test_drop_path_rises_linearly():

@@ -244,8 +244,6 @@ class LinearAttention(TokenMixer):
         q_rotated, k_rotated, q, k, v, delta = map(
             self._tokens, (self._rotate(q), self._rotate(k), q, k, v, delta)
         )
-        # In half precision the sum over many tokens would be out of range.
-        v = at_least_float32(v)
         y = decayed_scan(q_rotated, k_rotated, v, delta, a)
         if self.normalization and self.decayed_normalizer:
             y = y / (decayed_scan(q, k, torch.ones_like(v), delta, a) + ops.EPS)
