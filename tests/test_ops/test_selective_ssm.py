@@ -143,7 +143,7 @@ def test_mixer_with_all_designs_is_the_selective_ssm(qkv_bias):
     tokens = x.flatten(1, 2)
     queries, keys = ssm.qk(tokens).chunk(2, dim=-1)
     delta = F.softplus(
-        tokens @ ssm.delta.w1.weight.T @ ssm.delta.w2.weight.T + ssm.delta.w2.bias
+        tokens @ ssm.delta.w1.weight.T @ ssm.delta.w2.weight.T + ssm.delta.bias
     )
     A = -ssm.A_log.exp().T
     expected = selective_ssm(tokens, delta, A, keys, queries, ssm.D)
@@ -253,7 +253,7 @@ def test_mixer_in_mamba(tokens, weights, recorded):
             'qk.weight': torch.cat([queries, keys]),
             'delta.w1.weight': w1,
             'delta.w2.weight': weights['dt_proj.weight'],
-            'delta.w2.bias': weights['dt_proj.bias'],
+            'delta.bias': weights['dt_proj.bias'],
             'A_log': weights['A_log'],
             'D': weights['D'],
         }
@@ -288,7 +288,7 @@ def test_forget_gate_starts_as_mamba_does():
     assert mixer.delta.w1.out_features == 256
     # W_2 is uniform in +-256^-0.5, and the steps are log-uniform in [1e-3, 1e-1].
     weight = mixer.delta.w2.weight.detach()[:, :2].flatten().numpy()
-    steps = steps_without_input(mixer.delta.w2.bias)
+    steps = steps_without_input(mixer.delta.bias)
     assert stats.kstest(weight, stats.uniform(-1 / 16, 1 / 8).cdf).pvalue > 1e-3
     low, high = np.log([1e-3, 1e-1])
     assert stats.kstest(steps, stats.uniform(low, high - low).cdf).pvalue > 1e-3
@@ -307,7 +307,7 @@ def test_starting_values_are_those_of_transformers():
         for layer in (theirs.dt_proj, ours.delta.w2)
     ]
     assert stats.ks_2samp(*scaled).pvalue > 1e-3
-    biases = theirs.dt_proj.bias, ours.delta.w2.bias
+    biases = theirs.dt_proj.bias, ours.delta.bias
     assert stats.ks_2samp(*map(steps_without_input, biases)).pvalue > 1e-3
     torch.testing.assert_close(ours.A_log, theirs.A_log)
     torch.testing.assert_close(ours.D, theirs.D)
