@@ -498,8 +498,8 @@ def format_report(results: Sequence[Result], record: Mapping[str, Any]) -> str:
         'difference is that of the means ± its standard error, from very few runs '
         'each: one within twice its error tells nothing. Speed is throughput over that '
         'of the baseline, the median of rounds that time all rows in turn. It holds '
-        'for this device and these images. The recurrence of a forget gate is a loop '
-        "of PyTorch calls here, and Mamba's CUDA kernel in the paper.",
+        'for this device and these images. The recurrence of a forget gate is plain '
+        "PyTorch here, and Mamba's CUDA kernel in the paper.",
         'The paper reports one training of each row, 300 epochs on ImageNet-1K. A '
         'small network, few classes and a short training show whether a row runs and '
         'learns, and what it costs. They cannot show its accuracy at scale: signs that '
