@@ -18,7 +18,6 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from mmengine.config import Config
 from mmengine.registry import DATASETS, MODELS, DefaultScope
 
 from mlla_mm.datasets.digits import make_imagenet
@@ -32,7 +31,7 @@ from mlla_mm.utils.files import write_whole
 from mlla_mm.visualization.sheet import save_figure
 
 from .cases import MODES, Case
-from .meter import Meter, Spread, format_settings, spread
+from .meter import Meter, format_settings, spread
 from .races import make_call
 
 ROOT = Path(__file__).parents[1]
@@ -71,6 +70,10 @@ _POLL_SECONDS = 0.2
 _SHOWN = 15
 
 Options = Optional[Mapping[str, Any]]
+#: What was measured of a row, see :func:`summarize`.
+Result = Dict[str, Any]
+#: Seconds of a call for each round, by row and mode.
+Seconds = Dict[Tuple[str, str], List[float]]
 
 
 class Row(NamedTuple):
@@ -89,51 +92,6 @@ class Row(NamedTuple):
     paper: Optional[PublishedModel]
 
 
-class Measured(NamedTuple):
-    """The speed of a row.
-
-    Attributes:
-        parameters (int): Number of parameters.
-        seconds (dict[str, list[float]]): Seconds of a call for each round, by mode.
-    """
-
-    parameters: int
-    seconds: Dict[str, List[float]]
-
-
-class Result(NamedTuple):
-    """What was measured of a row, beside the paper.
-
-    Attributes:
-        row (Row): The row.
-        top1 (dict[int, float]): Top-1 accuracy in percent by seed.
-        mean (float): Over the seeds.
-        deviation (float, optional): Sample standard deviation over the seeds. None for
-            one seed.
-        difference (float, optional): Mean minus the baseline's, in points. None for
-            the baseline.
-        error (float, optional): Standard error of the difference. None for one seed.
-        parameters (int): Number of parameters.
-        speed (dict[str, Spread]): Throughput over the baseline's by mode: median and
-            middle half of the rounds.
-        paper_top1 (float, optional): The paper's top-1 accuracy.
-        paper_difference (float, optional): The same minus the baseline's.
-        paper_speed (float, optional): The paper's throughput over the baseline's.
-    """
-
-    row: Row
-    top1: Dict[int, float]
-    mean: float
-    deviation: Optional[float]
-    difference: Optional[float]
-    error: Optional[float]
-    parameters: int
-    speed: Dict[str, Spread]
-    paper_top1: Optional[float]
-    paper_difference: Optional[float]
-    paper_speed: Optional[float]
-
-
 def digits_rows(names: Optional[Sequence[str]] = None) -> List[Row]:
     """The rows on digits, with the baseline first.
 
@@ -150,9 +108,9 @@ def digits_rows(names: Optional[Sequence[str]] = None) -> List[Row]:
     published = published_models()
     folder = ROOT / 'configs/classification/ablation'
     rows = []
-    for i, (name, title) in enumerate(ROWS.items()):
-        if i == 0 or names is None or name in names:
-            suffix = f'_{name}' if i else ''
+    for name, title in ROWS.items():
+        if name == 'baseline' or names is None or name in names:
+            suffix = '' if name == 'baseline' else f'_{name}'
             paper = published.get(f'la-swin-t{suffix}_8xb128_in1k')
             config = folder / f'la-swin-nano{suffix}_digits.py'
             rows.append(Row(name, title, config, paper))
@@ -193,28 +151,31 @@ def find_budget(
         FileNotFoundError: If there is no such config.
         ValueError: If a config cannot be read, or a row's budget is not the baseline's.
     """
-    budgets: List[Dict[str, Any]] = []
+    first: Dict[str, Any] = {}
     for row in rows:
         cfg = read_config(str(row.config), dict(options or {}))
-        data = Path(cfg.train_dataloader.dataset.data_root)
-        made_as = data / 'digits.json'
-        arguments = json.loads(made_as.read_text()) if made_as.is_file() else {}
+        data = cfg.train_dataloader.dataset.get('data_root')
         # A folder of digits says with what it was made.
-        named = _join(arguments, ' ') or str(data)
+        made_as = Path(data or '') / 'digits.json'
+        if made_as.is_file():
+            data = _join(json.loads(made_as.read_text()), ' ')
         changes = _join(options or {}, '=') or None
-        budgets.append({**describe_run(cfg, processes), 'data': named, 'with': changes})
-        for item, value in budgets[0].items():
-            if budgets[-1][item] != value:
-                raise ValueError(
-                    f'All rows need one budget: {item} is {format_value(value)} in '
-                    f'{rows[0].config}, and {format_value(budgets[-1][item])} in '
-                    f'{row.config}.'
-                )
-    return budgets[0]
+        budget = {**describe_run(cfg, processes), 'data': data, 'with': changes}
+        first = first or budget
+        for item in _differing(first, budget):
+            raise ValueError(
+                f'All rows need one budget: {item} is {format_value(first[item])} in '
+                f'{rows[0].config}, and {format_value(budget[item])} in {row.config}.'
+            )
+    return first
 
 
 def _join(values: Mapping[str, Any], sign: str) -> str:
     return ', '.join(f'{key}{sign}{value}' for key, value in values.items())
+
+
+def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> List[str]:
+    return [item for item in {**a, **b} if a.get(item) != b.get(item)]
 
 
 def settle_budget(out: Path, budget: Mapping[str, Any]) -> None:
@@ -228,13 +189,12 @@ def settle_budget(out: Path, budget: Mapping[str, Any]) -> None:
         write_whole(path, (json.dumps(budget, indent=2) + '\n').encode())
         return
     before = json.loads(path.read_text())
-    for item in {**before, **budget}:
-        if before.get(item) != budget.get(item):
-            raise ValueError(
-                f'{out} has runs of another budget: {item} was '
-                f'{format_value(before.get(item))}, and is '
-                f'{format_value(budget.get(item))}. Give another --out.'
-            )
+    for item in _differing(before, budget):
+        raise ValueError(
+            f'{out} has runs of another budget: {item} was '
+            f'{format_value(before.get(item))}, and is '
+            f'{format_value(budget.get(item))}. Give another --out.'
+        )
 
 
 def read_top1(work_dir: Path) -> Optional[float]:
@@ -333,7 +293,7 @@ def train(
 
 def measure_speed(
     rows: Sequence[Row], meter: Meter, options: Options = None
-) -> Tuple[Dict[str, Measured], Case]:
+) -> Tuple[Dict[str, int], Seconds, Case]:
     """Time the classifiers against one another, in inference and in training.
 
     Every round times each row once, in a random order. A training step has no
@@ -341,18 +301,21 @@ def measure_speed(
     validation's, and there are as many as in a batch of the training.
 
     Args:
-        rows (Sequence[Row]): The rows, with the baseline first.
+        rows (Sequence[Row]): The rows.
         meter (Meter): The device, and the number of rounds.
         options (Mapping, optional): Changes to all configs. Defaults to None.
 
     Returns:
-        tuple: The measurements by the name of the row, and the case of the first mode.
+        tuple: The numbers of parameters by row, the times, and the case of the first
+        mode.
     """
     cfgs = [read_config(str(row.config), dict(options or {})) for row in rows]
-    shape = _image_shape(cfgs[0])
+    with DefaultScope.overwrite_default_scope(cfgs[0].default_scope):
+        dataset = DATASETS.build(cfgs[0].val_dataloader.dataset)
+    height, width = dataset[0]['inputs'].shape[-2:]
     batch_size = batch_size_of(cfgs[0].train_dataloader)
-    images = torch.randn(batch_size, 3, *shape).to(meter.device)
-    cases = [Case('classification', shape, batch_size, mode) for mode in MODES]
+    images = torch.randn(batch_size, 3, height, width).to(meter.device)
+    cases = [Case('classification', (height, width), batch_size, x) for x in MODES]
     parameters, calls = {}, {}
     with torch.cuda.device_of(images):
         for row, cfg in zip(rows, cfgs):
@@ -363,80 +326,78 @@ def measure_speed(
                 model.train(case.mode == 'train').to(meter.device)
                 parameters[row.name] = sum(p.numel() for p in model.parameters())
                 calls[row.name, case.mode] = make_call(model, images, case)
-        samples = meter.samples(calls)
-    measured = {
-        name: Measured(number, {mode: samples[name, mode] for mode in MODES})
-        for name, number in parameters.items()
-    }
-    return measured, cases[0]
-
-
-def _image_shape(cfg: Config) -> Tuple[int, int]:
-    with DefaultScope.overwrite_default_scope(cfg.default_scope):
-        dataset = DATASETS.build(cfg.val_dataloader.dataset)
-    height, width = dataset[0]['inputs'].shape[-2:]
-    return height, width
+        return parameters, meter.samples(calls), cases[0]
 
 
 def summarize(
     rows: Sequence[Row],
     top1: Mapping[str, Dict[int, float]],
-    speed: Dict[str, Measured],
+    parameters: Mapping[str, int],
+    seconds: Seconds,
 ) -> List[Result]:
-    """Means, deviations, and differences to the first row.
+    """Set what was measured of each row beside the paper.
 
     Args:
         rows (Sequence[Row]): The rows, with the baseline first.
-        top1 (Mapping): Accuracies by row and seed, at least one for each row.
-        speed (dict[str, Measured]): By row.
+        top1 (Mapping): Accuracies in percent by row and seed, at least one for each.
+        parameters (Mapping): Numbers of parameters by row.
+        seconds (dict): From :func:`measure_speed`.
+
+    Returns:
+        list[dict]: Of each row ``name``, ``title``, ``config`` and ``parameters``; its
+        ``top1`` by seed, their ``mean`` and sample standard ``deviation``; the
+        ``difference`` of the mean to the baseline's, and its standard ``error``; its
+        throughput over the baseline's, ``speed``, by mode; ``paper_top1``,
+        ``paper_difference`` and ``paper_speed``, of the paper. None is for what does
+        not exist: a deviation of one seed, a difference of the baseline.
     """
-    values = {name: list(by_seed.values()) for name, by_seed in top1.items()}
-    mean = {name: statistics.mean(found) for name, found in values.items()}
-    deviation = {
-        name: statistics.stdev(found) if len(found) > 1 else None
-        for name, found in values.items()
-    }
     base = rows[0]
+    base_values = list(top1[base.name].values())
+    base_top1, base_throughput = _published(base)
     results = []
     for row in rows:
-        a, b = deviation[row.name], deviation[base.name]
-        is_base = row is base
-        error = None
-        if not (is_base or a is None or b is None):
-            variances = a**2 / len(values[row.name]), b**2 / len(values[base.name])
-            error = sum(variances) ** 0.5
-        paper_top1 = row.paper and row.paper.metrics.get(_TOP1)
-        paper_base = base.paper and base.paper.metrics.get(_TOP1)
-        paper_speed = row.paper and row.paper.paper_throughput
-        base_speed = base.paper and base.paper.paper_throughput
-        results.append(
-            Result(
-                row=row,
-                top1=top1[row.name],
-                mean=mean[row.name],
-                deviation=a,
-                difference=None if is_base else mean[row.name] - mean[base.name],
-                error=error,
-                parameters=speed[row.name].parameters,
-                speed={
-                    # Rounds are compared: a machine that slows down does so for all.
-                    mode: spread([y / x for x, y in zip(seconds, of_base)])
-                    for (mode, seconds), of_base in zip(
-                        speed[row.name].seconds.items(),
-                        speed[base.name].seconds.values(),
-                    )
-                },
-                paper_top1=paper_top1,
-                # Without rounding, 77.8 - 77.6 would not be 0.2.
-                paper_difference=None
-                if is_base or not (paper_top1 and paper_base)
-                else round(paper_top1 - paper_base, 6),
-                paper_speed=paper_speed / base_speed
-                if paper_speed and base_speed
-                else None,
-            )
+        values = list(top1[row.name].values())
+        paper_top1, throughput = _published(row)
+        result: Result = dict(
+            name=row.name,
+            title=row.title,
+            config=row.config.stem,
+            parameters=parameters[row.name],
+            top1=top1[row.name],
+            mean=statistics.mean(values),
+            deviation=statistics.stdev(values) if len(values) > 1 else None,
+            difference=None,
+            error=None,
+            speed={},
+            paper_top1=paper_top1,
+            paper_difference=None,
+            paper_speed=None,
         )
+        for mode in MODES:
+            # Rounds are compared: a machine that slows down does so for all.
+            pairs = zip(seconds[base.name, mode], seconds[row.name, mode])
+            result['speed'][mode] = spread([x / y for x, y in pairs])._asdict()
+        if row is not base:
+            result['difference'] = result['mean'] - statistics.mean(base_values)
+            if min(len(values), len(base_values)) > 1:
+                of_means = (
+                    statistics.variance(x) / len(x) for x in (values, base_values)
+                )
+                result['error'] = sum(of_means) ** 0.5
+            if paper_top1 and base_top1:
+                # Without rounding, 77.8 - 77.6 would not be 0.2.
+                result['paper_difference'] = round(paper_top1 - base_top1, 6)
+        if throughput and base_throughput:
+            result['paper_speed'] = throughput / base_throughput
+        results.append(result)
     return results
+
+
+def _published(row: Row) -> Tuple[Optional[float], Optional[float]]:
+    """The paper's top-1 accuracy and throughput."""
+    if row.paper is None:
+        return None, None
+    return row.paper.metrics.get(_TOP1), row.paper.paper_throughput
 
 
 def format_results(results: Sequence[Result]) -> str:
@@ -445,118 +406,84 @@ def format_results(results: Sequence[Result]) -> str:
         *('Row', 'Params', 'Top-1', 'Difference', 'Inference', 'Training'),
         *('Paper: top-1', 'difference', 'throughput'),
     )
-    table = []
-    for result in results:
-        cells = [result.row.title, f'{result.parameters:,}']
-        cells.append(f'{result.mean:.1f}' + _plus_minus(result.deviation))
-        cells.append(
-            '' if result.difference is None
-            else f'{result.difference:+.1f}' + _plus_minus(result.error)
-        )  # fmt: skip
-        cells += [f'{result.speed[mode].median:.2f}x' for mode in MODES]
-        for value, form in (
-            (result.paper_top1, '{:.1f}'),
-            (result.paper_difference, '{:+.1f}'),
-            (result.paper_speed, '{:.2f}x'),
-        ):
-            cells.append('' if value is None else form.format(value))
-        table.append(cells)
+
+    def cell(form: str, value: Optional[float], error: Optional[float] = None) -> str:
+        text = '' if value is None else form.format(value)
+        return text if error is None else f'{text} ± {error:.1f}'
+
+    table = [
+        [
+            x['title'],
+            f'{x["parameters"]:,}',
+            cell('{:.1f}', x['mean'], x['deviation']),
+            cell('{:+.1f}', x['difference'], x['error']),
+            *(cell('{:.2f}x', x['speed'][mode]['median']) for mode in MODES),
+            cell('{:.1f}', x['paper_top1']),
+            cell('{:+.1f}', x['paper_difference']),
+            cell('{:.2f}x', x['paper_speed']),
+        ]
+        for x in results
+    ]
     return markdown_table(columns, table)
-
-
-def _plus_minus(value: Optional[float]) -> str:
-    return '' if value is None else f' ± {value:.1f}'
 
 
 def plot_results(results: Sequence[Result], title: str, out: Path) -> None:
     """Draw top-1 accuracies, and their differences to the baseline beside the paper's.
 
     Args:
-        results (Sequence[Result]): The rows, with the baseline first.
+        results (Sequence[dict]): The rows, with the baseline first.
         title (str): What was measured.
         out (Path): Picture file to write.
     """
     figure = Figure(figsize=(9, 1.4 + 0.3 * len(results)), layout='constrained')
     left, right = figure.subplots(1, 2, sharey=True)
-    rows = np.arange(len(results))
-    base = results[0].mean
-    left.errorbar(
-        [result.mean for result in results],
-        rows,
-        xerr=[result.deviation or 0 for result in results],
-        fmt='o',
-        color='black',
-        capsize=3,
-    )
-    for i, result in enumerate(results):
-        left.plot([*result.top1.values()], [i] * len(result.top1), '|', color='C7')
-    left.axvline(base, color='C7', linewidth=0.8)
-    left.set_yticks(rows, [result.row.title for result in results])
+    base = results[0]['mean']
+    for i, x in enumerate(results):
+        deviation = x['deviation'] or 0
+        left.errorbar(x['mean'], i, xerr=deviation, fmt='o', color='black', capsize=3)
+        left.plot([*x['top1'].values()], [i] * len(x['top1']), '|', color='C7')
+    # None is drawn as nothing.
+    here, errors, paper = np.array(
+        [[x['difference'], x['error'], x['paper_difference']] for x in results], float
+    ).T
+    places = np.arange(len(results))
+    right.barh(
+        places - 0.2, here, 0.38, xerr=errors, color='black', alpha=0.75, label='here',
+        error_kw=dict(capsize=2, ecolor='C7'),
+    )  # fmt: skip
+    if not np.isnan(paper).all():
+        right.barh(places + 0.2, paper, 0.38, color='C1', label='paper, ImageNet-1K')
+    right.legend(fontsize=8)
+    left.set_yticks(places, [x['title'] for x in results])
     left.invert_yaxis()
     left.set_xlabel('top-1 (%): mean, deviation, each seed')
-    for label, offset, color, points in (
-        ('here', -0.2, 'black', [(x.difference, x.error) for x in results]),
-        ('paper, ImageNet-1K', 0.2, 'C1', [(x.paper_difference, 0) for x in results]),
-    ):
-        drawn = [(i, x, e or 0) for i, (x, e) in enumerate(points) if x is not None]
-        if not drawn:
-            continue
-        places, values, errors = np.transpose(drawn)
-        right.barh(
-            places + offset, values, 0.38, color=color, alpha=0.75, label=label,
-            xerr=errors if errors.any() else None,
-            error_kw=dict(capsize=2, ecolor='C7'),
-        )  # fmt: skip
-    right.axvline(0, color='black', linewidth=0.8)
     right.set_xlabel('difference to the baseline (points)')
-    if right.get_legend_handles_labels()[0]:
-        right.legend(fontsize=8)
     # A row that does not learn would leave no room to tell the others apart.
     for axes, center in ((left, base), (right, 0)):
         low, high = axes.get_xlim()
         axes.set_xlim(max(low, center - _SHOWN), min(high, center + _SHOWN))
+        axes.axvline(center, color='C7', linewidth=0.8)
         axes.grid(alpha=0.3, axis='x')
-    for i, result in enumerate(results):
-        if result.mean < base - _SHOWN:
-            left.text(left.get_xlim()[0], i, f' ← {result.mean:.1f}', va='center')
+    for i, x in enumerate(results):
+        if x['mean'] < base - _SHOWN:
+            left.text(left.get_xlim()[0], i, f' ← {x["mean"]:.1f}', va='center')
     figure.suptitle(title, fontsize=10)
     save_figure(figure, out, dpi=100)
 
 
-def results_record(
-    results: Sequence[Result], settings: Mapping[str, Any]
-) -> Dict[str, Any]:
-    """All that a study measured, for a JSON file."""
-    rows = []
-    for result in results:
-        entry: Dict[str, Any] = result._asdict()
-        entry.pop('row')
-        entry['speed'] = {mode: x._asdict() for mode, x in result.speed.items()}
-        rows.append(
-            dict(
-                name=result.row.name,
-                title=result.row.title,
-                config=result.row.config.stem,
-                **entry,
-            )
-        )
-    return {**settings, 'rows': rows}
+def format_report(results: Sequence[Result], record: Mapping[str, Any]) -> str:
+    """The table, what was run, and how it is to be read.
 
-
-def format_report(
-    results: Sequence[Result],
-    budget: Mapping[str, Any],
-    settings: Mapping[str, Any],
-    case: Case,
-    failed: Sequence[str],
-) -> str:
-    """The table, what was run, and how it is to be read."""
+    Args:
+        results (Sequence[dict]): The rows.
+        record (Mapping): What ``ablation.json`` has beside them.
+    """
     done = '; '.join(
         f'{item} {format_value(value)}'
-        for item, value in budget.items()
+        for item, value in record['budget'].items()
         if value is not None
     )
-    seeds = sorted({seed for result in results for seed in result.top1})
+    seeds = sorted({seed for result in results for seed in result['top1']})
     parts = [
         '# Ablation',
         format_results(results),
@@ -564,8 +491,8 @@ def format_report(
         '## What was run',
         f'Seeds: {", ".join(map(str, seeds))}. Each run: {done}. The weights of the '
         'end are evaluated.',
-        f'Speed on {format_settings(settings)}: {case}, and training; '
-        f'{settings["repeats"]} rounds.',
+        f'Speed on {format_settings(record)}: {record["case"]}, and training; '
+        f'{record["repeats"]} rounds.',
         '## How to read it',
         'Top-1 is the mean over the seeds ± the sample standard deviation. A '
         'difference is that of the means ± its standard error, from very few runs '
@@ -573,13 +500,13 @@ def format_report(
         'of the baseline, the median of rounds that time all rows in turn. It holds '
         'for this device and these images. The recurrence of a forget gate is plain '
         "PyTorch here, and Mamba's CUDA kernel in the paper.",
-        'The paper trains each row once, 300 epochs on ImageNet-1K. A small network, '
-        'few classes and a short training show whether a row runs and learns, and what '
-        'it costs. They cannot show its accuracy at scale: signs that agree are no '
-        'proof, and signs that differ are no contradiction.',
+        'The paper reports one training of each row, 300 epochs on ImageNet-1K. A '
+        'small network, few classes and a short training show whether a row runs and '
+        'learns, and what it costs. They cannot show its accuracy at scale: signs that '
+        'agree are no proof, and signs that differ are no contradiction.',
     ]
-    if failed:
-        parts += ['## Failed', *failed]
+    if record['failed']:
+        parts += ['## Failed', *record['failed']]
     return '\n\n'.join(parts) + '\n'
 
 
@@ -619,18 +546,17 @@ def run(args: argparse.Namespace) -> int:
             if value is not None:
                 top1.setdefault(row.name, {})[seed] = value
     if rows[0].name not in top1:
-        raise ValueError(f'Without the baseline there is no table. {failed[0]}')
+        first = next(x for x in failed if x.startswith(f'{rows[0].name}, '))
+        raise ValueError(f'Without the baseline there is no table. {first}')
     rows = [row for row in rows if row.name in top1]
-    speed, case = measure_speed(rows, meter, options)
-    results = summarize(rows, top1, speed)
-    settings = meter.describe()
-    record = dict(settings, budget=budget, failed=failed, case=str(case))
-    report = format_report(results, budget, settings, case, failed)
+    parameters, seconds, case = measure_speed(rows, meter, options)
+    results = summarize(rows, top1, parameters, seconds)
+    record = dict(meter.describe(), budget=budget, failed=failed, case=str(case))
     title = f'Top-1 accuracy after {budget["length"]}, {args.seeds} seeds'
     plot_results(results, title, out / PICTURE_NAME)
-    text = json.dumps(results_record(results, record), indent=2) + '\n'
+    text = json.dumps({**record, 'rows': results}, indent=2) + '\n'
     write_whole(out / JSON_NAME, text.encode())
-    write_whole(out / REPORT_NAME, report.encode())
+    write_whole(out / REPORT_NAME, format_report(results, record).encode())
     print(f'\n{format_results(results)}\n\nSaved in {out}')
     for line in failed:
         print(f'Failed: {line}')

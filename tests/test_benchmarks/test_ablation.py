@@ -364,6 +364,16 @@ def test_sigterm_ends_the_runs(stand_in, tmp_path):
     assert (tmp_path / 'calls').read_text() == 'stopped'
 
 
+def test_an_interrupt_is_one_line(study, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ablation, 'train', interrupt)
+    result = study('--rows', 'lepe', '--seeds', 1, check=False)
+    assert result.returncode == 1
+    assert 'Interrupted. The same command goes on from here.' in result.stderr
+
+
 @pytest.mark.parametrize(
     'arguments, error',
     [

@@ -42,10 +42,10 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         help='processes of a run, such as one for each GPU (default: 1)',
     )
     parser.add_argument(
-        '--device', help='of the speed (default: cuda if there is one, else cpu)'
+        '--device', help='for the speed (default: cuda if there is one, else cpu)'
     )
     parser.add_argument(
-        '--repeats', type=int, default=20, help='rounds of the speed (default: 20)'
+        '--repeats', type=int, default=20, help='rounds of timing (default: 20)'
     )
     parser.add_argument(
         '--out',
@@ -66,8 +66,11 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     from mlla_mm.engine.launch import exit_on_user_error
 
     quiet()
-    with exit_on_user_error((FileNotFoundError, FileExistsError, ValueError)):
-        status = run(args)
+    try:
+        with exit_on_user_error((FileNotFoundError, FileExistsError, ValueError)):
+            status = run(args)
+    except KeyboardInterrupt:
+        sys.exit('Interrupted. The same command goes on from here.')
     sys.exit(status)
 
 
