@@ -50,7 +50,7 @@ optim_wrapper = dict(
         flat_decay_mult=0.0,
         # Rates of forget gates, and tables of positions.
         custom_keys={
-            '.A_log': dict(decay_mult=0.0),
+            'attn.A_log': dict(decay_mult=0.0),
             '.ape': dict(decay_mult=0.0),
         },
     ),
