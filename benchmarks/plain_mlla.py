@@ -51,7 +51,7 @@ class PlainMLLA(MLLA):
 
     def forward(self, x: Tensor) -> Tuple[Tensor, ...]:
         """Features of the stages in ``out_indices``, see :meth:`MLLA.forward`."""
-        self._check_input(x)
+        self.check_input(x)
         x = _stem(self.patch_embed, x)
         outs = []
         for i, stage in enumerate(self.layers):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mmcv.cnn.bricks import transformer
-from mmengine.registry import MODELS
+from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
@@ -380,6 +380,7 @@ def is_mambas(model):
 def test_initial_values_survive_mmengine():
     """Also that of a classifier, as a Runner calls it."""
     pytest.importorskip('mmpretrain')
+    init_default_scope('mmpretrain')
     backbone = dict(type='LinearAttentionSwin', arch=NANO, out_indices=3, **EVERYTHING)
     assert is_mambas(MODELS.build(backbone))
     model = MODELS.build(

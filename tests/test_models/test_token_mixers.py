@@ -283,6 +283,15 @@ def test_networks_with_each_mixer(kind, backbone):
         assert parameter.grad.any(), name
 
 
+@pytest.mark.parametrize('kind', OTHERS)
+@torch.no_grad()
+def test_a_graph_serves_every_image_size(kind):
+    mixer = mixer_of(kind)
+    graph = torch.jit.trace(mixer, torch.randn(2, 4, 5, 12), check_trace=False)
+    x = torch.randn(1, 7, 3, 12)
+    torch.testing.assert_close(graph(x), mixer(x))
+
+
 def test_parameters_beside_those_of_the_baseline():
     def count(**token_mixer):
         with torch.device('meta'):

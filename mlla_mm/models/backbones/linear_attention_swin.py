@@ -158,8 +158,8 @@ class LinearAttentionSwin(StagedBackbone):
         self.ape = ape
         self._map_sizes = map_sizes
 
-    def _check_input(self, x: Tensor) -> None:
-        super()._check_input(x)
+    def check_input(self, x: Tensor) -> None:
+        super().check_input(x)
         if self.ape is None or is_tracing():
             return
         if _map_sizes(x.shape[2:]) != self._map_sizes:

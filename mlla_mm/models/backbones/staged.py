@@ -152,7 +152,7 @@ class StagedBackbone(BaseModule):
                 In training also for a single image of at most 32 x 32 pixels, because
                 BatchNorm would get one value per channel, which has no variance.
         """
-        self._check_input(x)
+        self.check_input(x)
         # From here on maps are (N, H, W, C) in memory. Linear layers and LayerNorm work
         # on the last axis, and convolutions see a channels-last tensor.
         x = self.patch_embed(x).permute(0, 2, 3, 1).contiguous()
@@ -242,7 +242,7 @@ class StagedBackbone(BaseModule):
             self.layers[last].downsample.requires_grad_(False)
             self.layers[last + 1 :].requires_grad_(False)
 
-    def _check_input(self, x: Tensor) -> None:
+    def check_input(self, x: Tensor) -> None:
         if x.dim() != 4 or x.shape[1] != self.in_channels or x.numel() == 0:
             raise ValueError(
                 f'Expected non-empty images (N, {self.in_channels}, H, W), '

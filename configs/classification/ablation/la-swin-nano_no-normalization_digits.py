@@ -1,0 +1,3 @@
+_base_ = './la-swin-nano_digits.py'
+
+model = dict(backbone=dict(token_mixer=dict(normalization=False)))
