@@ -24,9 +24,9 @@ plain ones have ``module.`` before their names.
 """
 
 _PLAIN_KEYS = ('state_dict', 'model')
-# The output projection of a block, whatever its token mixer is. Only our networks have
-# such names: Swin has 'attn.proj'. One digit keeps the number of stages, which is the
-# highest one plus one, small.
+# The output projection of a block, whatever its token mixer is. Networks of OpenMMLab
+# and torchvision have no such names: Swin has 'attn.proj'. One digit keeps the number
+# of stages, which is the highest one plus one, small.
 _BLOCK = re.compile(
     r'^(?P<prefix>.*?)layers\.(?P<stage>[0-9])\.blocks\.\d+\.(out_)?proj\.weight$'
 )

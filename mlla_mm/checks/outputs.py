@@ -93,7 +93,8 @@ def _backbone_outputs(backbone: Any) -> Optional[_Outputs]:
         raise  # names the key of a part, such as the token mixer's
     except (KeyError, TypeError, ValueError) as error:
         # The text of a KeyError has quotation marks around it.
-        raise ValueError(f'model.backbone: {error.args[0]}') from error
+        text = error.args[0] if error.args else type(error).__name__
+        raise ValueError(f'model.backbone: {text}') from error
     name = f"arch '{arch}'" if isinstance(arch, str) else f'embed_dims {embed_dims}'
     return _Outputs(
         [embed_dims * 2**i for i in indices],

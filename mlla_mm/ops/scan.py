@@ -98,28 +98,29 @@ class _DecayedScan(torch.autograd.Function):
         grad_a = torch.zeros_like(a)
         # What the tokens after a chunk give its last state.
         grad_state = a.new_zeros(len(v), *a.shape)
-        for chunk, state in zip(_chunks(v.shape[1])[::-1], first_states[::-1]):
-            queries, keys, values, steps, grad_y = (
-                _tokens_first(x[:, chunk]) for x in (q, k, v, delta, grad)
-            )
-            states, gates = _states(state, keys, values, steps, a)
-            grad_states = grad_y[..., None] * queries[..., None, :]
-            grad_states[-1] += grad_state
-            for i in reversed(range(len(gates) - 1)):
-                grad_states[i].addcmul_(gates[i + 1], grad_states[i + 1])
-            grad_state = gates[0] * grad_states[0]
+        with without_autocast(grad.device.type):
+            for chunk, state in zip(_chunks(v.shape[1])[::-1], first_states[::-1]):
+                queries, keys, values, steps, grad_y = (
+                    _tokens_first(x[:, chunk]) for x in (q, k, v, delta, grad)
+                )
+                states, gates = _states(state, keys, values, steps, a)
+                grad_states = grad_y[..., None] * queries[..., None, :]
+                grad_states[-1] += grad_state
+                for i in reversed(range(len(gates) - 1)):
+                    grad_states[i].addcmul_(gates[i + 1], grad_states[i + 1])
+                grad_state = gates[0] * grad_states[0]
 
-            previous = torch.cat([state[None], states[:-1]])
-            grad_exponents = gates.mul_(grad_states).mul_(previous)
-            grad_a += torch.einsum('tnhcd,tnhc->hcd', grad_exponents, steps)
-            of_chunk = (
-                (grad_y[..., None, :] @ states).squeeze(-2),
-                (values[..., None, :] @ grad_states).squeeze(-2),
-                (grad_states @ keys[..., None]).squeeze(-1),
-                (grad_exponents * a).sum(-1),
-            )
-            for x, part in zip(grads, of_chunk):
-                x[:, chunk] = part.transpose(0, 1)
+                previous = torch.cat([state[None], states[:-1]])
+                grad_exponents = gates.mul_(grad_states).mul_(previous)
+                grad_a += torch.einsum('tnhcd,tnhc->hcd', grad_exponents, steps)
+                of_chunk = (
+                    (grad_y[..., None, :] @ states).squeeze(-2),
+                    (values[..., None, :] @ grad_states).squeeze(-2),
+                    (grad_states @ keys[..., None]).squeeze(-1),
+                    (grad_exponents * a).sum(-1),
+                )
+                for x, part in zip(grads, of_chunk):
+                    x[:, chunk] = part.transpose(0, 1)
         return (*grads, grad_a)
 
 

@@ -11,6 +11,7 @@ from mmengine.registry import MODELS, DefaultScope
 
 from mlla_mm.checks.outputs import check_outputs
 from mlla_mm.models import LinearAttentionSwin
+from mlla_mm.models.layers import TokenMixer
 
 # Channels of ResNet-50's stages, and of MLLA-T's.
 CHANNELS = {256: 64, 512: 128, 1024: 256, 2048: 512}
@@ -113,6 +114,7 @@ def test_the_study_backbone():
         (dict(input_gate=True), 'input_gate'),
         (dict(token_mixer=dict(lepe=1)), 'lepe must be True or False'),
         (dict(token_mixer=dict(type='Nothing')), 'Nothing'),
+        (dict(token_mixer=dict(type='Silent')), 'model.backbone: ValueError'),
     ):
         model['backbone'] = dict(backbone, **wrong)
         with pytest.raises(ValueError, match=message):
@@ -120,6 +122,14 @@ def test_the_study_backbone():
     model['backbone'] = dict(type='OwnSwin', cpu=1)
     with pytest.raises(ValueError, match='cpe'):
         check_outputs(model)
+
+
+@MODELS.register_module()
+class Silent(TokenMixer):
+    """A mixer of a user's, whose error has no text."""
+
+    def __init__(self, **_):
+        raise ValueError
 
 
 @MODELS.register_module()

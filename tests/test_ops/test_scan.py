@@ -139,10 +139,15 @@ def test_the_state_is_float32(dtype, autocast):
 
 
 def test_autocast_changes_nothing():
-    inputs = [x.detach().float() for x in arguments()]
+    inputs = [x.detach().float().requires_grad_() for x in arguments()]
+    expected = decayed_scan(*inputs)
+    upstream = torch.randn_like(expected)
+    expected_grads = torch.autograd.grad(expected, inputs, upstream)
     with torch.autocast('cpu', torch.bfloat16):
         y = decayed_scan(*inputs)
-    torch.testing.assert_close(y, decayed_scan(*inputs), atol=0, rtol=0)
+        grads = torch.autograd.grad(y, inputs, upstream)
+    torch.testing.assert_close(y, expected, atol=0, rtol=0)
+    torch.testing.assert_close(grads, expected_grads, atol=0, rtol=0)
 
 
 def test_mixed_types():
@@ -180,7 +185,6 @@ def test_memory_grows_with_the_root_of_the_number_of_tokens(length):
         torch.autograd.grad(y, inputs, torch.ones_like(y))
 
     numbers = Meter('cpu').peak_bytes(update) / inputs[0].element_size()
-    print('RATIO', numbers, (numbers - 2 * of_arguments) / of_states)
     assert numbers < 2 * of_arguments + 8 * of_states
 
 

@@ -18,9 +18,9 @@ class CompileBackboneHook(Hook):
 
     MMEngine compiles the whole training step, in over a hundred graphs for Mask R-CNN.
     It still does so in three cases: if the backbone is neither an MLLA nor a
-    LinearAttentionSwin; if ``compile`` names a
-    ``target``; and in its FlexibleRunner, which compiles before any hook is called.
-    See :func:`mlla_mm.engine.compile.compile_backbone`.
+    LinearAttentionSwin; if ``compile`` names a ``target``; and in its FlexibleRunner,
+    which compiles before any hook is called. See
+    :func:`mlla_mm.engine.compile.compile_backbone`.
 
     The backbone of MESA's teacher is compiled, too. The average of MMEngine's EMAHook
     is not, because it is never called.

@@ -149,8 +149,9 @@ class StagedBackbone(BaseModule):
 
         Raises:
             ValueError: If ``x`` is empty, has another shape or is not floating-point.
-                An MLLA refuses in training also a single image of at most 32 x 32
-                pixels: BatchNorm would get one value per channel, without a variance.
+                In the training of an MLLA also for a single image of at most 32 x 32
+                pixels: BatchNorm would get one value per channel, which has no
+                variance.
         """
         self.check_input(x)
         # From here on maps are (N, H, W, C) in memory. Linear layers and LayerNorm work

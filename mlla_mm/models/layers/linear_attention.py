@@ -140,7 +140,7 @@ class LinearAttention(TokenMixer):
             Defaults to 'values'.
 
     Raises:
-        ValueError: If an argument is impossible.
+        ValueError: If an argument is impossible, or is for a switch that is off.
     """
 
     def __init__(
@@ -181,6 +181,23 @@ class LinearAttention(TokenMixer):
         check_choice('shortcut_of', shortcut_of, ('values', 'input'))
         if gate_dims is not None:
             check_int('gate_dims', gate_dims, 1)
+        _refuse_idle(
+            'input_gate or forget_gate',
+            input_gate or forget_gate,
+            gate_dims=gate_dims is not None,
+            gate_bias=not gate_bias,
+            gate_init=gate_init is not None,
+        )
+        _refuse_idle(
+            'forget_gate',
+            forget_gate,
+            scan_order=scan_order != 'rows',
+            decayed_normalizer=decayed_normalizer,
+        )
+        _refuse_idle(
+            'normalization', normalization, decayed_normalizer=decayed_normalizer
+        )
+        _refuse_idle('shortcut', shortcut, shortcut_of=shortcut_of != 'values')
         self.feature_map = feature_map
         self.input_gate = input_gate
         self.normalization = normalization
@@ -211,7 +228,7 @@ class LinearAttention(TokenMixer):
     def forward(self, x: Tensor) -> Tensor:
         """(N, H, W, C) -> (N, H, W, C)."""
         phi = FEATURE_MAPS[self.feature_map]
-        q, k = (phi(at_least_float32(x)) for x in self.qk(x).chunk(2, dim=-1))
+        q, k = (phi(at_least_float32(t)) for t in self.qk(x).chunk(2, dim=-1))
         v = x if self.v is None else self.v(x)
         delta = None if self.delta is None else self.delta(x)
         gated = delta * v if self.input_gate and delta is not None else v
@@ -259,3 +276,12 @@ class LinearAttention(TokenMixer):
         """(N, H, W, C) -> (N, L, heads, C / heads), in the order of the scan."""
         x = x.transpose(1, 2) if self.scan_order == 'columns' else x
         return x.flatten(1, 2).unflatten(-1, (self.num_heads, -1))
+
+
+def _refuse_idle(switch: str, is_on: bool, **changed: bool) -> None:
+    """Refuse changed options of a switch that is off: they would change nothing."""
+    for name, is_changed in changed.items():
+        if is_changed and not is_on:
+            raise ValueError(
+                f'{name} is for {switch}. Leave it out, or set {switch} to True.'
+            )
