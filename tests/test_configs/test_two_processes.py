@@ -120,11 +120,22 @@ def test_two_updates(roots, tmp_path, path, monkeypatch):
     train(cfg, tmp_path, root)
 
 
-def test_two_updates_of_a_small_model(roots, tmp_path):
+@pytest.mark.parametrize(
+    'backbone',
+    [
+        {},
+        dict(
+            type='LinearAttentionSwin',
+            token_mixer=dict(input_gate=True, forget_gate=True, shortcut=True),
+        ),
+    ],
+)
+def test_two_updates_of_a_small_model(roots, tmp_path, backbone):
     """The head reads the last of four outputs."""
     cfg = Config.fromfile(roots[False] / 'configs/segmentation/my_fcn.py')
     shorten(cfg)
     cfg.model.backbone.arch = Config.fromfile(NANO['mmseg']).model.backbone.arch
     cfg.model.decode_head.update(in_channels=256, in_index=3)
     cfg.model.backbone.out_indices = (0, 1, 2, 3)
+    cfg.model.backbone.update(backbone)
     train(cfg, tmp_path, roots[False])

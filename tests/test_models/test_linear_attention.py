@@ -299,13 +299,13 @@ def test_initial_values():
 
 @pytest.mark.parametrize('hidden, expected', [(None, 3), (7, 7)])
 def test_columns_of_the_steps(hidden, expected):
-    assert Delta(40, 40, hidden).w1.out_features == expected
+    assert Delta(40, hidden).w1.out_features == expected
 
 
 def test_steps_under_autocast():
     """A bias in bfloat16 would be wrong by 1/32, and so would log(Delta)."""
     torch.manual_seed(0)
-    delta = Delta(256, 256, mamba_init=True)
+    delta = Delta(256, mamba_init=True)
     x = 0.02 * torch.randn(8, 256)
     expected = copy.deepcopy(delta).double()(x.double())
     with torch.autocast('cpu', dtype=torch.bfloat16):

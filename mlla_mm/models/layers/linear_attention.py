@@ -38,8 +38,7 @@ class Delta(nn.Module):
         Delta = Softplus(x W_1 W_2 + b)
 
     Args:
-        in_dims (int): Number of input channels C.
-        out_dims (int): Number of channels of the steps.
+        embed_dims (int): Number of channels C, of the input and of the steps.
         hidden_dims (int, optional): Columns C_0 of W_1. None takes Mamba's, C / 16
             rounded up. Defaults to None.
         bias (bool): Whether b is there. Defaults to True.
@@ -51,17 +50,16 @@ class Delta(nn.Module):
 
     def __init__(
         self,
-        in_dims: int,
-        out_dims: int,
+        embed_dims: int,
         hidden_dims: Optional[int] = None,
         bias: bool = True,
         mamba_init: bool = False,
     ) -> None:
         super().__init__()
-        hidden = hidden_dims or math.ceil(in_dims / 16)
-        self.w1 = nn.Linear(in_dims, hidden, bias=False)
-        self.w2 = nn.Linear(hidden, out_dims, bias=False)
-        self.bias = nn.Parameter(torch.zeros(out_dims)) if bias else None
+        hidden = hidden_dims or math.ceil(embed_dims / 16)
+        self.w1 = nn.Linear(embed_dims, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, embed_dims, bias=False)
+        self.bias = nn.Parameter(torch.zeros(embed_dims)) if bias else None
         self.mamba_init = mamba_init
         self.init_weights()
 
@@ -78,10 +76,10 @@ class Delta(nn.Module):
             self.bias.data.copy_(step + torch.log(-torch.expm1(-step)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., C) -> (..., out_dims), float32 or float64."""
+        """(..., C) -> (..., C), float32 or float64."""
         steps = at_least_float32(self.w2(self.w1(x)))
-        # Not a bias of the layer: autocast would round the sum to half precision. Near
-        # -7 bfloat16 has steps of 1/32, and so would the logarithm of Delta.
+        # No bias of w2: autocast would round the sum to half precision. Near -7 the
+        # numbers of bfloat16 are 1/32 apart, and the logarithms of Delta would be, too.
         if self.bias is not None:
             steps = steps + self.bias
         return F.softplus(steps)
@@ -215,7 +213,7 @@ class LinearAttention(TokenMixer):
             )
         if input_gate or forget_gate:
             mamba_init = (gate_init or ('mamba' if forget_gate else '')) == 'mamba'
-            self.delta = Delta(embed_dims, embed_dims, gate_dims, gate_bias, mamba_init)
+            self.delta = Delta(embed_dims, gate_dims, gate_bias, mamba_init)
         if forget_gate:
             # A = -1, -2, ..., -d in every channel, as in Mamba.
             rates = torch.arange(1, self.qk_head_dims + 1).log()
