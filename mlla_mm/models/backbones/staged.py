@@ -244,6 +244,7 @@ class StagedBackbone(BaseModule):
             self.layers[last + 1 :].requires_grad_(False)
 
     def check_input(self, x: Tensor) -> None:
+        """Raise a ValueError unless ``x`` is what :meth:`forward` takes."""
         if x.dim() != 4 or x.shape[1] != self.in_channels or x.numel() == 0:
             raise ValueError(
                 f'Expected non-empty images (N, {self.in_channels}, H, W), '

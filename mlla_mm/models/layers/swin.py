@@ -4,14 +4,13 @@
 from typing import Optional, Tuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ... import ops
 from .drop_path import DropPath
 from .linear_attention import LinearAttention
 from .mlla_block import MLP
-from .token_mixer import build_token_mixer
+from .token_mixer import MLLAAttention, build_token_mixer
 
 
 class PatchEmbed(nn.Module):
@@ -208,4 +207,5 @@ class MambaBlock(_PreNormBlock):
 
     def mix(self, u: Tensor) -> Tensor:
         v = ops.depthwise_conv(self.in_proj(u), self.dwc, act=True)
-        return self.out_proj(self.attn(v) * F.silu(self.act_proj(u)))
+        y = ops.gated_mixer(self.attn, v, self.act_proj(u), readable=MLLAAttention)
+        return self.out_proj(y)
