@@ -56,7 +56,8 @@ class CompareHook(Hook):
                 first, second = all_gather(value.float())
                 assert torch.equal(first, second), key
                 assert torch.equal(value, state[key]), key
-        print('equal in', torch.distributed.get_rank(), flush=True)
+        # One write for each process, so that none comes between another's words.
+        print(f'\\nequal in {torch.distributed.get_rank()}\\n', flush=True)
 """
 MISFITS = ['decode_head.conv_seg', 'auxiliary_head.conv_seg']
 
