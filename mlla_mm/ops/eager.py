@@ -11,9 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..compat.pytorch import is_autocast, linear_dtype
+from ..compat.pytorch import is_autocast, linear_dtype, without_autocast
 from . import naive
 from .rotary import rotation
+
+_elu_backward = torch.ops.aten.elu_backward
+_silu_backward = torch.ops.aten.silu_backward
 
 
 def depthwise_conv(
@@ -42,61 +45,57 @@ def mlla_attention(
     lepe = depthwise_conv(v, weight, bias)
     if torch.is_grad_enabled():
         return _GatedAttention.apply(qk, v, lepe, gate, num_heads)
-    with torch.autocast(v.device.type, enabled=False):
-        features = _features(qk)
-        z, key_mean = _normaliser(features, num_heads)
-        y, _ = _attend_(lepe, _rotate(features, out=features), v, z)
-        return y.mul_(F.silu(naive.at_least_float32(gate))).to(v.dtype)
+    with without_autocast(v.device.type):
+        y, _ = _attend(qk, v, lepe, num_heads)
+        return y.mul_(F.silu(gate))
 
 
 class _GatedAttention(torch.autograd.Function):
     """(LinearAttention(q, k, v) + lepe) * SiLU(gate), with an explicit gradient.
 
-    The backward pass computes again what takes one pass over saved tensors. With the
+    The backward pass computes again what takes few passes over saved tensors. With the
     features q and k, their rotations q~ and k~, and n tokens::
 
         A = k~^T v / n      z = 1 / (q . mean(k) + eps)      y = z q~ A
+
+    In half precision, features, rotations and z are in float32 between the steps. The
+    kernels cast what they read and write. Products are in half precision, but in
+    float32 for float16, see :func:`mlla_mm.ops.naive.product_dtype`.
     """
 
     @staticmethod
     def forward(
         ctx, qk: Tensor, v: Tensor, lepe: Tensor, gate: Tensor, num_heads: int
     ) -> Tensor:
-        with torch.autocast(v.device.type, enabled=False):
-            features = _features(qk)
-            z, key_mean = _normaliser(features, num_heads)
-            y, kv = _attend_(lepe, _rotate(features), v, z)
-            out = (y * F.silu(naive.at_least_float32(gate))).to(v.dtype)
-        # In half precision, qk takes less memory than its features.
-        queries_keys = qk if qk.dtype in naive.HALF else features
-        ctx.save_for_backward(queries_keys, v, y.to(v.dtype), gate, key_mean, z, kv)
-        ctx.dtypes = qk.dtype, lepe.dtype
+        with without_autocast(v.device.type):
+            y, kept = _attend(qk, v, lepe, num_heads)
+            out = (y * F.silu(gate)).to(v.dtype)
+        ctx.save_for_backward(qk, v, y, gate, *kept)
+        ctx.lepe_dtype = lepe.dtype
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
-        queries_keys, v, y, gate, key_mean, z, kv = ctx.saved_tensors
-        qk_dtype, lepe_dtype = ctx.dtypes
+        qk, v, y, gate, key_mean, z, kv = ctx.saved_tensors
         dtype, num_heads = kv.dtype, z.shape[-1]
-        with torch.autocast(v.device.type, enabled=False):
-            grad, gate32 = naive.at_least_float32(grad), naive.at_least_float32(gate)
-            grad_gate = torch.ops.aten.silu_backward(grad * y, gate32)
-            grad = grad * F.silu(gate32)  # of y
+        with without_autocast(v.device.type):
+            # In this order only the result itself can be out of float16's range.
+            grad_gate = _silu_backward(y, gate).mul_(grad)
+            grad = grad * F.silu(gate)  # of y
 
-            features = (
-                _features(queries_keys) if qk_dtype in naive.HALF else queries_keys
-            )
+            features = _features(qk)
             rotated = _rotate(features)
             q, k, values = (
                 _heads(x, dtype, num_heads)
                 for x in (*_queries_keys(rotated), v.flatten(1, 2))
             )
-            grad_qkv = grad.reshape(z.shape + (-1,)) * z[..., None]
-            grad_qkv = _heads(grad_qkv.flatten(2), dtype, num_heads)
+            of_heads = grad.reshape(z.shape + (-1,)).transpose(1, 2)
+            grad_qkv = torch.empty_like(values)
+            torch.mul(of_heads, z.transpose(1, 2)[..., None], out=grad_qkv)
             grad_q = grad_qkv @ kv.transpose(-2, -1)
             mean_grad_kv = _mean_of_products(q, grad_qkv)
-            grad_v = _merge(k @ mean_grad_kv)
+            grad_v = _contiguous((k @ mean_grad_kv).transpose(1, 2), v.dtype)
             # The gradient through z: for each token and head, grad . y is grad_q . q~.
             grad_norm = (grad_q * q).sum(-1, dtype=z.dtype).transpose(1, 2)
             grad_norm = grad_norm.mul(z).neg_()
@@ -106,21 +105,36 @@ class _GatedAttention(torch.autograd.Function):
                 _queries_keys(grad_rotated),
                 (grad_q, values @ mean_grad_kv.transpose(-2, -1)),
             ):
-                part.copy_(_merge(x))
+                part.unflatten(-1, (num_heads, -1)).copy_(x.transpose(1, 2))
             grad_features = _rotate(grad_rotated, back=True, out=grad_rotated)
             grad_q, grad_k = _queries_keys(grad_features)
             q, _ = _queries_keys(features)
             grad_q.baddbmm_(grad_norm, key_mean.transpose(-2, -1))
             grad_mean = _diagonal_blocks(grad_norm.transpose(-2, -1) @ q)
             grad_k += grad_mean[:, None] / q.shape[1]
-            # The derivative of ELU + 1 is ELU + 1 where that is below 1, and else 1.
-            grad_qk = grad_features.mul_(features.clamp_max(1))
+            # The derivative of ELU + 1 is that of ELU.
+            grad_qk = torch.empty_like(features, dtype=qk.dtype)
+            _elu_backward.grad_input(
+                grad_features, 1, 1, 1, False, qk, grad_input=grad_qk
+            )
         return (
-            grad_qk.to(qk_dtype),
-            grad_v.view(v.shape).to(v.dtype),
-            grad.to(lepe_dtype),
+            grad_qk,
+            grad_v.view(v.shape),
+            grad.to(ctx.lepe_dtype),
             grad_gate.to(gate.dtype),
             None,
+        )
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """:func:`mlla_mm.ops.naive.layer_norm` in the dtype of x, also under autocast.
+
+    PyTorch's kernels compute in float32 whatever they read and write. On CUDA all their
+    tensors have one dtype.
+    """
+    with without_autocast(x.device.type):
+        return F.layer_norm(
+            x, weight.shape, weight.to(x.dtype), bias.to(x.dtype), eps
         )
 
 
@@ -164,10 +178,14 @@ def _as_linear_sees(*tensors: Tensor) -> Tuple[Tensor, ...]:
 
 
 def _features(x: Tensor) -> Tensor:
-    """ELU(x) + 1, in float32 or float64, contiguous."""
-    x = naive.at_least_float32(x).contiguous()
-    # F.elu takes twice as long on the CPU. The maximum is right as e^x >= 1 + x.
-    return torch.maximum(x + 1, x.exp().clamp_max_(1))
+    """ELU(x) + 1 = e^min(x, 0) + max(x, 0), in float32 or float64, contiguous."""
+    x = x.contiguous()
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    # The derivative of ELU is e^min(x, 0). The gradient 1 makes the kernel compute in
+    # its dtype, without a pass that casts x. ELU itself, in half precision, would lose
+    # small features to rounding.
+    one = torch.ones(1, dtype=dtype, device=x.device)
+    return _elu_backward(one, 1, 1, 1, False, x).add_(x.relu())
 
 
 def _queries_keys(x: Tensor) -> Tuple[Tensor, ...]:
@@ -193,33 +211,35 @@ def _normaliser(features: Tensor, num_heads: int) -> Tuple[Tensor, Tensor]:
     return (q @ key_mean).add_(naive.EPS).reciprocal_(), key_mean
 
 
-def _attend_(
-    lepe: Tensor, rotated: Tensor, v: Tensor, z: Tensor
-) -> Tuple[Tensor, Tensor]:
-    """Add the attention to ``lepe``.
-
-    The sum overwrites ``lepe`` if that is contiguous, and in float32 or float64.
+def _attend(
+    qk: Tensor, v: Tensor, lepe: Tensor, num_heads: int
+) -> Tuple[Tensor, Tuple[Tensor, Tensor, Tensor]]:
+    """The attention plus ``lepe``, whose memory it may overwrite.
 
     Returns:
-        tuple[Tensor, Tensor]: The sum (N, H, W, C), and k~^T v / n for each head.
+        tuple: The sum (N, H, W, C), in the dtype of ``v``, and what the backward pass
+        needs: mean(k) in diagonal blocks, z, and k~^T v / n for each head.
     """
-    dtype, num_heads = naive.product_dtype(v), z.shape[-1]
+    features = _features(qk)
+    z, key_mean = _normaliser(features, num_heads)
+    dtype = naive.product_dtype(v)
+    rotated = _rotate(features, out=features)
     q, k = (_heads(x, dtype, num_heads) for x in _queries_keys(rotated))
     kv = _mean_of_products(k, _heads(v.flatten(1, 2), dtype, num_heads))
-    y = naive.at_least_float32(q @ kv).transpose(1, 2)
-    out = naive.at_least_float32(lepe).contiguous()
+    y = (q @ kv).transpose(1, 2)
+    out = _contiguous(lepe, v.dtype)
     out.view(y.shape).addcmul_(y, z[..., None])
-    return out, kv
+    return out, (key_mean, z, kv)
 
 
 def _heads(x: Tensor, dtype: torch.dtype, num_heads: int) -> Tensor:
     """(N, n, C) -> (N, heads, n, C / heads), contiguous."""
-    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2).to(dtype).contiguous()
+    return _contiguous(x.unflatten(-1, (num_heads, -1)).transpose(1, 2), dtype)
 
 
-def _merge(x: Tensor) -> Tensor:
-    """(N, heads, n, C / heads) -> (N, n, C)."""
-    return x.transpose(1, 2).flatten(2)
+def _contiguous(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast x and lay it out anew, in at most one kernel."""
+    return x.to(dtype, memory_format=torch.contiguous_format).contiguous()
 
 
 def _mean_of_products(a: Tensor, b: Tensor) -> Tensor:
