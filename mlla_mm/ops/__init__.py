@@ -2,11 +2,13 @@
 """The numerics of MLLA. Models call the ops through this module."""
 
 from .dispatch import (
+    cast_once,
     conv_layer,
     depthwise_conv,
     fused_block,
     gated_mixer,
     layer_norm,
+    linear,
     mlla_attention,
     mlp,
 )
@@ -16,11 +18,13 @@ from .rotary import rotary_embedding
 
 __all__ = [
     'EPS',
+    'cast_once',
     'conv_layer',
     'depthwise_conv',
     'fused_block',
     'gated_mixer',
     'layer_norm',
+    'linear',
     'linear_attention',
     'mlla_attention',
     'mlp',

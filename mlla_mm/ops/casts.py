@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..compat.pytorch import copy_all
 
@@ -29,24 +29,25 @@ class _Entry:
 
 # The casts of the innermost context, by the id of the parameter. Each thread has its
 # own, as the replicas of DataParallel need.
-_CASTS: ContextVar[Dict[int, _Entry]] = ContextVar('mlla_mm_casts')
+_CASTS: ContextVar[Optional[Dict[int, _Entry]]] = ContextVar('casts', default=None)
 
 
 @contextmanager
-def cast_all(parameters: Iterable[Optional[Tensor]], dtype: torch.dtype) -> Iterator:
-    """Cast parameters to a dtype, for :func:`cast` and :func:`parts` in the context.
+def cast_all(parameters: Iterable[Tensor], dtype: torch.dtype) -> Iterator[None]:
+    """Cast float32 parameters, for :func:`cast` and :func:`parts` in the context.
 
     The casts lie in one piece of memory: first matrices and kernels, then vectors, both
     in the order given. Contexts can be nested, and the inner one hides the outer one.
 
     Args:
-        parameters (Iterable[Tensor | None]): Parameters on one device. What is not a
-            dense float32 tensor is passed over.
+        parameters (Iterable[Tensor]): Parameters on one device. Those in another dtype
+            are passed over.
         dtype (torch.dtype): float16 or bfloat16.
     """
-    wanted = [p for p in parameters if p is not None and _is_plain(p)]
-    wanted.sort(key=lambda p: p.dim() == 1)
-    token = _CASTS.set(_cast_to_one_memory(wanted, dtype) if wanted else {})
+    wanted = {id(p): p for p in parameters if p.dtype == torch.float32}
+    ordered = sorted(wanted.values(), key=lambda p: p.dim() == 1)
+    casts = {id(p): _Entry(p, part) for p, part in zip(ordered, make(ordered, dtype))}
+    token = _CASTS.set(casts)
     try:
         yield
     finally:
@@ -60,7 +61,7 @@ def cast(parameter: Tensor, dtype: torch.dtype) -> Tensor:
         parameter (Tensor): A parameter.
         dtype (torch.dtype): The dtype that the cast must have.
     """
-    entry = _CASTS.get({}).get(id(parameter))
+    entry = (_CASTS.get() or {}).get(id(parameter))
     if entry is None or entry.part.dtype != dtype:
         return parameter
     if not (parameter.requires_grad and torch.is_grad_enabled()):
@@ -70,15 +71,36 @@ def cast(parameter: Tensor, dtype: torch.dtype) -> Tensor:
     return entry.with_gradient
 
 
-def parts(
-    parameters: Sequence[Optional[Tensor]], dtype: torch.dtype
-) -> Optional[List[Tensor]]:
+def parts(parameters: Sequence[Tensor], dtype: torch.dtype) -> Optional[List[Tensor]]:
     """The casts of parameters without their gradients, or None if one is missing."""
-    casts = _CASTS.get({})
+    casts = _CASTS.get() or {}
     found = [casts[id(p)].part for p in parameters if id(p) in casts]
     if len(found) < len(parameters) or any(part.dtype != dtype for part in found):
         return None
     return found
+
+
+def make(parameters: Sequence[Tensor], dtype: torch.dtype) -> List[Tensor]:
+    """Cast parameters by one kernel. The casts follow one another in memory."""
+    if not parameters:
+        return []
+    total = sum(p.numel() for p in parameters)
+    memory = torch.empty(total, dtype=dtype, device=parameters[0].device)
+    made, offset = [], 0
+    for p in parameters:
+        part = memory[offset : offset + p.numel()]
+        # The kernel takes pairs of equal strides alone. Others cost a kernel each.
+        dense = p.is_contiguous() or p.is_contiguous(memory_format=torch.channels_last)
+        made.append(part.as_strided(p.shape, p.stride()) if dense else part.view_as(p))
+        offset += p.numel()
+    with torch.no_grad():
+        copy_all(made, parameters)
+    return made
+
+
+def are_neighbours(first: Tensor, second: Tensor) -> bool:
+    """Whether a cast follows another one of the same context in memory."""
+    return second.storage_offset() == first.storage_offset() + first.numel()
 
 
 class _Cast(torch.autograd.Function):
@@ -95,28 +117,3 @@ class _Cast(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tuple[Tensor, None]:
         return grad.to(ctx.dtype), None
-
-
-def _is_plain(p: Tensor) -> bool:
-    """Whether a tensor is of no other class, in float32, and dense in memory."""
-    return (
-        type(p) in (nn.Parameter, Tensor)
-        and p.dtype == torch.float32
-        and (p.is_contiguous() or p.is_contiguous(memory_format=torch.channels_last))
-    )
-
-
-def _cast_to_one_memory(
-    parameters: Sequence[Tensor], dtype: torch.dtype
-) -> Dict[int, _Entry]:
-    total = sum(p.numel() for p in parameters)
-    memory = torch.empty(total, dtype=dtype, device=parameters[0].device)
-    entries, offset = {}, 0
-    for p in parameters:
-        # With other strides, each would be copied by a kernel of its own.
-        part = memory.as_strided(p.shape, p.stride(), offset)
-        entries[id(p)] = _Entry(p, part)
-        offset += p.numel()
-    with torch.no_grad():
-        copy_all([entry.part for entry in entries.values()], parameters)
-    return entries

@@ -17,20 +17,29 @@ The environment variable ``MLLA_OPS`` overrides the choice:
 
 - ``naive`` always calls the layers, which compute :mod:`mlla_mm.ops.naive`.
 - ``eager`` never runs Triton's kernels.
-- ``fused`` runs Triton's kernels, and raises an error on a device without them.
+- ``fused`` runs Triton's kernels, and raises an error on a device without them. It also
+  casts weights once for all layers, see :func:`cast_once`.
 """
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any, List, Optional, Tuple, Type, Union
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..compat.pytorch import does_more_when_called, has_global_hooks, linear_dtype
+from ..compat.pytorch import (
+    does_more_when_called,
+    has_global_hooks,
+    is_autocast,
+    linear_dtype,
+)
 from . import eager, naive, triton
+from .casts import cast, cast_all
 from .tracing import is_graph
 
 # In evaluation mode both compute the same.
@@ -61,9 +70,9 @@ def depthwise_conv(
         y = F.silu(y) if act else y
         return x + y if residual else y
     tensors = (x, *_weight_and_bias(conv))
-    if ops is triton and not triton.supports_depthwise_conv(*tensors):
-        ops = eager
-    return ops.depthwise_conv(*tensors, residual, act)
+    if ops is triton and triton.supports_depthwise_conv(*tensors):
+        return triton.depthwise_conv(*tensors, residual, act)
+    return eager.depthwise_conv(x, *_casts(conv, x), residual, act)
 
 
 def mlla_attention(
@@ -92,9 +101,9 @@ def mlla_attention(
         y = naive.linear_attention(q, k, v, num_heads) + _call_on_map(lepe, v)
         return y * F.silu(gate)
     tensors = (qk, v, gate, *_weight_and_bias(lepe))
-    if ops is triton and not triton.supports_mlla_attention(*tensors, num_heads):
-        ops = eager
-    return ops.mlla_attention(*tensors, num_heads)
+    if ops is triton and triton.supports_mlla_attention(*tensors, num_heads):
+        return triton.mlla_attention(*tensors, num_heads)
+    return eager.mlla_attention(qk, v, gate, *_casts(lepe, v), num_heads)
 
 
 def gated_mixer(
@@ -118,7 +127,7 @@ def gated_mixer(
     """
     if _implementation(x) is not naive and _is_readable_attention(readable, mixer):
         attn: Any = mixer
-        return mlla_attention(attn.qk(x), x, gate, attn.lepe, attn.num_heads)
+        return mlla_attention(linear(x, attn.qk), x, gate, attn.lepe, attn.num_heads)
     return mixer(x) * F.silu(gate)
 
 
@@ -146,24 +155,47 @@ def mlp(x: Tensor, fc1: nn.Module, fc2: nn.Module, drop: nn.Module) -> Tensor:
         or fc2.bias is None
     ):
         return drop(fc2(drop(F.gelu(fc1(x)))))
-    return eager.mlp(x, *_weight_and_bias(fc1), *_weight_and_bias(fc2))
+    return eager.mlp(x, *_casts(fc1, x), *_casts(fc2, x))
 
 
-def layer_norm(x: Tensor, norm: nn.Module) -> Tensor:
+def linear(x: Tensor, layer: nn.Module) -> Tensor:
+    """Linear layer.
+
+    Args:
+        x (Tensor): (..., C).
+        layer (nn.Module): From (..., C) to (..., D).
+
+    Returns:
+        Tensor: (..., D).
+    """
+    if _implementation(x) is naive or not may_be_read(nn.Linear, layer):
+        return layer(x)
+    return F.linear(x, *_casts(layer, x))
+
+
+def layer_norm(x: Tensor, norm: nn.Module, for_linear: bool = False) -> Tensor:
     """LayerNorm over the channels.
 
     Args:
         x (Tensor): (..., C).
         norm (nn.Module): From (..., C) to the same shape.
+        for_linear (bool): Whether linear layers alone read the result. Where autocast
+            would cast it to float32 for LayerNorm, and back for each linear layer,
+            ``eager`` leaves a map in half precision as it is. Defaults to False.
 
     Returns:
-        Tensor: (..., C). Under autocast on CUDA it is float32.
+        Tensor: (..., C). Under autocast on CUDA it is float32, but for what
+        ``for_linear`` says.
     """
-    if _implementation(x) is triton and _is_layer_norm(norm):
+    ops = _implementation(x)
+    if ops is not naive and _is_layer_norm(norm):
         layer: Any = norm
         tensors = (x, layer.weight, layer.bias)
-        if triton.supports_layer_norm(*tensors):
+        if ops is triton and triton.supports_layer_norm(*tensors):
             return triton.layer_norm(*tensors, layer.eps)
+        autocast = is_autocast(x.device.type)
+        if for_linear and autocast and x.dtype == linear_dtype(x):
+            return eager.layer_norm(x, *_casts(norm, x), layer.eps)
     return norm(x)
 
 
@@ -185,14 +217,17 @@ def conv_layer(
     Returns:
         Tensor: (N, D, H', W').
     """
-    fused = _implementation(x) is triton
+    ops = _implementation(x)
+    fused = ops is triton
     if fused and norm is None and _is_pointwise(conv) and may_be_read(nn.ReLU, act):
-        weight, bias = _weight_and_bias(conv)
+        # The kernel's gradients of float32 parameters are not rounded to their casts.
+        read = _weight_and_bias(conv)
+        weight, bias = read if torch.is_grad_enabled() else _casts(conv, x)
         # Channels last, as in memory, so that the gradient is channels-last, too.
         tensors = (x.permute(0, 2, 3, 1), weight.permute(0, 2, 3, 1).flatten(1), bias)
         if triton.supports_linear_relu(*tensors):
             return triton.linear_relu(*tensors).permute(0, 3, 1, 2)
-    x = conv(x)
+    x = conv(x) if ops is naive else _conv(x, conv)
     if fused and _is_fixed_norm(norm) and (act is None or may_be_read(nn.ReLU, act)):
         bn: Any = norm
         inputs = (x, bn.running_mean, bn.running_var, bn.weight, bn.bias)
@@ -261,6 +296,35 @@ def block_parameters(block: Any) -> List[Optional[Tensor]]:
     return [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
 
 
+def cast_once(layers: Iterable[nn.Module], x: Tensor) -> AbstractContextManager:
+    """The context of a forward pass in which the ops use casts made by one kernel.
+
+    Without autocast, in graphs, and where layers are called, nothing is done.
+
+    Args:
+        layers (Iterable[nn.Module]): Linear layers, convolutions and LayerNorms that
+            the ops may read. They must stay as they are during the context.
+        x (Tensor): The network's input.
+    """
+    device, dtype = x.device, linear_dtype(x)
+    if is_graph() or not is_autocast(device.type) or dtype not in naive.HALF:
+        return nullcontext()
+    ops = _implementation(x)
+    # Beside Triton's kernels it was not measured on a GPU.
+    if ops is naive or (ops is triton and os.environ.get('MLLA_OPS') != 'fused'):
+        return nullcontext()
+    # Not the classes of quantised and sharded parameters.
+    classes = nn.Parameter, Tensor, type(x)
+    parameters = [
+        parameter
+        for layer in layers
+        if ops is eager or not _is_read_in_float32(layer)
+        for parameter in _weight_and_bias(layer)
+        if type(parameter) in classes and parameter.device == device
+    ]
+    return cast_all(parameters, dtype)
+
+
 def may_be_read(
     kinds: Union[Type[nn.Module], Tuple[Type[nn.Module], ...]],
     *modules: Optional[nn.Module],
@@ -307,9 +371,30 @@ def _implementation(x: Tensor) -> ModuleType:
     return eager
 
 
-def _weight_and_bias(layer: Any) -> Tuple[Tensor, Tensor]:
-    """The parameters of a layer that may be read and has both."""
+def _weight_and_bias(layer: Any) -> Tuple[Tensor, Any]:
+    """The parameters of a layer that may be read. A bias may be None."""
     return layer.weight, layer.bias
+
+
+def _casts(layer: Any, x: Tensor) -> Tuple[Tensor, Any]:
+    """Weight and bias of a layer of x that may be read, as :func:`cast_once` casts.
+
+    In graphs and outside its context they are the parameters themselves, and autocast
+    casts them.
+    """
+    weight, bias = _weight_and_bias(layer)
+    if is_graph():
+        return weight, bias
+    dtype = linear_dtype(x)
+    return cast(weight, dtype), bias if bias is None else cast(bias, dtype)
+
+
+def _conv(x: Tensor, conv: Any) -> Tensor:
+    """Convolution of (N, C, H, W)."""
+    if not may_be_read(nn.Conv2d, conv) or conv.padding_mode != 'zeros':
+        return conv(x)
+    options = conv.stride, conv.padding, conv.dilation, conv.groups
+    return F.conv2d(x, *_casts(conv, x), *options)
 
 
 def _call_on_map(layer: nn.Module, x: Tensor) -> Tensor:
@@ -328,6 +413,11 @@ def _is_depthwise(*convs: Any) -> bool:
         and conv.padding_mode == 'zeros'
         for conv in convs
     )
+
+
+def _is_read_in_float32(layer: nn.Module) -> bool:
+    """Whether Triton's kernels read the parameters of a layer as they are."""
+    return isinstance(layer, nn.LayerNorm) or _is_depthwise(layer)
 
 
 def _is_pointwise(conv: Any) -> bool:

@@ -133,9 +133,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     tensors have one dtype.
     """
     with without_autocast(x.device.type):
-        return F.layer_norm(
-            x, weight.shape, weight.to(x.dtype), bias.to(x.dtype), eps
-        )
+        return F.layer_norm(x, weight.shape, weight.to(x.dtype), bias.to(x.dtype), eps)
 
 
 def mlp(

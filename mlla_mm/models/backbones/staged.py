@@ -1,5 +1,6 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any, Callable, List, Optional, Tuple, Union
 
 import torch
@@ -16,8 +17,13 @@ from ...arch import (
     check_rate,
     parse_out_indices,
 )
-from ...compat.pytorch import BatchNorm
+from ...compat.pytorch import BatchNorm, does_more_when_called
 from ...ops.tracing import is_graph
+from ..layers import MLP, ConvLayer, MLLAAttention, MLLABlock, PatchMerging, Stem
+
+# Parts that call their layers by the ops, and containers.
+_PARTS = (ConvLayer, MLLAAttention, MLLABlock, MLP, PatchMerging, Stem)
+_CONTAINERS = (nn.ModuleList, nn.Sequential)
 
 
 class Stage(nn.Module):
@@ -154,6 +160,12 @@ class StagedBackbone(BaseModule):
                 variance.
         """
         self.check_input(x)
+        stages = self.layers[: self.out_indices[-1] + 1]
+        layers = itertools.chain(*map(_read_layers, (self.patch_embed, *stages)))
+        with ops.cast_once(layers, x):
+            return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tuple[Tensor, ...]:
         # From here on maps are (N, H, W, C) in memory. Linear layers and LayerNorm work
         # on the last axis, and convolutions see a channels-last tensor.
         x = self.patch_embed(x).permute(0, 2, 3, 1).contiguous()
@@ -255,6 +267,24 @@ class StagedBackbone(BaseModule):
                 f'Expected images of floating-point numbers, got {x.dtype}. '
                 'Normalise them first.'
             )
+
+
+def _read_layers(module: nn.Module) -> Iterator[nn.Module]:
+    """The layers of a module that the ops may read in a forward pass.
+
+    What is within another type, or within a module with hooks, is left out: calling
+    that may change weights. So are blocks that the backward pass calls again, when the
+    casts of the forward pass are gone: both calls must do the same.
+    """
+    if type(module) in (nn.Linear, nn.Conv2d, nn.LayerNorm):
+        yield module
+    elif type(module) in (Stage, *_PARTS, *_CONTAINERS) and not does_more_when_called(
+        module
+    ):
+        for name, child in module.named_children():
+            again = name == 'blocks' and module.with_cp and torch.is_grad_enabled()
+            if not again:
+                yield from _read_layers(child)
 
 
 def _read_together(maps: List[Tensor], norms: List[nn.Module]) -> Sequence[Tensor]:

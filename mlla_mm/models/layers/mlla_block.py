@@ -85,9 +85,11 @@ class MLLABlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, H, W, C) -> (N, H, W, C)."""
         x = ops.depthwise_conv(x, self.cpe1, residual=True)
-        u = ops.layer_norm(x, self.norm1)
-        v = ops.depthwise_conv(self.in_proj(u), self.dwc, act=True)
-        y = ops.gated_mixer(self.attn, v, self.act_proj(u), readable=MLLAAttention)
-        x = self.drop_path(x, self.out_proj(y))
+        u = ops.layer_norm(x, self.norm1, for_linear=True)
+        v = ops.depthwise_conv(ops.linear(u, self.in_proj), self.dwc, act=True)
+        gate = ops.linear(u, self.act_proj)
+        y = ops.gated_mixer(self.attn, v, gate, readable=MLLAAttention)
+        x = self.drop_path(x, ops.linear(y, self.out_proj))
         x = ops.depthwise_conv(x, self.cpe2, residual=True)
-        return self.drop_path(x, self.mlp(ops.layer_norm(x, self.norm2)))
+        u = ops.layer_norm(x, self.norm2, for_linear=True)
+        return self.drop_path(x, self.mlp(u))

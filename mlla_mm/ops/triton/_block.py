@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ...compat.pytorch import copy_all, linear_dtype
+from ...compat.pytorch import linear_dtype
+from .. import casts
 from ._depthwise_conv import (
     conv,
     conv_grad,
@@ -247,12 +248,15 @@ def _cast(w: Weights, dtype: torch.dtype) -> _Products:
     ]
     if w.qk_bias is not None:
         wanted.append(w.qk_bias)
-    sizes = [t.numel() for t in wanted]
-    memory = torch.empty(sum(sizes), dtype=dtype, device=w.qk.device)
-    parts = [part.view(t.shape) for part, t in zip(memory.split(sizes), wanted)]
-    copy_all(parts, wanted)
+    parts = casts.parts(wanted, dtype)
+    if not (
+        parts
+        and casts.are_neighbours(parts[0], parts[1])
+        and casts.are_neighbours(parts[2], parts[3])
+    ):
+        parts = casts.make(wanted, dtype)
     # Two layers lie next to each other in memory, and so form one with both outputs.
-    in_act = memory[: 2 * channels**2].view(2 * channels, channels)
-    in_act_bias = memory[2 * channels**2 :][: 2 * channels]
+    in_act = parts[0].as_strided((2 * channels, channels), (channels, 1))
+    in_act_bias = parts[2].as_strided((2 * channels,), (1,))
     qk_bias = None if w.qk_bias is None else parts[11]
     return _Products(in_act, in_act_bias, parts[4], qk_bias, *parts[5:11])
