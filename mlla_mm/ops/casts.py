@@ -84,15 +84,16 @@ def make(parameters: Sequence[Tensor], dtype: torch.dtype) -> List[Tensor]:
     """Cast parameters by one kernel. The casts follow one another in memory."""
     if not parameters:
         return []
-    total = sum(p.numel() for p in parameters)
-    memory = torch.empty(total, dtype=dtype, device=parameters[0].device)
+    sizes = [p.numel() for p in parameters]
+    memory = torch.empty(sum(sizes), dtype=dtype, device=parameters[0].device)
     made, offset = [], 0
-    for p in parameters:
-        part = memory[offset : offset + p.numel()]
+    for p, size in zip(parameters, sizes):
         # The kernel takes pairs of equal strides alone. Others cost a kernel each.
-        dense = p.is_contiguous() or p.is_contiguous(memory_format=torch.channels_last)
-        made.append(part.as_strided(p.shape, p.stride()) if dense else part.view_as(p))
-        offset += p.numel()
+        if p.is_contiguous() or p.is_contiguous(memory_format=torch.channels_last):
+            made.append(memory.as_strided(p.shape, p.stride(), offset))
+        else:
+            made.append(memory[offset : offset + size].view(p.shape))
+        offset += size
     with torch.no_grad():
         copy_all(made, parameters)
     return made

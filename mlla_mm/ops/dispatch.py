@@ -180,8 +180,8 @@ def layer_norm(x: Tensor, norm: nn.Module, for_linear: bool = False) -> Tensor:
         x (Tensor): (..., C).
         norm (nn.Module): From (..., C) to the same shape.
         for_linear (bool): Whether linear layers alone read the result. Where autocast
-            would cast it to float32 for LayerNorm, and back for each linear layer,
-            ``eager`` leaves a map in half precision as it is. Defaults to False.
+            would cast a map to float32 and back, which is on CUDA, ``eager`` leaves it
+            in half precision. Defaults to False.
 
     Returns:
         Tensor: (..., C). Under autocast on CUDA it is float32, but for what
@@ -193,8 +193,7 @@ def layer_norm(x: Tensor, norm: nn.Module, for_linear: bool = False) -> Tensor:
         tensors = (x, layer.weight, layer.bias)
         if ops is triton and triton.supports_layer_norm(*tensors):
             return triton.layer_norm(*tensors, layer.eps)
-        autocast = is_autocast(x.device.type)
-        if for_linear and autocast and x.dtype == linear_dtype(x):
+        if for_linear and _casts_layer_norms(x) and x.dtype == linear_dtype(x):
             return eager.layer_norm(x, *_casts(norm, x), layer.eps)
     return norm(x)
 
@@ -296,14 +295,17 @@ def block_parameters(block: Any) -> List[Optional[Tensor]]:
     return [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
 
 
-def cast_once(layers: Iterable[nn.Module], x: Tensor) -> AbstractContextManager:
+def cast_once(
+    find_layers: Callable[[], Iterable[nn.Module]], x: Tensor
+) -> AbstractContextManager:
     """The context of a forward pass in which the ops use casts made by one kernel.
 
     Without autocast, in graphs, and where layers are called, nothing is done.
 
     Args:
-        layers (Iterable[nn.Module]): Linear layers, convolutions and LayerNorms that
-            the ops may read. They must stay as they are during the context.
+        find_layers (Callable[[], Iterable[nn.Module]]): Gives linear layers,
+            convolutions and LayerNorms that the ops may read. They must stay as they
+            are during the context. It is called where something is done.
         x (Tensor): The network's input.
     """
     device, dtype = x.device, linear_dtype(x)
@@ -313,12 +315,15 @@ def cast_once(layers: Iterable[nn.Module], x: Tensor) -> AbstractContextManager:
     # Beside Triton's kernels it was not measured on a GPU.
     if ops is naive or (ops is triton and os.environ.get('MLLA_OPS') != 'fused'):
         return nullcontext()
+    kernels, with_norms = ops is triton, ops is eager and _casts_layer_norms(x)
     # Not the classes of quantised and sharded parameters.
     classes = nn.Parameter, Tensor, type(x)
     parameters = [
         parameter
-        for layer in layers
-        if ops is eager or not _is_read_in_float32(layer)
+        for layer in find_layers()
+        if with_norms or not isinstance(layer, nn.LayerNorm)
+        # Triton's kernels read these as they are.
+        if not (kernels and _is_depthwise(layer))
         for parameter in _weight_and_bias(layer)
         if type(parameter) in classes and parameter.device == device
     ]
@@ -415,9 +420,9 @@ def _is_depthwise(*convs: Any) -> bool:
     )
 
 
-def _is_read_in_float32(layer: nn.Module) -> bool:
-    """Whether Triton's kernels read the parameters of a layer as they are."""
-    return isinstance(layer, nn.LayerNorm) or _is_depthwise(layer)
+def _casts_layer_norms(x: Tensor) -> bool:
+    """Whether autocast computes LayerNorm in float32. On the CPU it does not."""
+    return x.is_cuda and is_autocast(x.device.type)
 
 
 def _is_pointwise(conv: Any) -> bool:

@@ -34,6 +34,13 @@ def mlp_arguments(shape, dtype=torch.float64):
     return [torch.randn(s, dtype=dtype, requires_grad=True) for s in shapes]
 
 
+def layer_norm_arguments(shape, dtype=torch.float64):
+    """The map's mean is ten times its deviation, as of some channels of a network."""
+    x = (torch.randn(shape, dtype=dtype) + 10).requires_grad_()
+    weight, bias = torch.randn(2, shape[-1], dtype=dtype)
+    return [x, weight.requires_grad_(), bias.requires_grad_()]
+
+
 def assert_equal(op, arguments, *options):
     """Outputs and all gradients, in float64."""
     actual = getattr(eager, op)(*arguments, *options)
@@ -57,6 +64,11 @@ def test_attention(shape, heads):
 @pytest.mark.parametrize('shape, heads', SHAPES)
 def test_mlp(shape, heads):
     assert_equal('mlp', mlp_arguments(shape))
+
+
+@pytest.mark.parametrize('shape, heads', SHAPES)
+def test_layer_norm(shape, heads):
+    assert_equal('layer_norm', layer_norm_arguments(shape), 1e-5)
 
 
 @pytest.mark.parametrize('act', [False, True])
@@ -136,6 +148,63 @@ def test_mlp_under_autocast(grad):
         actual = eager.mlp(*(x.float() for x in arguments))
     assert actual.dtype == torch.bfloat16
     assert relative_error(actual, expected) < 1e-2
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_layer_norm_under_autocast(dtype):
+    """Maps stay in half precision; parameters and their gradients are in float32."""
+    if dtype == torch.float16 and torch.__version__ < '2.3':
+        pytest.skip('no float16 kernels on the CPU')
+    x, weight, bias = layer_norm_arguments((2, 9, 8, 24))
+    leaves = [x.detach().to(dtype), weight.detach().float(), bias.detach().float()]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    with torch.autocast('cpu', dtype):
+        actual = eager.layer_norm(*leaves, 1e-5)
+    expected = naive.layer_norm(*exact, 1e-5)
+    assert actual.dtype == dtype
+    assert relative_error(actual, expected) < 1e-2
+    upstream = torch.randn_like(expected)
+    found = torch.autograd.grad(actual, leaves, upstream.to(dtype))
+    # On the CPU, sums over tokens are in half precision. Models do not run it there.
+    for gradient, leaf, reference, bound in zip(
+        found,
+        leaves,
+        torch.autograd.grad(expected, exact, upstream),
+        (1e-2, 5e-2, 5e-2),
+    ):
+        assert gradient.dtype == leaf.dtype
+        assert relative_error(gradient, reference) < bound
+
+
+def test_small_features_are_not_rounded_to_zero():
+    """ELU(-12) + 1 is 6e-6. ELU(-12) alone is -1 in half precision."""
+    x = torch.linspace(-16, 4, 81)
+    expected = torch.where(x > 0, x.double() + 1, x.double().exp())
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        features = eager._features(x.to(dtype))  # x is exact in all of them
+        assert features.dtype == torch.float32
+        torch.testing.assert_close(features.double(), expected, rtol=1e-5, atol=0)
+
+
+def test_the_gradient_of_the_gate_stays_in_the_range_of_float16():
+    """The gradient of the output times y is out of range, but SiLU' is small."""
+    if torch.__version__ < '2.3':
+        pytest.skip('no float16 kernels on the CPU')
+    qk, v = torch.zeros(1, 4, 4, 16), torch.full((1, 4, 4, 8), 64.0)
+    weights = torch.zeros(8, 1, 3, 3), torch.zeros(8)
+    arguments = [x.half() for x in (qk, v, torch.full_like(v, -10), *weights)]
+    found, expected = (
+        torch.autograd.grad(
+            ops.mlla_attention(*tensors, 1), gate, torch.full_like(v, 4096).to(gate)
+        )
+        for ops, tensors in (
+            (eager, arguments),
+            (naive, [x.double() for x in arguments]),
+        )
+        for gate in [tensors[2].requires_grad_()]
+    )
+    assert relative_error(found[0], expected[0]) < 1e-2
 
 
 def gradients(model, image):

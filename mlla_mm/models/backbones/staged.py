@@ -1,5 +1,4 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, Callable, List, Optional, Tuple, Union
 
@@ -160,10 +159,13 @@ class StagedBackbone(BaseModule):
                 variance.
         """
         self.check_input(x)
-        stages = self.layers[: self.out_indices[-1] + 1]
-        layers = itertools.chain(*map(_read_layers, (self.patch_embed, *stages)))
-        with ops.cast_once(layers, x):
+        with ops.cast_once(self._find_layers, x):
             return self._forward(x)
+
+    def _find_layers(self) -> Iterator[nn.Module]:
+        """The layers that the ops may read, except the output norms."""
+        for part in (self.patch_embed, *self.layers[: self.out_indices[-1] + 1]):
+            yield from _find_layers(part)
 
     def _forward(self, x: Tensor) -> Tuple[Tensor, ...]:
         # From here on maps are (N, H, W, C) in memory. Linear layers and LayerNorm work
@@ -269,7 +271,7 @@ class StagedBackbone(BaseModule):
             )
 
 
-def _read_layers(module: nn.Module) -> Iterator[nn.Module]:
+def _find_layers(module: nn.Module) -> Iterator[nn.Module]:
     """The layers of a module that the ops may read in a forward pass.
 
     What is within another type, or within a module with hooks, is left out: calling
@@ -284,7 +286,7 @@ def _read_layers(module: nn.Module) -> Iterator[nn.Module]:
         for name, child in module.named_children():
             again = name == 'blocks' and module.with_cp and torch.is_grad_enabled()
             if not again:
-                yield from _read_layers(child)
+                yield from _find_layers(child)
 
 
 def _read_together(maps: List[Tensor], norms: List[nn.Module]) -> Sequence[Tensor]:
