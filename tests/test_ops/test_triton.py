@@ -329,6 +329,7 @@ def test_gated_conv(scaling, device):
 @pytest.mark.parametrize('residual', [False, True])
 def test_conv_grad_is_added_and_written_where_asked(residual, device):
     from mlla_mm.ops.triton._depthwise_conv import conv_grad, silu_conv_grad
+    from mlla_mm.ops.triton._sums import add_up
 
     inputs = conv_inputs((2, 9, 3, 12), device=device)
     weight, bias = (t.detach() for t in inputs[1:])
@@ -344,9 +345,9 @@ def test_conv_grad_is_added_and_written_where_asked(residual, device):
     expected = list(torch.autograd.grad(z, exact, upstream.double()))
     expected[0] = expected[0] + added + (upstream if residual else 0)
     before, out = wide.clone(), wide.clone()
-    grads = conv_grad(x, weight, bias, upstream, residual, added, out[..., 4:16])
-    assert grads[0].data_ptr() == out[..., 4:16].data_ptr()
-    assert_close(grads, expected)
+    grad, sums = conv_grad(x, weight, upstream, residual, added, out[..., 4:16])
+    assert grad.data_ptr() == out[..., 4:16].data_ptr()
+    assert_close([grad, *add_up((sums, (weight, bias)))], expected)
     assert torch.equal(out[..., :4], before[..., :4])
     assert torch.equal(out[..., 16:], before[..., 16:])
 
@@ -354,27 +355,52 @@ def test_conv_grad_is_added_and_written_where_asked(residual, device):
 # --- Sums ---
 
 
-@pytest.mark.parametrize('scaling', [False, True])
 @pytest.mark.parametrize(
     'dtype', [*HALF_ONCE, pytest.param(FLOAT32, marks=pytest.mark.slow)]
 )
-def test_column_sums(dtype, scaling, device, monkeypatch):
+def test_column_sums(dtype, device, monkeypatch):
     """Each program takes several tiles, and the sums of programs fill several."""
     from mlla_mm.ops.triton import _sums
 
     monkeypatch.setattr(_sums, '_NUMBERS', 32)
     x = torch.randn(150, 20, device=device).to(dtype)[:, 5:17]
-    scale = image_scales(device) if scaling else None
-    expected = [scaled(x.double(), scale).sum(0)]
-    assert_close([_sums.column_sums(x, scale)], expected)
-    monkeypatch.setattr(_sums, '_PROGRAMS', 4)
-    actual = _sums.column_sums(x, scale)
-    assert actual.dtype == FLOAT32
-    assert_close([actual], expected)
-    like = torch.empty(12, dtype=dtype, device=device)
-    actual = _sums.column_sums(x, scale, like)
-    assert actual.dtype == dtype
-    assert_close([actual], expected)
+    for programs, like in ((512, FLOAT32), (4, dtype)):
+        monkeypatch.setattr(_sums, '_PROGRAMS', programs)
+        sums = _sums.column_sums(x)
+        assert sums.dtype == FLOAT32
+        (actual,) = _sums.add_up((sums, [torch.empty(12, dtype=like, device=device)]))
+        assert actual.dtype == like
+        assert_close([actual], [x.double().sum(0)])
+
+
+def test_sums_of_many_maps_are_added_up_at_once(device):
+    """Other numbers of programs, rows and columns, and two results of one row."""
+    from mlla_mm.ops.triton._sums import add_up
+
+    shapes = [(300, 10, 40), (1, 3, 8), (5, 1, 72), (2, 10, 4), (257, 1, 33)]
+    maps = [torch.randn(shape, device=device) for shape in shapes]
+    likes = [
+        [torch.empty(40, 1, 3, 3), torch.empty(40)],
+        [torch.empty(8), torch.empty(8).half(), torch.empty(8)],
+        [torch.empty(36), torch.empty(36)],
+        [torch.empty(4, 1, 3, 3).permute(0, 2, 3, 1), torch.empty(4)],
+        [torch.empty(33)],
+    ]
+    first, second, third, fourth, fifth = (x.double().sum(0) for x in maps)
+    expected = [
+        first[:9].t().reshape(40, 1, 3, 3),
+        first[9],
+        *second,
+        *third.view(2, 36),
+        fourth[:9].t().reshape(4, 3, 3, 1),
+        fourth[9],
+        fifth[0],
+    ]
+    actual = add_up(*zip(maps, likes))
+    assert actual[3].dtype == torch.float16
+    assert_close(actual, expected)
+    nine = [(sums, [sums[0]]) for sums in maps[1:3] * 4 + maps[4:]]
+    assert_close(add_up(*nine), [sums.double().sum(0) for sums, _ in nine])
 
 
 def test_sums_that_float16_cannot_hold_on_the_way(device):
@@ -383,7 +409,7 @@ def test_sums_that_float16_cannot_hold_on_the_way(device):
 
     x = torch.full((150, 32), 1000.0, dtype=torch.float16, device=device)
     x[1::2] = -1000
-    assert not column_sums(x).any()
+    assert not column_sums(x).sum(0).any()
     x, weight = x.abs()[:2], torch.full((16, 32), 100.0).half().to(device)
     weight[:, 16:] = -100
     y = linear_residual(x, weight, weight[:, 0], torch.zeros(2, 1, 1, 16).to(weight))
@@ -425,20 +451,31 @@ def test_layer_norm_under_autocast(dtype, device):
     assert_close(actual, expected)
 
 
-def test_layer_norm_grad_is_added_to_another(device, monkeypatch):
+@pytest.mark.parametrize('scaling', [False, True])
+def test_gradient_of_a_branch_at_its_layer_norm(scaling, device, monkeypatch):
     """Each program takes several tiles. The map is a part of a wider one."""
     from mlla_mm.ops.triton import _layer_norm
+    from mlla_mm.ops.triton._sums import add_up
 
     monkeypatch.setattr(_layer_norm, '_NUMBERS', 32)
     monkeypatch.setattr(_layer_norm, '_PROGRAMS', 3)
     x, weight, bias = norm_inputs((2, 5, 20), device=device)
     inputs = [x.detach()[..., 4:16].requires_grad_(), weight[:12], bias[:12]]
     exact = in_float64([t.detach().requires_grad_() for t in inputs])
+    scale = image_scales(device) if scaling else None
     grad, residual = torch.randn(2, 2, 5, 12, device=device)
-    expected = torch.autograd.grad(naive.layer_norm(*exact, 1e-5), exact, grad.double())
+    output = naive.layer_norm(*exact, 1e-5)
+    expected = torch.autograd.grad(output, exact, grad.double())
+    behind = scaled(residual.double().view(10, 12), scale).sum(0)
     inputs = [t.detach() for t in inputs]
-    actual = _layer_norm.layer_norm_grad(*inputs, 1e-5, grad, residual)
-    assert_close(actual, [expected[0] + residual, *expected[1:]])
+    dx, sums, again = _layer_norm.layer_norm_residual_grad(
+        *inputs, 1e-5, grad, residual, scale
+    )
+    sums = add_up((sums, [*inputs[1:], torch.empty(12)]))
+    assert_close(
+        [dx, *sums, again],
+        [expected[0] + residual, *expected[1:], behind, output.detach()],
+    )
 
 
 # --- Linear layers ---
@@ -492,11 +529,10 @@ def test_gelu_linear_grad(sizes, dtype, scaling, device):
     h = hidden.double().requires_grad_()
     activated = scaled(F.gelu(h), scale)
     (expected,) = torch.autograd.grad(activated @ weight.double().t(), h, grad.double())
-    bias = torch.empty(sizes[1], device=device)
-    actual = gelu_linear_grad(grad, weight, hidden, bias, scale)
-    assert [t.dtype for t in actual] == [dtype, dtype, FLOAT32]
+    *actual, sums = gelu_linear_grad(grad, weight, hidden, scale)
+    assert [t.dtype for t in (*actual, sums)] == [dtype, dtype, FLOAT32]
     expected = [expected, activated.detach(), expected.sum(0)]
-    assert_close(actual, expected, dtype)
+    assert_close([*actual, sums.sum((0, 1))], expected, dtype)
 
 
 def test_gelu_is_that_with_the_error_function(device):

@@ -13,8 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+#: Arguments of :func:`mlla_mm.ops.triton._sums.add_up`'s kernel: of each map the number
+#: of programs.
+SUMMANDS = [f'parts{i}' for i in range(9)]
+
 #: Arguments that change from image to image. No kernel is compiled for their values.
 SIZES = [
+    *SUMMANDS,
     'height',
     'width',
     'rows',
@@ -27,6 +32,8 @@ SIZES = [
 
 # Number of shapes whose plans are cached. Every launch of a kernel needs a plan.
 _PLANS = 4096
+#: Number of weights of a 3x3 stencil.
+TAPS = tl.constexpr(9)
 _LOG2_E = tl.constexpr(math.log2(math.e))
 
 # Number of tokens in a row of a strip.
@@ -190,6 +197,6 @@ def silu_grad(x):
 def load_taps(weight_ptr, channels, mask):
     """The nine weights of each channel, row by row, from (C, 1, 3, 3)."""
     taps = ()
-    for i in tl.static_range(9):
-        taps += (load_float(weight_ptr + channels * 9 + i, mask)[None, :],)
+    for i in tl.static_range(TAPS):
+        taps += (load_float(weight_ptr + channels * TAPS + i, mask)[None, :],)
     return taps

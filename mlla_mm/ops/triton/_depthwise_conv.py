@@ -72,9 +72,10 @@ class DepthwiseConv(torch.autograd.Function):
         x, weight, bias = ctx.saved_tensors
         grad_z = silu_conv_grad(x, weight, bias, grad) if ctx.act else grad
         separate = grad if ctx.act and ctx.residual else None
-        grads = conv_grad(
-            x, weight, bias, grad_z, ctx.residual and not ctx.act, added=separate
+        grad_x, sums = conv_grad(
+            x, weight, grad_z, ctx.residual and not ctx.act, added=separate
         )
+        grads = grad_x, *add_up((sums, (weight, bias)))
         needed = zip(grads, ctx.needs_input_grad)
         return (*(grad if needs else None for grad, needs in needed), None, None)
 
@@ -178,24 +179,27 @@ def _run(
 def conv_grad(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor,
     grad_z: Tensor,
     residual: bool = False,
     added: Optional[Tensor] = None,
     out: Optional[Tensor] = None,
-) -> Tuple[Tensor, ...]:
-    """Gradients of x, weight and bias from the gradient of z.
+) -> Tuple[Tensor, Tensor]:
+    """Gradients of x, and of weight and bias in parts, from the gradient of z.
 
     Args:
         x (Tensor): (N, H, W, C).
         weight (Tensor): (C, 1, 3, 3).
-        bias (Tensor): (C,).
         grad_z (Tensor): (N, H, W, C).
         residual (bool): Whether x was added to z. Then the gradient of z is added to
             that of x. Defaults to False.
         added (Tensor, optional): A gradient of x, which is added. Defaults to None.
         out (Tensor, optional): Memory for the gradient of x. It may be some channels of
             a wider map. None allocates a map. Defaults to None.
+
+    Returns:
+        tuple[Tensor, Tensor]: The gradient of x, and for :func:`add_up` the sums of
+        each program, (programs, 10, C) in float32: nine for the weight, one for the
+        bias.
     """
     if out is None:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -222,7 +226,7 @@ def conv_grad(
             RESIDUAL=residual,
             ADD=added is not None,
         )
-    return (out, *add_up(sums, weight, bias))
+    return out, sums
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -100,7 +100,6 @@ def gelu_linear_grad(
     grad: Tensor,
     weight: Tensor,
     hidden: Tensor,
-    bias: Tensor,
     scale: Optional[Tensor] = None,
 ) -> Tuple[Tensor, Tensor, Tensor]:
     """The backward pass of a linear layer on GELU(h), see the top of this file.
@@ -109,13 +108,13 @@ def gelu_linear_grad(
         grad (Tensor): Gradient of the output, (rows, K).
         weight (Tensor): (K, N).
         hidden (Tensor): h, (rows, N).
-        bias (Tensor): Bias of the layer whose output is h, (N,).
         scale (Tensor, optional): s, one number per image, float32. None means 1.
             Defaults to None.
 
     Returns:
         tuple[Tensor, Tensor, Tensor]: The gradient of h, (rows, N), s GELU(h),
-        (rows, N), and the gradient of ``bias``, (N,).
+        (rows, N), and the sums of the first in each program, (programs, 1, N) in
+        float32, for :func:`add_up`.
     """
     if not _fits(grad):
         activated = F.gelu(hidden)
@@ -123,13 +122,13 @@ def gelu_linear_grad(
             scale = scale.repeat_interleave(len(grad) // len(scale))[:, None]
             grad, activated = grad * scale, activated * scale
         grad = torch.ops.aten.gelu_backward(grad @ weight, hidden)
-        return grad, activated, column_sums(grad, like=bias)
+        return grad, activated, column_sums(grad)
     grad_hidden, activated = torch.empty_like(hidden), torch.empty_like(hidden)
     tiles = ceil_div(len(grad), _GRAD_ROWS)
     sums = hidden.new_empty((tiles, 1, hidden.shape[1]), dtype=torch.float32)
     outputs = grad_hidden, activated, sums
     _run(_GELU_GRAD, grad, weight, *outputs, other=hidden, scale=scale)
-    return grad_hidden, activated, add_up(sums, bias)[0]
+    return grad_hidden, activated, sums
 
 
 class LinearReLU(torch.autograd.Function):
@@ -155,7 +154,7 @@ class LinearReLU(torch.autograd.Function):
             grads = (
                 (grad @ matrix).view(ctx.shape),
                 weight_grad(grad, rows, weight),
-                column_sums(grad, like=bias),
+                *add_up((column_sums(grad), (bias,))),
             )
         needed = zip(grads, ctx.needs_input_grad)
         return tuple(grad if needs else None for grad, needs in needed)
