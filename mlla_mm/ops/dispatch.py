@@ -17,7 +17,8 @@ The environment variable ``MLLA_OPS`` overrides the choice:
 
 - ``naive`` always calls the layers, which compute :mod:`mlla_mm.ops.naive`.
 - ``eager`` never runs Triton's kernels.
-- ``fused`` runs Triton's kernels, and raises an error on a device without them.
+- ``fused`` runs Triton's kernels, and raises an error on a device without them. It also
+  takes those that were not measured on a GPU.
 """
 
 import functools
@@ -33,6 +34,7 @@ from ..compat.pytorch import does_more_when_called, has_global_hooks, linear_dty
 from . import eager, naive, triton
 from .tracing import is_graph
 
+_VARIABLE = 'MLLA_OPS'
 # In evaluation mode both compute the same.
 _BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
@@ -233,7 +235,10 @@ def fused_block(
                     branch = len(x), linear_dtype(x), x.device
                     draw_scale = block.drop_path.draw_scale
                     scales = draw_scale(*branch), draw_scale(*branch)
-                    return triton.mlla_block(x, parameters, num_heads, eps, scales)
+                    merged = os.environ.get(_VARIABLE) == 'fused'
+                    return triton.mlla_block(
+                        x, parameters, num_heads, eps, scales, merged
+                    )
             return forward(block, x)
 
         return run
@@ -286,7 +291,7 @@ def _implementation(x: Tensor) -> ModuleType:
     """The module of ops that computes. ``naive`` means that layers are called."""
     if is_graph() or has_global_hooks():
         return naive
-    forced = os.environ.get('MLLA_OPS', '')
+    forced = os.environ.get(_VARIABLE, '')
     if forced not in ('', 'naive', 'eager', 'fused'):
         raise ValueError(
             f"MLLA_OPS is '{forced}'. Set it to 'naive', 'eager' or 'fused', or unset "

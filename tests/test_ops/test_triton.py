@@ -599,6 +599,91 @@ def test_linear_relu_under_autocast(device):
     check('linear_relu', inputs)
 
 
+# --- LayerNorm with the layers before or behind it ---
+
+
+@pytest.mark.parametrize(
+    'shape, dtype',
+    [
+        ((2, 3, 5, 12), FLOAT32),  # not a power of two
+        ((1, 9, 9, 16), FLOAT32),  # several programs
+        *(((1, 4, 3, 24), dtype) for dtype in HALF),
+        slow((2, 7, 7, 512), FLOAT32),
+        slow((2, 14, 14, 96), torch.bfloat16),
+        slow((1, 7, 7, 768), torch.float16),
+    ],
+)
+def test_conv_norm(shape, dtype, device):
+    from mlla_mm.ops.triton._depthwise_conv import conv, conv_norm
+    from mlla_mm.ops.triton._layer_norm import layer_norm
+
+    inputs = [t.detach() for t in conv_inputs(shape, dtype, device)]
+    norm = torch.randn(2, shape[-1], device=device)
+    y, normalised = conv_norm(*inputs, *norm, 1e-5, dtype)
+    assert y.dtype == normalised.dtype == dtype
+    exact = naive.depthwise_conv(*in_float64(inputs), residual=True)
+    expected = naive.layer_norm(exact, *norm.double(), 1e-5)
+    assert_close([y, normalised], [exact, expected], dtype)
+    # The same as two kernels.
+    assert torch.equal(y, conv(*inputs, residual=True))
+    assert_close([normalised], [layer_norm(y, *norm, 1e-5, dtype).double()], dtype)
+
+
+def test_conv_norm_under_autocast(device):
+    from mlla_mm.ops.triton._depthwise_conv import conv_norm
+
+    x, weight, bias = (t.detach() for t in conv_inputs((1, 2, 3, 8), device=device))
+    norm = torch.randn(2, 8, device=device)
+    for given in (x, x.bfloat16()):
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            y, normalised = conv_norm(given, weight, bias, *norm, 1e-5, torch.bfloat16)
+            expected = naive.depthwise_conv(given, weight, bias, residual=True)
+        assert y.dtype == expected.dtype and normalised.dtype == torch.bfloat16
+        assert_close([y], [expected.double()], torch.bfloat16)
+
+
+# Numbers of channels and of columns. Neither is a multiple of a block.
+NARROW = [(24, 40), slow(64, 128), (96, 72), slow(128, 512)]
+
+
+@pytest.mark.parametrize('given', [FLOAT32, torch.float16])
+@pytest.mark.parametrize('channels, columns', NARROW)
+def test_norm_linear(channels, columns, given, device):
+    from mlla_mm.ops.triton._norm_linear import norm_linear
+
+    x, *norm = (t.detach() for t in norm_inputs((ROWS, channels), given, device))
+    _, *layer = linear_inputs(1, channels, columns, torch.float16, device)
+    layer = [t.detach() for t in layer]
+    actual = norm_linear(x, *norm, 1e-5, *layer)
+    assert actual.dtype == torch.float16
+    exact = naive.layer_norm(*in_float64([x, *norm]), 1e-5)
+    assert_close([actual], [F.linear(exact, *in_float64(layer))], torch.float16)
+
+
+@pytest.mark.parametrize('scaling', [False, True])
+@pytest.mark.parametrize('dtype', HALF)
+@pytest.mark.parametrize('channels, columns', NARROW)
+def test_mlp(channels, columns, dtype, scaling, device):
+    from mlla_mm.ops.triton._norm_linear import mlp
+
+    _, *first = linear_inputs(1, channels, columns, dtype, device)
+    _, *second = linear_inputs(1, columns, channels, dtype, device)
+    layers = [t.detach() for t in (*first, *second)]
+    scale = image_scales(device) if scaling else None
+    for given in {FLOAT32, dtype}:
+        shape = 2, 7, 10, channels
+        x, *norm = (t.detach() for t in norm_inputs(shape, given, device))
+        y, hidden = mlp(x, *norm, 1e-5, *layers, scale, keep=True)
+        assert y.dtype == given and hidden.dtype == dtype
+        weights = in_float64([x, *norm, *layers])
+        z = F.linear(naive.layer_norm(*weights[:3], 1e-5), *weights[3:5])
+        z = z.view(ROWS, columns)
+        branch = scaled(F.linear(F.gelu(z), *weights[5:]), scale).view(shape)
+        assert_close([y, hidden], [weights[0] + branch, z], dtype)
+        again, nothing = mlp(x, *norm, 1e-5, *layers, scale, keep=False)
+        assert torch.equal(again, y) and nothing is None
+
+
 # --- BatchNorm ---
 
 
@@ -641,11 +726,11 @@ def make_block(channels, num_heads, device='cpu', **options):
     return block.to(device)
 
 
-def apply_block(block, x, scales):
+def apply_block(block, x, scales, merged=False):
     """Run a block by the kernels."""
     eps = block.norm1.eps, block.norm2.eps
     parameters = block_parameters(block)
-    return fused.mlla_block(x, parameters, block.attn.num_heads, eps, scales)
+    return fused.mlla_block(x, parameters, block.attn.num_heads, eps, scales, merged)
 
 
 class Scaled(nn.Module):
@@ -673,12 +758,12 @@ def block_and_grads(block, x, scales, apply=apply_block):
     return output_and_grads(lambda *_: apply(block, x, scales), inputs)
 
 
-def check_block(block, x, scales, computed=FLOAT32):
+def check_block(block, x, scales, computed=FLOAT32, merged=False):
     """Compare with the definitions. ``computed`` is the dtype of autocast."""
     num_heads = block.attn.num_heads
     assert fused.supports_mlla_block(x, block_parameters(block), num_heads)
     with torch.autocast(x.device.type, computed, enabled=computed != FLOAT32):
-        actual = block_and_grads(block, x, scales)
+        actual = block_and_grads(block, x, scales, partial(apply_block, merged=merged))
     parameters = dict(sorted(block.named_parameters())).values()
     assert [t.dtype for t in actual] == [t.dtype for t in (x, x, *parameters)]
     exact = copy.deepcopy(block).double()
@@ -711,6 +796,52 @@ def test_block(shape, num_heads, scaling, dtype, given, device):
     scales = (scale, scale.flip(0)) if scaling else (None, None)
     x = torch.randn(shape, device=device).to(given)
     check_block(make_block(shape[-1], num_heads, device), x, scales, dtype)
+
+
+@pytest.mark.parametrize(
+    'channels, computed, given',
+    [
+        (16, torch.bfloat16, FLOAT32),
+        (12, FLOAT32, FLOAT32),  # not for half precision: layer by layer
+        # Too wide for whole rows.
+        slow(132, torch.float16, torch.float16),
+        slow(96, torch.float16, torch.float16),
+        slow(136, FLOAT32, FLOAT32),
+    ],
+)
+def test_block_of_merged_layers(channels, computed, given, device):
+    scale = image_scales(device)
+    x = torch.randn(2, 2, 3, channels, device=device).to(given)
+    scales = scale, scale.flip(0)
+    block = make_block(channels, max(1, channels // 44), device)
+    check_block(block, x, scales, computed, merged=True)
+    with torch.autocast(device.type, computed, enabled=computed != FLOAT32):
+        expected = apply_block(block, x, scales, merged=True)
+        with torch.no_grad():
+            assert torch.equal(apply_block(block, x, scales, merged=True), expected)
+        # Whether layers are merged changes no more than the order of sums does.
+        assert_close([expected], [apply_block(block, x, scales).double()], computed)
+
+
+def test_layers_are_merged_where_fused_is_asked_for(device, monkeypatch):
+    from mlla_mm.ops.triton import _block
+
+    block, called = make_block(8, 1, device), []
+    x = torch.randn(1, 2, 3, 8, device=device)
+    for name in ('conv_norm', 'norm_linear', 'mlp'):
+        function = getattr(_block, name)
+        spy = partial(lambda name, f, *a: called.append(name) or f(*a), name, function)
+        monkeypatch.setattr(_block, name, spy)
+    monkeypatch.setenv('MLLA_OPS', 'fused')
+    with torch.no_grad():
+        block(x)
+        assert called == ['conv_norm', 'conv_norm']
+        with torch.autocast(device.type, torch.float16):
+            block(x)
+        assert called[2:] == ['norm_linear', 'mlp']
+        monkeypatch.delenv('MLLA_OPS')
+        block(x)
+    assert len(called) == 4
 
 
 @pytest.mark.parametrize(

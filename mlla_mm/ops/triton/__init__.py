@@ -224,6 +224,7 @@ def mlla_block(
     num_heads: int,
     eps: Tuple[float, float],
     scales: Tuple[Optional[Tensor], Optional[Tensor]],
+    merged: bool = False,
 ) -> Tensor:
     """A whole :class:`mlla_mm.models.layers.MLLABlock`.
 
@@ -235,6 +236,8 @@ def mlla_block(
         eps (tuple[float, float]): ``eps`` of both LayerNorms.
         scales (tuple[Tensor | None, Tensor | None]): Factors of stochastic depth for
             the two branches of each image, (N,) in float32. None means 1.
+        merged (bool): Also take the kernels of several layers, which were not measured
+            on a GPU. Defaults to False.
 
     Returns:
         Tensor: (N, H, W, C), the dtype of ``x`` promoted with that of the products.
@@ -243,6 +246,6 @@ def mlla_block(
 
     x = x.contiguous()
     if torch.is_grad_enabled():
-        return _block.MLLABlock.apply(x, num_heads, eps, scales, *parameters)
+        return _block.MLLABlock.apply(x, num_heads, eps, scales, merged, *parameters)
     weights = _block.Weights._make(parameters)
-    return _block.forward(x, num_heads, eps, scales, weights, keep=False)[0]
+    return _block.forward(x, num_heads, eps, scales, weights, False, merged)[0]

@@ -15,8 +15,10 @@ from torch.autograd.function import once_differentiable
 
 from ...compat.pytorch import copy_all, linear_dtype
 from ._depthwise_conv import (
+    MAX_NORM_CHANNELS,
     conv,
     conv_grad,
+    conv_norm,
     gated_conv,
     gated_conv_grad,
     silu_conv_grad,
@@ -24,6 +26,7 @@ from ._depthwise_conv import (
 from ._layer_norm import layer_norm, layer_norm_residual_grad
 from ._linear import gelu_linear_grad, linear_gelu, linear_residual, weight_grad
 from ._mlla_attention import linear_attention, linear_attention_grad
+from ._norm_linear import fits, mlp, norm_linear
 from ._sums import add_up, column_sums
 
 
@@ -81,10 +84,13 @@ class MLLABlock(torch.autograd.Function):
         num_heads: int,
         eps: Tuple[float, float],
         scales: Tuple[Optional[Tensor], Optional[Tensor]],
+        merged: bool,
         *parameters: Optional[Tensor],
     ) -> Tensor:
         weights = Weights._make(parameters)
-        out, kept, products = forward(x, num_heads, eps, scales, weights, keep=True)
+        out, kept, products = forward(
+            x, num_heads, eps, scales, weights, keep=True, merged=merged
+        )
         ctx.save_for_backward(*kept, *products, *scales, *parameters)
         ctx.num_heads, ctx.eps = num_heads, eps
         return out
@@ -102,9 +108,9 @@ class MLLABlock(torch.autograd.Function):
             grad_x, grads = backward(
                 grad, kept, ctx.num_heads, ctx.eps, scales, weights, products
             )
-        needed = zip(grads, ctx.needs_input_grad[4:])
+        needed = zip(grads, ctx.needs_input_grad[5:])
         wanted = [grad if needs else None for grad, needs in needed]
-        return (grad_x, None, None, None, *wanted)
+        return (grad_x, None, None, None, None, *wanted)
 
 
 _NUM_KEPT = 10
@@ -117,20 +123,30 @@ def forward(
     scales: Sequence[Optional[Tensor]],
     w: Weights,
     keep: bool,
+    merged: bool,
 ) -> Tuple[Tensor, Tuple[Optional[Tensor], ...], _Products]:
     """The forward pass.
 
+    ``merged`` also takes the kernels of several layers: LayerNorm with the linear
+    layers behind it where there are few channels, and elsewhere with the convolution
+    before it. ``keep`` keeps what the backward pass needs.
+
     Returns:
-        tuple: The output, the tensors that the backward pass needs if ``keep`` says so,
-        and the parameters of the matrix products.
+        tuple: The output, the tensors that the backward pass needs, and the parameters
+        of the matrix products.
     """
     dtype = linear_dtype(x)
     products = _cast(w, dtype)
     channels = x.shape[-1]
+    narrow = merged and fits(channels, dtype)
     # The factors of each product have one dtype, so autocast casts nothing.
-    x1 = conv(x, w.cpe1, w.cpe1_bias, residual=True)
-    u = layer_norm(x1, w.norm1, w.norm1_bias, eps[0], dtype)
-    projected = F.linear(u, products.in_act, products.in_act_bias)
+    norm = w.norm1, w.norm1_bias, eps[0]
+    if narrow:
+        x1 = conv(x, w.cpe1, w.cpe1_bias, residual=True)
+        projected = norm_linear(x1, *norm, products.in_act, products.in_act_bias)
+    else:
+        x1, u = _conv_norm(x, w.cpe1, w.cpe1_bias, *norm, dtype, merged)
+        projected = F.linear(u, products.in_act, products.in_act_bias)
     inner, gate = projected.split(channels, dim=-1)
     v = conv(inner, w.dwc, w.dwc_bias, act=True)
     qk = F.linear(v, products.qk, products.qk_bias)
@@ -139,12 +155,34 @@ def forward(
     x2 = linear_residual(
         gated.view(-1, channels), products.out, products.out_bias, x1, scales[0]
     )
-    x3 = conv(x2, w.cpe2, w.cpe2_bias, residual=True)
-    u = layer_norm(x3, w.norm2, w.norm2_bias, eps[1], dtype).view(-1, channels)
-    activated, hidden = linear_gelu(u, products.fc1, products.fc1_bias, keep)
-    out = linear_residual(activated, products.fc2, products.fc2_bias, x3, scales[1])
+    norm = w.norm2, w.norm2_bias, eps[1]
+    fc1, fc2 = (products.fc1, products.fc1_bias), (products.fc2, products.fc2_bias)
+    if narrow:
+        x3 = conv(x2, w.cpe2, w.cpe2_bias, residual=True)
+        out, hidden = mlp(x3, *norm, *fc1, *fc2, scales[1], keep)
+    else:
+        x3, u = _conv_norm(x2, w.cpe2, w.cpe2_bias, *norm, dtype, merged)
+        activated, hidden = linear_gelu(u.view(-1, channels), *fc1, keep)
+        out = linear_residual(activated, *fc2, x3, scales[1])
     kept = (x, x1, projected, v, qk, y, states, x2, x3, hidden)
     return out, kept if keep else (), products
+
+
+def _conv_norm(
+    x: Tensor,
+    taps: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    merged: bool,
+) -> Tuple[Tensor, Tensor]:
+    """x + conv(x), and its LayerNorm in the given dtype."""
+    if merged and x.shape[-1] <= MAX_NORM_CHANNELS:
+        return conv_norm(x, taps, bias, norm_weight, norm_bias, eps, dtype)
+    x = conv(x, taps, bias, residual=True)
+    return x, layer_norm(x, norm_weight, norm_bias, eps, dtype)
 
 
 def backward(

@@ -73,19 +73,43 @@ def plan_strips(
         tuple: The grid (blocks of channels, strips times runs of rows, images), and the
         arguments for sizes that these kernels share.
     """
+    block_c = min(channels, block_size(shape[3], least=16))
+    return _plan_strips(shape, _TOKENS, block_c, numbers, _LEAST_ROWS)
+
+
+@functools.lru_cache(maxsize=_PLANS)
+def plan_whole_strips(
+    shape: Tuple[int, int, int, int],
+) -> Tuple[Tuple[int, int, int], Dict[str, int]]:
+    """Cut a map for a 3x3 stencil whose programs take all channels, at most 1024.
+
+    A thread has 4 numbers of a row, so that a strip has as many columns as 512 threads
+    can take, but at most 4. There are fewer programs for a row, so each takes fewer
+    rows. See :func:`plan_strips`.
+    """
+    block_c = power_of_two(shape[3])
+    return _plan_strips(shape, min(4, 2048 // block_c), block_c, 4, 2)
+
+
+def _plan_strips(
+    shape: Tuple[int, int, int, int],
+    tokens: int,
+    block_c: int,
+    numbers: int,
+    least_rows: int,
+) -> Tuple[Tuple[int, int, int], Dict[str, int]]:
     number, height, width, all_channels = shape
-    block_c = min(channels, block_size(all_channels, least=16))
-    blocks, strips = ceil_div(all_channels, block_c), ceil_div(width, _TOKENS)
-    runs = min(_PROGRAMS // (blocks * strips * number), height // _LEAST_ROWS)
+    blocks, strips = ceil_div(all_channels, block_c), ceil_div(width, tokens)
+    runs = min(_PROGRAMS // (blocks * strips * number), height // least_rows)
     rows = ceil_div(height, max(1, runs))
     sizes = dict(
         height=height,
         width=width,
         rows=rows,
         C=all_channels,
-        TOKENS=_TOKENS,
+        TOKENS=tokens,
         BLOCK_C=block_c,
-        num_warps=max(1, _TOKENS * block_c // (32 * numbers)),
+        num_warps=max(1, tokens * block_c // (32 * numbers)),
     )
     return (blocks, strips * ceil_div(height, rows), number), sizes
 
@@ -123,6 +147,14 @@ def operand_dtype(x: Tensor) -> tl.dtype:
     Triton's interpreter has no products in bfloat16.
     """
     return tl.bfloat16 if x.dtype == torch.bfloat16 and x.is_cuda else tl.float32
+
+
+def linear_operand(x: Tensor) -> tl.dtype:
+    """The dtype of the factors of a linear layer of x, in half precision.
+
+    They are what they are: no sum over tokens is a factor here.
+    """
+    return tl.float16 if x.dtype == torch.float16 else operand_dtype(x)
 
 
 @triton.jit

@@ -5,6 +5,7 @@ With ``z = conv(x) + b``, one kernel goes down the rows of a strip and, for each
 z, writes one of these:
 
 - the layer: ``[x +] z`` or ``[x +] SiLU(z)``;
+- the layer ``x + z``, and its LayerNorm. For this a program takes all channels;
 - the gradient of z from the gradient e of SiLU(z): ``e SiLU'(z)``;
 - the position encoding z, added to the attention a, and gated: ``(a + z) SiLU(g)``;
 - the backward pass of the last one. If e is the gradient of the output, multiplied by
@@ -35,19 +36,24 @@ from ._common import (
     load_taps,
     locate_strip,
     plan_strips,
+    plan_whole_strips,
     silu,
     silu_grad,
     strip_masks,
 )
 from ._sums import add_up
 
-_LAYER, _SILU_GRAD, _GATE, _GATE_GRAD = 0, 1, 2, 3
+_LAYER, _SILU_GRAD, _GATE, _GATE_GRAD, _NORM = 0, 1, 2, 3, 4
 # Channels of a program, and numbers of a row for each thread. The kernel of gradients
 # holds ten sums for each number, so it takes fewer threads: there is less to add up.
 _STRIP = dict(channels=64, numbers=4)
 _STRIP_OF_SUMS = dict(channels=32, numbers=8)
 # With 8 numbers of float32 the registers would not suffice.
 _STRIP_OF_FLOAT32_SUMS = dict(channels=32, numbers=4)
+
+
+#: Most channels of a map for :func:`conv_norm`.
+MAX_NORM_CHANNELS = 1024
 
 
 class DepthwiseConv(torch.autograd.Function):
@@ -89,6 +95,26 @@ def conv(
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     _run(_LAYER, x, weight, bias, outputs=(y,), residual=residual, act=act)
     return y
+
+
+def conv_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+) -> Tuple[Tensor, Tensor]:
+    """``x + z`` as of :func:`conv`, and its LayerNorm in the given dtype."""
+    y = torch.empty(
+        x.shape, dtype=torch.promote_types(x.dtype, linear_dtype(x)), device=x.device
+    )
+    normalised = torch.empty(x.shape, dtype=dtype, device=x.device)
+    norm = norm_weight.contiguous(), norm_bias.contiguous(), eps
+    outputs = y, normalised
+    _run(_NORM, x, weight, bias, outputs=outputs, residual=True, norm=norm)
+    return y, normalised
 
 
 def silu_conv_grad(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor) -> Tensor:
@@ -146,12 +172,16 @@ def _run(
     outputs: Tuple[Tensor, ...] = (),
     residual: bool = False,
     act: bool = False,
+    norm: Tuple[Optional[Tensor], Optional[Tensor], float] = (None, None, 0.0),
 ) -> None:
     """Launch the first kernel. Pointers that it does not use get x."""
     rows = as_rows(x)
     added, gate, grad = (rows if y is None else as_rows(y) for y in (added, gate, grad))
     y, second, third = (*outputs, *[outputs[0]] * (3 - len(outputs)))
-    grid, sizes = plan_strips(x.shape, **_STRIP)
+    if mode == _NORM:
+        grid, sizes = plan_whole_strips(x.shape)
+    else:
+        grid, sizes = plan_strips(x.shape, **_STRIP)
     with torch.cuda.device_of(x):
         _conv_kernel[grid](
             rows,
@@ -169,6 +199,7 @@ def _run(
             second,
             third,
             third.stride(-2),
+            *norm,
             **sizes,
             MODE=mode,
             ACT=act,
@@ -246,6 +277,9 @@ def _conv_kernel(
     second_ptr,
     third_ptr,
     third_stride,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    eps,
     height,
     width,
     rows,
@@ -260,6 +294,9 @@ def _conv_kernel(
     channel_mask = channels < C
     taps = load_taps(weight_ptr, channels, channel_mask)
     bias = load_float(bias_ptr + channels, channel_mask)[None, :]
+    if MODE == 4:  # _NORM
+        norm_weight = load_float(norm_weight_ptr + channels, channel_mask)[None, :]
+        norm_bias = load_float(norm_bias_ptr + channels, channel_mask)[None, :]
     first, last, columns = locate_strip(height, width, rows, TOKENS)
     masks = strip_masks(columns, width, channel_mask)
     # The row before the first, which the first one sees.
@@ -309,6 +346,15 @@ def _conv_kernel(
             tl.store(y_ptr + out, z, mask=inside)
         elif MODE == 1:  # _SILU_GRAD
             tl.store(y_ptr + out, grad * silu_grad(z), mask=inside)
+        elif MODE == 4:  # _NORM
+            # Rounded as if it were read, and zero behind the last channel.
+            z = z.to(y_ptr.dtype.element_ty)
+            tl.store(y_ptr + out, z, mask=inside)
+            z = z.to(tl.float32)
+            z -= tl.sum(z, axis=1)[:, None] / C
+            z = tl.where(channel_mask[None, :], z, 0.0)
+            z *= tl.rsqrt(tl.sum(z * z, axis=1) / C + eps)[:, None]
+            tl.store(second_ptr + out, z * norm_weight + norm_bias, mask=inside)
         elif MODE == 2:  # _GATE
             tl.store(y_ptr + out, (added + z) * silu(gate), mask=inside)
         else:  # _GATE_GRAD

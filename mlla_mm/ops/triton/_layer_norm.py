@@ -166,7 +166,7 @@ def _run_grad(
 
 
 @triton.jit
-def _load_normalised(x_ptr, x_stride, rows, channels, mask, eps, C: tl.constexpr):
+def load_normalised(x_ptr, x_stride, rows, channels, mask, eps, C: tl.constexpr):
     """h, zero where masked, and 1 / sqrt(var + eps)."""
     x = load_float(x_ptr + rows[:, None] * x_stride + channels[None, :], mask)
     mean = tl.sum(x, axis=1) / C
@@ -191,7 +191,7 @@ def _layer_norm_kernel(
     rows = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
     channels = tl.arange(0, BLOCK_C)
     mask = (rows < num_rows)[:, None] & (channels < C)[None, :]
-    h, _ = _load_normalised(x_ptr, x_stride, rows, channels, mask, eps, C)
+    h, _ = load_normalised(x_ptr, x_stride, rows, channels, mask, eps, C)
     weight = load_float(weight_ptr + channels, channels < C)
     bias = load_float(bias_ptr + channels, channels < C)
     y = h * weight[None, :] + bias[None, :]
@@ -231,7 +231,7 @@ def _layer_norm_grad_kernel(
         inside = rows < num_rows
         mask = inside[:, None] & (channels < C)[None, :]
         offsets = rows[:, None] * C + channels[None, :]
-        h, inverse = _load_normalised(x_ptr, x_stride, rows, channels, mask, eps, C)
+        h, inverse = load_normalised(x_ptr, x_stride, rows, channels, mask, eps, C)
         dy = load_float(dy_ptr + rows[:, None] * dy_stride + channels[None, :], mask)
         weight_sum += dy * h
         bias_sum += dy

@@ -33,7 +33,7 @@ from ._common import (
     block_size,
     ceil_div,
     exp,
-    operand_dtype,
+    linear_operand,
     reciprocal,
 )
 from ._sums import add_up, column_sums
@@ -209,7 +209,7 @@ def _run(
             rows,
             rows if scale is None else rows // len(scale),
             **sizes,
-            OPERAND=tl.float16 if x.dtype == torch.float16 else operand_dtype(x),
+            OPERAND=linear_operand(x),
             MODE=mode,
         )
 
@@ -239,7 +239,7 @@ def _plan(mode: int, summands: int, columns: int) -> Dict[str, int]:
 
 
 @triton.jit
-def _normal(x):
+def normal(x):
     """Distribution function and density of the standard normal distribution.
 
     Abramowitz and Stegun 26.2.17, whose error is below 7.5e-8. It has half the
@@ -311,7 +311,7 @@ def _linear_kernel(
     if MODE == 0:  # _GELU
         if second_ptr is not None:
             tl.store(second_ptr + offsets, z, mask=mask)
-        distribution, _ = _normal(z)
+        distribution, _ = normal(z)
         tl.store(y_ptr + offsets, z * distribution, mask=mask)
     elif MODE == 1:  # _RESIDUAL
         if scale_ptr is not None:
@@ -323,7 +323,7 @@ def _linear_kernel(
         tl.store(y_ptr + offsets, tl.where(z < 0, 0.0, z), mask=mask)
     else:  # _GELU_GRAD
         hidden = tl.load(other_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        distribution, density = _normal(hidden)
+        distribution, density = normal(hidden)
         activated = hidden * distribution
         # Numbers of half the size change threads, and nothing is computed twice.
         z = z.to(OPERAND).to(tl.float32)
