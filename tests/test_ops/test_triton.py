@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mlla_mm.models import MLLA
-from mlla_mm.models.layers import MLLABlock
+from mlla_mm.models.layers import MLLABlock, PatchMerging
 from mlla_mm.ops import naive
 from mlla_mm.ops import triton as fused
 from mlla_mm.ops.dispatch import block_parameters
@@ -38,6 +38,7 @@ HALF_ONCE = [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.slow)
 slow = partial(pytest.param, marks=pytest.mark.slow)
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
 # A block has a dozen layers, and each rounds its result.
+MERGING_TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 BLOCK_TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
 
@@ -682,6 +683,91 @@ def test_mlp(channels, columns, dtype, scaling, device):
         assert_close([y, hidden], [weights[0] + branch, z], dtype)
         again, nothing = mlp(x, *norm, 1e-5, *layers, scale, keep=False)
         assert torch.equal(again, y) and nothing is None
+
+
+# --- Patch merging ---
+
+
+def merging_inputs(shape, columns, dtype=FLOAT32, device='cpu'):
+    """x, and weights and biases of both layers."""
+    x, weight, bias = linear_inputs(1, shape[-1], columns, device=device)
+    x = torch.randn(shape, device=device).to(dtype).requires_grad_()
+    _, taps, conv_bias = conv_inputs((1, 1, 1, columns), device=device)
+    return [x, weight, bias, taps, conv_bias]
+
+
+@pytest.mark.parametrize(
+    'shape, columns, dtype',
+    [
+        ((1, 2, 2, 4), 8, FLOAT32),  # one output
+        ((2, 4, 6, 4), 20, FLOAT32),
+        ((1, 6, 18, 4), 8, FLOAT32),  # several strips
+        ((1, 34, 4, 4), 8, FLOAT32),  # several programs on top of each other
+        *(((1, 4, 4, 8), 16, dtype) for dtype in HALF),
+        *(slow((2, 14, 14, 12), 96, dtype) for dtype in [FLOAT32, *HALF]),
+        slow((1, 28, 12, 24), 136, FLOAT32),
+    ],
+)
+def test_expand_and_halve(shape, columns, dtype, device):
+    inputs = merging_inputs(shape, columns, dtype, device)
+    if dtype == FLOAT32:
+        check('expand_and_halve', inputs)
+    with torch.autocast(device.type, dtype, enabled=dtype != FLOAT32):
+        assert fused.supports_expand_and_halve(*inputs)
+        actual = output_and_grads(fused.expand_and_halve, inputs)
+        with torch.no_grad():
+            assert torch.equal(fused.expand_and_halve(*inputs), actual[0])
+    assert [t.dtype for t in actual] == [dtype, *(t.dtype for t in inputs)]
+    # The hidden map is rounded, and with it where its ReLU switches.
+    inputs[1:3] = (t.detach().to(dtype).requires_grad_() for t in inputs[1:3])
+    expected = output_and_grads(naive.expand_and_halve, in_float64(inputs))
+    assert_close(actual, expected, dtype, MERGING_TOLERANCE)
+
+
+def test_expand_and_halve_of_what_is_not_a_number(device):
+    inputs = merging_inputs((1, 4, 4, 4), 8, device=device)
+    with torch.no_grad():
+        inputs[0][0, 3, 3] = torch.nan
+    actual, grad, *_ = output_and_grads(fused.expand_and_halve, inputs)
+    expected, *_ = output_and_grads(naive.expand_and_halve, inputs)
+    assert torch.equal(actual.isnan(), expected.isnan()) and actual.isnan().any()
+
+
+def test_gradients_of_some_inputs_of_patch_merging(device):
+    inputs = merging_inputs((1, 4, 4, 4), 8, device=device)
+    for i in (0, 2, 3):
+        inputs[i].requires_grad_(False)
+    check('expand_and_halve', inputs)
+
+
+def test_expand_and_halve_of_odd_maps_is_not_supported(device):
+    for shape in ((1, 3, 4, 4), (1, 4, 3, 4)):
+        inputs = merging_inputs(shape, 8, device=device)
+        assert not fused.supports_expand_and_halve(*inputs)
+
+
+@pytest.mark.parametrize('forced', ['fused', ''])
+def test_patch_merging_as_a_whole(forced, device, monkeypatch):
+    """The layers are read where fused is asked for, else called."""
+    from mlla_mm.ops.triton import _merging
+
+    monkeypatch.setenv('MLLA_OPS', forced)
+    merging, called = PatchMerging(4).to(device), []
+    monkeypatch.setattr(
+        _merging, 'halve', lambda *args, f=_merging.halve: called.append(1) or f(*args)
+    )
+    exact, x = copy.deepcopy(merging).double(), torch.randn(2, 4, 3, 5, device=device)
+    wanted = [x.requires_grad_(), *merging.parameters()]
+    actual = output_and_grads(lambda *_: merging(x), wanted)
+    assert len(called) == (forced == 'fused')
+    monkeypatch.setenv('MLLA_OPS', 'naive')
+    precise = x.detach().double().requires_grad_()
+    wanted = [precise, *exact.parameters()]
+    assert_close(actual, output_and_grads(lambda *_: exact(precise), wanted))
+    monkeypatch.setenv('MLLA_OPS', 'fused')
+    merging.conv[1].act.register_forward_hook(lambda *_: called.append('hook'))
+    merging(x)
+    assert called[-1] == 'hook'
 
 
 # --- BatchNorm ---

@@ -109,6 +109,21 @@ def supports_linear_relu(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
     return len(weight) <= 4 * _MAX_CHANNELS and _fit(x, weight, bias)
 
 
+def supports_expand_and_halve(
+    x: Tensor, weight: Tensor, bias: Tensor, taps: Tensor, conv_bias: Tensor
+) -> bool:
+    """Whether :func:`expand_and_halve` supports these tensors.
+
+    The conditions are those of :func:`supports_linear_relu`, and the map must have an
+    even number of rows and of columns.
+    """
+    return (
+        x.shape[1] % 2 == x.shape[2] % 2 == 0
+        and supports_linear_relu(x, weight, bias)
+        and _fit(x, taps, conv_bias)
+    )
+
+
 def supports_batch_norm(
     x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor
 ) -> bool:
@@ -201,6 +216,18 @@ def linear_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     from ._linear import LinearReLU
 
     return LinearReLU.apply(x, weight, bias)
+
+
+def expand_and_halve(
+    x: Tensor, weight: Tensor, bias: Tensor, taps: Tensor, conv_bias: Tensor
+) -> Tensor:
+    """:func:`mlla_mm.ops.naive.expand_and_halve` in two kernels. Contiguous."""
+    from . import _merging
+
+    tensors = x, weight, bias, taps, conv_bias
+    if torch.is_grad_enabled():
+        return _merging.ExpandAndHalve.apply(*tensors)
+    return _merging.forward(*tensors)[0]
 
 
 def batch_norm(

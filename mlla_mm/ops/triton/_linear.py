@@ -140,7 +140,7 @@ class LinearReLU(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             x, matrix = x.to(dtype), weight.to(dtype).contiguous()
             rows = x.reshape(-1, x.shape[-1]).contiguous()
-            y = _linear_relu(rows, matrix, bias.to(dtype))
+            y = linear_relu(rows, matrix, bias.to(dtype))
         ctx.save_for_backward(rows, matrix, weight, bias, y)
         ctx.shape = x.shape
         return y.view(*x.shape[:-1], -1)
@@ -160,7 +160,7 @@ class LinearReLU(torch.autograd.Function):
         return tuple(grad if needs else None for grad, needs in needed)
 
 
-def _linear_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def linear_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """(rows, K) -> (rows, N). cuBLAS has this, too, but its ReLU turns NaN into 0."""
     if not _fits(x):
         return F.linear(x, weight, bias).relu_()
