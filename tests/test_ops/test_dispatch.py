@@ -150,7 +150,7 @@ OPS = [
     'depthwise_conv',
     'mlla_attention',
     'layer_norm',
-    'linear_relu',
+    'expand_and_halve',
     'batch_norm',
 ]
 

@@ -408,7 +408,7 @@ X = torch.randn(2, 3, 5, 16)
 def test_a_block_hands_over_its_parameters(fused):
     block = MLLABlock(16, 2, qkv_bias=False)
     assert torch.equal(block(X), X)
-    ((x, parameters, num_heads, eps, scales),) = fused
+    ((x, parameters, num_heads, eps, scales, _),) = fused
     expected = []
     for name in BLOCK:
         layer = block.get_submodule(name)
@@ -552,11 +552,11 @@ def test_dropout_is_not_fused_but_stochastic_depth_is(fused):
     block(X)
     assert not fused
     block.eval()(X)
-    ((*_, scales),) = fused
+    ((*_, scales, _),) = fused
     assert scales == (None, None)
     block.train().mlp.drop.p = 0
     block(X)
-    scales = fused[1][-1]
+    scales = fused[1][-2]
     assert all({0.0, 2.0} >= set(scale.tolist()) for scale in scales)
 
 
