@@ -148,9 +148,9 @@ class GraphedForward:
         """Whether the module is what a graph repeats. Drops graphs of what it was."""
         module: Any = self._module()
         (_, *parts), tensors = parts_and_tensors(module)
-        # Hooks of the module itself are called around its forward pass.
-        if is_call_compiled(module) or module.training:
+        if module.training:
             return False
+        # Hooks of the module itself are called around its forward pass.
         for part in parts:
             if part.training or does_more_when_called(part) or is_call_compiled(part):
                 return False
