@@ -2,10 +2,11 @@
 """The least time that a GPU needs for a model, counted kernel by kernel without a GPU.
 
 The time of a kernel is the longest of three: its bytes at the rate of the memory, its
-matrix products at the rate of the tensor cores, and its launch. Its bytes are those of
-all tensors that it takes and gives, each counted once and whole, although a real kernel
-may read a part, or read twice. Most real kernels are slower, and small maps come from a
-cache. The count is a bound to compare measured times and assemblies with.
+matrix products at the rate of the tensor cores, and its launch. An operator of PyTorch
+moves all tensors that it takes and gives, each once and whole. A kernel of Triton moves
+what it states, see ``mlla_mm/ops/triton/_moves.py``. Most real kernels are slower, and
+small maps come from a cache. The count is a bound to compare measured times and
+assemblies with.
 """
 
 import argparse
@@ -35,7 +36,9 @@ from benchmarks import cases, models  # noqa: E402
 from benchmarks.cases import Case  # noqa: E402
 from benchmarks.pretended_cuda import backward, pretended_cuda  # noqa: E402
 from mlla_mm.evaluation.markdown import markdown_table  # noqa: E402
+from mlla_mm.models.fusing import fuse_conv_bn  # noqa: E402
 from mlla_mm.ops import naive  # noqa: E402
+from mlla_mm.ops.triton._moves import moves_of  # noqa: E402
 
 MODELS = tuple(f'{a}-{b}' for a, b in product(('mlla', 'plain'), 'tsb'))
 OPS = ('naive', 'eager', 'fused')
@@ -53,7 +56,7 @@ class Kernel(NamedTuple):
     Attributes:
         stage (str): 'forward' or 'backward'.
         name (str): Operator of PyTorch, or name of a Triton kernel.
-        bytes (int): Bytes of all tensors that it reads or writes.
+        bytes (int): Bytes that it reads and writes.
         flops (int): Operations of matrix products and convolutions. A multiplication
             and its addition count two.
         dtype (torch.dtype): Dtype of the factors.
@@ -120,9 +123,9 @@ def add_up_by_name(kernels: Sequence[Kernel], gpu: GPU) -> Dict[Tuple[str, str],
 class Counter(TorchDispatchMode):
     """Lists the kernels that operators on CUDA tensors start within the context.
 
-    An operator counts as one kernel, and each gradient of a convolution as one. Views
-    and new memory are no kernels. Of the products in Triton's kernels, those of linear
-    layers count; the small products of attention do not.
+    An operator counts as one kernel, also one that takes many tensors at once, and each
+    gradient of a convolution as one. Views and new memory are no kernels. Triton's
+    kernels state their bytes and products.
 
     Attributes:
         kernels (list[Kernel]): What was counted.
@@ -150,10 +153,9 @@ class Counter(TorchDispatchMode):
 
     def add_launch(self, name: str, arguments: Dict[str, Any]) -> None:
         """List the launch of a Triton kernel."""
-        tensors, flops = _tensors(arguments), 0
-        if name == '_linear_kernel':
-            flops = 2 * arguments['num_rows'] * arguments['N'] * arguments['K']
-        self.add(name, count_bytes(tensors), flops, tensors[0].dtype)
+        moves = moves_of(name, arguments)
+        size = sum(moves.reads.values()) + sum(moves.writes.values())
+        self.add(name, size, moves.flops, _tensors(arguments)[0].dtype)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

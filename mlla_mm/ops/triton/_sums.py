@@ -4,7 +4,7 @@
 The order is always the same, since there are no atomics.
 """
 
-from typing import Optional, Tuple
+from typing import Any, Optional, Tuple
 
 import torch
 import triton
@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import SIZES, ceil_div, load_float, plan_rows
+from ._moves import Moves, statement_of
 
 _PROGRAMS, _NUMBERS = 512, 2048
 # Number of programs and of channels in a tile of the second step.
@@ -109,6 +110,15 @@ def _column_sums_kernel(
     tl.store(sums_ptr, tl.sum(sums, axis=0), mask=channels < C)
 
 
+@statement_of(_column_sums_kernel)
+def _column_sums_moves(k: Any) -> Moves:
+    images = k.num_rows // k.rows_per_image
+    return Moves(
+        reads=dict(x_ptr=k.num_rows * k.C, scale_ptr=images),
+        writes=dict(sums_ptr=k.sums_ptr.numel()),
+    )
+
+
 @triton.jit(do_not_specialize=SIZES)
 def _add_up_kernel(
     sums_ptr,
@@ -135,3 +145,11 @@ def _add_up_kernel(
             tl.store(first_ptr + channels * (R - 1) + row, total, mask=channels < C)
     if row == R - 1:
         tl.store(last_ptr + channels, total, mask=channels < C)
+
+
+@statement_of(_add_up_kernel)
+def _add_up_moves(k: Any) -> Moves:
+    return Moves(
+        reads=dict(sums_ptr=k.parts * k.R * k.C),
+        writes=dict(first_ptr=(k.R - 1) * k.C, last_ptr=k.C),
+    )

@@ -1,0 +1,386 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+"""What Triton's kernels say that they move, against what they load and store.
+
+Triton's interpreter tells the addresses. As in test_triton.py, one test runs this file
+again in a process of its own, where ``TRITON_INTERPRET=1`` is set.
+"""
+
+import contextlib
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.pretended_cuda import (
+    AVAILABLE,
+    backward,
+    pretended_cuda,
+    triton_kernels,
+)
+from mlla_mm.models import MLLA
+from mlla_mm.models.layers import MLLABlock
+from mlla_mm.ops import triton as fused
+from mlla_mm.ops.dispatch import block_parameters
+from mlla_mm.ops.triton import _moves
+from mlla_mm.ops.triton._moves import Moves, moves_of
+
+from .test_triton import (
+    INTERPRETED,
+    attention_inputs,
+    batch_norm_inputs,
+    conv_inputs,
+    norm_inputs,
+    slow,
+)
+
+if not fused._has_triton():
+    pytest.skip('needs Triton 3.3', allow_module_level=True)
+
+interpreted = pytest.mark.skipif(not INTERPRETED, reason='needs TRITON_INTERPRET=1')
+EPS = 1e-5
+
+
+@pytest.mark.skipif(INTERPRETED, reason='would start itself')
+@pytest.mark.parametrize('names', ['convolutions', 'not convolutions'])
+@pytest.mark.parametrize('chosen', ['not slow', slow('slow')])
+def test_without_a_gpu(chosen, names, run_tool):
+    command = ['-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-m', chosen]
+    output = run_tool(
+        sys.executable, *command, '-k', names, Path(__file__),
+        env=dict(TRITON_INTERPRET='1'),
+    ).stdout  # fmt: skip
+    assert ' passed' in output and ' failed' not in output, output
+
+
+# --- What a launch touches ---
+
+
+class Launch(NamedTuple):
+    """A launch, the bytes at the addresses of its loads and stores, and its products.
+
+    Attributes:
+        name (str): Name of the kernel.
+        arguments (dict): Its arguments by name.
+        reads (Counter): How many bytes each tensor's memory is read at.
+        writes (Counter): The same for writing.
+        flops (list[int]): Operations of each product of tiles.
+    """
+
+    name: str
+    arguments: Dict[str, Any]
+    reads: Counter
+    writes: Counter
+    flops: List[int]
+
+
+def memory(x: Tensor) -> int:
+    """Tensors that share memory have one number."""
+    return x.untyped_storage().data_ptr()
+
+
+def count_by_memory(touched, arguments) -> Counter:
+    """Bytes by the memory that they lie in, each once. Others are not allowed."""
+    starts = {}
+    for x in arguments.values():
+        if isinstance(x, Tensor):
+            starts[memory(x)] = x.untyped_storage().nbytes()
+    found = Counter()
+    for size, addresses in touched.items():
+        addresses = np.unique(np.concatenate(addresses))
+        inside = 0
+        for start, length in starts.items():
+            here = (addresses >= start) & (addresses < start + length)
+            inside += here.sum()
+            found[start] += size * int(here.sum())
+        assert inside == len(addresses), 'an address outside all tensors'
+    return +found
+
+
+@contextlib.contextmanager
+def recorded():
+    """Lists all launches within."""
+    from triton.runtime import interpreter
+
+    launches: List[Launch] = []
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    load, store = builder.create_masked_load, builder.create_masked_store
+    dot, call = builder.create_dot, executor.__call__
+    reads, writes, flops = defaultdict(list), defaultdict(list), []
+
+    def note(touched, pointers, mask):
+        size = pointers.get_element_ty().primitive_bitwidth // 8
+        touched[size].append(pointers.data[mask.data.astype(bool)])
+
+    def noted_load(self, pointers, mask, *rest):
+        note(reads, pointers, mask)
+        return load(self, pointers, mask, *rest)
+
+    def noted_store(self, pointers, value, mask, *rest):
+        note(writes, pointers, mask)
+        return store(self, pointers, value, mask, *rest)
+
+    def noted_dot(self, a, b, *rest):
+        flops.append(2 * a.data.size * b.data.shape[-1])
+        return dot(self, a, b, *rest)
+
+    def refuse(*_, **__):
+        raise AssertionError('atomics are not counted')
+
+    def noted_call(self, *args, **kwargs):
+        for found in (reads, writes, flops):
+            found.clear()
+        call(self, *args, **kwargs)
+        given = dict(zip(self.arg_names, args), **kwargs)
+        sides = (count_by_memory(touched, given) for touched in (reads, writes))
+        launches.append(Launch(self.fn.__name__, given, *sides, list(flops)))
+
+    with (
+        mock.patch.multiple(
+            builder,
+            create_masked_load=noted_load,
+            create_masked_store=noted_store,
+            create_dot=noted_dot,
+            create_atomic_rmw=refuse,
+            create_atomic_cas=refuse,
+        ),
+        mock.patch.object(executor, '__call__', noted_call),
+    ):
+        yield launches
+
+
+def check(launch: Launch) -> Moves:
+    """Compare a launch with its statement, memory by memory."""
+    stated = moves_of(launch.name, launch.arguments)
+    for numbers, touched in (
+        (stated.reads, launch.reads),
+        (stated.writes, launch.writes),
+    ):
+        wanted = Counter()
+        for pointer, size in numbers.items():
+            wanted[memory(launch.arguments[pointer])] += size
+        assert touched == wanted, (launch.name, stated, launch.arguments)
+    # Tiles are padded to what a product needs.
+    assert (stated.flops > 0) == bool(launch.flops)
+    assert stated.flops <= sum(launch.flops), launch
+    check_sizes(stated, launch.arguments)
+    return stated
+
+
+def check_sizes(stated: Moves, arguments: Dict[str, Any]) -> None:
+    """No more is moved than the tensors have."""
+    for numbers in (stated.reads, stated.writes):
+        for pointer, size in numbers.items():
+            tensor = arguments[pointer]
+            assert 0 < size <= tensor.numel() * tensor.element_size(), pointer
+
+
+# --- The kernels, in all their modes ---
+
+
+def scales_of(x):
+    return torch.linspace(0.5, 1.5, len(x))
+
+
+def wide_map(x):
+    """A map that is a part of another one, whose pixels are further apart."""
+    return torch.randn(*x.shape[:-1], x.shape[-1] + 8).to(x)[..., 4:-4]
+
+
+def run_convolutions(shape, dtype):
+    from mlla_mm.ops.triton._depthwise_conv import (
+        conv,
+        conv_grad,
+        gated_conv,
+        gated_conv_grad,
+        silu_conv_grad,
+    )
+
+    x, *weights = (t.detach() for t in conv_inputs(shape, dtype))
+    single = torch.randn(shape)
+    conv(x, *weights)
+    conv(x, *weights, residual=True)
+    conv(wide_map(x), *weights, residual=True, act=True)
+    silu_conv_grad(wide_map(x), *weights, single)
+    gated_conv(x, *weights, torch.randn_like(x), wide_map(x))
+    for scale in (None, scales_of(x)):
+        maps = (torch.randn_like(x), wide_map(x), single, wide_map(x))
+        gated_conv_grad(x, *weights, *maps, scale)
+    conv_grad(x, *weights, single)
+    conv_grad(x, *weights, wide_map(x), residual=True)
+    conv_grad(x, *weights, wide_map(x), added=single, out=wide_map(x))
+
+
+def run_attention(shape, dtype):
+    from mlla_mm.ops.triton._mlla_attention import (
+        linear_attention,
+        linear_attention_grad,
+    )
+
+    qk, v, *_ = (t.detach() for t in attention_inputs(shape, dtype))
+    for heads in (1, 2):
+        y, states = linear_attention(wide_map(qk), v, heads)
+        linear_attention_grad(qk, wide_map(v), y, states, torch.randn(shape), heads)
+
+
+def run_norms(shape, dtype):
+    from mlla_mm.ops.triton._layer_norm import layer_norm, layer_norm_grad
+
+    inputs = [t.detach() for t in norm_inputs(shape, dtype)]
+    x, single = inputs[0], torch.randn(shape)
+    layer_norm(*inputs, EPS, dtype)
+    layer_norm(wide_map(x), *inputs[1:], EPS, torch.float32)
+    layer_norm_grad(*inputs, EPS, torch.randn_like(x))
+    layer_norm_grad(wide_map(x), *inputs[1:], EPS, wide_map(x), single)
+    number, *sides, channels = shape
+    inputs = batch_norm_inputs((number, channels, *sides), dtype)
+    for act in (False, True):
+        fused.batch_norm(*inputs, EPS, act)
+
+
+def run_linear_layers(shape, dtype):
+    from mlla_mm.ops.triton import _linear
+
+    x = torch.randn(shape).to(dtype)
+    rows, channels = x.view(-1, shape[-1]), shape[-1]
+    hidden = 2 * channels
+    weight = torch.randn(hidden, channels).to(dtype)
+    bias = torch.randn(hidden).to(dtype)
+    for keep in (False, True):
+        activated, z = _linear.linear_gelu(rows, weight, bias, keep)
+    fused.linear_relu(x, weight, bias.float())
+    other = torch.randn(channels, hidden).to(dtype)
+    for scale, residual in ((None, x), (scales_of(x), x.float())):
+        _linear.linear_residual(activated, other, bias[:channels], residual, scale)
+        _linear.gelu_linear_grad(rows, other, z, bias, scale)
+
+
+def run_sums(shape, dtype):
+    from mlla_mm.ops.triton._sums import column_sums
+
+    x = torch.randn(shape)
+    for scale in (None, scales_of(x)):
+        column_sums(wide_map(x.to(dtype)).reshape(-1, shape[-1]), scale)
+
+
+def run_block(shape, dtype):
+    """All kernels in their places, also those that this file does not name."""
+    block = MLLABlock(shape[-1], 1)
+    x = torch.randn(shape).requires_grad_()
+    scales = scales_of(x), scales_of(x)
+    parameters = block_parameters(block)
+    with torch.autocast('cpu', dtype):
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad):
+                y = fused.mlla_block(x, parameters, 1, (EPS, EPS), scales)
+    y.sum().backward()
+
+
+RUNS = [run_convolutions, run_attention, run_norms, run_linear_layers, run_sums]
+SMALL = (2, 3, 5, 12)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    'shape, dtype',
+    [
+        (SMALL, torch.float16),
+        ((1, 1, 9, 72), torch.float16),  # two strips, two blocks of channels
+        ((1, 16, 3, 4), torch.float16),  # several programs in an image
+        ((1, 7, 7, 32), torch.float16),
+        *(
+            slow(shape, dtype)
+            for shape in [SMALL, (2, 17, 23, 12), (3, 14, 14, 96), (1, 56, 56, 16)]
+            for dtype in [torch.float16, torch.float32]
+        ),
+    ],
+)
+@pytest.mark.parametrize('run', RUNS)
+def test_statements_say_what_is_touched(run, shape, dtype):
+    with recorded() as launches:
+        run(shape, dtype)
+    for launch in launches:
+        check(launch)
+
+
+@interpreted
+def test_each_pointer_of_each_kernel_is_compared():
+    with recorded() as launches:
+        for run in (*RUNS, run_block):
+            run((1, 1, 1, 8), torch.float16)
+    moved = defaultdict(set)
+    for launch in launches:
+        stated = check(launch)
+        moved[launch.name].update(stated.reads, stated.writes)
+    assert moved == {
+        name: {pointer for pointer in kernel.arg_names if pointer.endswith('_ptr')}
+        for _, name, kernel in triton_kernels()
+    }
+
+
+@interpreted
+def test_products_that_fill_their_tiles():
+    with recorded() as launches:
+        run_attention((1, 8, 16, 32), torch.float16)
+        run_linear_layers((2, 8, 16, 32), torch.float16)
+    found = [launch for launch in launches if launch.flops]
+    assert len({launch.name for launch in found}) == 5
+    for launch in found:
+        assert check(launch).flops == sum(launch.flops), launch
+
+
+@interpreted
+@pytest.mark.parametrize(
+    'side, pointer, numbers',
+    [('reads', 'bias_ptr', 0), ('reads', 'x_ptr', 350), ('writes', 'y_ptr', 361)],
+)
+def test_wrong_statements_are_found(side, pointer, numbers):
+    right = _moves._STATEMENTS['_layer_norm_kernel']
+
+    def wrong(k):
+        stated = right(k)
+        return stated._replace(**{side: {**getattr(stated, side), pointer: numbers}})
+
+    x, weight, bias = norm_inputs(SMALL)
+    with recorded() as launches, torch.no_grad():
+        fused.layer_norm(x, weight, bias, EPS)
+    (launch,) = launches
+    check(launch)
+    with mock.patch.dict(_moves._STATEMENTS, _layer_norm_kernel=wrong):
+        with pytest.raises(AssertionError, match='_layer_norm_kernel'):
+            check(launch)
+
+
+# --- The launches of whole models ---
+
+
+@pytest.mark.skipif(INTERPRETED or not AVAILABLE, reason='needs a pretended GPU')
+@pytest.mark.parametrize('shape', [(128, 3, 224, 224), (2, 3, 800, 1280)])
+def test_no_launch_of_a_model_moves_more_than_its_tensors(shape, monkeypatch):
+    launched = set()
+
+    def check_launch(name, arguments):
+        launched.add(name)
+        check_sizes(moves_of(name, arguments), arguments)
+
+    monkeypatch.setenv('MLLA_OPS', 'fused')
+    arch = dict(embed_dims=32, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8))
+    with pretended_cuda(check_launch):
+        with torch.device('cuda'):
+            model, images = MLLA(arch, drop_path_rate=0.2), torch.empty(shape)
+        with torch.autocast('cuda', torch.bfloat16):
+            with torch.no_grad():
+                model.eval()(images)
+            outputs = model.train()(images)
+        backward(outputs, [torch.ones_like(output) for output in outputs])
+    assert launched == {name for _, name, _ in triton_kernels()}
+
+
+def test_a_kernel_without_a_statement():
+    with pytest.raises(ValueError, match='_other_kernel does not state what it moves'):
+        moves_of('_other_kernel', {})
