@@ -9,6 +9,7 @@ from .dispatch import (
     layer_norm,
     mlla_attention,
     mlp,
+    patch_merging,
 )
 from .naive import EPS, linear_attention
 from .padding import pad_to_multiple
@@ -25,5 +26,6 @@ __all__ = [
     'mlla_attention',
     'mlp',
     'pad_to_multiple',
+    'patch_merging',
     'rotary_embedding',
 ]

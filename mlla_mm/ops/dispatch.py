@@ -17,14 +17,15 @@ The environment variable ``MLLA_OPS`` overrides the choice:
 
 - ``naive`` always calls the layers, which compute :mod:`mlla_mm.ops.naive`.
 - ``eager`` never runs Triton's kernels.
-- ``fused`` runs Triton's kernels, and raises an error on a device without them.
+- ``fused`` runs Triton's kernels, and raises an error on a device without them. It also
+  takes those that were not measured on a GPU.
 """
 
 import functools
 import os
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, List, Optional, Tuple, Type, Union
+from typing import Any, List, Optional, Tuple, Type, Union, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ from ..compat.pytorch import does_more_when_called, has_global_hooks, linear_dty
 from . import eager, naive, triton
 from .tracing import is_graph
 
+_VARIABLE = 'MLLA_OPS'
 # In evaluation mode both compute the same.
 _BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
@@ -189,7 +191,7 @@ def conv_layer(
     if fused and norm is None and _is_pointwise(conv) and may_be_read(nn.ReLU, act):
         weight, bias = _weight_and_bias(conv)
         # Channels last, as in memory, so that the gradient is channels-last, too.
-        tensors = (x.permute(0, 2, 3, 1), weight.permute(0, 2, 3, 1).flatten(1), bias)
+        tensors = (x.permute(0, 2, 3, 1), _as_matrix(weight), bias)
         if triton.supports_linear_relu(*tensors):
             return triton.linear_relu(*tensors).permute(0, 3, 1, 2)
     x = conv(x)
@@ -200,6 +202,36 @@ def conv_layer(
             return triton.batch_norm(*inputs, bn.eps, act is not None)
     x = x if norm is None else norm(x)
     return x if act is None else act(x)
+
+
+def patch_merging(x: Tensor, layers: nn.Module, readable: Type[nn.Module]) -> Tensor:
+    """Patch merging: widen a map by a 1x1 convolution, halve it, and narrow it.
+
+    ::
+
+        y = narrow(halve(widen(x)))
+
+    Args:
+        x (Tensor): (N, C, 2H, 2W).
+        layers (nn.Module): An ``nn.Sequential`` of the three layers.
+        readable (type): The type of layers whose ``conv``, ``norm`` and ``act`` say
+            all, as in :func:`conv_layer`. Others are called.
+
+    Returns:
+        Tensor: (N, D, H, W).
+    """
+    if (
+        _implementation(x) is triton
+        and _takes_unmeasured()
+        and _is_readable_merging(layers, readable)
+    ):
+        widen, halve, narrow = cast(Any, layers)
+        weight, bias = _weight_and_bias(widen.conv)
+        parameters = (_as_matrix(weight), bias, *_weight_and_bias(halve.conv))
+        tensors = (x.permute(0, 2, 3, 1), *parameters)
+        if triton.supports_expand_and_halve(*tensors):
+            return narrow(triton.expand_and_halve(*tensors).permute(0, 3, 1, 2))
+    return layers(x)
 
 
 def fused_block(
@@ -233,7 +265,9 @@ def fused_block(
                     branch = len(x), linear_dtype(x), x.device
                     draw_scale = block.drop_path.draw_scale
                     scales = draw_scale(*branch), draw_scale(*branch)
-                    return triton.mlla_block(x, parameters, num_heads, eps, scales)
+                    return triton.mlla_block(
+                        x, parameters, num_heads, eps, scales, _takes_unmeasured()
+                    )
             return forward(block, x)
 
         return run
@@ -286,7 +320,7 @@ def _implementation(x: Tensor) -> ModuleType:
     """The module of ops that computes. ``naive`` means that layers are called."""
     if is_graph() or has_global_hooks():
         return naive
-    forced = os.environ.get('MLLA_OPS', '')
+    forced = os.environ.get(_VARIABLE, '')
     if forced not in ('', 'naive', 'eager', 'fused'):
         raise ValueError(
             f"MLLA_OPS is '{forced}'. Set it to 'naive', 'eager' or 'fused', or unset "
@@ -307,9 +341,19 @@ def _implementation(x: Tensor) -> ModuleType:
     return eager
 
 
+def _takes_unmeasured() -> bool:
+    """Whether kernels that were not measured on a GPU run, too."""
+    return os.environ.get(_VARIABLE) == 'fused'
+
+
 def _weight_and_bias(layer: Any) -> Tuple[Tensor, Tensor]:
     """The parameters of a layer that may be read and has both."""
     return layer.weight, layer.bias
+
+
+def _as_matrix(weight: Tensor) -> Tensor:
+    """(D, C, 1, 1) -> (D, C)."""
+    return weight.permute(0, 2, 3, 1).flatten(1)
 
 
 def _call_on_map(layer: nn.Module, x: Tensor) -> Tensor:
@@ -318,13 +362,14 @@ def _call_on_map(layer: nn.Module, x: Tensor) -> Tensor:
     return layer(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
-def _is_depthwise(*convs: Any) -> bool:
+def _is_depthwise(*convs: Any, stride: int = 1) -> bool:
     """Whether layers are the 3x3 convolution that the depthwise ops compute."""
     return may_be_read(nn.Conv2d, *convs) and all(
         conv.bias is not None
         and conv.in_channels == conv.out_channels == conv.groups
         and conv.kernel_size == (3, 3)
-        and conv.padding == conv.stride == conv.dilation == (1, 1)
+        and conv.padding == conv.dilation == (1, 1)
+        and conv.stride == (stride, stride)
         and conv.padding_mode == 'zeros'
         for conv in convs
     )
@@ -369,6 +414,21 @@ def _drops_nothing(drop: Any) -> bool:
 def _is_readable_attention(kind: Type[nn.Module], attn: Any) -> bool:
     """Whether ``qk`` and ``lepe`` say all of an attention. Values are its input."""
     return may_be_read(kind, attn) and attn.v is None and 'attend' not in vars(attn)
+
+
+def _is_readable_merging(layers: Any, kind: Type[nn.Module]) -> bool:
+    """Whether the first two of three layers may be read."""
+    if not (may_be_read(nn.Sequential, layers) and len(layers) == 3):
+        return False
+    widen, halve = layers[:2]
+    return (
+        may_be_read(kind, widen, halve)
+        and widen.norm is None
+        and halve.norm is None
+        and may_be_read(nn.ReLU, widen.act, halve.act)
+        and _is_pointwise(widen.conv)
+        and _is_depthwise(halve.conv, stride=2)
+    )
 
 
 def _is_readable_block(

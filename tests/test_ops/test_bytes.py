@@ -9,13 +9,14 @@ import contextlib
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple
+from typing import Any, Dict, List, NamedTuple, Tuple
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten
 
 from benchmarks.pretended_cuda import (
     AVAILABLE,
@@ -67,7 +68,8 @@ class Launch(NamedTuple):
     Attributes:
         name (str): Name of the kernel.
         arguments (dict): Its arguments by name.
-        reads (Counter): How many bytes each tensor's memory is read at.
+        reads (Counter): How many bytes are read, by the names of the pointers to the
+            memory. Each byte counts once.
         writes (Counter): The same for writing.
         flops (list[int]): Operations of each product of tiles.
     """
@@ -79,26 +81,36 @@ class Launch(NamedTuple):
     flops: List[int]
 
 
-def memory(x: Tensor) -> int:
-    """Tensors that share memory have one number."""
-    return x.untyped_storage().data_ptr()
+def tensors_of(value: Any) -> List[Tensor]:
+    return [x for x in tree_flatten(value)[0] if isinstance(x, Tensor)]
 
 
-def count_by_memory(touched, arguments) -> Counter:
-    """Bytes by the memory that they lie in, each once. Others are not allowed."""
-    starts = {}
-    for x in arguments.values():
-        if isinstance(x, Tensor):
-            starts[memory(x)] = x.untyped_storage().nbytes()
+def memory(x: Tensor) -> Tuple[int, int]:
+    """Where the memory of a tensor begins and ends."""
+    storage = x.untyped_storage()
+    return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+
+
+def name_memory(arguments: Dict[str, Any]) -> Dict[Tuple[int, int], str]:
+    """Names of the pointers to each memory, such as 'x_ptr/added_ptr'."""
+    names: Dict[Tuple[int, int], str] = {}
+    for pointer, value in arguments.items():
+        for where in dict.fromkeys(map(memory, tensors_of(value))):
+            names[where] = f'{names[where]}/{pointer}' if where in names else pointer
+    return names
+
+
+def count_touched(touched, arguments) -> Counter:
+    """Distinct bytes by the names of their memory. Others are not allowed."""
     found = Counter()
     for size, addresses in touched.items():
         addresses = np.unique(np.concatenate(addresses))
-        inside = 0
-        for start, length in starts.items():
-            here = (addresses >= start) & (addresses < start + length)
-            inside += here.sum()
-            found[start] += size * int(here.sum())
-        assert inside == len(addresses), 'an address outside all tensors'
+        outside = len(addresses)
+        for (start, end), name in name_memory(arguments).items():
+            number = int(((addresses >= start) & (addresses < end)).sum())
+            found[name] += size * number
+            outside -= number
+        assert not outside, 'an address outside all tensors'
     return +found
 
 
@@ -137,7 +149,7 @@ def recorded():
             found.clear()
         call(self, *args, **kwargs)
         given = dict(zip(self.arg_names, args), **kwargs)
-        sides = (count_by_memory(touched, given) for touched in (reads, writes))
+        sides = (count_touched(touched, given) for touched in (reads, writes))
         launches.append(Launch(self.fn.__name__, given, *sides, list(flops)))
 
     with (
@@ -157,17 +169,16 @@ def recorded():
 def check(launch: Launch) -> Moves:
     """Compare a launch with its statement, memory by memory."""
     stated = moves_of(launch.name, launch.arguments)
-    for numbers, touched in (
-        (stated.reads, launch.reads),
-        (stated.writes, launch.writes),
-    ):
+    names = name_memory(launch.arguments)
+    for side in ('reads', 'writes'):
         wanted = Counter()
-        for pointer, size in numbers.items():
-            wanted[memory(launch.arguments[pointer])] += size
-        assert touched == wanted, (launch.name, stated, launch.arguments)
+        for pointer, size in getattr(stated, side).items():
+            first, *_ = tensors_of(launch.arguments[pointer])
+            wanted[names[memory(first)]] += size
+        assert getattr(launch, side) == wanted, f'{launch.name} {side}'
     # Tiles are padded to what a product needs.
-    assert (stated.flops > 0) == bool(launch.flops)
-    assert stated.flops <= sum(launch.flops), launch
+    assert (stated.flops > 0) == bool(launch.flops), launch.name
+    assert stated.flops <= sum(launch.flops), launch.name
     check_sizes(stated, launch.arguments)
     return stated
 
@@ -176,8 +187,8 @@ def check_sizes(stated: Moves, arguments: Dict[str, Any]) -> None:
     """No more is moved than the tensors have."""
     for numbers in (stated.reads, stated.writes):
         for pointer, size in numbers.items():
-            tensor = arguments[pointer]
-            assert 0 < size <= tensor.numel() * tensor.element_size(), pointer
+            tensors = tensors_of(arguments[pointer])
+            assert 0 < size <= sum(x.numel() * x.element_size() for x in tensors)
 
 
 # --- The kernels, in all their modes ---
@@ -196,6 +207,7 @@ def run_convolutions(shape, dtype):
     from mlla_mm.ops.triton._depthwise_conv import (
         conv,
         conv_grad,
+        conv_norm,
         gated_conv,
         gated_conv_grad,
         silu_conv_grad,
@@ -206,14 +218,15 @@ def run_convolutions(shape, dtype):
     conv(x, *weights)
     conv(x, *weights, residual=True)
     conv(wide_map(x), *weights, residual=True, act=True)
+    conv_norm(x, *weights, *torch.randn(2, shape[-1]), EPS, torch.float32)
     silu_conv_grad(wide_map(x), *weights, single)
     gated_conv(x, *weights, torch.randn_like(x), wide_map(x))
     for scale in (None, scales_of(x)):
         maps = (torch.randn_like(x), wide_map(x), single, wide_map(x))
         gated_conv_grad(x, *weights, *maps, scale)
-    conv_grad(x, *weights, single)
-    conv_grad(x, *weights, wide_map(x), residual=True)
-    conv_grad(x, *weights, wide_map(x), added=single, out=wide_map(x))
+    conv_grad(x, weights[0], single)
+    conv_grad(x, weights[0], wide_map(x), residual=True)
+    conv_grad(x, weights[0], wide_map(x), added=single, out=wide_map(x))
 
 
 def run_attention(shape, dtype):
@@ -229,14 +242,20 @@ def run_attention(shape, dtype):
 
 
 def run_norms(shape, dtype):
-    from mlla_mm.ops.triton._layer_norm import layer_norm, layer_norm_grad
+    from mlla_mm.ops.triton._layer_norm import (
+        layer_norm,
+        layer_norm_grad,
+        layer_norm_residual_grad,
+    )
 
     inputs = [t.detach() for t in norm_inputs(shape, dtype)]
     x, single = inputs[0], torch.randn(shape)
     layer_norm(*inputs, EPS, dtype)
     layer_norm(wide_map(x), *inputs[1:], EPS, torch.float32)
-    layer_norm_grad(*inputs, EPS, torch.randn_like(x))
-    layer_norm_grad(wide_map(x), *inputs[1:], EPS, wide_map(x), single)
+    layer_norm_grad(*inputs[:2], EPS, torch.randn_like(x))
+    inputs[0] = wide_map(x)
+    for scale in (None, scales_of(x)):
+        layer_norm_residual_grad(*inputs, EPS, wide_map(x), single, scale)
     number, *sides, channels = shape
     inputs = batch_norm_inputs((number, channels, *sides), dtype)
     for act in (False, True):
@@ -257,15 +276,44 @@ def run_linear_layers(shape, dtype):
     other = torch.randn(channels, hidden).to(dtype)
     for scale, residual in ((None, x), (scales_of(x), x.float())):
         _linear.linear_residual(activated, other, bias[:channels], residual, scale)
-        _linear.gelu_linear_grad(rows, other, z, bias, scale)
+        _linear.gelu_linear_grad(rows, other, z, scale)
+
+
+def run_norms_and_linear_layers(shape, dtype):
+    from mlla_mm.ops.triton import _norm_linear
+
+    x, *norm = (t.detach() for t in norm_inputs(shape, dtype))
+    channels = shape[-1]
+    if not _norm_linear.fits(channels, dtype):
+        return
+    hidden = 4 * channels
+    layers = [torch.randn(hidden, channels), torch.randn(hidden)]
+    layers += [torch.randn(channels, hidden), torch.randn(channels)]
+    layers = [t.to(dtype) for t in layers]
+    for given, scale in ((x, None), (x.float(), scales_of(x))):
+        _norm_linear.norm_linear(given, *norm, EPS, *layers[:2])
+        for keep in (False, True):
+            _norm_linear.mlp(given, *norm, EPS, *layers, scale, keep)
+
+
+def run_patch_merging(shape, dtype):
+    from mlla_mm.ops.triton._merging import halve, halve_grad
+
+    number, height, width, channels = shape
+    wide = number, 2 * height, 2 * width, channels
+    h, weight, bias = (t.detach() for t in conv_inputs(wide, dtype))
+    y = halve(h, weight, bias)
+    halve_grad(h, weight, y, wide_map(torch.randn(shape)))
 
 
 def run_sums(shape, dtype):
-    from mlla_mm.ops.triton._sums import column_sums
+    from mlla_mm.ops.triton._sums import add_up, column_sums
 
-    x = torch.randn(shape)
-    for scale in (None, scales_of(x)):
-        column_sums(wide_map(x.to(dtype)).reshape(-1, shape[-1]), scale)
+    x = wide_map(torch.randn(shape).to(dtype))
+    sums, channels = column_sums(x.reshape(-1, shape[-1])), shape[-1]
+    taps = torch.randn(3, 10, channels)
+    likes = torch.empty(channels, 1, 3, 3), torch.empty(channels)
+    add_up((sums, likes[1:]), (taps, likes))
 
 
 def run_block(shape, dtype):
@@ -277,11 +325,19 @@ def run_block(shape, dtype):
     with torch.autocast('cpu', dtype):
         for grad in (False, True):
             with torch.set_grad_enabled(grad):
-                y = fused.mlla_block(x, parameters, 1, (EPS, EPS), scales)
+                y = fused.mlla_block(x, parameters, 1, (EPS, EPS), scales, True)
     y.sum().backward()
 
 
-RUNS = [run_convolutions, run_attention, run_norms, run_linear_layers, run_sums]
+RUNS = [
+    run_convolutions,
+    run_attention,
+    run_norms,
+    run_linear_layers,
+    run_norms_and_linear_layers,
+    run_patch_merging,
+    run_sums,
+]
 SMALL = (2, 3, 5, 12)
 
 
@@ -316,6 +372,7 @@ def test_each_pointer_of_each_kernel_is_compared():
     for launch in launches:
         stated = check(launch)
         moved[launch.name].update(stated.reads, stated.writes)
+    moved['_add_up_kernel'].remove('sums')  # a tuple of pointers
     assert moved == {
         name: {pointer for pointer in kernel.arg_names if pointer.endswith('_ptr')}
         for _, name, kernel in triton_kernels()
@@ -327,8 +384,9 @@ def test_products_that_fill_their_tiles():
     with recorded() as launches:
         run_attention((1, 8, 16, 32), torch.float16)
         run_linear_layers((2, 8, 16, 32), torch.float16)
+        run_norms_and_linear_layers((2, 8, 16, 32), torch.float16)
     found = [launch for launch in launches if launch.flops]
-    assert len({launch.name for launch in found}) == 5
+    assert len({launch.name for launch in found}) == 7
     for launch in found:
         assert check(launch).flops == sum(launch.flops), launch
 

@@ -46,6 +46,7 @@ from ._common import (
 )
 from ._depthwise_conv import conv_grad, gated_conv, gated_conv_grad
 from ._moves import Moves, statement_of
+from ._sums import add_up
 
 _EPS = tl.constexpr(naive.EPS)
 
@@ -83,8 +84,9 @@ class MLLAAttention(torch.autograd.Function):
         grad_gate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
         grad_y, _ = gated_conv_grad(v, weight, bias, y, gate, grad, grad_gate)
         grad_qk, grad_v = linear_attention_grad(qk, v, y, states, grad_y, ctx.num_heads)
-        grad_v, *grads = conv_grad(v, weight, bias, grad_y, added=grad_v)
-        needed = zip((grad_qk, grad_v, grad_gate, *grads), ctx.needs_input_grad)
+        grad_v, sums = conv_grad(v, weight, grad_y, added=grad_v)
+        grads = grad_qk, grad_v, grad_gate, *add_up((sums, (weight, bias)))
+        needed = zip(grads, ctx.needs_input_grad)
         return (*(grad if needs else None for grad, needs in needed), None)
 
 

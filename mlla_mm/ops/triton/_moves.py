@@ -66,10 +66,15 @@ def moves_of(name: str, arguments: Mapping[str, Any]) -> Moves:
     found = _STATEMENTS[name](SimpleNamespace(**arguments))
     reads, writes = (
         {
-            pointer: numbers * arguments[pointer].element_size()
+            pointer: numbers * _element_size(arguments[pointer])
             for pointer, numbers in numbers_of.items()
             if numbers and arguments[pointer] is not None
         }
         for numbers_of in (found.reads, found.writes)
     )
     return Moves(reads, writes, found.flops)
+
+
+def _element_size(pointer: Any) -> int:
+    """Of a tensor, or of a tuple of tensors of one dtype."""
+    return (pointer[0] if isinstance(pointer, tuple) else pointer).element_size()
