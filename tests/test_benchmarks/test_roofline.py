@@ -123,8 +123,8 @@ def test_a_kernel_takes_what_takes_longest():
     assert parts['backward', 'b'].launches == 2
 
 
-def test_a_fused_block():
-    """The launches of a block, and bytes and products of some, by their definition."""
+def test_the_block_that_runs_by_default():
+    """Its launches, and bytes and products of some, by their definition."""
     images, height, width, channels = 2, 8, 12, 64
     tokens = images * height * width
 
@@ -133,7 +133,7 @@ def test_a_fused_block():
         x = torch.ones(images, height, width, channels)
         return lambda: block(x)
 
-    kernels = count(prepare, 'bfloat16')
+    kernels = count(prepare, 'bfloat16', 'default')
     assert Counter(kernel.name for kernel in kernels) == dict(
         _foreach_copy_=1,  # weights to half precision
         _conv_kernel=4,  # CPE1, DWC, LePE with the gate, CPE2
@@ -165,9 +165,30 @@ def test_a_fused_block():
     # image at most. Both tables have 12 positions and 16 frequencies.
     states = 4 * images * 2 * 33 * 32
     tables = 2 * 4 * 12 * 16
+    # Keys and values; queries and the output.
     assert (state.bytes - 2 * 2 * map_ - tables) % states == 0
-    assert output.bytes - 2 * 2 * map_ - tables == state.bytes - 2 * 2 * map_ - tables
+    assert output.bytes == state.bytes
     assert state.flops == output.flops == 2 * map_ * 32
+
+
+@pytest.mark.parametrize(
+    'channels, heads, others',
+    [
+        (64, 2, dict(addmm=1, _linear_kernel=1, _norm_linear_kernel=1, _mlp_kernel=1)),
+        (256, 8, dict(addmm=2, _linear_kernel=3)),
+    ],
+)
+def test_a_fused_block(channels, heads, others):
+    """LayerNorm is a part of the linear layers behind it, or of the convolution."""
+
+    def prepare():
+        block, x = MLLABlock(channels, heads).eval(), torch.ones(2, 8, 12, channels)
+        return lambda: block(x)
+
+    names = Counter(kernel.name for kernel in count(prepare, 'bfloat16'))
+    assert names == dict(
+        _foreach_copy_=1, _conv_kernel=4, _state_kernel=1, _output_kernel=1, **others
+    )
 
 
 @pytest.mark.parametrize('mode', ['infer', 'train'])
