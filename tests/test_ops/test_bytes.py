@@ -397,10 +397,10 @@ def test_products_that_fill_their_tiles():
     [('reads', 'bias_ptr', 0), ('reads', 'x_ptr', 350), ('writes', 'y_ptr', 361)],
 )
 def test_wrong_statements_are_found(side, pointer, numbers):
-    right = _moves._STATEMENTS['_layer_norm_kernel']
+    from mlla_mm.ops.triton._layer_norm import _layer_norm_moves
 
     def wrong(k):
-        stated = right(k)
+        stated = _layer_norm_moves(k)
         return stated._replace(**{side: {**getattr(stated, side), pointer: numbers}})
 
     x, weight, bias = norm_inputs(SMALL)

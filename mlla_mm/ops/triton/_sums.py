@@ -60,11 +60,11 @@ def add_up(*maps: Tuple[Tensor, Sequence[Tensor]]) -> List[Tensor]:
     with torch.cuda.device_of(totals):
         _add_up_kernel[(grid,)](
             tuple(sums for sums, _ in maps),
+            tuple(shape[1] for shape in shapes),
+            tuple(shape[2] for shape in shapes),
             totals,
             *(shape[0] for shape in shapes),
             *[0] * (len(SUMMANDS) - len(shapes)),
-            ROWS=tuple(shape[1] for shape in shapes),
-            WIDTHS=tuple(shape[2] for shape in shapes),
             PARTS=_PARTS,
             COLUMNS=_COLUMNS,
             num_warps=8,
@@ -111,6 +111,8 @@ def _column_sums_moves(k: Any) -> Moves:
 @triton.jit(do_not_specialize=SIZES)
 def _add_up_kernel(
     sums,
+    rows,
+    widths,
     totals_ptr,
     parts0,
     parts1,
@@ -121,33 +123,32 @@ def _add_up_kernel(
     parts6,
     parts7,
     parts8,
-    ROWS: tl.constexpr,
-    WIDTHS: tl.constexpr,
     PARTS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    # Numbers in a tuple that is an argument would be compiled for their values.
+    # The kernel is compiled for the numbers in tuples that are arguments.
     parts = (parts0, parts1, parts2, parts3, parts4, parts5, parts6, parts7, parts8)
     block = tl.program_id(0)
-    for i in tl.static_range(len(ROWS)):
-        blocks = ROWS[i] * tl.cdiv(WIDTHS[i], COLUMNS)
+    for i in tl.static_range(len(sums)):
+        blocks = rows[i] * tl.cdiv(widths[i], COLUMNS)
         if (block >= 0) & (block < blocks):
-            row = block % ROWS[i]
-            columns = (block // ROWS[i]) * COLUMNS + tl.arange(0, COLUMNS)
-            mask = columns < WIDTHS[i]
+            row = block % rows[i]
+            columns = (block // rows[i]) * COLUMNS + tl.arange(0, COLUMNS)
+            mask = columns < widths[i]
             total = tl.zeros((PARTS, COLUMNS), tl.float32)
             for start in range(0, parts[i], PARTS):
                 part = start + tl.arange(0, PARTS)
-                offsets = (part[:, None] * ROWS[i] + row) * WIDTHS[i] + columns[None, :]
+                offsets = (part[:, None] * rows[i] + row) * widths[i] + columns[None, :]
                 total += load_float(
                     sums[i] + offsets, (part < parts[i])[:, None] & mask[None, :]
                 )
-            offset = row * WIDTHS[i] + columns
-            if ROWS[i] > TAPS:
-                offset = tl.where(row < TAPS, columns * TAPS + row, offset)
+            offset = row * widths[i] + columns
+            if rows[i] > TAPS:
+                if row < TAPS:
+                    offset = columns * TAPS + row
             tl.store(totals_ptr + offset, tl.sum(total, axis=0), mask=mask)
         block -= blocks
-        totals_ptr += ROWS[i] * WIDTHS[i]
+        totals_ptr += rows[i] * widths[i]
 
 
 @statement_of(_add_up_kernel)
