@@ -338,7 +338,7 @@ RUNS = [
     run_patch_merging,
     run_sums,
 ]
-SMALL = (2, 3, 5, 12)
+SMALL = (2, 2, 5, 12)
 
 
 @interpreted
@@ -347,8 +347,8 @@ SMALL = (2, 3, 5, 12)
     [
         (SMALL, torch.float16),
         ((1, 1, 9, 72), torch.float16),  # two strips, two blocks of channels
-        ((1, 16, 3, 4), torch.float16),  # several programs in an image
         ((1, 7, 7, 32), torch.float16),
+        slow((1, 16, 3, 4), torch.float16),  # several programs in an image
         slow(SMALL, torch.float32),
         slow((1, 17, 23, 12), torch.float32),
         slow((1, 14, 14, 96), torch.float16),
@@ -382,9 +382,9 @@ def test_each_pointer_of_each_kernel_is_compared():
 @interpreted
 def test_products_that_fill_their_tiles():
     with recorded() as launches:
-        run_attention((1, 8, 16, 32), torch.float16)
-        run_linear_layers((2, 8, 16, 32), torch.float16)
-        run_norms_and_linear_layers((2, 8, 16, 32), torch.float16)
+        run_attention((1, 4, 8, 32), torch.float16)
+        run_linear_layers((1, 8, 16, 32), torch.float16)
+        run_norms_and_linear_layers((1, 8, 16, 32), torch.float16)
     found = [launch for launch in launches if launch.flops]
     assert len({launch.name for launch in found}) == 7
     for launch in found:
@@ -394,7 +394,7 @@ def test_products_that_fill_their_tiles():
 @interpreted
 @pytest.mark.parametrize(
     'side, pointer, numbers',
-    [('reads', 'bias_ptr', 0), ('reads', 'x_ptr', 350), ('writes', 'y_ptr', 361)],
+    [('reads', 'bias_ptr', 0), ('reads', 'x_ptr', 230), ('writes', 'y_ptr', 241)],
 )
 def test_wrong_statements_are_found(side, pointer, numbers):
     from mlla_mm.ops.triton._layer_norm import _layer_norm_moves
