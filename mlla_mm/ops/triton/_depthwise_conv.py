@@ -41,6 +41,7 @@ from ._common import (
     silu_grad,
     strip_masks,
 )
+from ._moves import Moves, statement_of
 from ._sums import add_up
 
 _LAYER, _SILU_GRAD, _GATE, _GATE_GRAD, _NORM = 0, 1, 2, 3, 4
@@ -372,6 +373,31 @@ def _conv_kernel(
         tokens += width
 
 
+@statement_of(_conv_kernel)
+def _conv_moves(k: Any) -> Moves:
+    size = k.x_ptr.numel()
+    has_grad = k.MODE in (_SILU_GRAD, _GATE_GRAD)
+    has_gate = k.MODE in (_GATE, _GATE_GRAD)
+    return Moves(
+        reads=dict(
+            x_ptr=size,
+            weight_ptr=9 * k.C,
+            bias_ptr=k.C,
+            added_ptr=size * has_gate,
+            gate_ptr=size * has_gate,
+            grad_ptr=size * has_grad,
+            scale_ptr=size // (k.height * k.width * k.C),
+            norm_weight_ptr=k.C,
+            norm_bias_ptr=k.C,
+        ),
+        writes=dict(
+            y_ptr=size,
+            second_ptr=size * (k.MODE in (_GATE_GRAD, _NORM)),
+            third_ptr=size * (k.MODE == _GATE_GRAD),
+        ),
+    )
+
+
 @triton.jit(do_not_specialize=SIZES)
 def _conv_grad_kernel(
     x_ptr,
@@ -459,3 +485,12 @@ def _conv_grad_kernel(
     sums_ptr += program.to(tl.int64) * (10 * C) + channels
     for i in tl.static_range(10):
         tl.store(sums_ptr + i * C, tl.sum(sums[i], axis=0), mask=channel_mask)
+
+
+@statement_of(_conv_grad_kernel)
+def _conv_grad_moves(k: Any) -> Moves:
+    size = k.x_ptr.numel()
+    return Moves(
+        reads=dict(x_ptr=size, weight_ptr=9 * k.C, dz_ptr=size, added_ptr=size * k.ADD),
+        writes=dict(dx_ptr=size, sums_ptr=k.sums_ptr.numel()),
+    )

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from ...compat.pytorch import is_autocast
 from ._common import SIZES, as_rows, ceil_div, load_float, plan_rows
+from ._moves import Moves, statement_of
 from ._sums import add_up
 
 # How many numbers a tile has: 8 for each thread.
@@ -198,6 +199,14 @@ def _layer_norm_kernel(
     tl.store(y_ptr + rows[:, None] * C + channels[None, :], y, mask=mask)
 
 
+@statement_of(_layer_norm_kernel)
+def _layer_norm_moves(k: Any) -> Moves:
+    size = k.num_rows * k.C
+    return Moves(
+        reads=dict(x_ptr=size, weight_ptr=k.C, bias_ptr=k.C), writes=dict(y_ptr=size)
+    )
+
+
 @triton.jit(do_not_specialize=SIZES)
 def _layer_norm_grad_kernel(
     x_ptr,
@@ -258,3 +267,19 @@ def _layer_norm_grad_kernel(
         sums_ptr += tl.program_id(0) * (2 * C) + channels
     tl.store(sums_ptr, tl.sum(weight_sum, axis=0), mask=channels < C)
     tl.store(sums_ptr + C, tl.sum(bias_sum, axis=0), mask=channels < C)
+
+
+@statement_of(_layer_norm_grad_kernel)
+def _layer_norm_grad_moves(k: Any) -> Moves:
+    size = k.num_rows * k.C
+    return Moves(
+        reads=dict(
+            x_ptr=size,
+            weight_ptr=k.C,
+            bias_ptr=k.C,
+            dy_ptr=size,
+            residual_ptr=size,
+            scale_ptr=k.num_rows // k.rows_per_image,
+        ),
+        writes=dict(dx_ptr=size, y_ptr=size, sums_ptr=k.sums_ptr.numel()),
+    )

@@ -36,6 +36,7 @@ from ._common import (
     linear_operand,
     reciprocal,
 )
+from ._moves import Moves, statement_of
 from ._sums import add_up, column_sums
 
 _GELU, _RESIDUAL, _GELU_GRAD, _RELU = 0, 1, 2, 3
@@ -335,3 +336,23 @@ def _linear_kernel(
         tl.store(y_ptr + offsets, z, mask=mask)
         z = tl.where(mask, z, 0.0)
         tl.store(sums_ptr + block * N + columns, tl.sum(z, axis=0), mask=columns < N)
+
+
+@statement_of(_linear_kernel)
+def _linear_moves(k: Any) -> Moves:
+    size = k.num_rows * k.N
+    return Moves(
+        reads=dict(
+            x_ptr=k.num_rows * k.K,
+            weight_ptr=k.N * k.K,
+            bias_ptr=k.N,
+            other_ptr=size,
+            scale_ptr=k.num_rows // k.rows_per_image,
+        ),
+        writes=dict(
+            y_ptr=size,
+            second_ptr=size,
+            sums_ptr=ceil_div(k.num_rows, k.BLOCK_M) * k.N,
+        ),
+        flops=2 * size * k.K,
+    )

@@ -39,6 +39,7 @@ from ._common import (
     plan_strips,
 )
 from ._linear import linear_relu, weight_grad
+from ._moves import Moves, statement_of
 from ._sums import add_up
 
 # Channels of a program, and numbers of a row for each thread, of which the backward
@@ -197,6 +198,14 @@ def _halve_kernel(
         y += width * C
 
 
+@statement_of(_halve_kernel)
+def _halve_moves(k: Any) -> Moves:
+    return Moves(
+        reads=dict(h_ptr=4 * k.y_ptr.numel(), taps_ptr=9 * k.C, bias_ptr=k.C),
+        writes=dict(y_ptr=k.y_ptr.numel()),
+    )
+
+
 @triton.jit
 def _load_grad(y, grad, mask):
     """The gradient before the ReLU whose output is y."""
@@ -281,3 +290,16 @@ def _halve_grad_kernel(
         tl.store(sums_ptr + i * C, tl.sum(sums[i], axis=0), mask=exists)
     bias_sums_ptr += program.to(tl.int64) * C + channels
     tl.store(bias_sums_ptr, tl.sum(bias_sum, axis=0), mask=exists)
+
+
+@statement_of(_halve_grad_kernel)
+def _halve_grad_moves(k: Any) -> Moves:
+    size = k.y_ptr.numel()
+    return Moves(
+        reads=dict(h_ptr=4 * size, taps_ptr=9 * k.C, y_ptr=size, dy_ptr=size),
+        writes=dict(
+            dz_ptr=4 * size,
+            sums_ptr=k.sums_ptr.numel(),
+            bias_sums_ptr=k.bias_sums_ptr.numel(),
+        ),
+    )

@@ -15,7 +15,7 @@ The kernels are for half precision. Their products have the factors that PyTorch
 u, and what follows GELU, are rounded.
 """
 
-from typing import Dict, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 import triton
@@ -26,6 +26,7 @@ from .. import naive
 from ._common import SIZES, ceil_div, linear_operand, load_float, power_of_two
 from ._layer_norm import load_normalised
 from ._linear import normal
+from ._moves import Moves, statement_of
 
 #: Most channels of a map. The sums of 64 rows take 64 registers of each thread.
 MAX_CHANNELS = 128
@@ -212,6 +213,22 @@ def _norm_linear_kernel(
         tl.store(y_ptr + rows[:, None] * COLUMNS + columns[None, :], z, mask=mask)
 
 
+@statement_of(_norm_linear_kernel)
+def _norm_linear_moves(k: Any) -> Moves:
+    size = k.num_rows * k.COLUMNS
+    return Moves(
+        reads=dict(
+            x_ptr=k.num_rows * k.C,
+            norm_weight_ptr=k.C,
+            norm_bias_ptr=k.C,
+            weight_ptr=k.COLUMNS * k.C,
+            bias_ptr=k.COLUMNS,
+        ),
+        writes=dict(y_ptr=size),
+        flops=2 * size * k.C,
+    )
+
+
 @triton.jit(do_not_specialize=SIZES)
 def _mlp_kernel(
     x_ptr,
@@ -273,3 +290,22 @@ def _mlp_kernel(
     # Read a second time, from the cache: the registers are full in the loop.
     y += load_float(x_ptr + offsets, mask)
     tl.store(y_ptr + offsets, y, mask=mask)
+
+
+@statement_of(_mlp_kernel)
+def _mlp_moves(k: Any) -> Moves:
+    size, hidden = k.num_rows * k.C, k.num_rows * k.COLUMNS
+    return Moves(
+        reads=dict(
+            x_ptr=size,
+            norm_weight_ptr=k.C,
+            norm_bias_ptr=k.C,
+            weight1_ptr=k.COLUMNS * k.C,
+            bias1_ptr=k.COLUMNS,
+            weight2_ptr=k.COLUMNS * k.C,
+            bias2_ptr=k.C,
+            scale_ptr=k.num_rows // k.rows_per_image,
+        ),
+        writes=dict(y_ptr=size, hidden_ptr=hidden),
+        flops=2 * 2 * hidden * k.C,
+    )

@@ -4,7 +4,7 @@
 The order is always the same, since there are no atomics.
 """
 
-from typing import List, Sequence, Tuple
+from typing import Any, List, Sequence, Tuple
 
 import torch
 import triton
@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import SIZES, SUMMANDS, TAPS, ceil_div, load_float, plan_rows
+from ._moves import Moves, statement_of
 
 _PROGRAMS, _NUMBERS = 512, 2048
 # Number of programs and of channels in a tile of the second step.
@@ -100,6 +101,13 @@ def _column_sums_kernel(
     tl.store(sums_ptr, tl.sum(sums, axis=0), mask=channels < C)
 
 
+@statement_of(_column_sums_kernel)
+def _column_sums_moves(k: Any) -> Moves:
+    return Moves(
+        reads=dict(x_ptr=k.num_rows * k.C), writes=dict(sums_ptr=k.sums_ptr.numel())
+    )
+
+
 @triton.jit(do_not_specialize=SIZES)
 def _add_up_kernel(
     sums,
@@ -141,3 +149,11 @@ def _add_up_kernel(
             tl.store(totals_ptr + offset, tl.sum(total, axis=0), mask=mask)
         block -= blocks
         totals_ptr += rows[i] * widths[i]
+
+
+@statement_of(_add_up_kernel)
+def _add_up_moves(k: Any) -> Moves:
+    return Moves(
+        reads=dict(sums=sum(sums.numel() for sums in k.sums)),
+        writes=dict(totals_ptr=k.totals_ptr.numel()),
+    )
