@@ -1,5 +1,5 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""The measuring of calls on a device: time, peak memory, CUDA graphs, settings."""
+"""The measuring of calls on a device: time, peak memory, settings."""
 
 import math
 import os
@@ -34,6 +34,7 @@ from torch.utils.benchmark import Timer
 
 import mlla_mm
 from mlla_mm.compat.pytorch import convolutions_use_tf32, products_use_tf32
+from mlla_mm.engine.cuda_graph import CudaGraph
 
 Call = Callable[[], object]
 _Key = TypeVar('_Key', bound=Hashable)
@@ -42,8 +43,6 @@ _Key = TypeVar('_Key', bound=Hashable)
 _SAMPLE_SECONDS = 0.1
 # From this spread on, PyTorch's own benchmarks warn.
 _STEADY = 0.1
-# As many calls as PyTorch's documentation makes before it captures a graph.
-_CALLS_BEFORE_CAPTURE = 3
 
 
 class Spread(NamedTuple):
@@ -99,54 +98,6 @@ def module_bytes(module: nn.Module) -> int:
     """Bytes of a module's parameters and buffers."""
     tensors = [*module.parameters(), *module.buffers()]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-class CudaGraph:
-    """A call that is captured in a CUDA graph, and then replayed.
-
-    A training step sets the gradients to None. The graph therefore has its own memory
-    for gradients, which nothing outside the graph sees.
-
-    Args:
-        call (Callable): What to capture.
-        pool (optional): Where the graph has its memory, from
-            ``torch.cuda.graph_pool_handle``. Defaults to None: memory of its own.
-
-    Raises:
-        RuntimeError: If the call cannot be captured.
-    """
-
-    def __init__(self, call: Call, pool: Any = None) -> None:
-        self._call = call  # keeps alive what the graph reads
-        self._graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        # If capturing fails, PyTorch stays on the stream of the capture. This context
-        # goes back to the stream before.
-        with torch.cuda.stream(stream):
-            for _ in range(_CALLS_BEFORE_CAPTURE):
-                call()
-            try:
-                with torch.cuda.graph(self._graph, pool=pool):
-                    self._outputs = call()
-            except RuntimeError as error:
-                # After a first error the end of the capture fails too, and its error
-                # hides the first one. A variable for the error would be a cycle of
-                # references, which keeps the model.
-                raise RuntimeError(
-                    f'it cannot be captured: {error.__context__ or error}'
-                ) from error
-        torch.cuda.current_stream().wait_stream(stream)
-
-    def __call__(self) -> Any:
-        """Replay the graph.
-
-        Returns:
-            object: What the call returned. The values hold until the next replay of a
-            graph with the same pool.
-        """
-        self._graph.replay()
-        return self._outputs
 
 
 class Meter:

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from mlla_mm.compat.pytorch import require_compiler, without_tf32
 from mlla_mm.engine.compile import compile_backbone
+from mlla_mm.engine.cuda_graph import CudaGraph
 from mlla_mm.models import fusing
 from mlla_mm.utils.allocator import keep_freed_memory
 
 from .cases import SWEEP_SIDES, Case, make_cases, make_sweep
-from .meter import Call, CudaGraph, Meter, format_settings, module_bytes
+from .meter import Call, Meter, format_settings, module_bytes
 from .models import ASSEMBLIES, MODELS, SIZES, build_model
 from .plots import plot_benchmark, plot_sweep
 from .results import (
@@ -148,8 +149,8 @@ def measure_case(race: Race, case: Case, meter: Meter) -> List[Measured]:
         # Libraries allocate their workspace once. The first model is not to pay for it.
         one = images.new_ones(1, 1)
         torch.ones_like(one, requires_grad=True).mm(one).backward()
-        # Graphs are replayed one at a time, so one pool of memory serves them all.
-        pool = torch.cuda.graph_pool_handle() if CUDA_GRAPH in race.variants else None
+        # Graphs are replayed one at a time, so one memory serves them all.
+        graph: Optional[CudaGraph] = None
         for key, model in built.items():
             name, variant = key
             resident = module_bytes(model) + images.numel() * images.element_size()
@@ -158,7 +159,7 @@ def measure_case(race: Race, case: Case, meter: Meter) -> List[Measured]:
             try:
                 call = make_call(model, images, case)
                 if variant == CUDA_GRAPH:
-                    calls[key] = CudaGraph(call, pool=pool)
+                    calls[key] = graph = CudaGraph(call, graph)
                     continue
                 call()
             except (AssertionError, RuntimeError, ValueError) as error:

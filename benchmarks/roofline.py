@@ -2,10 +2,11 @@
 """The least time that a GPU needs for a model, counted kernel by kernel without a GPU.
 
 The time of a kernel is the longest of three: its bytes at the rate of the memory, its
-matrix products at the rate of the tensor cores, and its launch. Its bytes are those of
-all tensors that it takes and gives, each counted once and whole, although a real kernel
-may read a part, or read twice. Most real kernels are slower, and small maps come from a
-cache. The count is a bound to compare measured times and assemblies with.
+matrix products at the rate of the tensor cores, and its launch. An operator of PyTorch
+moves all tensors that it takes and gives, each once and whole. A kernel of Triton moves
+what it states, see ``mlla_mm/ops/triton/_moves.py``. Most real kernels are slower, and
+small maps come from a cache. The count is a bound to compare measured times and
+assemblies with.
 """
 
 import argparse
@@ -35,10 +36,12 @@ from benchmarks import cases, models  # noqa: E402
 from benchmarks.cases import Case  # noqa: E402
 from benchmarks.pretended_cuda import backward, pretended_cuda  # noqa: E402
 from mlla_mm.evaluation.markdown import markdown_table  # noqa: E402
+from mlla_mm.models import fusing  # noqa: E402
 from mlla_mm.ops import naive  # noqa: E402
+from mlla_mm.ops.triton._moves import moves_of  # noqa: E402
 
-MODELS = tuple(f'{a}-{b}' for a, b in product(('mlla', 'plain'), 'tsb'))
-OPS = ('naive', 'eager', 'fused')
+MODELS = tuple(f'mlla-{size}' for size in models.SIZES)
+OPS = ('plain', 'naive', 'eager', 'default', 'fused')
 FORWARD, BACKWARD = 'forward', 'backward'
 
 # Operators that write a tensor without reading it.
@@ -53,7 +56,7 @@ class Kernel(NamedTuple):
     Attributes:
         stage (str): 'forward' or 'backward'.
         name (str): Operator of PyTorch, or name of a Triton kernel.
-        bytes (int): Bytes of all tensors that it reads or writes.
+        bytes (int): Bytes that it reads and writes.
         flops (int): Operations of matrix products and convolutions. A multiplication
             and its addition count two.
         dtype (torch.dtype): Dtype of the factors.
@@ -120,9 +123,9 @@ def add_up_by_name(kernels: Sequence[Kernel], gpu: GPU) -> Dict[Tuple[str, str],
 class Counter(TorchDispatchMode):
     """Lists the kernels that operators on CUDA tensors start within the context.
 
-    An operator counts as one kernel, and each gradient of a convolution as one. Views
-    and new memory are no kernels. Of the products in Triton's kernels, those of linear
-    layers count; the small products of attention do not.
+    An operator counts as one kernel, also one that takes many tensors at once, and each
+    gradient of a convolution as one. Views and new memory are no kernels. Triton's
+    kernels state their bytes and products.
 
     Attributes:
         kernels (list[Kernel]): What was counted.
@@ -150,10 +153,9 @@ class Counter(TorchDispatchMode):
 
     def add_launch(self, name: str, arguments: Dict[str, Any]) -> None:
         """List the launch of a Triton kernel."""
-        tensors, flops = _tensors(arguments), 0
-        if name == '_linear_kernel':
-            flops = 2 * arguments['num_rows'] * arguments['N'] * arguments['K']
-        self.add(name, count_bytes(tensors), flops, tensors[0].dtype)
+        moves = moves_of(name, arguments)
+        size = sum(moves.reads.values()) + sum(moves.writes.values())
+        self.add(name, size, moves.flops, _tensors(arguments)[0].dtype)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -248,22 +250,26 @@ def counted(ops: str = 'fused') -> Iterator[Counter]:
 
     Args:
         ops (str): Which implementation of the ops runs, 'naive', 'eager' or 'fused'.
-            Defaults to 'fused'.
+            'default' is what runs where MLLA_OPS is not set. Defaults to 'fused'.
     """
     counter = Counter()
-    with mock.patch.dict('os.environ', MLLA_OPS=ops):
+    with mock.patch.dict('os.environ', MLLA_OPS='' if ops == 'default' else ops):
         with pretended_cuda(counter.add_launch):
             yield counter
 
 
-def count_model(name: str, case: Case, ops: str = 'fused') -> List[Kernel]:
+def count_model(
+    name: str, case: Case, ops: str = 'fused', fuse_conv_bn: bool = False
+) -> List[Kernel]:
     """Kernels of a call of a model.
 
     Args:
-        name (str): One of :data:`benchmarks.models.MODELS`.
+        name (str): One of :data:`MODELS`.
         case (Case): What the model does.
-        ops (str): Which implementation of the ops runs, 'naive', 'eager' or 'fused'.
-            Defaults to 'fused'.
+        ops (str): Which implementation of the ops runs, see :func:`counted`. 'plain' is
+            the plain assembly of the model. Defaults to 'fused'.
+        fuse_conv_bn (bool): Whether BatchNorm is folded into the convolutions first.
+            Only for inference. Defaults to False.
 
     Raises:
         ValueError: If the fused kernels are asked for and there is no Triton.
@@ -275,12 +281,16 @@ def count_model(name: str, case: Case, ops: str = 'fused') -> List[Kernel]:
     def autocast() -> torch.autocast:
         return torch.autocast('cuda', dtype=dtype if half else None, enabled=half)
 
+    if ops == 'plain':
+        name, ops = name.replace('mlla', 'plain'), 'default'
     with counted(ops) as counter:
         # On this device no random numbers are drawn, which would take long. The rates
         # of stochastic depth are 0.
         with torch.device('cuda'):
             model = models.build_model(name, case.task == 'classification')
         model.train(training)
+        if fuse_conv_bn:
+            fusing.fuse_conv_bn(model)
         images = torch.randn(case.batch_size, 3, *case.shape, device='cuda')
         with torch.set_grad_enabled(training):
             with autocast():
@@ -296,9 +306,16 @@ def count_model(name: str, case: Case, ops: str = 'fused') -> List[Kernel]:
     return counter.kernels
 
 
-def format_totals(kernels: Sequence[Kernel], gpu: GPU) -> str:
-    """A line of sums, and a table by operator, in Markdown."""
-    total = add_up(kernels, gpu)
+def format_total(total: Total) -> str:
+    """A line of sums."""
+    return (
+        f'{total.launches} launches, {total.bytes / 1e9:.1f} GB, '
+        f'{total.flops / 1e12:.2f} TFLOP, {total.seconds * 1e3:.2f} ms'
+    )
+
+
+def format_operators(totals: Dict[Tuple[str, str], Total]) -> str:
+    """The sums of :func:`add_up_by_name` as a table in Markdown."""
     rows = [
         [
             stage,
@@ -308,33 +325,42 @@ def format_totals(kernels: Sequence[Kernel], gpu: GPU) -> str:
             f'{part.flops / 1e12:.3f}',
             f'{part.seconds * 1e3:.2f}',
         ]
-        for (stage, name), part in add_up_by_name(kernels, gpu).items()
+        for (stage, name), part in totals.items()
     ]
     columns = ['Pass', 'Operator', 'launches', 'GB', 'TFLOP', 'ms']
-    return (
-        f'{total.launches} launches, {total.bytes / 1e9:.1f} GB, '
-        f'{total.flops / 1e12:.2f} TFLOP, {total.seconds * 1e3:.2f} ms\n\n'
-        f'{markdown_table(columns, rows)}'
-    )
+    return markdown_table(columns, rows)
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
-    parser.add_argument('model', choices=MODELS)
+    parser.add_argument('models', nargs='+', choices=MODELS)
     parser.add_argument(
         '--ops',
+        nargs='+',
         choices=OPS,
-        default='fused',
-        help='implementation of the ops (default: fused)',
-    )
-    parser.add_argument(
-        '--batch-size', type=int, default=128, help='images (default: 128)'
+        default=['fused'],
+        help='values of MLLA_OPS; default: it is not set; plain: the plain assembly '
+        '(default: fused)',
     )
     parser.add_argument(
         '--shape',
-        default='224x224',
-        help=f'{", ".join(cases.PRESETS)}, or HEIGHTxWIDTH. A classifier for '
-        '224x224, else the backbone (default: 224x224)',
+        nargs='+',
+        default=['classification'],
+        help=f'{", ".join(cases.PRESETS)}, or HEIGHTxWIDTH (default: classification)',
+    )
+    parser.add_argument(
+        '--batch-size',
+        type=int,
+        nargs='+',
+        default=[128],
+        help='images: one number for all shapes, or one for each (default: 128)',
+    )
+    parser.add_argument(
+        '--mode',
+        nargs='+',
+        choices=cases.MODES,
+        default=['infer'],
+        help='train: forward and backward (default: infer)',
     )
     parser.add_argument(
         '--dtype',
@@ -343,10 +369,9 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         help='half precision: by autocast (default: bfloat16)',
     )
     parser.add_argument(
-        '--mode',
-        choices=cases.MODES,
-        default='infer',
-        help='train: forward and backward (default: infer)',
+        '--fuse-conv-bn',
+        action='store_true',
+        help='fold BatchNorm into the convolutions first, in inference',
     )
     parser.add_argument(
         '--bandwidth', type=float, default=2.7, help='TB/s (default: 2.7, of an H100)'
@@ -362,16 +387,19 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         default=2.2,
         help='microseconds that a kernel takes at least (default: 2.2)',
     )
+    parser.add_argument(
+        '--operators', action='store_true', help='print the sums of each operator, too'
+    )
     parser.add_argument('--json', type=Path, metavar='FILE', help='save the sums here')
     args = parser.parse_args(argv)
     try:
-        (args.case,) = cases.make_cases(
-            [args.shape], [args.batch_size], [args.mode], [args.dtype]
+        args.cases = cases.make_cases(
+            args.shape, args.batch_size, args.mode, [args.dtype]
         )
     except ValueError as error:
         parser.error(str(error))
-    if args.case.shape == cases.PRESETS['classification']:
-        args.case = args.case._replace(task='classification')
+    if args.fuse_conv_bn and 'infer' not in args.mode:
+        parser.error('--fuse-conv-bn is for inference: add infer to --mode.')
     if min(args.bandwidth, args.tflops or 1) <= 0 or args.launch < 0:
         parser.error(
             '--bandwidth and --tflops take positive numbers, --launch no less than 0.'
@@ -380,7 +408,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Count a model's kernels.
+    """Count the kernels of models, and print a table of their times.
 
     Args:
         argv (Sequence[str], optional): Arguments. Defaults to None, those of the
@@ -391,22 +419,37 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     if args.tflops is not None:
         rate = 'single' if args.dtype == 'float32' else 'half'
         gpu = gpu._replace(**{rate: args.tflops * 1e12})
-    kernels = count_model(args.model, args.case, args.ops)
-    print(f'{args.model}, {args.ops}: {args.case}')
-    print(format_totals(kernels, gpu))
+    rows: List[List[str]] = []
+    counts: List[dict] = []
+    for name, case in product(args.models, args.cases):
+        fuses = args.fuse_conv_bn and case.mode == 'infer'
+        title = f'{case}, after fuse_conv_bn' if fuses else str(case)
+        cells = []
+        for ops in args.ops:
+            kernels = count_model(name, case, ops, fuses)
+            total, operators = add_up(kernels, gpu), add_up_by_name(kernels, gpu)
+            print(f'{name}, {ops}: {title}: {format_total(total)}', flush=True)
+            if args.operators:
+                print(f'\n{format_operators(operators)}\n')
+            cells.append(f'{total.seconds * 1e3:.2f} ({total.launches})')
+            counts.append(
+                dict(
+                    model=name,
+                    ops=ops,
+                    fuse_conv_bn=fuses,
+                    **case._asdict(),
+                    total=total._asdict(),
+                    operators=[
+                        dict(stage=stage, name=operator, **part._asdict())
+                        for (stage, operator), part in operators.items()
+                    ],
+                )
+            )
+        rows.append([name, title, *cells])
+    table = markdown_table(['Model', 'Case', *args.ops], rows)
+    print(f'\nMilliseconds (launches):\n\n{table}')
     if args.json:
-        operators = [
-            dict(stage=stage, name=name, **part._asdict())
-            for (stage, name), part in add_up_by_name(kernels, gpu).items()
-        ]
-        found = dict(
-            model=args.model,
-            ops=args.ops,
-            **args.case._asdict(),
-            gpu=gpu._asdict(),
-            total=add_up(kernels, gpu)._asdict(),
-            operators=operators,
-        )
+        found = dict(gpu=gpu._asdict(), counts=counts)
         args.json.write_text(json.dumps(found, indent=2) + '\n')
 
 

@@ -40,6 +40,11 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     )
     add_ema_argument(parser)
     add_fuse_argument(parser)
+    parser.add_argument(
+        '--cuda-graph',
+        action='store_true',
+        help='replay the backbone as a CUDA graph, for pictures of few sizes',
+    )
     add_trust_argument(parser)
     return parser.parse_args(argv)
 
@@ -63,6 +68,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             ema=args.ema,
             trust_checkpoint=args.trust_checkpoint,
             fuse_conv_bn=args.fuse_conv_bn,
+            cuda_graph=args.cuda_graph,
         )
         results = inferencer(
             args.inputs, out_dir, args.batch_size, score_thr=args.score_thr

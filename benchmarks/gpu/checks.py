@@ -30,13 +30,14 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # for tests/, which has the recorded outputs
 
 import mlla_mm  # noqa: E402
-from benchmarks.meter import CudaGraph, Meter, format_settings  # noqa: E402
+from benchmarks.meter import Meter, format_settings  # noqa: E402
 from benchmarks.peak_memory import largest_size, synthetic_batch  # noqa: E402
 from mlla_mm.compat.pytorch import (  # noqa: E402
     convolutions_use_tf32,
     products_use_tf32,
     without_tf32,
 )
+from mlla_mm.engine.cuda_graph import CudaGraph  # noqa: E402
 from mlla_mm.models import MLLA  # noqa: E402
 from mlla_mm.ops import triton as fused  # noqa: E402
 

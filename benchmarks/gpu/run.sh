@@ -235,7 +235,7 @@ stage_correctness() {
     start marked_gpu tests_ops 4 tests/test_ops
     start marked_gpu tests_others 2 tests/test_benchmarks tests/test_engine \
         tests/test_models tests/test_reproducible tests/test_configs \
-        tests/test_compat
+        tests/test_compat tests/test_apis
     start run checks_golden 200 nice "$PYTHON" "$HERE/checks.py" golden grads shapes
     start run checks_models 200 nice "$PYTHON" "$HERE/checks.py" models inout
     start run checks_graphs 200 nice "$PYTHON" "$HERE/checks.py" graphs

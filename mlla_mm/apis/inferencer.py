@@ -58,6 +58,9 @@ class Inferencer:
         fuse_conv_bn (bool): Fold every BatchNorm into the convolution before it.
             Defaults to False.
         show_progress (bool): Show a progress bar in a terminal. Defaults to True.
+        cuda_graph (bool): Replay the backbone as a CUDA graph, one for each size and
+            number of pictures at the network's input. It is for pictures of few sizes,
+            see :class:`mlla_mm.engine.cuda_graph.GraphedForward`. Defaults to False.
 
     Attributes:
         model (nn.Module): The model in evaluation mode.
@@ -68,8 +71,8 @@ class Inferencer:
     Raises:
         FileNotFoundError: If the config or the checkpoint does not exist.
         ValueError: If the config has no known task, no test data or no class names, if
-            its test data sets have several pipelines, or if the weights do not fit
-            the model.
+            its test data sets have several pipelines, if the weights do not fit the
+            model, or if ``cuda_graph`` meets another device than CUDA.
 
     Examples:
         >>> from mlla_mm.apis import Inferencer
@@ -88,6 +91,7 @@ class Inferencer:
         trust_checkpoint: bool = False,
         fuse_conv_bn: bool = False,
         show_progress: bool = True,
+        cuda_graph: bool = False,
     ) -> None:
         cfg = config if isinstance(config, Config) else read_config(str(config))
         self._scope = cfg.get('default_scope')
@@ -106,7 +110,7 @@ class Inferencer:
                 f'{kind_of(first)}.'
             )
         self.model = load_model(
-            cfg, checkpoint, device, ema, trust_checkpoint, fuse_conv_bn
+            cfg, checkpoint, device, ema, trust_checkpoint, fuse_conv_bn, cuda_graph
         )
         scope = DefaultScope.overwrite_default_scope(self._scope)
         with named_arguments(cfg), scope:

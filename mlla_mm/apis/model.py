@@ -25,6 +25,7 @@ from ..checkpoints.layout import (
 from ..checkpoints.pretrained import load_pretrained, require_weights
 from ..checkpoints.reader import fetch_checkpoint, load_checkpoint_file
 from ..engine.arguments import named_arguments
+from ..engine.cuda_graph import replay_forward, use_cuda_graphs
 from ..engine.parts import replace_sync_bn
 from ..models import MLLA, fusing
 from ..utils.allocator import keep_freed_memory
@@ -63,6 +64,7 @@ def get_model(
     features_only: bool = False,
     out_indices: Optional[Union[int, Sequence[int]]] = None,
     ema: bool = False,
+    cuda_graph: bool = False,
     **backbone_cfg: Any,
 ) -> nn.Module:
     """Build MLLA by its name, without a config. Needs only torch, mmengine and mmcv.
@@ -87,6 +89,10 @@ def get_model(
             Defaults to None.
         ema (bool): Take the averaged weights of ``pretrained``, else the plain ones.
             Defaults to False.
+        cuda_graph (bool): Replay the forward pass in evaluation without gradients as a
+            CUDA graph, one for each size and number of images, see
+            :class:`mlla_mm.engine.cuda_graph.GraphedForward`. Calls in training and on
+            the CPU are as usual. Defaults to False.
         **backbone_cfg: Further arguments of :class:`mlla_mm.models.MLLA`, such as
             ``drop_path_rate``.
 
@@ -111,6 +117,7 @@ def get_model(
         raise ValueError(f"Unknown model '{name}'. Nearest: {', '.join(nearest)}.")
     arch = _NAMES[name.lower()]
     keep_freed_memory()
+    model: nn.Module
     if features_only:
         if num_classes is not None:
             raise ValueError(
@@ -118,22 +125,28 @@ def get_model(
             )
         if out_indices is None:
             out_indices = tuple(range(MLLA.num_stages))
-        backbone = MLLA(arch, out_indices=out_indices, **backbone_cfg)
+        model = MLLA(arch, out_indices=out_indices, **backbone_cfg)
         if pretrained is not None:
-            load_pretrained(backbone, pretrained, ema=ema)
-        return backbone
-    if out_indices is not None:
+            load_pretrained(model, pretrained, ema=ema)
+    elif out_indices is not None:
         raise ValueError(
             'out_indices is an argument of the backbone: add features_only=True.'
         )
-    backbone = MLLA(arch, out_indices=MLLA.num_stages - 1, **backbone_cfg)
-    if pretrained is None:
-        return Classifier(backbone, 1000 if num_classes is None else num_classes)
-    path = _local(pretrained)
-    require_weights(path)
-    content = load_checkpoint_file(path)
-    weights = to_own_names(find_weights(content, str(pretrained), ema=ema))
-    return _pretrained_classifier(backbone, weights, str(pretrained), num_classes)
+    else:
+        backbone = MLLA(arch, out_indices=MLLA.num_stages - 1, **backbone_cfg)
+        if pretrained is None:
+            model = Classifier(backbone, 1000 if num_classes is None else num_classes)
+        else:
+            path = _local(pretrained)
+            require_weights(path)
+            content = load_checkpoint_file(path)
+            weights = to_own_names(find_weights(content, str(pretrained), ema=ema))
+            model = _pretrained_classifier(
+                backbone, weights, str(pretrained), num_classes
+            )
+    if cuda_graph:
+        replay_forward(model)
+    return model
 
 
 def _local(checkpoint: Union[str, Path]) -> Union[str, Path]:
@@ -176,6 +189,7 @@ def load_model(
     ema: Optional[bool] = None,
     trust_checkpoint: bool = False,
     fuse_conv_bn: bool = False,
+    cuda_graph: bool = False,
 ) -> BaseModel:
     """Build the model of a config, in evaluation mode, with a checkpoint's weights.
 
@@ -191,6 +205,9 @@ def load_model(
             ``trust_checkpoint`` in a config does. Defaults to False.
         fuse_conv_bn (bool): Fold every BatchNorm into the convolution before it, see
             :func:`mlla_mm.models.fusing.fuse_conv_bn`. Defaults to False.
+        cuda_graph (bool): Replay the backbone as a CUDA graph, one for each size and
+            number of images, see :class:`mlla_mm.engine.cuda_graph.GraphedForward`.
+            Defaults to False.
 
     Returns:
         BaseModel: The model. Its attribute ``dataset_meta`` (dict) holds the class
@@ -198,10 +215,15 @@ def load_model(
 
     Raises:
         FileNotFoundError: If the checkpoint does not exist.
-        ValueError: If the device cannot be used or the weights do not fit.
+        ValueError: If the device cannot be used or has no CUDA graphs, the weights do
+            not fit, or ``cuda_graph`` finds no backbone of ours.
     """
     device = device or get_device()
     _require_device(device)
+    if cuda_graph and torch.device(device).type != 'cuda':
+        raise ValueError(
+            f"cuda_graph needs a CUDA device, and this is '{device}': leave it out."
+        )
     # None means what trust_checkpoints() has set for this process.
     trust = trust_checkpoint or cfg.get('trust_checkpoint') or None
     content = load_checkpoint_file(_local(checkpoint), trust=trust)
@@ -215,7 +237,11 @@ def load_model(
     load_strictly(model, weights, str(checkpoint))
     model.dataset_meta = _dataset_meta(content)
     model.to(device).eval()
-    return fusing.fuse_conv_bn(model) if fuse_conv_bn else model
+    if fuse_conv_bn:
+        fusing.fuse_conv_bn(model)
+    if cuda_graph:
+        use_cuda_graphs(model)
+    return model
 
 
 def _dataset_meta(checkpoint: Any) -> Dict[str, Any]:

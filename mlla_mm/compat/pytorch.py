@@ -7,7 +7,7 @@ Unless noted, the names exist in PyTorch 2.1 to 2.11.
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Optional, Tuple, Union
+from typing import Any, List, Optional, Tuple, Union
 
 import torch
 from torch import Tensor, _compile, nn
@@ -175,6 +175,29 @@ def does_more_when_called(layer: nn.Module) -> bool:
         or layer._backward_pre_hooks
         or 'forward' in layer.__dict__
     )
+
+
+def is_call_compiled(layer: nn.Module) -> bool:
+    """Whether ``torch.nn.Module.compile`` has compiled the calls of a module."""
+    return layer._compiled_call_impl is not None
+
+
+def parts_and_tensors(module: nn.Module) -> Tuple[List[nn.Module], List[Tensor]]:
+    """All modules in a module, itself first, and all its parameters and buffers.
+
+    What is used in several places may be listed as often. ``modules()``,
+    ``parameters()`` and ``buffers()`` give the same in several times the time.
+    """
+    parts: List[nn.Module] = []
+    tensors: List[Tensor] = []
+    waiting = [module]
+    while waiting:
+        part = waiting.pop()
+        parts.append(part)
+        waiting.extend(child for child in part._modules.values() if child is not None)
+        for owned in (part._parameters, part._buffers):
+            tensors.extend(tensor for tensor in owned.values() if tensor is not None)
+    return parts, tensors
 
 
 def has_global_hooks() -> bool:

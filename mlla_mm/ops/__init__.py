@@ -11,6 +11,7 @@ from .dispatch import (
     linear,
     mlla_attention,
     mlp,
+    patch_merging,
 )
 from .naive import EPS, linear_attention
 from .padding import pad_to_multiple
@@ -29,5 +30,6 @@ __all__ = [
     'mlla_attention',
     'mlp',
     'pad_to_multiple',
+    'patch_merging',
     'rotary_embedding',
 ]

@@ -18,7 +18,8 @@ The environment variable ``MLLA_OPS`` overrides the choice:
 - ``naive`` always calls the layers, which compute :mod:`mlla_mm.ops.naive`.
 - ``eager`` never runs Triton's kernels.
 - ``fused`` runs Triton's kernels, and raises an error on a device without them. It also
-  casts weights once for all layers, see :func:`cast_once`.
+  takes those that were not measured on a GPU, and casts weights as :func:`cast_once`
+  says.
 """
 
 import functools
@@ -26,7 +27,7 @@ import os
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
-from typing import Any, List, Optional, Tuple, Type, Union
+from typing import Any, List, Optional, Tuple, Type, Union, cast
 
 import torch
 import torch.nn.functional as F
@@ -38,10 +39,10 @@ from ..compat.pytorch import (
     is_autocast,
     linear_dtype,
 )
-from . import eager, naive, triton
-from .casts import cast, cast_all
+from . import casts, eager, naive, triton
 from .tracing import is_graph
 
+_VARIABLE = 'MLLA_OPS'
 # In evaluation mode both compute the same.
 _BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
@@ -219,11 +220,9 @@ def conv_layer(
     ops = _implementation(x)
     fused = ops is triton
     if fused and norm is None and _is_pointwise(conv) and may_be_read(nn.ReLU, act):
-        # The kernel's gradients of float32 parameters are not rounded to their casts.
-        read = _weight_and_bias(conv)
-        weight, bias = read if torch.is_grad_enabled() else _casts(conv, x)
+        weight, bias = _factors(conv, x)
         # Channels last, as in memory, so that the gradient is channels-last, too.
-        tensors = (x.permute(0, 2, 3, 1), weight.permute(0, 2, 3, 1).flatten(1), bias)
+        tensors = (x.permute(0, 2, 3, 1), _as_matrix(weight), bias)
         if triton.supports_linear_relu(*tensors):
             return triton.linear_relu(*tensors).permute(0, 3, 1, 2)
     x = conv(x) if ops is naive else _conv(x, conv)
@@ -234,6 +233,36 @@ def conv_layer(
             return triton.batch_norm(*inputs, bn.eps, act is not None)
     x = x if norm is None else norm(x)
     return x if act is None else act(x)
+
+
+def patch_merging(x: Tensor, layers: nn.Module, readable: Type[nn.Module]) -> Tensor:
+    """Patch merging: widen a map by a 1x1 convolution, halve it, and narrow it.
+
+    ::
+
+        y = narrow(halve(widen(x)))
+
+    Args:
+        x (Tensor): (N, C, 2H, 2W).
+        layers (nn.Module): An ``nn.Sequential`` of the three layers.
+        readable (type): The type of layers whose ``conv``, ``norm`` and ``act`` say
+            all, as in :func:`conv_layer`. Others are called.
+
+    Returns:
+        Tensor: (N, D, H, W).
+    """
+    if (
+        _implementation(x) is triton
+        and _takes_unmeasured()
+        and _is_readable_merging(layers, readable)
+    ):
+        widen, halve, narrow = cast(Any, layers)
+        weight, bias = _factors(widen.conv, x)
+        parameters = (_as_matrix(weight), bias, *_weight_and_bias(halve.conv))
+        tensors = (x.permute(0, 2, 3, 1), *parameters)
+        if triton.supports_expand_and_halve(*tensors):
+            return narrow(triton.expand_and_halve(*tensors).permute(0, 3, 1, 2))
+    return layers(x)
 
 
 def fused_block(
@@ -267,7 +296,9 @@ def fused_block(
                     branch = len(x), linear_dtype(x), x.device
                     draw_scale = block.drop_path.draw_scale
                     scales = draw_scale(*branch), draw_scale(*branch)
-                    return triton.mlla_block(x, parameters, num_heads, eps, scales)
+                    return triton.mlla_block(
+                        x, parameters, num_heads, eps, scales, _takes_unmeasured()
+                    )
             return forward(block, x)
 
         return run
@@ -313,7 +344,7 @@ def cast_once(
         return nullcontext()
     ops = _implementation(x)
     # Beside Triton's kernels it was not measured on a GPU.
-    if ops is naive or (ops is triton and os.environ.get('MLLA_OPS') != 'fused'):
+    if ops is naive or (ops is triton and not _takes_unmeasured()):
         return nullcontext()
     kernels, with_norms = ops is triton, ops is eager and _casts_layer_norms(x)
     # Not the classes of quantised and sharded parameters.
@@ -327,7 +358,7 @@ def cast_once(
         for parameter in _weight_and_bias(layer)
         if type(parameter) in classes and parameter.device == device
     ]
-    return cast_all(parameters, dtype)
+    return casts.cast_all(parameters, dtype)
 
 
 def may_be_read(
@@ -355,7 +386,7 @@ def _implementation(x: Tensor) -> ModuleType:
     """The module of ops that computes. ``naive`` means that layers are called."""
     if is_graph() or has_global_hooks():
         return naive
-    forced = os.environ.get('MLLA_OPS', '')
+    forced = os.environ.get(_VARIABLE, '')
     if forced not in ('', 'naive', 'eager', 'fused'):
         raise ValueError(
             f"MLLA_OPS is '{forced}'. Set it to 'naive', 'eager' or 'fused', or unset "
@@ -376,6 +407,16 @@ def _implementation(x: Tensor) -> ModuleType:
     return eager
 
 
+def _takes_unmeasured() -> bool:
+    """Whether kernels that were not measured on a GPU run, too."""
+    return os.environ.get(_VARIABLE) == 'fused'
+
+
+def _as_matrix(weight: Tensor) -> Tensor:
+    """(D, C, 1, 1) -> (D, C)."""
+    return weight.permute(0, 2, 3, 1).flatten(1)
+
+
 def _weight_and_bias(layer: Any) -> Tuple[Tensor, Any]:
     """The parameters of a layer that may be read. A bias may be None."""
     return layer.weight, layer.bias
@@ -391,7 +432,16 @@ def _casts(layer: Any, x: Tensor) -> Tuple[Tensor, Any]:
     if is_graph():
         return weight, bias
     dtype = linear_dtype(x)
-    return cast(weight, dtype), bias if bias is None else cast(bias, dtype)
+    weight = casts.cast(weight, dtype)
+    return weight, bias if bias is None else casts.cast(bias, dtype)
+
+
+def _factors(layer: Any, x: Tensor) -> Tuple[Tensor, Any]:
+    """Weight and bias for a kernel that casts them itself: casts, or parameters.
+
+    The kernel's gradients of parameters are not rounded to the dtype of casts.
+    """
+    return _weight_and_bias(layer) if torch.is_grad_enabled() else _casts(layer, x)
 
 
 def _conv(x: Tensor, conv: Any) -> Tensor:
@@ -408,13 +458,14 @@ def _call_on_map(layer: nn.Module, x: Tensor) -> Tensor:
     return layer(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
-def _is_depthwise(*convs: Any) -> bool:
+def _is_depthwise(*convs: Any, stride: int = 1) -> bool:
     """Whether layers are the 3x3 convolution that the depthwise ops compute."""
     return may_be_read(nn.Conv2d, *convs) and all(
         conv.bias is not None
         and conv.in_channels == conv.out_channels == conv.groups
         and conv.kernel_size == (3, 3)
-        and conv.padding == conv.stride == conv.dilation == (1, 1)
+        and conv.padding == conv.dilation == (1, 1)
+        and conv.stride == (stride, stride)
         and conv.padding_mode == 'zeros'
         for conv in convs
     )
@@ -464,6 +515,21 @@ def _drops_nothing(drop: Any) -> bool:
 def _is_readable_attention(kind: Type[nn.Module], attn: Any) -> bool:
     """Whether ``qk`` and ``lepe`` say all of an attention. Values are its input."""
     return may_be_read(kind, attn) and attn.v is None and 'attend' not in vars(attn)
+
+
+def _is_readable_merging(layers: Any, kind: Type[nn.Module]) -> bool:
+    """Whether the first two of three layers may be read."""
+    if not (may_be_read(nn.Sequential, layers) and len(layers) == 3):
+        return False
+    widen, halve = layers[:2]
+    return (
+        may_be_read(kind, widen, halve)
+        and widen.norm is None
+        and halve.norm is None
+        and may_be_read(nn.ReLU, widen.act, halve.act)
+        and _is_pointwise(widen.conv)
+        and _is_depthwise(halve.conv, stride=2)
+    )
 
 
 def _is_readable_block(

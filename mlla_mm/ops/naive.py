@@ -195,6 +195,32 @@ def linear_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.relu(F.linear(x, weight, bias), inplace=True)
 
 
+def expand_and_halve(
+    x: Tensor, weight: Tensor, bias: Tensor, taps: Tensor, conv_bias: Tensor
+) -> Tensor:
+    """The wide part of patch merging.
+
+    ::
+
+        h = ReLU(x W^T + b)         y = ReLU(conv(h) + c)
+
+    conv is a 3x3 depthwise convolution with stride 2 and padding 1.
+
+    Args:
+        x (Tensor): (N, 2H, 2W, C).
+        weight (Tensor): W, (D, C).
+        bias (Tensor): b, (D,).
+        taps (Tensor): Weight of the convolution, (D, 1, 3, 3).
+        conv_bias (Tensor): c, (D,).
+
+    Returns:
+        Tensor: (N, H, W, D).
+    """
+    h = linear_relu(x, weight, bias).permute(0, 3, 1, 2)
+    y = F.conv2d(h, taps, conv_bias, stride=2, padding=1, groups=len(taps))
+    return F.relu(y, inplace=True).permute(0, 2, 3, 1)
+
+
 def batch_norm(
     x: Tensor,
     mean: Tensor,

@@ -18,11 +18,15 @@ from PIL import ExifTags, Image, ImageOps
 from mlla_mm.apis import Inferencer
 from mlla_mm.apis.output import summary
 from mlla_mm.checkpoints.reader import CheckpointError
+from mlla_mm.engine.cuda_graph import use_cuda_graphs
+from mlla_mm.models import MLLA
 from mlla_mm.utils.images import image_size
 
 from .. import bad_data, checkpoints
 from ..bad_data import assert_says, noise, save
 from ..nano import CLASSES, CONFIGS, NANO, build
+from ..simulated_graphs import SimulatedGraph, simulated_cuda_graphs
+from ..test_benchmarks.gpu import needs_gpu
 
 SCOPES = list(NANO)
 
@@ -608,6 +612,43 @@ def test_weights_have_to_fit(nano, tmp_path):
     torch.save(saved, tmp_path / 'model.pth')
     with pytest.raises(CheckpointError, match='fc_cls.bias: missing in the file'):
         Inferencer(cfg, tmp_path / 'model.pth', 'cpu')
+
+
+@pytest.mark.parametrize('scope', SCOPES)
+def test_backbones_as_simulated_cuda_graphs(nano, inferencer, pictures, scope):
+    graphed = Inferencer(*nano(scope), device='cpu')
+    use_cuda_graphs(graphed.model)
+    with simulated_cuda_graphs():
+        found = graphed(pictures[:4])
+        (graph,) = SimulatedGraph.made
+        assert graph() is not None
+    assert found == inferencer(scope)(pictures[:4])
+
+
+@needs_gpu
+@pytest.mark.parametrize('scope', SCOPES)
+def test_backbones_as_cuda_graphs(nano, pictures, scope, monkeypatch):
+    usual = Inferencer(*nano(scope), device='cuda')
+    graphed = Inferencer(*nano(scope), device='cuda', cuda_graph=True)
+    calls, forward = [], MLLA.forward
+    monkeypatch.setattr(MLLA, 'forward', lambda *x: calls.append(x) or forward(*x))
+    graphed(pictures[:2])
+    found = graphed(pictures, score_thr=0.2)
+    # A usual one, three before the capture, and the captured one.
+    assert len(calls) == 5
+    for a, b in zip(found, usual(pictures, score_thr=0.2)):
+        if scope == 'mmdet':
+            a, b = (dict(scores=[i['score'] for i in x['instances']]) for x in (a, b))
+        elif scope == 'mmseg':
+            a, b = ({c['name']: c['share'] for c in x['classes']} for x in (a, b))
+        else:
+            a, b = ({c['name']: c['score'] for c in x['classes']} for x in (a, b))
+        assert a == {key: pytest.approx(value, abs=1e-3) for key, value in b.items()}
+
+
+def test_cuda_graphs_need_cuda(nano):
+    with pytest.raises(ValueError, match="cuda_graph needs .* this is 'cpu': leave it"):
+        Inferencer(*nano('mmpretrain'), device='cpu', cuda_graph=True)
 
 
 def test_does_not_run_code(nano, tmp_path):

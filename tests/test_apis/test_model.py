@@ -179,6 +179,16 @@ def test_batch_norm_in_the_convolutions(scope, nano):
         assert reference.relative_error(*heads) < 1e-5
 
 
+def test_cuda_graphs_of_the_backbone(nano, monkeypatch):
+    # As where there is a GPU.
+    monkeypatch.setattr('mlla_mm.apis.model._require_device', lambda device: None)
+    monkeypatch.setattr(nn.Module, 'to', lambda model, device: model)
+    for wanted in (False, True):
+        model = load_model(*nano('mmpretrain'), device='cuda', cuda_graph=wanted)
+        own = [name for name, part in model.named_modules() if 'forward' in vars(part)]
+        assert own == ['backbone'] * wanted
+
+
 def test_needs_none_of_the_optional_packages():
     optional = 'mmdet', 'mmseg', 'mmpretrain', 'onnx', 'sklearn', 'matplotlib'
     code = (

@@ -1,15 +1,10 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-import contextlib
-import gc
 import platform
 import sys
-import weakref
 from importlib import metadata
-from unittest import mock
 
 import pytest
 import torch
-from torch import nn
 
 from benchmarks import meter
 from benchmarks.meter import Meter, Spread, format_settings, spread, unsteady_note
@@ -97,38 +92,6 @@ def test_errors():
         Meter('no-such')
     with pytest.raises(ValueError, match='--repeats must be at least 1, got 0'):
         Meter('cpu', repeats=0)
-
-
-@contextlib.contextmanager
-def failing_capture(graph, pool):
-    """In the place of ``torch.cuda.graph``: after an error its end fails, too."""
-    try:
-        yield
-    finally:
-        raise RuntimeError('capture_end')
-
-
-def test_a_failed_capture_names_the_first_error_and_keeps_no_model():
-    def capture():
-        model, calls = nn.Linear(1, 1), []
-
-        def call():
-            calls.append(model.in_features)
-            if len(calls) > 3:  # the calls before the capture
-                raise RuntimeError('not permitted')
-
-        with pytest.raises(RuntimeError, match='cannot be captured: not permitted'):
-            meter.CudaGraph(call)
-        return weakref.ref(model)
-
-    fakes = dict.fromkeys(('CUDAGraph', 'Stream', 'current_stream'), mock.DEFAULT)
-    fakes.update(stream=contextlib.nullcontext, graph=failing_capture)
-    gc.disable()  # a cycle of references would be freed, but later
-    try:
-        with mock.patch.multiple(torch.cuda, **fakes):
-            assert capture()() is None
-    finally:
-        gc.enable()
 
 
 def test_peak_of_known_allocations():

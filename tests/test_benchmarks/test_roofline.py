@@ -123,8 +123,8 @@ def test_a_kernel_takes_what_takes_longest():
     assert parts['backward', 'b'].launches == 2
 
 
-def test_a_fused_block():
-    """The launches of a block, and bytes and products of some, by their definition."""
+def test_the_block_that_runs_by_default():
+    """Its launches, and bytes and products of some, by their definition."""
     images, height, width, channels = 2, 8, 12, 64
     tokens = images * height * width
 
@@ -133,7 +133,7 @@ def test_a_fused_block():
         x = torch.ones(images, height, width, channels)
         return lambda: block(x)
 
-    kernels = count(prepare, 'bfloat16')
+    kernels = count(prepare, 'bfloat16', 'default')
     assert Counter(kernel.name for kernel in kernels) == dict(
         _foreach_copy_=1,  # weights to half precision
         _conv_kernel=4,  # CPE1, DWC, LePE with the gate, CPE2
@@ -157,11 +157,43 @@ def test_a_fused_block():
     assert fc2.bytes == 2 * (hidden + weight + channels) + (4 + 4) * map_
     assert fc1.flops == fc2.flops == 2 * tokens * weight
     assert fc1.dtype == torch.bfloat16
+    state, output = (
+        next(kernel for kernel in kernels if kernel.name == name)
+        for name in ('_state_kernel', '_output_kernel')
+    )
+    # The state of a head of 32 channels is a matrix and a vector, by two programs an
+    # image at most. Both tables have 12 positions and 16 frequencies.
+    states = 4 * images * 2 * 33 * 32
+    tables = 2 * 4 * 12 * 16
+    # Keys and values; queries and the output.
+    assert (state.bytes - 2 * 2 * map_ - tables) % states == 0
+    assert output.bytes == state.bytes
+    assert state.flops == output.flops == 2 * map_ * 32
+
+
+@pytest.mark.parametrize(
+    'channels, heads, others',
+    [
+        (64, 2, dict(addmm=1, _linear_kernel=1, _norm_linear_kernel=1, _mlp_kernel=1)),
+        (256, 8, dict(addmm=2, _linear_kernel=3)),
+    ],
+)
+def test_a_fused_block(channels, heads, others):
+    """LayerNorm is a part of the linear layers behind it, or of the convolution."""
+
+    def prepare():
+        block, x = MLLABlock(channels, heads).eval(), torch.ones(2, 8, 12, channels)
+        return lambda: block(x)
+
+    names = Counter(kernel.name for kernel in count(prepare, 'bfloat16'))
+    assert names == dict(
+        _foreach_copy_=1, _conv_kernel=4, _state_kernel=1, _output_kernel=1, **others
+    )
 
 
 @pytest.mark.parametrize('mode', ['infer', 'train'])
 def test_products_are_those_of_pytorch_s_counter(nano, mode):
-    kernels = roofline.count_model('plain-t', Case('backbone', SHAPE, 2, mode))
+    kernels = roofline.count_model('mlla-t', Case('backbone', SHAPE, 2, mode), 'plain')
     found = Counter()
     for kernel in kernels:
         found[kernel.name.split()[0]] += kernel.flops
@@ -184,14 +216,14 @@ def test_products_are_those_of_pytorch_s_counter(nano, mode):
 
 
 def test_fused_kernels_save_traffic(nano):
-    def add_up(name, ops):
+    def add_up(ops):
         # Maps so large that launches do not matter.
         case = Case('backbone', (128, 128), 64, 'train', 'bfloat16')
-        kernels = roofline.count_model(name, case, ops)
+        kernels = roofline.count_model('mlla-t', case, ops)
         assert {kernel.stage for kernel in kernels} == {'forward', 'backward'}
         return roofline.add_up(kernels, GPU())
 
-    fused, plain = add_up('mlla-t', 'fused'), add_up('plain-t', 'naive')
+    fused, plain = add_up('fused'), add_up('plain')
     assert fused.bytes < plain.bytes
     assert fused.seconds < plain.seconds
     assert fused.launches < plain.launches
@@ -217,38 +249,103 @@ def test_without_triton_there_is_no_fused_count(nano, monkeypatch):
         roofline.count_model('mlla-t', Case('backbone', SHAPE, 1))
 
 
+@pytest.mark.parametrize('ops', ['plain', 'fused'])
+def test_batch_norm_in_the_convolutions(nano, ops):
+    """Nothing of it is left, and no more is added than biases."""
+    case = Case('backbone', SHAPE, 2, dtype='bfloat16')
+    before, after = (
+        Counter(k.name for k in roofline.count_model('mlla-t', case, ops, fuses))
+        for fuses in (False, True)
+    )
+    assert {name for name in before - after if 'norm' in name} == {
+        'native_batch_norm' if ops == 'plain' else '_batch_norm_kernel'
+    }
+    assert not [name for name in after if 'batch_norm' in name]
+
+
+def test_default_ops_are_what_runs_without_the_variable(nano, monkeypatch):
+    case = Case('backbone', SHAPE, 2, dtype='bfloat16')
+    monkeypatch.setenv('MLLA_OPS', 'naive')
+    names = {kernel.name for kernel in roofline.count_model('mlla-t', case, 'default')}
+    assert '_state_kernel' in names
+
+
+def test_a_kernel_without_a_statement_is_not_counted():
+    with roofline.counted() as counter, torch.device('cuda'):
+        with pytest.raises(ValueError, match='_new_kernel does not state'):
+            counter.add_launch('_new_kernel', dict(x_ptr=torch.ones(3)))
+
+
 def test_command_line(tmp_path, capsys):
     out = tmp_path / 'roofline.json'
     arguments = ['mlla-t', '--batch-size', '2', '--bandwidth', '3.8', '--tflops', '500']
-    roofline.main([*arguments, '--json', str(out)])
+    roofline.main([*arguments, '--operators', '--json', str(out)])
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0] == (
-        'mlla-t, fused: classification 224x224, batch 2, infer, bfloat16'
-    )
     found = json.loads(out.read_text())
     assert found['gpu'] == dict(
         bandwidth=3.8e12, half=5e14, single=4.5e13, launch=pytest.approx(2.2e-6)
     )
-    total, operators = found['total'], found['operators']
+    (count,) = found['counts']
+    total, operators = count['total'], count['operators']
     for key in total:
         assert total[key] == pytest.approx(sum(part[key] for part in operators))
-    assert printed[1] == (
+    assert printed[0] == (
+        'mlla-t, fused: classification 224x224, batch 2, infer, bfloat16: '
         f'{total["launches"]} launches, {total["bytes"] / 1e9:.1f} GB, '
         f'{total["flops"] / 1e12:.2f} TFLOP, {total["seconds"] * 1e3:.2f} ms'
     )
-    # One row for each, below the titles and a rule.
-    assert len(printed) == 5 + len(operators)
     # One for each block.
     (state,) = (part for part in operators if part['name'] == '_state_kernel')
     assert state['launches'] == 18
+    # A table with a row for each operator, and one with a row for the model. Above are
+    # the titles and a rule.
+    tables = [line for line in printed if line.startswith('|')]
+    assert len(tables) == 2 + len(operators) + 2 + 1
+    assert [cell.strip() for cell in tables[-1].split('|')] == [
+        '',
+        'mlla-t',
+        'classification 224x224, batch 2, infer, bfloat16',
+        f'{total["seconds"] * 1e3:.2f} ({total["launches"]})',
+        '',
+    ]
 
 
-def test_shapes_and_modes_of_the_command_line(nano, capsys):
-    arguments = ['plain-s', '--ops', 'naive', '--batch-size', '2', '--shape', '64x96']
-    roofline.main([*arguments, '--dtype', 'float32', '--mode', 'train'])
-    title, total, *_ = capsys.readouterr().out.splitlines()
-    assert title == 'plain-s, naive: backbone 64x96, batch 2, train, float32'
-    assert 'launches' in total
+def test_many_counts_in_a_table(monkeypatch, tmp_path, capsys):
+    counted = []
+
+    def count_model(*arguments):
+        counted.append(arguments)
+        return [Kernel('forward', 'a', len(counted) * 10**9, 0, torch.float32)]
+
+    monkeypatch.setattr(roofline, 'count_model', count_model)
+    out = tmp_path / 'roofline.json'
+    roofline.main(
+        ['mlla-t', 'mlla-s', '--ops', 'plain', 'eager', '--shape', '64x96', '96x96']
+        + ['--batch-size', '2', '4', '--mode', 'infer', 'train', '--dtype', 'float32']
+        + ['--bandwidth', '1', '--fuse-conv-bn', '--json', str(out)]
+    )
+    infer = Case('backbone', (64, 96), 2, 'infer', 'float32')
+    larger = infer._replace(shape=(96, 96), batch_size=4)
+    train = dict(mode='train')
+    of_all = [infer, infer._replace(**train), larger, larger._replace(**train)]
+    assert counted == [
+        (name, case, ops, case.mode == 'infer')
+        for name in ('mlla-t', 'mlla-s')
+        for case in of_all
+        for ops in ('plain', 'eager')
+    ]
+    lines = capsys.readouterr().out.splitlines()
+    lines = [line.split('|')[1:-1] for line in lines if line.startswith('|')]
+    titles, _, *rows = ([cell.strip() for cell in line] for line in lines)
+    assert titles == ['Model', 'Case', 'plain', 'eager']
+    assert len(rows) == 8
+    folded = 'backbone 64x96, batch 2, infer, float32, after fuse_conv_bn'
+    assert rows[0] == ['mlla-t', folded, '1.00 (1)', '2.00 (1)']
+    assert rows[-1] == ['mlla-s', str(of_all[-1]), '15.00 (1)', '16.00 (1)']
+    counts = json.loads(out.read_text())['counts']
+    assert [(c['model'], c['mode'], c['ops'], c['fuse_conv_bn']) for c in counts] == [
+        (name, case.mode, ops, fuses) for name, case, ops, fuses in counted
+    ]
 
 
 @pytest.mark.parametrize(
@@ -257,6 +354,7 @@ def test_shapes_and_modes_of_the_command_line(nano, capsys):
         (['swin-t'], 'invalid choice'),
         (['mlla-t', '--shape', '224'], '--shape takes'),
         (['mlla-t', '--batch-size', '0'], '--batch-size takes'),
+        (['mlla-t', '--mode', 'train', '--fuse-conv-bn'], 'is for inference'),
         (['mlla-t', '--bandwidth', '0'], '--bandwidth and --tflops take'),
         (['mlla-t', '--launch', '-1'], 'no less than 0'),
     ],

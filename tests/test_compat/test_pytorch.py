@@ -1,10 +1,12 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 import pytest
 import torch
+from torch import nn
 
 from mlla_mm.compat import pytorch
 from mlla_mm.compat.pytorch import (
     convolutions_use_tf32,
+    parts_and_tensors,
     products_use_tf32,
     without_tf32,
 )
@@ -167,3 +169,13 @@ def test_without_tf32_restores_precisions(statements):
     with without_tf32():
         assert not products_use_tf32() and not convolutions_use_tf32()
     assert precisions() == before
+
+
+def test_parts_and_tensors():
+    module = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), None)
+    module.append(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2, affine=False)))
+    parts, tensors = parts_and_tensors(module)
+    assert parts[0] is module
+    assert {*parts} == {*module.modules()} and len(parts) == 6
+    assert {*tensors} == {*module.parameters(), *module.buffers()}
+    assert len(tensors) == 11

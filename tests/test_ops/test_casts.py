@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mlla_mm.models import MLLA
-from mlla_mm.ops import casts, dispatch, triton
+from mlla_mm.ops import casts, triton
 from mlla_mm.ops.dispatch import block_parameters
 
 ARCH = dict(embed_dims=8, depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 2))
@@ -103,7 +103,7 @@ def test_results_are_those_of_autocast(dtype, with_cp, monkeypatch):
     with torch.no_grad():
         maps = run(model, x, dtype)
     found = gradients(model, x, dtype)
-    monkeypatch.setattr(dispatch, 'cast_all', lambda *args: nullcontext())
+    monkeypatch.setattr(casts, 'cast_all', lambda *args: nullcontext())
     with torch.no_grad():
         assert_same(maps, run(model, x, dtype))
     assert_same(found, gradients(model, x, dtype))

@@ -150,7 +150,7 @@ OPS = [
     'depthwise_conv',
     'mlla_attention',
     'layer_norm',
-    'linear_relu',
+    'expand_and_halve',
     'batch_norm',
 ]
 
@@ -219,6 +219,7 @@ IMPLEMENTATIONS = dict(
     layer_norm=(naive, eager, triton),
     linear_relu=(naive, triton),
     batch_norm=(naive, triton),
+    expand_and_halve=(naive, triton),
     mlla_block=(triton,),
 )
 

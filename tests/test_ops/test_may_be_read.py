@@ -197,7 +197,7 @@ def read(monkeypatch):
     """
     calls = []
     run_kernels(monkeypatch)
-    for name in ('linear_relu', 'batch_norm'):
+    for name in ('linear_relu', 'batch_norm', 'expand_and_halve'):
 
         def run(*args, name=name):
             calls.append(name)
@@ -263,6 +263,53 @@ def test_another_expansion_is_called(options, read):
     assert 'linear_relu' not in read
     expected = merging.conv[1:](merging.conv[0].conv(x).relu())
     torch.testing.assert_close(actual, expected)
+
+
+def hooked(layer):
+    layer.register_forward_hook(lambda layer, args, out: out * 2)
+    return layer
+
+
+@pytest.mark.parametrize(
+    'name, change',
+    [
+        ('0.conv', lambda _: nn.Conv2d(16, 128, 3, padding=1)),
+        ('0.norm', lambda _: nn.BatchNorm2d(128)),
+        ('0.act', lambda _: nn.GELU()),
+        ('1.conv', lambda _: depthwise(128)),
+        ('1.conv', lambda _: depthwise(128, kernel_size=5, padding=2, stride=2)),
+        ('1.conv', lambda _: depthwise(128, groups=64, stride=2)),
+        ('1.conv', lambda _: depthwise(128, bias=False, stride=2)),
+        ('1.norm', lambda _: nn.BatchNorm2d(128)),
+        ('1.act', lambda _: None),
+        *((name, Doubled) for name in ('0', '0.conv', '1', '1.conv', '1.act')),
+        *((name, hooked) for name in ('0', '0.conv', '0.act', '1', '1.conv', '1.act')),
+        ('', hooked),
+        ('', lambda layers: nn.Sequential(*layers, nn.Tanh())),
+        ('', lambda layers: layers[:2]),
+    ],
+)
+@torch.no_grad()
+def test_another_patch_merging_is_called(name, change, read, monkeypatch):
+    monkeypatch.setattr(triton, 'is_available', lambda device: True)
+    merging, x = PatchMerging(16).eval(), torch.randn(1, 16, 8, 8)
+
+    def run(ops):
+        monkeypatch.setenv('MLLA_OPS', ops)
+        read.clear()
+        return merging(x)
+
+    torch.testing.assert_close(run('fused'), run('naive'))
+    run('fused')
+    assert 'expand_and_halve' in read
+    run('')
+    assert 'expand_and_halve' not in read
+    path, _, child = f'conv.{name}'.rstrip('.').rpartition('.')
+    parent = merging.get_submodule(path)
+    setattr(parent, child, change(getattr(parent, child)))
+    actual = run('fused')
+    assert 'expand_and_halve' not in read
+    torch.testing.assert_close(actual, run('naive'))
 
 
 @pytest.mark.parametrize(
@@ -361,7 +408,7 @@ X = torch.randn(2, 3, 5, 16)
 def test_a_block_hands_over_its_parameters(fused):
     block = MLLABlock(16, 2, qkv_bias=False)
     assert torch.equal(block(X), X)
-    ((x, parameters, num_heads, eps, scales),) = fused
+    ((x, parameters, num_heads, eps, scales, _),) = fused
     expected = []
     for name in BLOCK:
         layer = block.get_submodule(name)
@@ -505,11 +552,11 @@ def test_dropout_is_not_fused_but_stochastic_depth_is(fused):
     block(X)
     assert not fused
     block.eval()(X)
-    ((*_, scales),) = fused
+    ((*_, scales, _),) = fused
     assert scales == (None, None)
     block.train().mlp.drop.p = 0
     block(X)
-    scales = fused[1][-1]
+    scales = fused[1][-2]
     assert all({0.0, 2.0} >= set(scale.tolist()) for scale in scales)
 
 

@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mlla_mm.models import MLLA
-from mlla_mm.models.layers import MLLABlock
+from mlla_mm.models.layers import MLLABlock, PatchMerging
 from mlla_mm.ops import naive
 from mlla_mm.ops import triton as fused
 from mlla_mm.ops.dispatch import block_parameters
@@ -38,6 +38,7 @@ HALF_ONCE = [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.slow)
 slow = partial(pytest.param, marks=pytest.mark.slow)
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
 # A block has a dozen layers, and each rounds its result.
+MERGING_TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 BLOCK_TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
 
@@ -329,6 +330,7 @@ def test_gated_conv(scaling, device):
 @pytest.mark.parametrize('residual', [False, True])
 def test_conv_grad_is_added_and_written_where_asked(residual, device):
     from mlla_mm.ops.triton._depthwise_conv import conv_grad, silu_conv_grad
+    from mlla_mm.ops.triton._sums import add_up
 
     inputs = conv_inputs((2, 9, 3, 12), device=device)
     weight, bias = (t.detach() for t in inputs[1:])
@@ -344,9 +346,9 @@ def test_conv_grad_is_added_and_written_where_asked(residual, device):
     expected = list(torch.autograd.grad(z, exact, upstream.double()))
     expected[0] = expected[0] + added + (upstream if residual else 0)
     before, out = wide.clone(), wide.clone()
-    grads = conv_grad(x, weight, bias, upstream, residual, added, out[..., 4:16])
-    assert grads[0].data_ptr() == out[..., 4:16].data_ptr()
-    assert_close(grads, expected)
+    grad, sums = conv_grad(x, weight, upstream, residual, added, out[..., 4:16])
+    assert grad.data_ptr() == out[..., 4:16].data_ptr()
+    assert_close([grad, *add_up((sums, (weight, bias)))], expected)
     assert torch.equal(out[..., :4], before[..., :4])
     assert torch.equal(out[..., 16:], before[..., 16:])
 
@@ -354,27 +356,52 @@ def test_conv_grad_is_added_and_written_where_asked(residual, device):
 # --- Sums ---
 
 
-@pytest.mark.parametrize('scaling', [False, True])
 @pytest.mark.parametrize(
     'dtype', [*HALF_ONCE, pytest.param(FLOAT32, marks=pytest.mark.slow)]
 )
-def test_column_sums(dtype, scaling, device, monkeypatch):
+def test_column_sums(dtype, device, monkeypatch):
     """Each program takes several tiles, and the sums of programs fill several."""
     from mlla_mm.ops.triton import _sums
 
     monkeypatch.setattr(_sums, '_NUMBERS', 32)
     x = torch.randn(150, 20, device=device).to(dtype)[:, 5:17]
-    scale = image_scales(device) if scaling else None
-    expected = [scaled(x.double(), scale).sum(0)]
-    assert_close([_sums.column_sums(x, scale)], expected)
-    monkeypatch.setattr(_sums, '_PROGRAMS', 4)
-    actual = _sums.column_sums(x, scale)
-    assert actual.dtype == FLOAT32
-    assert_close([actual], expected)
-    like = torch.empty(12, dtype=dtype, device=device)
-    actual = _sums.column_sums(x, scale, like)
-    assert actual.dtype == dtype
-    assert_close([actual], expected)
+    for programs, like in ((512, FLOAT32), (4, dtype)):
+        monkeypatch.setattr(_sums, '_PROGRAMS', programs)
+        sums = _sums.column_sums(x)
+        assert sums.dtype == FLOAT32
+        (actual,) = _sums.add_up((sums, [torch.empty(12, dtype=like, device=device)]))
+        assert actual.dtype == like
+        assert_close([actual], [x.double().sum(0)])
+
+
+def test_sums_of_many_maps_are_added_up_at_once(device):
+    """Other numbers of programs, rows and columns, and two results of one row."""
+    from mlla_mm.ops.triton._sums import add_up
+
+    shapes = [(300, 10, 40), (1, 3, 8), (5, 1, 72), (2, 10, 4), (257, 1, 33)]
+    maps = [torch.randn(shape, device=device) for shape in shapes]
+    likes = [
+        [torch.empty(40, 1, 3, 3), torch.empty(40)],
+        [torch.empty(8), torch.empty(8).half(), torch.empty(8)],
+        [torch.empty(36), torch.empty(36)],
+        [torch.empty(4, 1, 3, 3).permute(0, 2, 3, 1), torch.empty(4)],
+        [torch.empty(33)],
+    ]
+    first, second, third, fourth, fifth = (x.double().sum(0) for x in maps)
+    expected = [
+        first[:9].t().reshape(40, 1, 3, 3),
+        first[9],
+        *second,
+        *third.view(2, 36),
+        fourth[:9].t().reshape(4, 3, 3, 1),
+        fourth[9],
+        fifth[0],
+    ]
+    actual = add_up(*zip(maps, likes))
+    assert actual[3].dtype == torch.float16
+    assert_close(actual, expected)
+    nine = [(sums, [sums[0]]) for sums in maps[1:3] * 4 + maps[4:]]
+    assert_close(add_up(*nine), [sums.double().sum(0) for sums, _ in nine])
 
 
 def test_sums_that_float16_cannot_hold_on_the_way(device):
@@ -383,7 +410,7 @@ def test_sums_that_float16_cannot_hold_on_the_way(device):
 
     x = torch.full((150, 32), 1000.0, dtype=torch.float16, device=device)
     x[1::2] = -1000
-    assert not column_sums(x).any()
+    assert not column_sums(x).sum(0).any()
     x, weight = x.abs()[:2], torch.full((16, 32), 100.0).half().to(device)
     weight[:, 16:] = -100
     y = linear_residual(x, weight, weight[:, 0], torch.zeros(2, 1, 1, 16).to(weight))
@@ -425,20 +452,31 @@ def test_layer_norm_under_autocast(dtype, device):
     assert_close(actual, expected)
 
 
-def test_layer_norm_grad_is_added_to_another(device, monkeypatch):
+@pytest.mark.parametrize('scaling', [False, True])
+def test_gradient_of_a_branch_at_its_layer_norm(scaling, device, monkeypatch):
     """Each program takes several tiles. The map is a part of a wider one."""
     from mlla_mm.ops.triton import _layer_norm
+    from mlla_mm.ops.triton._sums import add_up
 
     monkeypatch.setattr(_layer_norm, '_NUMBERS', 32)
     monkeypatch.setattr(_layer_norm, '_PROGRAMS', 3)
     x, weight, bias = norm_inputs((2, 5, 20), device=device)
     inputs = [x.detach()[..., 4:16].requires_grad_(), weight[:12], bias[:12]]
     exact = in_float64([t.detach().requires_grad_() for t in inputs])
+    scale = image_scales(device) if scaling else None
     grad, residual = torch.randn(2, 2, 5, 12, device=device)
-    expected = torch.autograd.grad(naive.layer_norm(*exact, 1e-5), exact, grad.double())
+    output = naive.layer_norm(*exact, 1e-5)
+    expected = torch.autograd.grad(output, exact, grad.double())
+    behind = scaled(residual.double().view(10, 12), scale).sum(0)
     inputs = [t.detach() for t in inputs]
-    actual = _layer_norm.layer_norm_grad(*inputs, 1e-5, grad, residual)
-    assert_close(actual, [expected[0] + residual, *expected[1:]])
+    dx, sums, again = _layer_norm.layer_norm_residual_grad(
+        *inputs, 1e-5, grad, residual, scale
+    )
+    sums = add_up((sums, [*inputs[1:], torch.empty(12)]))
+    assert_close(
+        [dx, *sums, again],
+        [expected[0] + residual, *expected[1:], behind, output.detach()],
+    )
 
 
 # --- Linear layers ---
@@ -492,11 +530,10 @@ def test_gelu_linear_grad(sizes, dtype, scaling, device):
     h = hidden.double().requires_grad_()
     activated = scaled(F.gelu(h), scale)
     (expected,) = torch.autograd.grad(activated @ weight.double().t(), h, grad.double())
-    bias = torch.empty(sizes[1], device=device)
-    actual = gelu_linear_grad(grad, weight, hidden, bias, scale)
-    assert [t.dtype for t in actual] == [dtype, dtype, FLOAT32]
+    *actual, sums = gelu_linear_grad(grad, weight, hidden, scale)
+    assert [t.dtype for t in (*actual, sums)] == [dtype, dtype, FLOAT32]
     expected = [expected, activated.detach(), expected.sum(0)]
-    assert_close(actual, expected, dtype)
+    assert_close([*actual, sums.sum((0, 1))], expected, dtype)
 
 
 def test_gelu_is_that_with_the_error_function(device):
@@ -563,6 +600,176 @@ def test_linear_relu_under_autocast(device):
     check('linear_relu', inputs)
 
 
+# --- LayerNorm with the layers before or behind it ---
+
+
+@pytest.mark.parametrize(
+    'shape, dtype',
+    [
+        ((2, 3, 5, 12), FLOAT32),  # not a power of two
+        ((1, 9, 9, 16), FLOAT32),  # several programs
+        *(((1, 4, 3, 24), dtype) for dtype in HALF),
+        slow((2, 7, 7, 512), FLOAT32),
+        slow((2, 14, 14, 96), torch.bfloat16),
+        slow((1, 7, 7, 768), torch.float16),
+    ],
+)
+def test_conv_norm(shape, dtype, device):
+    from mlla_mm.ops.triton._depthwise_conv import conv, conv_norm
+    from mlla_mm.ops.triton._layer_norm import layer_norm
+
+    inputs = [t.detach() for t in conv_inputs(shape, dtype, device)]
+    norm = torch.randn(2, shape[-1], device=device)
+    y, normalised = conv_norm(*inputs, *norm, 1e-5, dtype)
+    assert y.dtype == normalised.dtype == dtype
+    exact = naive.depthwise_conv(*in_float64(inputs), residual=True)
+    expected = naive.layer_norm(exact, *norm.double(), 1e-5)
+    assert_close([y, normalised], [exact, expected], dtype)
+    # The same as two kernels.
+    assert torch.equal(y, conv(*inputs, residual=True))
+    assert_close([normalised], [layer_norm(y, *norm, 1e-5, dtype).double()], dtype)
+
+
+def test_conv_norm_under_autocast(device):
+    from mlla_mm.ops.triton._depthwise_conv import conv_norm
+
+    x, weight, bias = (t.detach() for t in conv_inputs((1, 2, 3, 8), device=device))
+    norm = torch.randn(2, 8, device=device)
+    for given in (x, x.bfloat16()):
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            y, normalised = conv_norm(given, weight, bias, *norm, 1e-5, torch.bfloat16)
+            expected = naive.depthwise_conv(given, weight, bias, residual=True)
+        assert y.dtype == expected.dtype and normalised.dtype == torch.bfloat16
+        assert_close([y], [expected.double()], torch.bfloat16)
+
+
+# Numbers of channels and of columns. Neither is a multiple of a block.
+NARROW = [(24, 40), slow(64, 128), (96, 72), slow(128, 512)]
+
+
+@pytest.mark.parametrize('given', [FLOAT32, torch.float16])
+@pytest.mark.parametrize('channels, columns', NARROW)
+def test_norm_linear(channels, columns, given, device):
+    from mlla_mm.ops.triton._norm_linear import norm_linear
+
+    x, *norm = (t.detach() for t in norm_inputs((ROWS, channels), given, device))
+    _, *layer = linear_inputs(1, channels, columns, torch.float16, device)
+    layer = [t.detach() for t in layer]
+    actual = norm_linear(x, *norm, 1e-5, *layer)
+    assert actual.dtype == torch.float16
+    exact = naive.layer_norm(*in_float64([x, *norm]), 1e-5)
+    assert_close([actual], [F.linear(exact, *in_float64(layer))], torch.float16)
+
+
+@pytest.mark.parametrize('scaling', [False, True])
+@pytest.mark.parametrize('dtype', HALF)
+@pytest.mark.parametrize('channels, columns', NARROW)
+def test_mlp(channels, columns, dtype, scaling, device):
+    from mlla_mm.ops.triton._norm_linear import mlp
+
+    _, *first = linear_inputs(1, channels, columns, dtype, device)
+    _, *second = linear_inputs(1, columns, channels, dtype, device)
+    layers = [t.detach() for t in (*first, *second)]
+    scale = image_scales(device) if scaling else None
+    for given in {FLOAT32, dtype}:
+        shape = 2, 7, 10, channels
+        x, *norm = (t.detach() for t in norm_inputs(shape, given, device))
+        y, hidden = mlp(x, *norm, 1e-5, *layers, scale, keep=True)
+        assert y.dtype == given and hidden.dtype == dtype
+        weights = in_float64([x, *norm, *layers])
+        z = F.linear(naive.layer_norm(*weights[:3], 1e-5), *weights[3:5])
+        z = z.view(ROWS, columns)
+        branch = scaled(F.linear(F.gelu(z), *weights[5:]), scale).view(shape)
+        assert_close([y, hidden], [weights[0] + branch, z], dtype)
+        again, nothing = mlp(x, *norm, 1e-5, *layers, scale, keep=False)
+        assert torch.equal(again, y) and nothing is None
+
+
+# --- Patch merging ---
+
+
+def merging_inputs(shape, columns, dtype=FLOAT32, device='cpu'):
+    """x, and weights and biases of both layers."""
+    x, weight, bias = linear_inputs(1, shape[-1], columns, device=device)
+    x = torch.randn(shape, device=device).to(dtype).requires_grad_()
+    _, taps, conv_bias = conv_inputs((1, 1, 1, columns), device=device)
+    return [x, weight, bias, taps, conv_bias]
+
+
+@pytest.mark.parametrize(
+    'shape, columns, dtype',
+    [
+        ((1, 2, 2, 4), 8, FLOAT32),  # one output
+        ((2, 4, 6, 4), 20, FLOAT32),
+        ((1, 6, 18, 4), 8, FLOAT32),  # several strips
+        ((1, 34, 4, 4), 8, FLOAT32),  # several programs on top of each other
+        *(((1, 4, 4, 8), 16, dtype) for dtype in HALF),
+        *(slow((2, 14, 14, 12), 96, dtype) for dtype in [FLOAT32, *HALF]),
+        slow((1, 28, 12, 24), 136, FLOAT32),
+    ],
+)
+def test_expand_and_halve(shape, columns, dtype, device):
+    inputs = merging_inputs(shape, columns, dtype, device)
+    if dtype == FLOAT32:
+        check('expand_and_halve', inputs)
+    with torch.autocast(device.type, dtype, enabled=dtype != FLOAT32):
+        assert fused.supports_expand_and_halve(*inputs)
+        actual = output_and_grads(fused.expand_and_halve, inputs)
+        with torch.no_grad():
+            assert torch.equal(fused.expand_and_halve(*inputs), actual[0])
+    assert [t.dtype for t in actual] == [dtype, *(t.dtype for t in inputs)]
+    # The hidden map is rounded, and with it where its ReLU switches.
+    inputs[1:3] = (t.detach().to(dtype).requires_grad_() for t in inputs[1:3])
+    expected = output_and_grads(naive.expand_and_halve, in_float64(inputs))
+    assert_close(actual, expected, dtype, MERGING_TOLERANCE)
+
+
+def test_expand_and_halve_of_what_is_not_a_number(device):
+    inputs = merging_inputs((1, 4, 4, 4), 8, device=device)
+    with torch.no_grad():
+        inputs[0][0, 3, 3] = torch.nan
+    actual, grad, *_ = output_and_grads(fused.expand_and_halve, inputs)
+    expected, *_ = output_and_grads(naive.expand_and_halve, inputs)
+    assert torch.equal(actual.isnan(), expected.isnan()) and actual.isnan().any()
+
+
+def test_gradients_of_some_inputs_of_patch_merging(device):
+    inputs = merging_inputs((1, 4, 4, 4), 8, device=device)
+    for i in (0, 2, 3):
+        inputs[i].requires_grad_(False)
+    check('expand_and_halve', inputs)
+
+
+def test_expand_and_halve_of_odd_maps_is_not_supported(device):
+    for shape in ((1, 3, 4, 4), (1, 4, 3, 4)):
+        inputs = merging_inputs(shape, 8, device=device)
+        assert not fused.supports_expand_and_halve(*inputs)
+
+
+@pytest.mark.parametrize('forced', ['fused', ''])
+def test_patch_merging_as_a_whole(forced, device, monkeypatch):
+    """The layers are read where fused is asked for, else called."""
+    from mlla_mm.ops.triton import _merging
+
+    monkeypatch.setenv('MLLA_OPS', forced)
+    merging, called = PatchMerging(4).to(device), []
+    monkeypatch.setattr(
+        _merging, 'halve', lambda *args, f=_merging.halve: called.append(1) or f(*args)
+    )
+    exact, x = copy.deepcopy(merging).double(), torch.randn(2, 4, 3, 5, device=device)
+    wanted = [x.requires_grad_(), *merging.parameters()]
+    actual = output_and_grads(lambda *_: merging(x), wanted)
+    assert len(called) == (forced == 'fused')
+    monkeypatch.setenv('MLLA_OPS', 'naive')
+    precise = x.detach().double().requires_grad_()
+    wanted = [precise, *exact.parameters()]
+    assert_close(actual, output_and_grads(lambda *_: exact(precise), wanted))
+    monkeypatch.setenv('MLLA_OPS', 'fused')
+    merging.conv[1].act.register_forward_hook(lambda *_: called.append('hook'))
+    merging(x)
+    assert called[-1] == 'hook'
+
+
 # --- BatchNorm ---
 
 
@@ -605,11 +812,11 @@ def make_block(channels, num_heads, device='cpu', **options):
     return block.to(device)
 
 
-def apply_block(block, x, scales):
+def apply_block(block, x, scales, merged=False):
     """Run a block by the kernels."""
     eps = block.norm1.eps, block.norm2.eps
     parameters = block_parameters(block)
-    return fused.mlla_block(x, parameters, block.attn.num_heads, eps, scales)
+    return fused.mlla_block(x, parameters, block.attn.num_heads, eps, scales, merged)
 
 
 class Scaled(nn.Module):
@@ -637,12 +844,12 @@ def block_and_grads(block, x, scales, apply=apply_block):
     return output_and_grads(lambda *_: apply(block, x, scales), inputs)
 
 
-def check_block(block, x, scales, computed=FLOAT32):
+def check_block(block, x, scales, computed=FLOAT32, merged=False):
     """Compare with the definitions. ``computed`` is the dtype of autocast."""
     num_heads = block.attn.num_heads
     assert fused.supports_mlla_block(x, block_parameters(block), num_heads)
     with torch.autocast(x.device.type, computed, enabled=computed != FLOAT32):
-        actual = block_and_grads(block, x, scales)
+        actual = block_and_grads(block, x, scales, partial(apply_block, merged=merged))
     parameters = dict(sorted(block.named_parameters())).values()
     assert [t.dtype for t in actual] == [t.dtype for t in (x, x, *parameters)]
     exact = copy.deepcopy(block).double()
@@ -675,6 +882,52 @@ def test_block(shape, num_heads, scaling, dtype, given, device):
     scales = (scale, scale.flip(0)) if scaling else (None, None)
     x = torch.randn(shape, device=device).to(given)
     check_block(make_block(shape[-1], num_heads, device), x, scales, dtype)
+
+
+@pytest.mark.parametrize(
+    'channels, computed, given',
+    [
+        (16, torch.bfloat16, FLOAT32),
+        (12, FLOAT32, FLOAT32),  # not for half precision: layer by layer
+        # Too wide for whole rows.
+        slow(132, torch.float16, torch.float16),
+        slow(96, torch.float16, torch.float16),
+        slow(136, FLOAT32, FLOAT32),
+    ],
+)
+def test_block_of_merged_layers(channels, computed, given, device):
+    scale = image_scales(device)
+    x = torch.randn(2, 2, 3, channels, device=device).to(given)
+    scales = scale, scale.flip(0)
+    block = make_block(channels, max(1, channels // 44), device)
+    check_block(block, x, scales, computed, merged=True)
+    with torch.autocast(device.type, computed, enabled=computed != FLOAT32):
+        expected = apply_block(block, x, scales, merged=True)
+        with torch.no_grad():
+            assert torch.equal(apply_block(block, x, scales, merged=True), expected)
+        # Whether layers are merged changes no more than the order of sums does.
+        assert_close([expected], [apply_block(block, x, scales).double()], computed)
+
+
+def test_layers_are_merged_where_fused_is_asked_for(device, monkeypatch):
+    from mlla_mm.ops.triton import _block
+
+    block, called = make_block(8, 1, device), []
+    x = torch.randn(1, 2, 3, 8, device=device)
+    for name in ('conv_norm', 'norm_linear', 'mlp'):
+        function = getattr(_block, name)
+        spy = partial(lambda name, f, *a: called.append(name) or f(*a), name, function)
+        monkeypatch.setattr(_block, name, spy)
+    monkeypatch.setenv('MLLA_OPS', 'fused')
+    with torch.no_grad():
+        block(x)
+        assert called == ['conv_norm', 'conv_norm']
+        with torch.autocast(device.type, torch.float16):
+            block(x)
+        assert called[2:] == ['norm_linear', 'mlp']
+        monkeypatch.delenv('MLLA_OPS')
+        block(x)
+    assert len(called) == 4
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,10 @@ SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227}
 # Of a thread. The first kernel has a warp that holds 8 numbers of each of ten sums, the
 # others hold matrices, which float32 makes large.
 REGISTERS = dict(
-    _conv_grad_kernel=255, _query_grad_kernel=240, _key_value_grad_kernel=255
+    _conv_grad_kernel=255,
+    _query_grad_kernel=240,
+    _key_value_grad_kernel=255,
+    _mlp_kernel=255,
 )
 # Bytes that a thread may spill: a number that LayerNorm's gradient needs only behind
 # its loop, with padding.
@@ -70,13 +73,16 @@ def described(value):
     if isinstance(value, torch.Tensor):
         offset = value.storage_offset() * value.element_size()
         return Pointer(value.dtype, offset % 16)
-    return value
+    return tuple(map(described, value)) if isinstance(value, tuple) else value
 
 
-def launches(arch, mode, dtype, shape=SHAPES[0], readable=True) -> List[Launch]:
+def launches(
+    arch, mode, dtype, shape=SHAPES[0], readable=True, ops='fused'
+) -> List[Launch]:
     """The different launches of a call of a model, in training with a backward pass.
 
-    A block that is not readable runs as single layers.
+    A block that is not readable runs as single layers. ``ops`` is what ``MLLA_OPS``
+    says: with 'fused' layers are merged that are not by default.
     """
     found, training = {}, mode == 'train'
     kernels = {name: kernel for _, name, kernel in triton_kernels()}
@@ -85,7 +91,10 @@ def launches(arch, mode, dtype, shape=SHAPES[0], readable=True) -> List[Launch]:
         given = tuple((key, described(value)) for key, value in arguments.items())
         found[Launch(kernels[name], given)] = None
 
-    with pretended_cuda(on_launch=record):
+    with (
+        mock.patch.dict('os.environ', MLLA_OPS=ops),
+        pretended_cuda(on_launch=record),
+    ):
         with torch.device('cuda'):
             model = MLLA(arch, drop_path_rate=0.2).train(training)
             images = torch.empty(shape)
@@ -152,7 +161,10 @@ def read_resources(cubin, path):
 
 
 def test_models_launch_every_kernel():
-    found = [launches(NANO, mode, torch.bfloat16) for mode in ('infer', 'train')]
+    found = [
+        launches(NANO, mode, torch.bfloat16, ops=ops)
+        for mode, ops in product(('infer', 'train'), ('', 'fused'))
+    ]
     launched = {launch.kernel for one in found for launch in one}
     assert launched == {kernel for _, _, kernel in triton_kernels()}
 
@@ -165,8 +177,9 @@ def test_models_launch_every_kernel():
 def test_one_launch_of_each_kernel(mode, dtype, capability, tmp_path):
     """The last one of each kernel, and of each step that a kernel can end with."""
     found = {}
-    for launch in launches('t', mode, dtype):
-        found[launch.kernel, dict(launch.arguments).get('MODE')] = launch
+    for ops in ('', 'fused'):
+        for launch in launches('t', mode, dtype, ops=ops):
+            found[launch.kernel, dict(launch.arguments).get('MODE')] = launch
     check(found.values(), capability, tmp_path)
 
 
@@ -180,8 +193,8 @@ def test_all_launches(mode, precision, arch, capability, tmp_path, monkeypatch):
     uses_tf32 = precision == 'tf32'
     monkeypatch.setattr(_mlla_attention, 'products_use_tf32', lambda: uses_tf32)
     dtype = torch.float32 if uses_tf32 else getattr(torch, precision)
-    for shape, readable in product(SHAPES, [True, False]):
-        found = launches(arch, mode, dtype, shape, readable)
+    for shape, variant in product(SHAPES, [(True, ''), (True, 'fused'), (False, '')]):
+        found = launches(arch, mode, dtype, shape, *variant)
         check(found, capability, tmp_path)
 
 

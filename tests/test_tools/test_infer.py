@@ -75,6 +75,15 @@ def test_nothing_could_be_read(infer, tmp_path):
     assert f'Skipped: {tmp_path / "none.jpg"} cannot be opened' in result.stdout
 
 
+def test_cuda_graphs_need_cuda(infer, tmp_path):
+    arguments = ('--device', 'cpu', '--cuda-graph')
+    result = infer(tmp_path, '--out', tmp_path, *arguments, check=False)
+    assert result.returncode == 1
+    assert result.stderr.startswith(
+        'Error: cuda_graph needs a CUDA device, and this is'
+    )
+
+
 def test_user_errors(call_tool, tmp_path):
     result = call_tool('tools/infer.py', tmp_path, 'none.py', 'none.pth', check=False)
     assert result.returncode == 1

@@ -31,4 +31,5 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, d, H, W) -> (N, 2d, ceil(H / 2), ceil(W / 2))."""
-        return self.conv(ops.pad_to_multiple(x, 2))
+        x = ops.pad_to_multiple(x, 2)
+        return ops.patch_merging(x, self.conv, readable=ConvLayer)

@@ -109,6 +109,21 @@ def supports_linear_relu(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
     return len(weight) <= 4 * _MAX_CHANNELS and _fit(x, weight, bias)
 
 
+def supports_expand_and_halve(
+    x: Tensor, weight: Tensor, bias: Tensor, taps: Tensor, conv_bias: Tensor
+) -> bool:
+    """Whether :func:`expand_and_halve` supports these tensors.
+
+    The conditions are those of :func:`supports_linear_relu`, and the map must have an
+    even number of rows and of columns.
+    """
+    return (
+        x.shape[1] % 2 == x.shape[2] % 2 == 0
+        and supports_linear_relu(x, weight, bias)
+        and _fit(x, taps, conv_bias)
+    )
+
+
 def supports_batch_norm(
     x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor
 ) -> bool:
@@ -203,6 +218,18 @@ def linear_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return LinearReLU.apply(x, weight, bias)
 
 
+def expand_and_halve(
+    x: Tensor, weight: Tensor, bias: Tensor, taps: Tensor, conv_bias: Tensor
+) -> Tensor:
+    """:func:`mlla_mm.ops.naive.expand_and_halve` in two kernels. Contiguous."""
+    from . import _merging
+
+    tensors = x, weight, bias, taps, conv_bias
+    if torch.is_grad_enabled():
+        return _merging.ExpandAndHalve.apply(*tensors)
+    return _merging.forward(*tensors)[0]
+
+
 def batch_norm(
     x: Tensor,
     mean: Tensor,
@@ -224,6 +251,7 @@ def mlla_block(
     num_heads: int,
     eps: Tuple[float, float],
     scales: Tuple[Optional[Tensor], Optional[Tensor]],
+    merged: bool = False,
 ) -> Tensor:
     """A whole :class:`mlla_mm.models.layers.MLLABlock`.
 
@@ -235,6 +263,8 @@ def mlla_block(
         eps (tuple[float, float]): ``eps`` of both LayerNorms.
         scales (tuple[Tensor | None, Tensor | None]): Factors of stochastic depth for
             the two branches of each image, (N,) in float32. None means 1.
+        merged (bool): Also take the kernels of several layers, which were not measured
+            on a GPU. Defaults to False.
 
     Returns:
         Tensor: (N, H, W, C), the dtype of ``x`` promoted with that of the products.
@@ -243,6 +273,6 @@ def mlla_block(
 
     x = x.contiguous()
     if torch.is_grad_enabled():
-        return _block.MLLABlock.apply(x, num_heads, eps, scales, *parameters)
+        return _block.MLLABlock.apply(x, num_heads, eps, scales, merged, *parameters)
     weights = _block.Weights._make(parameters)
-    return _block.forward(x, num_heads, eps, scales, weights, keep=False)[0]
+    return _block.forward(x, num_heads, eps, scales, weights, False, merged)[0]

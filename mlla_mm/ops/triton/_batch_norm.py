@@ -1,12 +1,15 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 """BatchNorm by running statistics, and ReLU, in one pass over a map."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ._common import SIZES, ceil_div, load_float, plan_rows
+from ._moves import Moves, statement_of
 
 _NUMBERS = 2048
 
@@ -69,3 +72,10 @@ def _batch_norm_kernel(
         # Not the maximum with zero: that would hide a NaN.
         y = tl.where(y < 0, 0.0, y)
     tl.store(y_ptr + offsets, y, mask=mask)
+
+
+@statement_of(_batch_norm_kernel)
+def _batch_norm_moves(k: Any) -> Moves:
+    size = k.num_rows * k.C
+    vectors = dict.fromkeys(('mean_ptr', 'var_ptr', 'weight_ptr', 'bias_ptr'), k.C)
+    return Moves(reads=dict(x_ptr=size, **vectors), writes=dict(y_ptr=size))

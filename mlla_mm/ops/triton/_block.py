@@ -16,16 +16,19 @@ from torch.autograd.function import once_differentiable
 from ...compat.pytorch import linear_dtype
 from .. import casts
 from ._depthwise_conv import (
+    MAX_NORM_CHANNELS,
     conv,
     conv_grad,
+    conv_norm,
     gated_conv,
     gated_conv_grad,
     silu_conv_grad,
 )
-from ._layer_norm import layer_norm, layer_norm_grad
+from ._layer_norm import layer_norm, layer_norm_residual_grad
 from ._linear import gelu_linear_grad, linear_gelu, linear_residual, weight_grad
 from ._mlla_attention import linear_attention, linear_attention_grad
-from ._sums import column_sums
+from ._norm_linear import fits, mlp, norm_linear
+from ._sums import add_up, column_sums
 
 
 class Weights(NamedTuple):
@@ -82,10 +85,13 @@ class MLLABlock(torch.autograd.Function):
         num_heads: int,
         eps: Tuple[float, float],
         scales: Tuple[Optional[Tensor], Optional[Tensor]],
+        merged: bool,
         *parameters: Optional[Tensor],
     ) -> Tensor:
         weights = Weights._make(parameters)
-        out, kept, products = forward(x, num_heads, eps, scales, weights, keep=True)
+        out, kept, products = forward(
+            x, num_heads, eps, scales, weights, keep=True, merged=merged
+        )
         ctx.save_for_backward(*kept, *products, *scales, *parameters)
         ctx.num_heads, ctx.eps = num_heads, eps
         return out
@@ -103,9 +109,9 @@ class MLLABlock(torch.autograd.Function):
             grad_x, grads = backward(
                 grad, kept, ctx.num_heads, ctx.eps, scales, weights, products
             )
-        needed = zip(grads, ctx.needs_input_grad[4:])
+        needed = zip(grads, ctx.needs_input_grad[5:])
         wanted = [grad if needs else None for grad, needs in needed]
-        return (grad_x, None, None, None, *wanted)
+        return (grad_x, None, None, None, None, *wanted)
 
 
 _NUM_KEPT = 10
@@ -118,20 +124,30 @@ def forward(
     scales: Sequence[Optional[Tensor]],
     w: Weights,
     keep: bool,
+    merged: bool,
 ) -> Tuple[Tensor, Tuple[Optional[Tensor], ...], _Products]:
     """The forward pass.
 
+    ``merged`` also takes the kernels of several layers: LayerNorm with the linear
+    layers behind it where there are few channels, and elsewhere with the convolution
+    before it. ``keep`` keeps what the backward pass needs.
+
     Returns:
-        tuple: The output, the tensors that the backward pass needs if ``keep`` says so,
-        and the parameters of the matrix products.
+        tuple: The output, the tensors that the backward pass needs, and the parameters
+        of the matrix products.
     """
     dtype = linear_dtype(x)
     products = _cast(w, dtype)
     channels = x.shape[-1]
+    narrow = merged and fits(channels, dtype)
     # The factors of each product have one dtype, so autocast casts nothing.
-    x1 = conv(x, w.cpe1, w.cpe1_bias, residual=True)
-    u = layer_norm(x1, w.norm1, w.norm1_bias, eps[0], dtype)
-    projected = F.linear(u, products.in_act, products.in_act_bias)
+    norm = w.norm1, w.norm1_bias, eps[0]
+    if narrow:
+        x1 = conv(x, w.cpe1, w.cpe1_bias, residual=True)
+        projected = norm_linear(x1, *norm, products.in_act, products.in_act_bias)
+    else:
+        x1, u = _conv_norm(x, w.cpe1, w.cpe1_bias, *norm, dtype, merged)
+        projected = F.linear(u, products.in_act, products.in_act_bias)
     inner, gate = projected.split(channels, dim=-1)
     v = conv(inner, w.dwc, w.dwc_bias, act=True)
     qk = F.linear(v, products.qk, products.qk_bias)
@@ -140,12 +156,34 @@ def forward(
     x2 = linear_residual(
         gated.view(-1, channels), products.out, products.out_bias, x1, scales[0]
     )
-    x3 = conv(x2, w.cpe2, w.cpe2_bias, residual=True)
-    u = layer_norm(x3, w.norm2, w.norm2_bias, eps[1], dtype).view(-1, channels)
-    activated, hidden = linear_gelu(u, products.fc1, products.fc1_bias, keep)
-    out = linear_residual(activated, products.fc2, products.fc2_bias, x3, scales[1])
+    norm = w.norm2, w.norm2_bias, eps[1]
+    fc1, fc2 = (products.fc1, products.fc1_bias), (products.fc2, products.fc2_bias)
+    if narrow:
+        x3 = conv(x2, w.cpe2, w.cpe2_bias, residual=True)
+        out, hidden = mlp(x3, *norm, *fc1, *fc2, scales[1], keep)
+    else:
+        x3, u = _conv_norm(x2, w.cpe2, w.cpe2_bias, *norm, dtype, merged)
+        activated, hidden = linear_gelu(u.view(-1, channels), *fc1, keep)
+        out = linear_residual(activated, *fc2, x3, scales[1])
     kept = (x, x1, projected, v, qk, y, states, x2, x3, hidden)
     return out, kept if keep else (), products
+
+
+def _conv_norm(
+    x: Tensor,
+    taps: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    merged: bool,
+) -> Tuple[Tensor, Tensor]:
+    """x + conv(x), and its LayerNorm in the given dtype."""
+    if merged and x.shape[-1] <= MAX_NORM_CHANNELS:
+        return conv_norm(x, taps, bias, norm_weight, norm_bias, eps, dtype)
+    x = conv(x, taps, bias, residual=True)
+    return x, layer_norm(x, norm_weight, norm_bias, eps, dtype)
 
 
 def backward(
@@ -165,17 +203,18 @@ def backward(
 
     # x3 + s fc2(GELU(fc1(LN(x3))))
     rows = grad.view(-1, channels).to(dtype)
-    grad_hidden, activated, fc1_bias = gelu_linear_grad(
-        rows, products.fc2, hidden, w.fc1_bias, scales[1]
+    grad_hidden, activated, fc1_sums = gelu_linear_grad(
+        rows, products.fc2, hidden, scales[1]
     )
     fc2 = weight_grad(rows, activated, w.fc2)
-    fc2_bias = column_sums(rows, scales[1], w.fc2_bias)
-    u = layer_norm(x3, w.norm2, w.norm2_bias, eps[1], dtype).view(-1, channels)
-    fc1 = weight_grad(grad_hidden, u, w.fc1)
+    del activated
     grad_u = (grad_hidden @ products.fc1).view(x3.shape)
-    del activated, grad_hidden, u
-    grad, *norm2 = layer_norm_grad(x3, w.norm2, w.norm2_bias, eps[1], grad_u, grad)
-    grad, *cpe2 = conv_grad(x2, w.cpe2, w.cpe2_bias, grad, residual=True)
+    grad, norm2_sums, u = layer_norm_residual_grad(
+        x3, w.norm2, w.norm2_bias, eps[1], grad_u, grad, scales[1]
+    )
+    fc1 = weight_grad(grad_hidden, u.view(-1, channels), w.fc1)
+    del grad_hidden, grad_u, u
+    grad, cpe2_sums = conv_grad(x2, w.cpe2, grad, residual=True)
 
     # x1 + s out_proj(gated)
     rows = grad.view(-1, channels).to(dtype)
@@ -186,48 +225,51 @@ def backward(
         v, w.lepe, w.lepe_bias, y, gate, grad_gated, grad_gate, scales[0]
     )
     out = weight_grad(rows, gated.view(-1, channels), w.out_proj)
-    out_bias = column_sums(rows, scales[0], w.out_proj_bias)
     grad_qk, grad_v = linear_attention_grad(qk, v, y, states, grad_y, num_heads)
     rows = grad_qk.view(-1, 2 * channels)
     qk = weight_grad(rows, v.view(-1, channels), w.qk)
-    qk_bias = None if w.qk_bias is None else column_sums(rows, like=w.qk_bias)
+    qk_sums = None if w.qk_bias is None else column_sums(rows)
     grad_v.view(-1, channels).addmm_(rows, products.qk)
     del grad_qk, gated, grad_gated
-    grad_v, *lepe = conv_grad(v, w.lepe, w.lepe_bias, grad_y, added=grad_v)
+    grad_v, lepe_sums = conv_grad(v, w.lepe, grad_y, added=grad_v)
     grad_v = silu_conv_grad(inner, w.dwc, w.dwc_bias, grad_v)
-    _, *dwc = conv_grad(inner, w.dwc, w.dwc_bias, grad_v, out=grad_inner)
+    _, dwc_sums = conv_grad(inner, w.dwc, grad_v, out=grad_inner)
 
     # in_proj(LN(x1)), act_proj(LN(x1)), x1 = x + conv(x)
     rows = grad_projected.view(-1, 2 * channels)
-    u = layer_norm(x1, w.norm1, w.norm1_bias, eps[0], dtype).view(-1, channels)
-    in_act = weight_grad(rows, u, w.in_proj)
-    in_act_bias = column_sums(rows).to(w.in_proj_bias.dtype)
+    in_act_sums = column_sums(rows)
     grad_u = (rows @ products.in_act).view(x1.shape)
-    grad, *norm1 = layer_norm_grad(x1, w.norm1, w.norm1_bias, eps[0], grad_u, grad)
-    grad, *cpe1 = conv_grad(x, w.cpe1, w.cpe1_bias, grad, residual=True)
+    grad, norm1_sums, u = layer_norm_residual_grad(
+        x1, w.norm1, w.norm1_bias, eps[0], grad_u, grad, scales[0]
+    )
+    in_proj, act_proj = weight_grad(rows, u.view(-1, channels), w.in_proj).chunk(2)
+    grad, cpe1_sums = conv_grad(x, w.cpe1, grad, residual=True)
 
-    in_proj, act_proj = in_act.chunk(2)
-    in_proj_bias, act_proj_bias = in_act_bias.chunk(2)
-    return grad, [
-        *cpe1,
-        *norm1,
-        in_proj,
-        in_proj_bias,
-        act_proj,
-        act_proj_bias,
-        *dwc,
-        qk,
-        qk_bias,
-        *lepe,
-        out,
-        out_bias,
-        *cpe2,
-        *norm2,
-        fc1,
-        fc1_bias,
-        fc2,
-        fc2_bias,
+    maps = [
+        (cpe1_sums, ['cpe1', 'cpe1_bias']),
+        (norm1_sums, ['norm1', 'norm1_bias', 'out_proj_bias']),
+        (in_act_sums, ['in_proj_bias', 'act_proj_bias']),
+        (dwc_sums, ['dwc', 'dwc_bias']),
+        (lepe_sums, ['lepe', 'lepe_bias']),
+        (cpe2_sums, ['cpe2', 'cpe2_bias']),
+        (norm2_sums, ['norm2', 'norm2_bias', 'fc2_bias']),
+        (fc1_sums, ['fc1_bias']),
     ]
+    if qk_sums is not None:
+        maps.append((qk_sums, ['qk_bias']))
+    totals = add_up(
+        *((sums, [getattr(w, name) for name in names]) for sums, names in maps)
+    )
+    grads = dict(
+        zip((name for _, names in maps for name in names), totals),
+        in_proj=in_proj,
+        act_proj=act_proj,
+        qk=qk,
+        out_proj=out,
+        fc1=fc1,
+        fc2=fc2,
+    )
+    return grad, [grads.get(name) for name in Weights._fields]
 
 
 def _cast(w: Weights, dtype: torch.dtype) -> _Products:

@@ -13,8 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+#: Arguments of :func:`mlla_mm.ops.triton._sums.add_up`'s kernel: of each map the number
+#: of programs.
+SUMMANDS = [f'parts{i}' for i in range(9)]
+
 #: Arguments that change from image to image. No kernel is compiled for their values.
 SIZES = [
+    *SUMMANDS,
     'height',
     'width',
     'rows',
@@ -27,6 +32,8 @@ SIZES = [
 
 # Number of shapes whose plans are cached. Every launch of a kernel needs a plan.
 _PLANS = 4096
+#: Number of weights of a 3x3 stencil.
+TAPS = tl.constexpr(9)
 _LOG2_E = tl.constexpr(math.log2(math.e))
 
 # Number of tokens in a row of a strip.
@@ -66,19 +73,43 @@ def plan_strips(
         tuple: The grid (blocks of channels, strips times runs of rows, images), and the
         arguments for sizes that these kernels share.
     """
+    block_c = min(channels, block_size(shape[3], least=16))
+    return _plan_strips(shape, _TOKENS, block_c, numbers, _LEAST_ROWS)
+
+
+@functools.lru_cache(maxsize=_PLANS)
+def plan_whole_strips(
+    shape: Tuple[int, int, int, int],
+) -> Tuple[Tuple[int, int, int], Dict[str, int]]:
+    """Cut a map for a 3x3 stencil whose programs take all channels, at most 1024.
+
+    A thread has 4 numbers of a row, so that a strip has as many columns as 512 threads
+    can take, but at most 4. There are fewer programs for a row, so each takes fewer
+    rows. See :func:`plan_strips`.
+    """
+    block_c = power_of_two(shape[3])
+    return _plan_strips(shape, min(4, 2048 // block_c), block_c, 4, 2)
+
+
+def _plan_strips(
+    shape: Tuple[int, int, int, int],
+    tokens: int,
+    block_c: int,
+    numbers: int,
+    least_rows: int,
+) -> Tuple[Tuple[int, int, int], Dict[str, int]]:
     number, height, width, all_channels = shape
-    block_c = min(channels, block_size(all_channels, least=16))
-    blocks, strips = ceil_div(all_channels, block_c), ceil_div(width, _TOKENS)
-    runs = min(_PROGRAMS // (blocks * strips * number), height // _LEAST_ROWS)
+    blocks, strips = ceil_div(all_channels, block_c), ceil_div(width, tokens)
+    runs = min(_PROGRAMS // (blocks * strips * number), height // least_rows)
     rows = ceil_div(height, max(1, runs))
     sizes = dict(
         height=height,
         width=width,
         rows=rows,
         C=all_channels,
-        TOKENS=_TOKENS,
+        TOKENS=tokens,
         BLOCK_C=block_c,
-        num_warps=max(1, _TOKENS * block_c // (32 * numbers)),
+        num_warps=max(1, tokens * block_c // (32 * numbers)),
     )
     return (blocks, strips * ceil_div(height, rows), number), sizes
 
@@ -116,6 +147,14 @@ def operand_dtype(x: Tensor) -> tl.dtype:
     Triton's interpreter has no products in bfloat16.
     """
     return tl.bfloat16 if x.dtype == torch.bfloat16 and x.is_cuda else tl.float32
+
+
+def linear_operand(x: Tensor) -> tl.dtype:
+    """The dtype of the factors of a linear layer of x, in half precision.
+
+    They are what they are: no sum over tokens is a factor here.
+    """
+    return tl.float16 if x.dtype == torch.float16 else operand_dtype(x)
 
 
 @triton.jit
@@ -190,6 +229,6 @@ def silu_grad(x):
 def load_taps(weight_ptr, channels, mask):
     """The nine weights of each channel, row by row, from (C, 1, 3, 3)."""
     taps = ()
-    for i in tl.static_range(9):
-        taps += (load_float(weight_ptr + channels * 9 + i, mask)[None, :],)
+    for i in tl.static_range(TAPS):
+        taps += (load_float(weight_ptr + channels * TAPS + i, mask)[None, :],)
     return taps

@@ -5,6 +5,7 @@ With ``z = conv(x) + b``, one kernel goes down the rows of a strip and, for each
 z, writes one of these:
 
 - the layer: ``[x +] z`` or ``[x +] SiLU(z)``;
+- the layer ``x + z``, and its LayerNorm. For this a program takes all channels;
 - the gradient of z from the gradient e of SiLU(z): ``e SiLU'(z)``;
 - the position encoding z, added to the attention a, and gated: ``(a + z) SiLU(g)``;
 - the backward pass of the last one. If e is the gradient of the output, multiplied by
@@ -35,19 +36,25 @@ from ._common import (
     load_taps,
     locate_strip,
     plan_strips,
+    plan_whole_strips,
     silu,
     silu_grad,
     strip_masks,
 )
+from ._moves import Moves, statement_of
 from ._sums import add_up
 
-_LAYER, _SILU_GRAD, _GATE, _GATE_GRAD = 0, 1, 2, 3
+_LAYER, _SILU_GRAD, _GATE, _GATE_GRAD, _NORM = 0, 1, 2, 3, 4
 # Channels of a program, and numbers of a row for each thread. The kernel of gradients
 # holds ten sums for each number, so it takes fewer threads: there is less to add up.
 _STRIP = dict(channels=64, numbers=4)
 _STRIP_OF_SUMS = dict(channels=32, numbers=8)
 # With 8 numbers of float32 the registers would not suffice.
 _STRIP_OF_FLOAT32_SUMS = dict(channels=32, numbers=4)
+
+
+#: Most channels of a map for :func:`conv_norm`.
+MAX_NORM_CHANNELS = 1024
 
 
 class DepthwiseConv(torch.autograd.Function):
@@ -72,9 +79,10 @@ class DepthwiseConv(torch.autograd.Function):
         x, weight, bias = ctx.saved_tensors
         grad_z = silu_conv_grad(x, weight, bias, grad) if ctx.act else grad
         separate = grad if ctx.act and ctx.residual else None
-        grads = conv_grad(
-            x, weight, bias, grad_z, ctx.residual and not ctx.act, added=separate
+        grad_x, sums = conv_grad(
+            x, weight, grad_z, ctx.residual and not ctx.act, added=separate
         )
+        grads = grad_x, *add_up((sums, (weight, bias)))
         needed = zip(grads, ctx.needs_input_grad)
         return (*(grad if needs else None for grad, needs in needed), None, None)
 
@@ -88,6 +96,26 @@ def conv(
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     _run(_LAYER, x, weight, bias, outputs=(y,), residual=residual, act=act)
     return y
+
+
+def conv_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+) -> Tuple[Tensor, Tensor]:
+    """``x + z`` as of :func:`conv`, and its LayerNorm in the given dtype."""
+    y = torch.empty(
+        x.shape, dtype=torch.promote_types(x.dtype, linear_dtype(x)), device=x.device
+    )
+    normalised = torch.empty(x.shape, dtype=dtype, device=x.device)
+    norm = norm_weight.contiguous(), norm_bias.contiguous(), eps
+    outputs = y, normalised
+    _run(_NORM, x, weight, bias, outputs=outputs, residual=True, norm=norm)
+    return y, normalised
 
 
 def silu_conv_grad(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor) -> Tensor:
@@ -145,12 +173,16 @@ def _run(
     outputs: Tuple[Tensor, ...] = (),
     residual: bool = False,
     act: bool = False,
+    norm: Tuple[Optional[Tensor], Optional[Tensor], float] = (None, None, 0.0),
 ) -> None:
     """Launch the first kernel. Pointers that it does not use get x."""
     rows = as_rows(x)
     added, gate, grad = (rows if y is None else as_rows(y) for y in (added, gate, grad))
     y, second, third = (*outputs, *[outputs[0]] * (3 - len(outputs)))
-    grid, sizes = plan_strips(x.shape, **_STRIP)
+    if mode == _NORM:
+        grid, sizes = plan_whole_strips(x.shape)
+    else:
+        grid, sizes = plan_strips(x.shape, **_STRIP)
     with torch.cuda.device_of(x):
         _conv_kernel[grid](
             rows,
@@ -168,6 +200,7 @@ def _run(
             second,
             third,
             third.stride(-2),
+            *norm,
             **sizes,
             MODE=mode,
             ACT=act,
@@ -178,24 +211,27 @@ def _run(
 def conv_grad(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor,
     grad_z: Tensor,
     residual: bool = False,
     added: Optional[Tensor] = None,
     out: Optional[Tensor] = None,
-) -> Tuple[Tensor, ...]:
-    """Gradients of x, weight and bias from the gradient of z.
+) -> Tuple[Tensor, Tensor]:
+    """Gradients of x, and of weight and bias in parts, from the gradient of z.
 
     Args:
         x (Tensor): (N, H, W, C).
         weight (Tensor): (C, 1, 3, 3).
-        bias (Tensor): (C,).
         grad_z (Tensor): (N, H, W, C).
         residual (bool): Whether x was added to z. Then the gradient of z is added to
             that of x. Defaults to False.
         added (Tensor, optional): A gradient of x, which is added. Defaults to None.
         out (Tensor, optional): Memory for the gradient of x. It may be some channels of
             a wider map. None allocates a map. Defaults to None.
+
+    Returns:
+        tuple[Tensor, Tensor]: The gradient of x, and for :func:`add_up` the sums of
+        each program, (programs, 10, C) in float32: nine for the weight, one for the
+        bias.
     """
     if out is None:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -222,7 +258,7 @@ def conv_grad(
             RESIDUAL=residual,
             ADD=added is not None,
         )
-    return (out, *add_up(sums, weight, bias))
+    return out, sums
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -242,6 +278,9 @@ def _conv_kernel(
     second_ptr,
     third_ptr,
     third_stride,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    eps,
     height,
     width,
     rows,
@@ -256,6 +295,9 @@ def _conv_kernel(
     channel_mask = channels < C
     taps = load_taps(weight_ptr, channels, channel_mask)
     bias = load_float(bias_ptr + channels, channel_mask)[None, :]
+    if MODE == 4:  # _NORM
+        norm_weight = load_float(norm_weight_ptr + channels, channel_mask)[None, :]
+        norm_bias = load_float(norm_bias_ptr + channels, channel_mask)[None, :]
     first, last, columns = locate_strip(height, width, rows, TOKENS)
     masks = strip_masks(columns, width, channel_mask)
     # The row before the first, which the first one sees.
@@ -305,6 +347,15 @@ def _conv_kernel(
             tl.store(y_ptr + out, z, mask=inside)
         elif MODE == 1:  # _SILU_GRAD
             tl.store(y_ptr + out, grad * silu_grad(z), mask=inside)
+        elif MODE == 4:  # _NORM
+            # Rounded as if it were read, and zero behind the last channel.
+            z = z.to(y_ptr.dtype.element_ty)
+            tl.store(y_ptr + out, z, mask=inside)
+            z = z.to(tl.float32)
+            z -= tl.sum(z, axis=1)[:, None] / C
+            z = tl.where(channel_mask[None, :], z, 0.0)
+            z *= tl.rsqrt(tl.sum(z * z, axis=1) / C + eps)[:, None]
+            tl.store(second_ptr + out, z * norm_weight + norm_bias, mask=inside)
         elif MODE == 2:  # _GATE
             tl.store(y_ptr + out, (added + z) * silu(gate), mask=inside)
         else:  # _GATE_GRAD
@@ -320,6 +371,31 @@ def _conv_kernel(
                 z *= scale
             tl.store(second_ptr + out, z * silu(gate), mask=inside)
         tokens += width
+
+
+@statement_of(_conv_kernel)
+def _conv_moves(k: Any) -> Moves:
+    size = k.x_ptr.numel()
+    has_grad = k.MODE in (_SILU_GRAD, _GATE_GRAD)
+    has_gate = k.MODE in (_GATE, _GATE_GRAD)
+    return Moves(
+        reads=dict(
+            x_ptr=size,
+            weight_ptr=9 * k.C,
+            bias_ptr=k.C,
+            added_ptr=size * has_gate,
+            gate_ptr=size * has_gate,
+            grad_ptr=size * has_grad,
+            scale_ptr=size // (k.height * k.width * k.C),
+            norm_weight_ptr=k.C,
+            norm_bias_ptr=k.C,
+        ),
+        writes=dict(
+            y_ptr=size,
+            second_ptr=size * (k.MODE in (_GATE_GRAD, _NORM)),
+            third_ptr=size * (k.MODE == _GATE_GRAD),
+        ),
+    )
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -409,3 +485,12 @@ def _conv_grad_kernel(
     sums_ptr += program.to(tl.int64) * (10 * C) + channels
     for i in tl.static_range(10):
         tl.store(sums_ptr + i * C, tl.sum(sums[i], axis=0), mask=channel_mask)
+
+
+@statement_of(_conv_grad_kernel)
+def _conv_grad_moves(k: Any) -> Moves:
+    size = k.x_ptr.numel()
+    return Moves(
+        reads=dict(x_ptr=size, weight_ptr=9 * k.C, dz_ptr=size, added_ptr=size * k.ADD),
+        writes=dict(dx_ptr=size, sums_ptr=k.sums_ptr.numel()),
+    )

@@ -33,9 +33,10 @@ from ._common import (
     block_size,
     ceil_div,
     exp,
-    operand_dtype,
+    linear_operand,
     reciprocal,
 )
+from ._moves import Moves, statement_of
 from ._sums import add_up, column_sums
 
 _GELU, _RESIDUAL, _GELU_GRAD, _RELU = 0, 1, 2, 3
@@ -100,7 +101,6 @@ def gelu_linear_grad(
     grad: Tensor,
     weight: Tensor,
     hidden: Tensor,
-    bias: Tensor,
     scale: Optional[Tensor] = None,
 ) -> Tuple[Tensor, Tensor, Tensor]:
     """The backward pass of a linear layer on GELU(h), see the top of this file.
@@ -109,13 +109,13 @@ def gelu_linear_grad(
         grad (Tensor): Gradient of the output, (rows, K).
         weight (Tensor): (K, N).
         hidden (Tensor): h, (rows, N).
-        bias (Tensor): Bias of the layer whose output is h, (N,).
         scale (Tensor, optional): s, one number per image, float32. None means 1.
             Defaults to None.
 
     Returns:
         tuple[Tensor, Tensor, Tensor]: The gradient of h, (rows, N), s GELU(h),
-        (rows, N), and the gradient of ``bias``, (N,).
+        (rows, N), and the sums of the first in each program, (programs, 1, N) in
+        float32, for :func:`add_up`.
     """
     if not _fits(grad):
         activated = F.gelu(hidden)
@@ -123,13 +123,13 @@ def gelu_linear_grad(
             scale = scale.repeat_interleave(len(grad) // len(scale))[:, None]
             grad, activated = grad * scale, activated * scale
         grad = torch.ops.aten.gelu_backward(grad @ weight, hidden)
-        return grad, activated, column_sums(grad, like=bias)
+        return grad, activated, column_sums(grad)
     grad_hidden, activated = torch.empty_like(hidden), torch.empty_like(hidden)
     tiles = ceil_div(len(grad), _GRAD_ROWS)
     sums = hidden.new_empty((tiles, 1, hidden.shape[1]), dtype=torch.float32)
     outputs = grad_hidden, activated, sums
     _run(_GELU_GRAD, grad, weight, *outputs, other=hidden, scale=scale)
-    return grad_hidden, activated, add_up(sums, bias)[0]
+    return grad_hidden, activated, sums
 
 
 class LinearReLU(torch.autograd.Function):
@@ -141,7 +141,7 @@ class LinearReLU(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             x, matrix = x.to(dtype), weight.to(dtype).contiguous()
             rows = x.reshape(-1, x.shape[-1]).contiguous()
-            y = _linear_relu(rows, matrix, bias.to(dtype))
+            y = linear_relu(rows, matrix, bias.to(dtype))
         ctx.save_for_backward(rows, matrix, weight, bias, y)
         ctx.shape = x.shape
         return y.view(*x.shape[:-1], -1)
@@ -155,13 +155,13 @@ class LinearReLU(torch.autograd.Function):
             grads = (
                 (grad @ matrix).view(ctx.shape),
                 weight_grad(grad, rows, weight),
-                column_sums(grad, like=bias),
+                *add_up((column_sums(grad), (bias,))),
             )
         needed = zip(grads, ctx.needs_input_grad)
         return tuple(grad if needs else None for grad, needs in needed)
 
 
-def _linear_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def linear_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """(rows, K) -> (rows, N). cuBLAS has this, too, but its ReLU turns NaN into 0."""
     if not _fits(x):
         return F.linear(x, weight, bias).relu_()
@@ -210,7 +210,7 @@ def _run(
             rows,
             rows if scale is None else rows // len(scale),
             **sizes,
-            OPERAND=tl.float16 if x.dtype == torch.float16 else operand_dtype(x),
+            OPERAND=linear_operand(x),
             MODE=mode,
         )
 
@@ -240,7 +240,7 @@ def _plan(mode: int, summands: int, columns: int) -> Dict[str, int]:
 
 
 @triton.jit
-def _normal(x):
+def normal(x):
     """Distribution function and density of the standard normal distribution.
 
     Abramowitz and Stegun 26.2.17, whose error is below 7.5e-8. It has half the
@@ -312,7 +312,7 @@ def _linear_kernel(
     if MODE == 0:  # _GELU
         if second_ptr is not None:
             tl.store(second_ptr + offsets, z, mask=mask)
-        distribution, _ = _normal(z)
+        distribution, _ = normal(z)
         tl.store(y_ptr + offsets, z * distribution, mask=mask)
     elif MODE == 1:  # _RESIDUAL
         if scale_ptr is not None:
@@ -324,7 +324,7 @@ def _linear_kernel(
         tl.store(y_ptr + offsets, tl.where(z < 0, 0.0, z), mask=mask)
     else:  # _GELU_GRAD
         hidden = tl.load(other_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        distribution, density = _normal(hidden)
+        distribution, density = normal(hidden)
         activated = hidden * distribution
         # Numbers of half the size change threads, and nothing is computed twice.
         z = z.to(OPERAND).to(tl.float32)
@@ -336,3 +336,23 @@ def _linear_kernel(
         tl.store(y_ptr + offsets, z, mask=mask)
         z = tl.where(mask, z, 0.0)
         tl.store(sums_ptr + block * N + columns, tl.sum(z, axis=0), mask=columns < N)
+
+
+@statement_of(_linear_kernel)
+def _linear_moves(k: Any) -> Moves:
+    size = k.num_rows * k.N
+    return Moves(
+        reads=dict(
+            x_ptr=k.num_rows * k.K,
+            weight_ptr=k.N * k.K,
+            bias_ptr=k.N,
+            other_ptr=size,
+            scale_ptr=k.num_rows // k.rows_per_image,
+        ),
+        writes=dict(
+            y_ptr=size,
+            second_ptr=size,
+            sums_ptr=ceil_div(k.num_rows, k.BLOCK_M) * k.N,
+        ),
+        flops=2 * size * k.K,
+    )

@@ -45,6 +45,8 @@ from ._common import (
     power_of_two,
 )
 from ._depthwise_conv import conv_grad, gated_conv, gated_conv_grad
+from ._moves import Moves, statement_of
+from ._sums import add_up
 
 _EPS = tl.constexpr(naive.EPS)
 
@@ -82,8 +84,9 @@ class MLLAAttention(torch.autograd.Function):
         grad_gate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
         grad_y, _ = gated_conv_grad(v, weight, bias, y, gate, grad, grad_gate)
         grad_qk, grad_v = linear_attention_grad(qk, v, y, states, grad_y, ctx.num_heads)
-        grad_v, *grads = conv_grad(v, weight, bias, grad_y, added=grad_v)
-        needed = zip((grad_qk, grad_v, grad_gate, *grads), ctx.needs_input_grad)
+        grad_v, sums = conv_grad(v, weight, grad_y, added=grad_v)
+        grads = grad_qk, grad_v, grad_gate, *add_up((sums, (weight, bias)))
+        needed = zip(grads, ctx.needs_input_grad)
         return (*(grad if needs else None for grad, needs in needed), None)
 
 
@@ -273,6 +276,12 @@ def _load_rotation(
     return cos, sin
 
 
+def _rotation_moves(k: Any) -> Dict[str, int]:
+    """Both tables, as long as the longer side of the map."""
+    numbers = max(k.num_tokens // k.width, k.width) * (k.C // 4)
+    return dict(cos_ptr=numbers, sin_ptr=numbers)
+
+
 @triton.jit
 def _rotate(x, cos, sin):
     """(a, b) -> (a cos - b sin, a sin + b cos) on neighbouring channels."""
@@ -358,6 +367,16 @@ def _state_kernel(
     )
 
 
+@statement_of(_state_kernel)
+def _state_moves(k: Any) -> Moves:
+    size = k.v_ptr.numel()  # of qk the keys
+    return Moves(
+        reads=dict(qk_ptr=size, v_ptr=size, **_rotation_moves(k)),
+        writes=dict(states_ptr=k.states_ptr.numel()),
+        flops=2 * size * k.D,
+    )
+
+
 @triton.jit(do_not_specialize=SIZES)
 def _output_kernel(
     qk_ptr,
@@ -394,6 +413,16 @@ def _output_kernel(
         rotated = (_rotate(q, cos, sin) * inverse[:, None]).to(OPERAND)
         y = tl.dot(rotated, matrix, input_precision=PRECISION)
         tl.store(y_ptr + rows * C + channels, y, mask=mask)
+
+
+@statement_of(_output_kernel)
+def _output_moves(k: Any) -> Moves:
+    size = k.y_ptr.numel()  # of qk the queries
+    return Moves(
+        reads=dict(qk_ptr=size, states_ptr=k.states_ptr.numel(), **_rotation_moves(k)),
+        writes=dict(y_ptr=size),
+        flops=2 * size * k.D,
+    )
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -455,6 +484,22 @@ def _query_grad_kernel(
     )
 
 
+@statement_of(_query_grad_kernel)
+def _query_grad_moves(k: Any) -> Moves:
+    size = k.y_ptr.numel()  # of qk and its gradient the queries
+    return Moves(
+        reads=dict(
+            qk_ptr=size,
+            dy_ptr=size,
+            y_ptr=size,
+            states_ptr=k.states_ptr.numel(),
+            **_rotation_moves(k),
+        ),
+        writes=dict(dqk_ptr=size, dstates_ptr=k.dstates_ptr.numel()),
+        flops=2 * 2 * size * k.D,
+    )
+
+
 @triton.jit(do_not_specialize=SIZES)
 def _key_value_grad_kernel(
     qk_ptr,
@@ -497,3 +542,18 @@ def _key_value_grad_kernel(
         dk = (_rotate(dk, cos, -sin) + dk_mean[None, :]) * tl.minimum(k, 1.0)
         tl.store(dqk_ptr + C + rows * (2 * C) + channels, dk, mask=mask)
         tl.store(dv_ptr + rows * C + channels, dv, mask=mask)
+
+
+@statement_of(_key_value_grad_kernel)
+def _key_value_grad_moves(k: Any) -> Moves:
+    size = k.v_ptr.numel()  # of qk and its gradient the keys
+    return Moves(
+        reads=dict(
+            qk_ptr=size,
+            v_ptr=size,
+            dstates_ptr=k.dstates_ptr.numel(),
+            **_rotation_moves(k),
+        ),
+        writes=dict(dqk_ptr=size, dv_ptr=size),
+        flops=2 * 2 * size * k.D,
+    )
