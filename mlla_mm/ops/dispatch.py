@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from ..compat.pytorch import does_more_when_called, has_global_hooks, linear_dtype
 from . import eager, naive, triton
-from .tracing import is_graph
+from .tracing import is_compiled, is_graph
 
 # In evaluation mode both compute the same.
 _BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -56,14 +56,15 @@ def depthwise_conv(
         Tensor: (N, H, W, C).
     """
     ops = _implementation(x)
-    if ops is naive or not _is_depthwise(conv):
-        y = _call_on_map(conv, x)
-        y = F.silu(y) if act else y
-        return x + y if residual else y
-    tensors = (x, *_weight_and_bias(conv))
-    if ops is triton and not triton.supports_depthwise_conv(*tensors):
-        ops = eager
-    return ops.depthwise_conv(*tensors, residual, act)
+    if ops is not naive and _is_depthwise(conv):
+        tensors = (x, *_weight_and_bias(conv))
+        if ops is eager or triton.supports_depthwise_conv(*tensors):
+            return ops.depthwise_conv(*tensors, residual, act)
+        if ops is triton:
+            return eager.depthwise_conv(*tensors, residual, act)
+    y = _call_on_map(conv, x)
+    y = F.silu(y) if act else y
+    return x + y if residual else y
 
 
 def mlla_attention(
@@ -87,14 +88,15 @@ def mlla_attention(
         :func:`mlla_mm.ops.naive.linear_attention`.
     """
     ops = _implementation(v)
-    if ops is naive or not _is_depthwise(lepe):
-        q, k = qk.chunk(2, dim=-1)
-        y = naive.linear_attention(q, k, v, num_heads) + _call_on_map(lepe, v)
-        return y * F.silu(gate)
-    tensors = (qk, v, gate, *_weight_and_bias(lepe))
-    if ops is triton and not triton.supports_mlla_attention(*tensors, num_heads):
-        ops = eager
-    return ops.mlla_attention(*tensors, num_heads)
+    if ops is not naive and _is_depthwise(lepe):
+        tensors = (qk, v, gate, *_weight_and_bias(lepe))
+        if ops is eager or triton.supports_mlla_attention(*tensors, num_heads):
+            return ops.mlla_attention(*tensors, num_heads)
+        if ops is triton:
+            return eager.mlla_attention(*tensors, num_heads)
+    q, k = qk.chunk(2, dim=-1)
+    y = naive.linear_attention(q, k, v, num_heads) + _call_on_map(lepe, v)
+    return y * F.silu(gate)
 
 
 def gated_mixer(
@@ -139,7 +141,7 @@ def mlp(x: Tensor, fc1: nn.Module, fc2: nn.Module, drop: nn.Module) -> Tensor:
         Tensor: (..., C).
     """
     if (
-        _implementation(x) is naive
+        _implementation(x) not in (eager, triton)
         or not may_be_read(nn.Linear, fc1, fc2)
         or not _drops_nothing(drop)
         or fc1.bias is None
@@ -284,20 +286,28 @@ def may_be_read(
 
 def _implementation(x: Tensor) -> ModuleType:
     """The module of ops that computes. ``naive`` means that layers are called."""
-    if is_graph() or has_global_hooks():
+    compiled = is_compiled()
+    if is_graph() and not compiled:
         return naive
+    # A compiled graph is compiled again for another value.
     forced = os.environ.get('MLLA_OPS', '')
+    if compiled and forced != 'fused':
+        return naive
     if forced not in ('', 'naive', 'eager', 'fused'):
         raise ValueError(
             f"MLLA_OPS is '{forced}'. Set it to 'naive', 'eager' or 'fused', or unset "
             'it.'
         )
-    if forced == 'naive':
+    if has_global_hooks() or forced == 'naive':
         return naive
     if forced == 'eager' or not (forced or x.is_cuda):
         return eager
     if triton.is_available(x.device):
-        return triton
+        if not compiled:
+            return triton
+        from . import library  # old versions of PyTorch cannot import it
+
+        return library
     if forced:
         raise ValueError(
             f"MLLA_OPS is 'fused', but Triton's kernels do not run on {x.device}: they "
@@ -368,7 +378,7 @@ def _drops_nothing(drop: Any) -> bool:
 
 def _is_readable_attention(kind: Type[nn.Module], attn: Any) -> bool:
     """Whether ``qk`` and ``lepe`` say all of an attention. Values are its input."""
-    return may_be_read(kind, attn) and attn.v is None and 'attend' not in vars(attn)
+    return may_be_read(kind, attn) and attn.v is None and 'attend' not in attn.__dict__
 
 
 def _is_readable_block(
