@@ -10,7 +10,8 @@ either calls the layers, or reads their weights and computes the same result fas
 Layers are called in two cases:
 
 - A graph is being traced, exported, compiled or counted. Compilers fuse PyTorch's
-  operators themselves, and other runtimes know only these operators.
+  operators themselves, and other runtimes know only these operators. With
+  ``MLLA_OPS=fused``, graphs of ``torch.compile`` have ``mlla_mm.ops.library``.
 - Calling the layer does more than its weights say, see :func:`may_be_read`.
 
 The environment variable ``MLLA_OPS`` overrides the choice:

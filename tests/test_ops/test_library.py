@@ -7,6 +7,7 @@ its own, as test_triton.py does.
 """
 
 import copy
+import inspect
 import os
 import sys
 from collections import Counter
@@ -17,13 +18,15 @@ import torch
 from torch import nn
 from torch.library import opcheck
 
-from benchmarks.pretended_cuda import triton_kernels
+from benchmarks.pretended_cuda import backward, pretended_cuda, triton_kernels
 from mlla_mm import ops
 from mlla_mm.models.backbones.staged import Stage
 from mlla_mm.models.layers import MLLABlock
-from mlla_mm.ops import triton
+from mlla_mm.ops import naive, triton
+from mlla_mm.ops.rotary import axis_tables, tables_in_float64
 
 from ..compiler import graphs_of
+from ..pretended import needs_pretended_cuda
 
 if not triton._has_triton():
     pytest.skip('needs Triton 3.3', allow_module_level=True)
@@ -82,11 +85,10 @@ def conv_weights(channels, device):
     return [conv.weight, conv.bias]
 
 
-@pytest.mark.parametrize('residual, act', [(True, False), (False, True)])
-def test_operators_of_the_convolution(device, residual, act):
+def test_operators_of_the_convolution(device):
     """Schema, shapes, strides and gradients are what PyTorch's own check expects."""
     (x,), weights = maps(device, 8), conv_weights(8, device)
-    options = residual, act
+    options = True, True
     opcheck(library._depthwise_conv, (x, *weights, *options, torch.float32))
     tensors = [t.detach() for t in (x, x, *weights)]
     opcheck(library._depthwise_conv_backward, (*tensors, *options))
@@ -266,8 +268,40 @@ def test_exports_have_the_definitions(idle):
 @of_graphs
 def test_the_tables_are_those_of_the_kernels():
     """The rotation in a graph is the one that kernels get outside of graphs."""
-    from mlla_mm.ops.rotary import axis_tables, tables_in_float64
-
     expected = axis_tables(300, 16, torch.device('cpu'), torch.float32)
     for actual, table in zip(tables_in_float64(300, 16, torch.device('cpu')), expected):
         torch.testing.assert_close(actual.float(), table, rtol=0, atol=1e-7)
+
+
+@of_graphs
+@pytest.mark.parametrize('name', ['depthwise_conv', 'mlla_attention'])
+def test_same_signatures(name):
+    functions = (getattr(module, name) for module in (naive, triton, library))
+    assert len({inspect.signature(function) for function in functions}) == 1
+
+
+@of_graphs
+@needs_pretended_cuda
+@pytest.mark.parametrize('backend', ['eager', 'aot_eager'])
+def test_the_pretended_device_lists_launches(backend, monkeypatch):
+    """A compiled block launches the kernels that it launches layer by layer."""
+    monkeypatch.setenv('MLLA_OPS', 'fused')
+    launches = Counter()
+    with pretended_cuda(lambda name, arguments: launches.update([name])):
+        with torch.device('cuda'):
+            model, x = MLLABlock(8, 2), torch.randn(1, 2, 3, 8)
+        training = backend == 'eager'  # only there PyTorch's own engine stays away
+        compiled = torch.compile(model, backend=backend, fullgraph=True)
+        with torch.set_grad_enabled(training):
+            y = compiled(x)
+        assert launches == dict(_conv_kernel=4, _state_kernel=1, _output_kernel=1)
+        if training:
+            launches.clear()
+            backward([y], [torch.ones_like(y)])
+            assert launches == dict(
+                _conv_kernel=2,
+                _conv_grad_kernel=4,
+                _add_up_kernel=4,
+                _query_grad_kernel=1,
+                _key_value_grad_kernel=1,
+            )

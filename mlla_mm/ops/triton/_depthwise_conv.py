@@ -69,7 +69,8 @@ class DepthwiseConv(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tuple:
-        grads = layer_grad(grad, *ctx.saved_tensors, ctx.residual, ctx.act)
+        x, weight, bias = ctx.saved_tensors
+        grads = layer_grad(grad, x, weight, bias, ctx.residual, ctx.act)
         needed = zip(grads, ctx.needs_input_grad)
         return (*(grad if needs else None for grad, needs in needed), None, None)
 

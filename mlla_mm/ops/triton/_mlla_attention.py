@@ -78,7 +78,10 @@ class MLLAAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
-        grads = attention_grad(grad, *ctx.saved_tensors, ctx.num_heads)
+        qk, v, gate, weight, bias, y, states = ctx.saved_tensors
+        grads = attention_grad(
+            grad, qk, v, gate, weight, bias, y, states, ctx.num_heads
+        )
         needed = zip(grads, ctx.needs_input_grad)
         return (*(grad if needs else None for grad, needs in needed), None)
 
