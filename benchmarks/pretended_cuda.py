@@ -26,9 +26,11 @@ from torch._prims_common import suggest_memory_format
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.function import BackwardCFunction
+from torch.utils import _triton
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_flatten
 
+from mlla_mm.compat.pytorch import constant_when_compiled
 from mlla_mm.ops import rotary, triton
 
 #: Whether PyTorch can pretend. Old ones ask the driver when they copy to the device.
@@ -127,11 +129,17 @@ def _replacements(
             is_bf16_supported=answer(True),
             is_current_stream_capturing=answer(False),
             manual_seed_all=answer(None),
+            get_rng_state=answer(torch.empty(0, dtype=torch.uint8)),
+            set_rng_state=answer(None),
             max_memory_allocated=answer(0),
             reset_peak_memory_stats=answer(None),
             synchronize=synchronize,
         ),
     )
+    # torch.compile asks for a stream, and for what Triton can do on the device.
+    yield torch.accelerator, dict(is_available=answer(False))
+    asked = [name for name in vars(_triton) if name.startswith('has_triton')]
+    yield _triton, dict.fromkeys(asked, answer(False))
     yield torch.cuda.amp.common, dict(amp_definitely_not_available=answer(False))
     yield fake_tensor, dict(init_gpu_context=answer(None))
     yield mmengine.device.utils, dict(DEVICE='cuda')
@@ -207,6 +215,9 @@ class PretendedCUDA(FakeTensorMode):
         self._depth += 1
         try:
             out: Any = _make_up(self, func, args)
+            if func.namespace == 'mlla_mm':
+                with self:
+                    out = _function_of(func)(*args, **kwargs)
             if out is NotImplemented:
                 out = super().dispatch(func, types, args, kwargs)
         finally:
@@ -228,7 +239,8 @@ def _callers() -> Tuple[str, Tuple[str, ...]]:
     frames = [
         (frame, line)
         for frame, line in traceback.walk_stack(None)
-        if not _is_inner(frame.f_globals.get('__name__', ''))
+        # The code of a compiled graph has no module.
+        if not _is_inner(frame.f_globals.get('__name__', 'torch'))
     ]
     caller = frames[0][0]
     place = f'{caller.f_globals["__name__"]}.{caller.f_code.co_name}'
@@ -476,6 +488,14 @@ def triton_kernels() -> Iterator[Tuple[ModuleType, str, Any]]:
                 yield module, name, kernel
 
 
+def _function_of(operator: Any) -> Callable:
+    """The Python function of an operator of :mod:`mlla_mm.ops.library`."""
+    from torch._library.custom_ops import OPDEFS  # which old PyTorch lacks
+
+    return OPDEFS[operator._schema.name]._init_fn
+
+
+@constant_when_compiled
 def _has_kernels(device: torch.device) -> bool:
     """``triton.is_available``."""
     return device.type == 'cuda' and triton._has_triton()

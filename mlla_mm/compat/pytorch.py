@@ -5,7 +5,7 @@ Unless noted, the names exist in PyTorch 2.1 to 2.11.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, List, Optional, Tuple, Union
 
@@ -49,6 +49,18 @@ else:
 #: the first call does.
 not_compiled = _compile._disable_dynamo
 
+
+def constant_when_compiled(function: Callable) -> Callable:
+    """As torch.compiler.assume_constant_result, but imports no compiler.
+
+    Args:
+        function (Callable): A function without tensors. The compiler calls it with what
+            it knows, and takes the result for a constant.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 #: Whether torch.compile is usable. PyTorch 2.1 needs more than eight minutes to trace
 #: the smallest MLLA.
 COMPILES = _VERSION >= (2, 2)
@@ -85,6 +97,8 @@ def is_autocast(device_type: str) -> bool:
 
 def autocast_dtype(device_type: str) -> torch.dtype:
     """The dtype that autocast casts to on a device type, 'cpu' or 'cuda'."""
+    if hasattr(torch, 'get_autocast_dtype'):  # PyTorch 2.4, which compiles this one
+        return torch.get_autocast_dtype(device_type)
     if device_type == 'cpu':
         return torch.get_autocast_cpu_dtype()
     return torch.get_autocast_gpu_dtype()

@@ -12,6 +12,10 @@ from ..models.backbones.staged import StagedBackbone
 def compile_backbone(model: nn.Module, **options: Any) -> None:
     """Run the forward pass of a model's backbone through ``torch.compile``.
 
+    With ``MLLA_OPS=fused`` in the environment the compiled graphs contain Triton's
+    kernels of convolutions and attention, on a GPU that runs them. Otherwise the
+    compiler makes all kernels itself.
+
     The recurrence of a forget gate is left out: it runs as it does without a compiler,
     between the compiled parts of a block.
 

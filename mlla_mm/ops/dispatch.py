@@ -10,7 +10,8 @@ either calls the layers, or reads their weights and computes the same result fas
 Layers are called in two cases:
 
 - A graph is being traced, exported, compiled or counted. Compilers fuse PyTorch's
-  operators themselves, and other runtimes know only these operators.
+  operators themselves, and other runtimes know only these operators. With
+  ``MLLA_OPS=fused``, graphs of ``torch.compile`` have ``mlla_mm.ops.library``.
 - Calling the layer does more than its weights say, see :func:`may_be_read`.
 
 The environment variable ``MLLA_OPS`` overrides the choice:
@@ -40,7 +41,7 @@ from ..compat.pytorch import (
     linear_dtype,
 )
 from . import casts, eager, naive, triton
-from .tracing import is_graph
+from .tracing import is_compiled, is_graph
 
 _VARIABLE = 'MLLA_OPS'
 # In evaluation mode both compute the same.
@@ -66,14 +67,15 @@ def depthwise_conv(
         Tensor: (N, H, W, C).
     """
     ops = _implementation(x)
-    if ops is naive or not _is_depthwise(conv):
-        y = _call_on_map(conv, x)
-        y = F.silu(y) if act else y
-        return x + y if residual else y
-    tensors = (x, *_weight_and_bias(conv))
-    if ops is triton and triton.supports_depthwise_conv(*tensors):
-        return triton.depthwise_conv(*tensors, residual, act)
-    return eager.depthwise_conv(x, *_casts(conv, x), residual, act)
+    if ops is not naive and _is_depthwise(conv):
+        tensors = (x, *_weight_and_bias(conv))
+        if ops is not eager and triton.supports_depthwise_conv(*tensors):
+            return ops.depthwise_conv(*tensors, residual, act)
+        if _reads(ops):
+            return eager.depthwise_conv(x, *_casts(conv, x), residual, act)
+    y = _call_on_map(conv, x)
+    y = F.silu(y) if act else y
+    return x + y if residual else y
 
 
 def mlla_attention(
@@ -97,14 +99,15 @@ def mlla_attention(
         :func:`mlla_mm.ops.naive.linear_attention`.
     """
     ops = _implementation(v)
-    if ops is naive or not _is_depthwise(lepe):
-        q, k = qk.chunk(2, dim=-1)
-        y = naive.linear_attention(q, k, v, num_heads) + _call_on_map(lepe, v)
-        return y * F.silu(gate)
-    tensors = (qk, v, gate, *_weight_and_bias(lepe))
-    if ops is triton and triton.supports_mlla_attention(*tensors, num_heads):
-        return triton.mlla_attention(*tensors, num_heads)
-    return eager.mlla_attention(qk, v, gate, *_casts(lepe, v), num_heads)
+    if ops is not naive and _is_depthwise(lepe):
+        tensors = (qk, v, gate, *_weight_and_bias(lepe))
+        if ops is not eager and triton.supports_mlla_attention(*tensors, num_heads):
+            return ops.mlla_attention(*tensors, num_heads)
+        if _reads(ops):
+            return eager.mlla_attention(qk, v, gate, *_casts(lepe, v), num_heads)
+    q, k = qk.chunk(2, dim=-1)
+    y = naive.linear_attention(q, k, v, num_heads) + _call_on_map(lepe, v)
+    return y * F.silu(gate)
 
 
 def gated_mixer(
@@ -149,7 +152,7 @@ def mlp(x: Tensor, fc1: nn.Module, fc2: nn.Module, drop: nn.Module) -> Tensor:
         Tensor: (..., C).
     """
     if (
-        _implementation(x) is naive
+        not _reads(_implementation(x))
         or not may_be_read(nn.Linear, fc1, fc2)
         or not _drops_nothing(drop)
         or fc1.bias is None
@@ -169,9 +172,9 @@ def linear(x: Tensor, layer: nn.Module) -> Tensor:
     Returns:
         Tensor: (..., D).
     """
-    if _implementation(x) is naive or not may_be_read(nn.Linear, layer):
-        return layer(x)
-    return F.linear(x, *_casts(layer, x))
+    if _reads(_implementation(x)) and may_be_read(nn.Linear, layer):
+        return F.linear(x, *_casts(layer, x))
+    return layer(x)
 
 
 def layer_norm(x: Tensor, norm: nn.Module, for_linear: bool = False) -> Tensor:
@@ -189,7 +192,7 @@ def layer_norm(x: Tensor, norm: nn.Module, for_linear: bool = False) -> Tensor:
         ``for_linear`` says.
     """
     ops = _implementation(x)
-    if ops is not naive and _is_layer_norm(norm):
+    if _reads(ops) and _is_layer_norm(norm):
         layer: Any = norm
         tensors = (x, layer.weight, layer.bias)
         if ops is triton and triton.supports_layer_norm(*tensors):
@@ -225,7 +228,7 @@ def conv_layer(
         tensors = (x.permute(0, 2, 3, 1), _as_matrix(weight), bias)
         if triton.supports_linear_relu(*tensors):
             return triton.linear_relu(*tensors).permute(0, 3, 1, 2)
-    x = conv(x) if ops is naive else _conv(x, conv)
+    x = _conv(x, conv) if _reads(ops) else conv(x)
     if fused and _is_fixed_norm(norm) and (act is None or may_be_read(nn.ReLU, act)):
         bn: Any = norm
         inputs = (x, bn.running_mean, bn.running_var, bn.weight, bn.bias)
@@ -384,20 +387,28 @@ def may_be_read(
 
 def _implementation(x: Tensor) -> ModuleType:
     """The module of ops that computes. ``naive`` means that layers are called."""
-    if is_graph() or has_global_hooks():
+    compiled = is_compiled()
+    if is_graph() and not compiled:
         return naive
+    # A compiled graph is compiled again for another value.
     forced = os.environ.get(_VARIABLE, '')
+    if compiled and forced != 'fused':
+        return naive
     if forced not in ('', 'naive', 'eager', 'fused'):
         raise ValueError(
             f"MLLA_OPS is '{forced}'. Set it to 'naive', 'eager' or 'fused', or unset "
             'it.'
         )
-    if forced == 'naive':
+    if has_global_hooks() or forced == 'naive':
         return naive
     if forced == 'eager' or not (forced or x.is_cuda):
         return eager
     if triton.is_available(x.device):
-        return triton
+        if not compiled:
+            return triton
+        from . import library  # old versions of PyTorch cannot import it
+
+        return library
     if forced:
         raise ValueError(
             f"MLLA_OPS is 'fused', but Triton's kernels do not run on {x.device}: they "
@@ -405,6 +416,11 @@ def _implementation(x: Tensor) -> ModuleType:
             '(PyTorch 2.7). Unset MLLA_OPS.'
         )
     return eager
+
+
+def _reads(ops: ModuleType) -> bool:
+    """Whether weights are read outside of graphs. In graphs, most layers are called."""
+    return ops is eager or ops is triton
 
 
 def _takes_unmeasured() -> bool:
@@ -514,7 +530,7 @@ def _drops_nothing(drop: Any) -> bool:
 
 def _is_readable_attention(kind: Type[nn.Module], attn: Any) -> bool:
     """Whether ``qk`` and ``lepe`` say all of an attention. Values are its input."""
-    return may_be_read(kind, attn) and attn.v is None and 'attend' not in vars(attn)
+    return may_be_read(kind, attn) and attn.v is None and 'attend' not in attn.__dict__
 
 
 def _is_readable_merging(layers: Any, kind: Type[nn.Module]) -> bool:

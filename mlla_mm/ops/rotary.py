@@ -56,12 +56,18 @@ def _build_tables(
     # A tensor that is created in inference mode can never take part in training.
     with torch.inference_mode(False), torch.no_grad():
         # On the CPU, because some accelerators have no float64.
-        freqs = _BASE ** (-torch.arange(num_freqs, dtype=torch.float64) / num_freqs)
-        angles = torch.arange(capacity, dtype=torch.float64)[:, None] * freqs
-        return (
-            angles.cos().to(device=device, dtype=dtype),
-            angles.sin().to(device=device, dtype=dtype),
-        )
+        cos, sin = tables_in_float64(capacity, num_freqs, torch.device('cpu'))
+        return cos.to(device=device, dtype=dtype), sin.to(device=device, dtype=dtype)
+
+
+def tables_in_float64(
+    length: int, num_freqs: int, device: torch.device
+) -> Tuple[Tensor, Tensor]:
+    """The tables of :func:`axis_tables` by their formula, in float64, not cached."""
+    steps = torch.arange(num_freqs, dtype=torch.float64, device=device)
+    positions = torch.arange(length, dtype=torch.float64, device=device)
+    angles = positions[:, None] * _BASE ** (-steps / num_freqs)
+    return angles.cos(), angles.sin()
 
 
 def _tables_in_graph(

@@ -25,6 +25,7 @@ def is_graph() -> bool:
 def is_compiled() -> bool:
     """Whether ``torch.compile`` is at work by itself, not for ``torch.export``.
 
-    Always False before PyTorch 2.7, which cannot tell them apart.
+    Always False before PyTorch 2.7, which cannot tell them apart. PyTorch 2.7 takes
+    ``torch.export`` with ``strict=True``, which is not its default, for this one.
     """
     return TELLS_EXPORT and is_compiling() and not is_tracing()

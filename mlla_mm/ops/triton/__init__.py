@@ -16,6 +16,8 @@ from typing import Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
+from ...compat.pytorch import constant_when_compiled
+
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # The first version that compiles kernels in which a loop builds a tuple. It comes with
@@ -35,6 +37,7 @@ _MAX_CHANNELS = 2048
 _MAX_IMAGES = 65535
 
 
+@constant_when_compiled
 def is_available(device: torch.device) -> bool:
     """Whether kernels can run on a device.
 

@@ -77,22 +77,21 @@ class DepthwiseConv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tuple:
         x, weight, bias = ctx.saved_tensors
-        grad_z = silu_conv_grad(x, weight, bias, grad) if ctx.act else grad
-        separate = grad if ctx.act and ctx.residual else None
-        grad_x, sums = conv_grad(
-            x, weight, grad_z, ctx.residual and not ctx.act, added=separate
-        )
-        grads = grad_x, *add_up((sums, (weight, bias)))
+        grads = layer_grad(grad, x, weight, bias, ctx.residual, ctx.act)
         needed = zip(grads, ctx.needs_input_grad)
         return (*(grad if needs else None for grad, needs in needed), None, None)
 
 
 def conv(
-    x: Tensor, weight: Tensor, bias: Tensor, residual: bool = False, act: bool = False
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: bool = False,
+    act: bool = False,
+    dtype: Optional[torch.dtype] = None,
 ) -> Tensor:
-    """``[x +] [SiLU](z)``, in the same dtype as the definition under autocast."""
-    dtype = linear_dtype(x)
-    dtype = torch.promote_types(x.dtype, dtype) if residual else dtype
+    """``[x +] [SiLU](z)``. Without ``dtype`` in that of :func:`layer_dtype`."""
+    dtype = layer_dtype(x, residual) if dtype is None else dtype
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     _run(_LAYER, x, weight, bias, outputs=(y,), residual=residual, act=act)
     return y
@@ -108,14 +107,28 @@ def conv_norm(
     dtype: torch.dtype,
 ) -> Tuple[Tensor, Tensor]:
     """``x + z`` as of :func:`conv`, and its LayerNorm in the given dtype."""
-    y = torch.empty(
-        x.shape, dtype=torch.promote_types(x.dtype, linear_dtype(x)), device=x.device
-    )
+    y = torch.empty(x.shape, dtype=layer_dtype(x, residual=True), device=x.device)
     normalised = torch.empty(x.shape, dtype=dtype, device=x.device)
     norm = norm_weight.contiguous(), norm_bias.contiguous(), eps
     outputs = y, normalised
     _run(_NORM, x, weight, bias, outputs=outputs, residual=True, norm=norm)
     return y, normalised
+
+
+def layer_dtype(x: Tensor, residual: bool) -> torch.dtype:
+    """The dtype of the layer's output, as the definition has it under autocast."""
+    dtype = linear_dtype(x)
+    return torch.promote_types(x.dtype, dtype) if residual else dtype
+
+
+def layer_grad(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, residual: bool, act: bool
+) -> Tuple[Tensor, ...]:
+    """Gradients of x, weight and bias from that of the output of :func:`conv`."""
+    grad_z = silu_conv_grad(x, weight, bias, grad) if act else grad
+    added = grad if act and residual else None
+    grad_x, sums = conv_grad(x, weight, grad_z, residual and not act, added)
+    return grad_x, *add_up((sums, (weight, bias)))
 
 
 def silu_conv_grad(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor) -> Tensor:

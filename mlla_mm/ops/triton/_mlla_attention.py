@@ -81,22 +81,50 @@ class MLLAAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
         qk, v, gate, weight, bias, y, states = ctx.saved_tensors
-        grad_gate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-        grad_y, _ = gated_conv_grad(v, weight, bias, y, gate, grad, grad_gate)
-        grad_qk, grad_v = linear_attention_grad(qk, v, y, states, grad_y, ctx.num_heads)
-        grad_v, sums = conv_grad(v, weight, grad_y, added=grad_v)
-        grads = grad_qk, grad_v, grad_gate, *add_up((sums, (weight, bias)))
+        grads = attention_grad(
+            grad, qk, v, gate, weight, bias, y, states, ctx.num_heads
+        )
         needed = zip(grads, ctx.needs_input_grad)
         return (*(grad if needs else None for grad, needs in needed), None)
 
 
-def linear_attention(qk: Tensor, v: Tensor, num_heads: int) -> Tuple[Tensor, Tensor]:
+def attention_grad(
+    grad: Tensor,
+    qk: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    y: Tensor,
+    states: Tensor,
+    num_heads: int,
+    tables: Optional[Tuple[Tensor, Tensor]] = None,
+) -> Tuple[Tensor, ...]:
+    """Gradients of the first five tensors behind that of the gated output.
+
+    ``y``, ``states`` and ``tables`` are those of :func:`linear_attention`.
+    """
+    grad_gate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    grad_y, _ = gated_conv_grad(v, weight, bias, y, gate, grad, grad_gate)
+    grad_qk, grad_v = linear_attention_grad(qk, v, y, states, grad_y, num_heads, tables)
+    grad_v, sums = conv_grad(v, weight, grad_y, added=grad_v)
+    return (grad_qk, grad_v, grad_gate, *add_up((sums, (weight, bias))))
+
+
+def linear_attention(
+    qk: Tensor,
+    v: Tensor,
+    num_heads: int,
+    tables: Optional[Tuple[Tensor, Tensor]] = None,
+) -> Tuple[Tensor, Tensor]:
     """Linear attention in two passes over the tokens.
 
     Args:
         qk (Tensor): Queries, then keys, before the feature map, (N, H, W, 2C).
         v (Tensor): Values, (N, H, W, C).
         num_heads (int): Number of heads.
+        tables (tuple[Tensor, Tensor], optional): Cosine and sine of the rotation,
+            (positions, C / 4) in float32. None takes cached ones. Defaults to None.
 
     Returns:
         tuple[Tensor, Tensor]: y, (N, H, W, C), and partial sums of the state,
@@ -107,7 +135,7 @@ def linear_attention(qk: Tensor, v: Tensor, num_heads: int) -> Tuple[Tensor, Ten
     grid, sizes = _plan(v, num_heads, _PROGRAMS_OF_SUMS)
     states = _empty_states(v, grid)
     y = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    tables = _tables(v)
+    tables = tables or _tables(v)
     with torch.cuda.device_of(v):
         _state_kernel[grid](
             qk_rows,
@@ -135,12 +163,18 @@ def linear_attention(qk: Tensor, v: Tensor, num_heads: int) -> Tuple[Tensor, Ten
 
 
 def linear_attention_grad(
-    qk: Tensor, v: Tensor, y: Tensor, states: Tensor, grad: Tensor, num_heads: int
+    qk: Tensor,
+    v: Tensor,
+    y: Tensor,
+    states: Tensor,
+    grad: Tensor,
+    num_heads: int,
+    tables: Optional[Tuple[Tensor, Tensor]] = None,
 ) -> Tuple[Tensor, Tensor]:
     """The backward pass: gradients of ``qk`` and ``v``, contiguous.
 
     ``y`` and ``states`` are the results of :func:`linear_attention`, and ``grad`` is
-    the gradient of y.
+    the gradient of y. For ``tables`` see there.
     """
     qk_rows, v_rows, grad_rows = as_rows(qk), as_rows(v), as_rows(grad)
     grid, sizes = _plan(v, num_heads, _PROGRAMS_OF_SUMS)
@@ -150,7 +184,7 @@ def linear_attention_grad(
     grad_states = _empty_states(v, grid)
     grad_qk = torch.empty(qk.shape, dtype=qk.dtype, device=qk.device)
     grad_v = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    tables = _tables(v)
+    tables = tables or _tables(v)
     with torch.cuda.device_of(v):
         _query_grad_kernel[grid](
             qk_rows,
