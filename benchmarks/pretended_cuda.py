@@ -26,7 +26,6 @@ from torch._prims_common import suggest_memory_format
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.function import BackwardCFunction
-from torch.utils import _triton
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_flatten
 
@@ -138,8 +137,9 @@ def _replacements(
     )
     # torch.compile asks for a stream, and for what Triton can do on the device.
     yield torch.accelerator, dict(is_available=answer(False))
-    asked = [name for name in vars(_triton) if name.startswith('has_triton')]
-    yield _triton, dict.fromkeys(asked, answer(False))
+    of_triton = importlib.import_module('torch.utils._triton')  # PyTorch 2.1 lacks it
+    asked = [name for name in vars(of_triton) if name.startswith('has_triton')]
+    yield of_triton, dict.fromkeys(asked, answer(False))
     yield torch.cuda.amp.common, dict(amp_definitely_not_available=answer(False))
     yield fake_tensor, dict(init_gpu_context=answer(None))
     yield mmengine.device.utils, dict(DEVICE='cuda')

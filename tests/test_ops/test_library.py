@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.library import opcheck
 
 from benchmarks.pretended_cuda import backward, pretended_cuda, triton_kernels
 from mlla_mm import ops
@@ -30,6 +29,8 @@ from ..pretended import needs_pretended_cuda
 
 if not triton._has_triton():
     pytest.skip('needs Triton 3.3', allow_module_level=True)
+
+from torch.library import opcheck
 
 from mlla_mm.ops import library
 
