@@ -46,7 +46,8 @@ def mlla_attention(
     if torch.is_grad_enabled():
         return _GatedAttention.apply(qk, v, lepe, gate, num_heads)
     with without_autocast(v.device.type):
-        y, _ = _attend(qk, v, lepe, num_heads)
+        features = _features(qk)
+        y, _ = _attend(features, v, lepe, num_heads, rotated=features)
         return y.mul_(F.silu(gate))
 
 
@@ -68,23 +69,28 @@ class _GatedAttention(torch.autograd.Function):
         ctx, qk: Tensor, v: Tensor, lepe: Tensor, gate: Tensor, num_heads: int
     ) -> Tensor:
         with without_autocast(v.device.type):
-            y, kept = _attend(qk, v, lepe, num_heads)
+            features = _features(qk)
+            # In half precision, qk takes less memory than its features.
+            is_half = qk.dtype in naive.HALF
+            rotated = features if is_half else torch.empty_like(features)
+            y, kept = _attend(features, v, lepe, num_heads, rotated)
             out = (y * F.silu(gate)).to(v.dtype)
-        ctx.save_for_backward(qk, v, y, gate, *kept)
+        ctx.save_for_backward(qk if is_half else features, v, y, gate, *kept)
         ctx.lepe_dtype = lepe.dtype
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
-        qk, v, y, gate, key_mean, z, kv = ctx.saved_tensors
+        queries_keys, v, y, gate, key_mean, z, kv = ctx.saved_tensors
+        is_half = queries_keys.dtype in naive.HALF
         dtype, num_heads = kv.dtype, z.shape[-1]
         with without_autocast(v.device.type):
             # In this order only the result itself can be out of float16's range.
             grad_gate = _silu_backward(y, gate).mul_(grad)
             grad = grad * F.silu(gate)  # of y
 
-            features = _features(qk)
+            features = _features(queries_keys) if is_half else queries_keys
             rotated = _rotate(features)
             q, k, values = (
                 _heads(x, dtype, num_heads)
@@ -112,11 +118,14 @@ class _GatedAttention(torch.autograd.Function):
             grad_q.baddbmm_(grad_norm, key_mean.transpose(-2, -1))
             grad_mean = _diagonal_blocks(grad_norm.transpose(-2, -1) @ q)
             grad_k += grad_mean[:, None] / q.shape[1]
-            # The derivative of ELU + 1 is that of ELU.
-            grad_qk = torch.empty_like(features, dtype=qk.dtype)
-            _elu_backward.grad_input(
-                grad_features, 1, 1, 1, False, qk, grad_input=grad_qk
-            )
+            # The derivative of ELU + 1 is ELU + 1 where that is below 1, and else 1.
+            if is_half:
+                grad_qk = torch.empty_like(features, dtype=queries_keys.dtype)
+                _elu_backward.grad_input(
+                    grad_features, 1, 1, 1, False, queries_keys, grad_input=grad_qk
+                )
+            else:
+                grad_qk = grad_features.mul_(features.clamp_max(1))
         return (
             grad_qk,
             grad_v.view(v.shape),
@@ -210,18 +219,19 @@ def _normaliser(features: Tensor, num_heads: int) -> Tuple[Tensor, Tensor]:
 
 
 def _attend(
-    qk: Tensor, v: Tensor, lepe: Tensor, num_heads: int
+    features: Tensor, v: Tensor, lepe: Tensor, num_heads: int, rotated: Tensor
 ) -> Tuple[Tensor, Tuple[Tensor, Tensor, Tensor]]:
     """The attention plus ``lepe``, whose memory it may overwrite.
+
+    ``rotated`` is memory for the rotated features, and may be the features themselves.
 
     Returns:
         tuple: The sum (N, H, W, C), in the dtype of ``v``, and what the backward pass
         needs: mean(k) in diagonal blocks, z, and k~^T v / n for each head.
     """
-    features = _features(qk)
     z, key_mean = _normaliser(features, num_heads)
     dtype = naive.product_dtype(v)
-    rotated = _rotate(features, out=features)
+    rotated = _rotate(features, out=rotated)
     q, k = (_heads(x, dtype, num_heads) for x in _queries_keys(rotated))
     kv = _mean_of_products(k, _heads(v.flatten(1, 2), dtype, num_heads))
     y = (q @ kv).transpose(1, 2)
