@@ -9,12 +9,12 @@ from torch import nn
 from mlla_mm.apis.model import Classifier
 from mlla_mm.models import MLLA
 
-from .eager_mlla import EagerMLLA
+from .forced_mlla import EagerMLLA, FusedMLLA
 from .plain_mlla import PlainMLLA
 
 SIZES = ('t', 's', 'b')
 #: Classes that compute one function from the same weights.
-ASSEMBLIES = dict(mlla=MLLA, eager=EagerMLLA, plain=PlainMLLA)
+ASSEMBLIES = dict(mlla=MLLA, fused=FusedMLLA, eager=EagerMLLA, plain=PlainMLLA)
 # Names in mmpretrain's model zoo.
 _ZOO = dict(swin='swin-{}_16xb64_in1k', convnext='convnext-{}_32xb128_in1k')
 _SIZE_NAMES = dict(t='tiny', s='small', b='base')
@@ -31,8 +31,8 @@ def build_model(name: str, classify: bool) -> nn.Module:
 
     Args:
         name (str): One of :data:`MODELS`. 'mlla-t' is :class:`mlla_mm.models.MLLA`,
-            'eager-t' is MLLA without fused kernels, 'plain-t' is its plain assembly.
-            The others are mmpretrain's.
+            'fused-t' takes all Triton kernels, 'eager-t' takes none, and 'plain-t' is
+            the plain assembly. The others are mmpretrain's.
         classify (bool): Whether to build a classifier of 1000 classes. Else a backbone
             is built that returns the maps of all four stages.
     """

@@ -142,7 +142,7 @@ def measure_case(race: Race, case: Case, meter: Meter) -> List[Measured]:
         _check_assemblies({name: model for (name, _), model in built.items()}, images)
         for variant, name in product(race.variants, race.models):
             model = built[name, variant] = copy.deepcopy(built[name, ''])
-            if variant == COMPILED and name.startswith(('mlla-', 'eager-')):
+            if variant == COMPILED and name.startswith(('mlla-', 'fused-', 'eager-')):
                 compile_backbone(model)
             elif variant == COMPILED:
                 getattr(model, 'backbone', model).compile()

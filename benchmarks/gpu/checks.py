@@ -61,13 +61,14 @@ failed: List[str] = []
 
 
 def variants() -> List[str]:
-    """Values of MLLA_OPS that this machine can run."""
-    has_fused = fused.is_available(DEVICE)
-    return ['naive', 'eager', 'fused'] if has_fused else ['naive', 'eager']
+    """What :func:`ops` takes on this machine."""
+    kernels = ['default', 'fused'] if fused.is_available(DEVICE) else []
+    return ['naive', 'eager', *kernels]
 
 
 def ops(name: str) -> AbstractContextManager:
-    return mock.patch.dict(os.environ, MLLA_OPS=name)
+    """A value of MLLA_OPS, or 'default', where it is not set."""
+    return mock.patch.dict(os.environ, MLLA_OPS='' if name == 'default' else name)
 
 
 def precision(name: str) -> AbstractContextManager:
@@ -235,7 +236,7 @@ def shapes() -> None:
                     with check(f'{title} {name}'), ops(name):
                         found, again = model(x), model(x)
                         report(f'{title} {name}', worst(found, expected), 1e-4)
-                        if name == 'fused':
+                        if name in ('default', 'fused'):
                             differ = not all(map(torch.equal, found, again))
                             report(f'{title} {name}, other bits', float(differ), 0)
     with check('rotations of two devices'), torch.no_grad(), without_tf32():

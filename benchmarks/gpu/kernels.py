@@ -8,6 +8,7 @@ a GPU the kernels are interpreted, on tiny maps: the times then mean nothing.
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -39,7 +40,9 @@ from mlla_mm.models.layers import MLLABlock  # noqa: E402
 from mlla_mm.ops.triton import _depthwise_conv as depthwise  # noqa: E402
 from mlla_mm.ops.triton import _layer_norm as norm  # noqa: E402
 from mlla_mm.ops.triton import _linear as linear  # noqa: E402
+from mlla_mm.ops.triton import _merging as merging  # noqa: E402
 from mlla_mm.ops.triton import _mlla_attention as attention  # noqa: E402
+from mlla_mm.ops.triton import _norm_linear as norm_linear  # noqa: E402
 from mlla_mm.ops.triton import _sums as sums  # noqa: E402
 
 METER = Meter(repeats=5 if GPU else 1)
@@ -53,7 +56,7 @@ BATCH = 128 if GPU else 2
 IMAGE_SIZE = 224 if GPU else 64
 # Calls of a model before its time is measured, and under the profiler.
 WARM_UPS, PROFILED = (3, 2) if GPU else (1, 1)
-MODELS = ('mlla-t', 'plain-t')
+MODELS = ('mlla-t', 'fused-t', 'plain-t') if GPU else ('mlla-t', 'plain-t')
 
 
 # --- The kernels ---
@@ -108,13 +111,15 @@ class Kernel(NamedTuple):
     Attributes:
         inputs (Callable): Makes the arguments of the calls from a :class:`Stage`.
         call (Callable): The call of our kernel.
-        reference (Callable, optional): PyTorch's operators for the same. None if they
-            are not worth comparing.
+        reference (Callable, optional): PyTorch's operators for the same, or several of
+            our kernels. None if they are not worth comparing.
+        most_channels (float): Stages of more channels are left out.
     """
 
     inputs: Callable[[Stage], Sequence[Any]]
     call: Callable[..., object]
     reference: Optional[Callable[..., object]] = None
+    most_channels: float = math.inf
 
 
 def _norm_inputs(s: Stage) -> Sequence[Any]:
@@ -129,10 +134,69 @@ def _attention_grad_inputs(s: Stage) -> Sequence[Any]:
 
 
 def _gelu_linear_grad_by_pytorch(
-    grad: Tensor, weight: Tensor, hidden: Tensor, bias: Tensor
+    grad: Tensor, weight: Tensor, hidden: Tensor
 ) -> object:
     grad_hidden = torch.ops.aten.gelu_backward(grad @ weight, hidden)
     return grad_hidden, F.gelu(hidden), grad_hidden.sum(0)
+
+
+def _conv_and_norm(
+    x: Tensor,
+    taps: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+) -> Tuple[Tensor, Tensor]:
+    y = depthwise.conv(x, taps, bias, residual=True)
+    return y, norm.layer_norm(y, norm_weight, norm_bias, eps, dtype)
+
+
+def _norm_and_linear(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor,
+) -> Tensor:
+    u = norm.layer_norm(x, norm_weight, norm_bias, eps, DTYPE)
+    return F.linear(u, weight, bias)
+
+
+def _mlp_in_parts(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    scale: Optional[Tensor],
+    keep: bool,
+) -> Tensor:
+    u = norm.layer_norm(x, norm_weight, norm_bias, eps, DTYPE).view(-1, x.shape[-1])
+    activated, _ = linear.linear_gelu(u, weight1, bias1, keep)
+    return linear.linear_residual(activated, weight2, bias2, x, scale)
+
+
+def _mlp_inputs(s: Stage, keep: bool) -> Sequence[Any]:
+    layers = s.matrix(4, 1), s.vector(4, DTYPE), s.matrix(1, 4), s.vector(dtype=DTYPE)
+    return s.map(), s.vector(), s.vector(), EPS, *layers, None, keep
+
+
+def _halve_by_pytorch(h: Tensor, taps: Tensor, bias: Tensor) -> Tensor:
+    maps, taps = h.permute(0, 3, 1, 2), taps.to(DTYPE)
+    options = dict(stride=2, padding=1, groups=len(taps))
+    return F.conv2d(maps, taps, bias.to(DTYPE), **options).relu_()
+
+
+def _halve_grad_inputs(s: Stage) -> Sequence[Any]:
+    h, (taps, bias) = s.map(), s.taps()
+    y = merging.halve(h, taps, bias)
+    return h, taps, y, torch.randn_like(y)
 
 
 # fc1 and fc2 are the linear layers of the MLP.
@@ -151,7 +215,7 @@ KERNELS = dict(
         depthwise.silu_conv_grad,
     ),
     conv_grad=Kernel(
-        lambda s: (s.map(), *s.taps(), s.map()),
+        lambda s: (s.map(), s.taps()[0], s.map()),
         partial(depthwise.conv_grad, residual=True),
     ),
     # The last two inputs are what is added, and the gate.
@@ -172,7 +236,13 @@ KERNELS = dict(
     # The maps are the gradient of the output, and the gradient of a residual.
     layer_norm_grad=Kernel(
         lambda s: (s.map(), s.vector(), s.vector(), EPS, *s.maps(2)),
-        norm.layer_norm_grad,
+        norm.layer_norm_residual_grad,
+    ),
+    # The convolution with its residual, and LayerNorm, in one kernel and in two.
+    conv_norm=Kernel(
+        lambda s: (s.map(), *s.taps(), s.vector(), s.vector(), EPS, DTYPE),
+        depthwise.conv_norm,
+        _conv_and_norm,
     ),
     linear_attention=Kernel(
         lambda s: (s.map(2), s.map(), s.heads),
@@ -206,7 +276,7 @@ KERNELS = dict(
     ),
     # Back through fc2 and GELU.
     gelu_linear_grad=Kernel(
-        lambda s: (s.rows(), s.matrix(1, 4), s.rows(4), s.vector(4)),
+        lambda s: (s.rows(), s.matrix(1, 4), s.rows(4)),
         linear.gelu_linear_grad,
         _gelu_linear_grad_by_pytorch,
     ),
@@ -216,6 +286,33 @@ KERNELS = dict(
         linear.weight_grad,
         lambda grad, x, like: grad.t() @ x,
     ),
+    # In one kernel for few channels, and in parts.
+    norm_linear=Kernel(
+        lambda s: (
+            *(s.map(), s.vector(), s.vector(), EPS),
+            *(s.matrix(2, 1), s.vector(2, DTYPE)),
+        ),
+        norm_linear.norm_linear,
+        _norm_and_linear,
+        norm_linear.MAX_CHANNELS,
+    ),
+    mlp=Kernel(
+        partial(_mlp_inputs, keep=False),
+        norm_linear.mlp,
+        _mlp_in_parts,
+        norm_linear.MAX_CHANNELS,
+    ),
+    mlp_keep=Kernel(
+        partial(_mlp_inputs, keep=True),
+        norm_linear.mlp,
+        _mlp_in_parts,
+        norm_linear.MAX_CHANNELS,
+    ),
+    # Of patch merging, on a map of C channels instead of 8 C.
+    halve=Kernel(
+        lambda s: (s.map().relu_(), *s.taps()), merging.halve, _halve_by_pytorch
+    ),
+    halve_grad=Kernel(_halve_grad_inputs, merging.halve_grad),
     column_sums=Kernel(
         lambda s: (s.rows(2),),
         sums.column_sums,
@@ -240,7 +337,8 @@ def warm(number: int) -> None:
     stage = Stage(channels, side, 2)
     with torch.no_grad():
         for kernel in KERNELS.values():
-            kernel.call(*kernel.inputs(stage))
+            if channels <= kernel.most_channels:
+                kernel.call(*kernel.inputs(stage))
     block = MLLABlock(channels, stage.heads).to(DEVICE)
     x = stage.map().requires_grad_()
     for mode in MODES:
@@ -271,6 +369,8 @@ def measure_kernels(bandwidth: float, deadline: float) -> Tuple[List[dict], List
         tell(f'\nStage {number}: {BATCH} x {side} x {side} x {channels}, {DTYPE}')
         tell(f'{"kernel":24s}{"us":>10s}{"passes":>10s}{"PyTorch us":>12s}')
         for name, kernel in KERNELS.items():
+            if channels > kernel.most_channels:
+                continue
             if time.monotonic() > deadline:
                 tell('Out of time')
                 return rows, lines

@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import sys
+from itertools import product
 from pathlib import Path
 from typing import List, Optional, Sequence
 
@@ -22,6 +23,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.cases import MODES, Case, make_cases  # noqa: E402
+from benchmarks.forced_mlla import FusedMLLA  # noqa: E402
 from benchmarks.meter import Meter, format_settings  # noqa: E402
 from benchmarks.plots import plot_benchmark  # noqa: E402
 from benchmarks.races import CUDA_GRAPH, Race, make_call, run_races  # noqa: E402
@@ -32,16 +34,19 @@ from benchmarks.results import (  # noqa: E402
     results_record,
 )
 from mlla_mm.models import MLLA  # noqa: E402
+from mlla_mm.ops import triton  # noqa: E402
 
 HALF, GRAPH = ('bfloat16',), (CUDA_GRAPH,)
 OURS, OTHERS = ('mlla', 'plain'), ('mlla', 'plain', 'convnext')
+# With the kernels that are no default.
+ALL = ('mlla', 'fused', 'plain')
 IMAGENET, COCO = ('classification', 128), ('detection', 2)
 # Families, size, shape, batch size, dtypes, variants.
 RACES = (
-    (('mlla', 'eager', 'plain'), 't', *IMAGENET, HALF, GRAPH),
-    (OURS, 't', *COCO, HALF, GRAPH),
-    (OURS, 's', *IMAGENET, HALF, GRAPH),
-    (OURS, 'b', *IMAGENET, HALF, GRAPH),
+    (('mlla', 'fused', 'eager', 'plain'), 't', *IMAGENET, HALF, GRAPH),
+    (ALL, 't', *COCO, HALF, GRAPH),
+    (ALL, 's', *IMAGENET, HALF, GRAPH),
+    (ALL, 'b', *IMAGENET, HALF, GRAPH),
     (OTHERS, 't', *IMAGENET, HALF, GRAPH),
     # Swin may fail to be captured, so it has a race of its own.
     (('plain', 'swin'), 't', *IMAGENET, HALF, GRAPH),
@@ -56,13 +61,15 @@ RACES = (
 )
 
 
-def make_races(first: int, dry: bool) -> List[Race]:
+def make_races(first: int, dry: bool, device: torch.device) -> List[Race]:
     """The races of :data:`RACES` from a number on; dry: on tiny images, no graphs."""
     races = []
     for families, size, shape, batch_size, dtypes, variants in RACES[first:]:
         if dry:
             shape, batch_size, variants = '64x64', 2, ()
-        models = [f'{family}-{size}' for family in families]
+        # They need a GPU that runs Triton's kernels.
+        left_out = () if triton.is_available(device) else ('fused',)
+        models = [f'{f}-{size}' for f in families if f not in left_out]
         cases = make_cases([shape], [batch_size], MODES, dtypes)
         races.append(Race(models, cases, variants))
     return races
@@ -71,10 +78,10 @@ def make_races(first: int, dry: bool) -> List[Race]:
 def warm(size: str, dtype: str, meter: Meter) -> None:
     """Run each stage of a size once, in evaluation and in training."""
     arch = dict(MLLA.arch_zoo[size], depths=(1, 1, 1, 1))
-    model = MLLA(arch).to(meter.device)
     images = torch.randn(2, 3, 64, 64, device=meter.device)
-    for mode in MODES:
-        model.train(mode == 'train')
+    kinds = (MLLA, FusedMLLA) if triton.is_available(meter.device) else (MLLA,)
+    for kind, mode in product(kinds, MODES):
+        model = kind(arch).to(meter.device).train(mode == 'train')
         make_call(model, images, Case('backbone', (64, 64), 2, mode, dtype))()
 
 
@@ -111,7 +118,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         (args.out / 'speed.json').write_text(json.dumps(records, indent=1) + '\n')
         (args.out / 'speed.md').write_text('\n\n'.join([title, *texts]) + '\n')
 
-    races = make_races(args.first, args.dry)
+    races = make_races(args.first, args.dry, meter.device)
     passed = run_races(races, meter, save, args.seconds, keep_going=True)
     sys.exit(not passed)
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from benchmarks import races
 from benchmarks.cases import DTYPES, MODES, Case
-from benchmarks.eager_mlla import EagerMLLA
+from benchmarks.forced_mlla import EagerMLLA
 from benchmarks.meter import Meter, module_bytes
 from benchmarks.models import build_model
 from benchmarks.plain_mlla import PlainMLLA
