@@ -42,6 +42,10 @@ MERGING_TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 3
 BLOCK_TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
 
+# Tests that another process runs together.
+ATTENTION, NORM = 'attention or same_bits or gradients', 'norm or mlp or halve'
+
+
 @pytest.fixture(params=DEVICES)
 def device(request):
     device = torch.device(request.param)
@@ -54,9 +58,11 @@ def device(request):
 @pytest.mark.parametrize(
     'names',
     [
-        'block',
-        'not block and (attention or same_bits or gradients)',
-        'not block and not (attention or same_bits or gradients)',
+        'block and merged',
+        'block and not merged',
+        f'not block and ({ATTENTION})',
+        f'not block and not ({ATTENTION}) and ({NORM})',
+        f'not block and not ({ATTENTION}) and not ({NORM})',
     ],
 )
 @pytest.mark.parametrize(
