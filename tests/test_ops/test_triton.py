@@ -59,7 +59,8 @@ def device(request):
     'names',
     [
         'block and merged',
-        'block and not merged',
+        'block and not merged and (with or draws)',
+        'block and not merged and not (with or draws)',
         f'not block and ({ATTENTION})',
         f'not block and not ({ATTENTION}) and ({NORM})',
         f'not block and not ({ATTENTION}) and not ({NORM})',
