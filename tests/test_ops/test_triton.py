@@ -728,7 +728,8 @@ def test_expand_and_halve(shape, columns, dtype, device):
     # The hidden map is rounded, and with it where its ReLU switches.
     inputs[1:3] = (t.detach().to(dtype).requires_grad_() for t in inputs[1:3])
     expected = output_and_grads(naive.expand_and_halve, in_float64(inputs))
-    assert_close(actual, expected, dtype, MERGING_TOLERANCE)
+    for one, other in zip(actual, expected):
+        assert (one - other).norm() <= MERGING_TOLERANCE[dtype] * other.norm()
 
 
 def test_expand_and_halve_of_what_is_not_a_number(device):
@@ -899,7 +900,7 @@ def test_block(shape, num_heads, scaling, dtype, given, device):
         # Too wide for whole rows.
         slow(132, torch.float16, torch.float16),
         slow(96, torch.float16, torch.float16),
-        slow(136, FLOAT32, FLOAT32),
+        slow(132, FLOAT32, FLOAT32),
     ],
 )
 def test_block_of_merged_layers(channels, computed, given, device):
