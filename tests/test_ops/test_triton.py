@@ -38,7 +38,8 @@ HALF_ONCE = [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.slow)
 slow = partial(pytest.param, marks=pytest.mark.slow)
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
 # A block has a dozen layers, and each rounds its result.
-MERGING_TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+# Of norms: where an output is close to zero, rounding switches its ReLU.
+MERGING_TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 BLOCK_TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
 
@@ -725,7 +726,7 @@ def test_expand_and_halve(shape, columns, dtype, device):
         with torch.no_grad():
             assert torch.equal(fused.expand_and_halve(*inputs), actual[0])
     assert [t.dtype for t in actual] == [dtype, *(t.dtype for t in inputs)]
-    # The hidden map is rounded, and with it where its ReLU switches.
+    # The hidden map is rounded.
     inputs[1:3] = (t.detach().to(dtype).requires_grad_() for t in inputs[1:3])
     expected = output_and_grads(naive.expand_and_halve, in_float64(inputs))
     for one, other in zip(actual, expected):
