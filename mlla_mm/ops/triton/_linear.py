@@ -137,11 +137,7 @@ class LinearReLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        dtype = linear_dtype(x)
-        with torch.autocast(x.device.type, enabled=False):
-            x, matrix = x.to(dtype), weight.to(dtype).contiguous()
-            rows = x.reshape(-1, x.shape[-1]).contiguous()
-            y = linear_relu(rows, matrix, bias.to(dtype))
+        y, rows, matrix = linear_relu(x, weight, bias)
         ctx.save_for_backward(rows, matrix, weight, bias, y)
         ctx.shape = x.shape
         return y.view(*x.shape[:-1], -1)
@@ -161,7 +157,21 @@ class LinearReLU(torch.autograd.Function):
         return tuple(grad if needs else None for grad, needs in needed)
 
 
-def linear_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def linear_relu(
+    x: Tensor, weight: Tensor, bias: Tensor
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """ReLU(z), (rows, N), of a map (..., K), with rows of x and W as autocast has them.
+
+    The backward pass needs both factors.
+    """
+    dtype = linear_dtype(x)
+    with torch.autocast(x.device.type, enabled=False):
+        x, matrix = x.to(dtype), weight.to(dtype).contiguous()
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        return _linear_relu(rows, matrix, bias.to(dtype)), rows, matrix
+
+
+def _linear_relu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """(rows, K) -> (rows, N). cuBLAS has this, too, but its ReLU turns NaN into 0."""
     if not _fits(x):
         return F.linear(x, weight, bias).relu_()

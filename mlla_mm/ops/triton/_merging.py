@@ -29,7 +29,6 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ...compat.pytorch import linear_dtype
 from ._common import (
     SIZES,
     as_rows,
@@ -86,11 +85,8 @@ def forward(
     x: Tensor, weight: Tensor, bias: Tensor, taps: Tensor, conv_bias: Tensor
 ) -> Tuple[Tensor, Tuple[Tensor, Tensor, Tensor]]:
     """y, and what the backward pass needs: rows of x, and W, as factors, and h."""
-    dtype = linear_dtype(x)
-    with torch.autocast(x.device.type, enabled=False):
-        rows = as_rows(x.to(dtype)).contiguous()
-        matrix = weight.to(dtype).contiguous()
-        h = linear_relu(rows, matrix, bias.to(dtype)).view(*x.shape[:-1], -1)
+    h, rows, matrix = linear_relu(x, weight, bias)
+    h = h.view(*x.shape[:-1], -1)
     return halve(h, taps, conv_bias), (rows, matrix, h)
 
 

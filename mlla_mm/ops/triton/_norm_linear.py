@@ -9,7 +9,7 @@ its residual connection and the factor s of stochastic depth::
 A program holds whole rows of x, normalises them, and goes along the columns of the
 product. So u is never in memory, and neither is the hidden map, which has four times
 the size of x. Only the backward pass needs the hidden map before GELU. The second
-weight is added up in the registers, (rows, C) in float32, which limits C.
+product is added up in the registers, (rows, C) in float32, which limits C.
 
 The kernels are for half precision. Their products have the factors that PyTorch's have:
 u, and what follows GELU, are rounded.
@@ -167,7 +167,7 @@ def _load_norm(
     eps,
     C: tl.constexpr,
 ):
-    """LN of rows of x, (BLOCK_M, BLOCK_C), zero behind the last channel and row."""
+    """LN of rows of x, (BLOCK_M, BLOCK_C), zero behind the last channel."""
     inside = channels < C
     mask = (rows < num_rows)[:, None] & inside[None, :]
     h, _ = load_normalised(x_ptr, C, rows, channels, mask, eps, C)
