@@ -37,6 +37,7 @@ from benchmarks.cases import MODES, Case  # noqa: E402
 from benchmarks.meter import Meter, format_settings  # noqa: E402
 from benchmarks.races import make_call, prepare_model  # noqa: E402
 from mlla_mm.models.layers import MLLABlock  # noqa: E402
+from mlla_mm.ops.triton import _block as block_kernels  # noqa: E402
 from mlla_mm.ops.triton import _depthwise_conv as depthwise  # noqa: E402
 from mlla_mm.ops.triton import _layer_norm as norm  # noqa: E402
 from mlla_mm.ops.triton import _linear as linear  # noqa: E402
@@ -140,19 +141,6 @@ def _gelu_linear_grad_by_pytorch(
     return grad_hidden, F.gelu(hidden), grad_hidden.sum(0)
 
 
-def _conv_and_norm(
-    x: Tensor,
-    taps: Tensor,
-    bias: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    eps: float,
-    dtype: torch.dtype,
-) -> Tuple[Tensor, Tensor]:
-    y = depthwise.conv(x, taps, bias, residual=True)
-    return y, norm.layer_norm(y, norm_weight, norm_bias, eps, dtype)
-
-
 def _norm_and_linear(
     x: Tensor,
     norm_weight: Tensor,
@@ -242,7 +230,7 @@ KERNELS = dict(
     conv_norm=Kernel(
         lambda s: (s.map(), *s.taps(), s.vector(), s.vector(), EPS, DTYPE),
         depthwise.conv_norm,
-        _conv_and_norm,
+        partial(block_kernels.conv_and_norm, merged=False),
     ),
     linear_attention=Kernel(
         lambda s: (s.map(2), s.map(), s.heads),

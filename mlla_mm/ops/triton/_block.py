@@ -146,7 +146,7 @@ def forward(
         x1 = conv(x, w.cpe1, w.cpe1_bias, residual=True)
         projected = norm_linear(x1, *norm, products.in_act, products.in_act_bias)
     else:
-        x1, u = _conv_norm(x, w.cpe1, w.cpe1_bias, *norm, dtype, merged)
+        x1, u = conv_and_norm(x, w.cpe1, w.cpe1_bias, *norm, dtype, merged)
         projected = F.linear(u, products.in_act, products.in_act_bias)
     inner, gate = projected.split(channels, dim=-1)
     v = conv(inner, w.dwc, w.dwc_bias, act=True)
@@ -162,14 +162,14 @@ def forward(
         x3 = conv(x2, w.cpe2, w.cpe2_bias, residual=True)
         out, hidden = mlp(x3, *norm, *fc1, *fc2, scales[1], keep)
     else:
-        x3, u = _conv_norm(x2, w.cpe2, w.cpe2_bias, *norm, dtype, merged)
+        x3, u = conv_and_norm(x2, w.cpe2, w.cpe2_bias, *norm, dtype, merged)
         activated, hidden = linear_gelu(u.view(-1, channels), *fc1, keep)
         out = linear_residual(activated, *fc2, x3, scales[1])
     kept = (x, x1, projected, v, qk, y, states, x2, x3, hidden)
     return out, kept if keep else (), products
 
 
-def _conv_norm(
+def conv_and_norm(
     x: Tensor,
     taps: Tensor,
     bias: Tensor,
