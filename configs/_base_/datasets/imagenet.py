@@ -4,20 +4,25 @@ data_root = 'data/imagenet'
 bgr_mean = [103.53, 116.28, 123.675]
 bgr_std = [57.375, 57.12, 58.395]
 
+# As the authors' loader, which does not turn images as their EXIF data say.
+load_image = dict(type='LoadImageFromFile', color_type='color_ignore_orientation')
 train_pipeline = [
-    dict(type='LoadImageFromFile'),
+    load_image,
     dict(
-        type='RandomResizedCrop',
+        type='mlla_mm.datasets.transforms.FastRandomResizedCrop',
         scale=224,
         crop_ratio_range=(0.08, 1.0),
         aspect_ratio_range=(3 / 4, 4 / 3),
-        backend='pillow',
         interpolation='bicubic',
     ),
-    dict(type='RandomFlip', prob=0.5, direction='horizontal'),
+    dict(
+        type='mlla_mm.datasets.transforms.FastRandomFlip',
+        prob=0.5,
+        direction='horizontal',
+    ),
     # timm's rand-m9-mstd0.5-inc1
     dict(
-        type='RandAugment',
+        type='mlla_mm.datasets.transforms.FastRandAugment',
         policies='timm_increasing',
         num_policies=2,
         magnitude_level=9,
@@ -38,12 +43,11 @@ train_pipeline = [
     dict(type='PackInputs'),
 ]
 test_pipeline = [
-    dict(type='LoadImageFromFile'),
+    load_image,
     dict(
-        type='ResizeEdge',
+        type='mlla_mm.datasets.transforms.FastResizeEdge',
         scale=256,
         edge='short',
-        backend='pillow',
         interpolation='bicubic',
     ),
     dict(type='CenterCrop', crop_size=224),
