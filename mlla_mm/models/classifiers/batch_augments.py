@@ -36,8 +36,8 @@ class ReversedCutMix(CutMix):
     the image where it does not cross the border, with one
     :math:`\lambda \sim Beta(\alpha, \alpha)` for the batch. Labels are mixed by the
     area of the box inside the image
-    (`Yun et al., 2019 <https://arxiv.org/abs/1905.04899>`_). mmpretrain's ``CutMix`` pairs images
-    at random instead.
+    (`Yun et al., 2019 <https://arxiv.org/abs/1905.04899>`_). mmpretrain's
+    ``CutMix`` pairs images at random instead.
 
     Args:
         alpha (float): Parameter of the distribution, positive.
