@@ -14,7 +14,7 @@ from mmcv.transforms import RandomFlip
 from mmpretrain.datasets.transforms import RandomResizedCrop, ResizeEdge
 from PIL import Image
 
-from mlla_mm.datasets.transforms import (
+from mlla_mm.datasets.transforms.geometry import (
     FastRandomFlip,
     FastRandomResizedCrop,
     FastResizeEdge,

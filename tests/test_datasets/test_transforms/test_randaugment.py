@@ -11,7 +11,7 @@ pytest.importorskip('mmpretrain')
 from mmpretrain.datasets.transforms import RandAugment
 from mmpretrain.registry import TRANSFORMS
 
-from mlla_mm.datasets.transforms import FastRandAugment
+from mlla_mm.datasets.transforms.randaugment import FastRandAugment
 
 from .test_geometry import DATA, picture
 
