@@ -95,10 +95,9 @@ class FastRandomFlip(RandomFlip):
 
 def _check_interpolation(transform: Any) -> None:
     if transform.interpolation not in ('bilinear', 'bicubic'):
-        name = type(transform).__name__
         raise ValueError(
-            f"{name}'s interpolation must be 'bilinear' or 'bicubic', got "
-            f"'{transform.interpolation}'. {type(transform).__base__.__name__} has "
+            f"The interpolation of {type(transform).__name__} must be 'bilinear' or "
+            f"'bicubic', got '{transform.interpolation}'. mmpretrain's transform has "
             'others.'
         )
 
@@ -106,10 +105,9 @@ def _check_interpolation(transform: Any) -> None:
 def _resize(transform: Any, image: np.ndarray, size: Tuple[int, int]) -> np.ndarray:
     """Resize an image (H, W[, C]) to a size (height, width)."""
     if image.dtype != np.uint8:
-        name = type(transform).__name__
         raise TypeError(
-            f'{name} resizes images of type uint8, got {image.dtype}. Convert them '
-            f'after it, or use {type(transform).__base__.__name__}.'
+            f'{type(transform).__name__} takes images of type uint8, got '
+            f"{image.dtype}. Convert them behind it, or use mmpretrain's transform."
         )
     # PyTorch takes no negative strides, and warns of arrays that are read-only.
     image = np.require(image, requirements=['C', 'W'])
@@ -117,5 +115,5 @@ def _resize(transform: Any, image: np.ndarray, size: Tuple[int, int]) -> np.ndar
     batch = torch.from_numpy(image.reshape(1, *image.shape[:2], -1)).permute(0, 3, 1, 2)
     mode = transform.interpolation
     resized = F.interpolate(batch, size, mode=mode, antialias=True)
-    resized = resized.permute(0, 2, 3, 1).contiguous().numpy()
-    return resized.reshape(*size, *image.shape[2:])
+    pixels = resized.permute(0, 2, 3, 1).contiguous().numpy()
+    return pixels.reshape(*size, *image.shape[2:])
