@@ -84,7 +84,7 @@ class _TableOperation(_FastOperation):
 
 @TRANSFORMS.register_module()
 class FastAutoContrast(_TableOperation, AutoContrast):
-    """mmpretrain's AutoContrast, bit by bit, by a table. Same arguments."""
+    """mmpretrain's AutoContrast, to the bit, by a table. Same arguments."""
 
     def table(self, image: np.ndarray) -> np.ndarray:
         tables = []
@@ -98,7 +98,7 @@ class FastAutoContrast(_TableOperation, AutoContrast):
 
 @TRANSFORMS.register_module()
 class FastEqualize(_TableOperation, Equalize):
-    """mmpretrain's Equalize, bit by bit, by a table. Same arguments."""
+    """mmpretrain's Equalize, to the bit, by a table. Same arguments."""
 
     def table(self, image: np.ndarray) -> np.ndarray:
         tables = []
@@ -114,7 +114,7 @@ class FastEqualize(_TableOperation, Equalize):
 
 @TRANSFORMS.register_module()
 class FastSolarize(_TableOperation, Solarize):
-    """mmpretrain's Solarize, bit by bit, by a table. Same arguments."""
+    """mmpretrain's Solarize, to the bit, by a table. Same arguments."""
 
     def table(self, image: np.ndarray) -> np.ndarray:
         return np.where(_LEVELS < self.draw(self.thr), _LEVELS, 255 - _LEVELS)
@@ -122,7 +122,7 @@ class FastSolarize(_TableOperation, Solarize):
 
 @TRANSFORMS.register_module()
 class FastSolarizeAdd(_TableOperation, SolarizeAdd):
-    """mmpretrain's SolarizeAdd, bit by bit, by a table. Same arguments."""
+    """mmpretrain's SolarizeAdd, to the bit, by a table. Same arguments."""
 
     def table(self, image: np.ndarray) -> np.ndarray:
         added = np.minimum(_LEVELS + self.draw(self.magnitude), 255)
