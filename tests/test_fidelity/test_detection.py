@@ -125,6 +125,7 @@ def test_losses(step):
     step[0].check_losses()
 
 
+@pytest.mark.slow
 def test_gradients(step):
     step[0].check_gradients()
 
