@@ -107,6 +107,19 @@ def test_what_loops_do(changes):
     check_loop(cfg)
 
 
+def test_erasing_needs_the_preprocessor_that_erases():
+    cfg = Config.fromfile(CONFIGS / 'classification/mlla-t_8xb128_in1k.py')
+    cfg.optim_wrapper.type = 'OptimWrapper'  # the other needs a GPU
+    check_loop(cfg)
+    for kind in ('ClsDataPreprocessor', None):
+        cfg.model.data_preprocessor.type = kind
+        with pytest.raises(ValueError) as caught:
+            check_loop(cfg)
+        assert_says(caught.value, 'DrawErasing', kind or 'default', 'does not erase')
+    cfg.train_dataloader.dataset.pipeline.pop()
+    check_loop(cfg)
+
+
 # What is changed in a config that is to be deterministic, and what the error says.
 DETERMINISTIC = {
     'detection': (DET, {}, ['RoIAlign']),
