@@ -1,38 +1,45 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""The recipe on two real processes beside one that stands for both."""
+"""A recipe of four processes on four, on two and on one."""
 
 import pytest
 import torch
 
 from .test_preemption import EPOCHS, contents, train
 
-# Their images differ, and so do their statistics, which the hook averages, too.
+# The processes' images differ, and so do their statistics, which EMAHook averages, too.
 SETTING = dict(
     EPOCHS,
-    images=12,
+    images=16,
     hooks=[
         dict(type='SyncBuffersBeforeSaveHook'),
         dict(type='EMAHook', momentum=0.1, update_buffers=True),
     ],
 )
 RULES = ('mean', 'first')
+RECIPE = 4
 SCRIPT = """
 import sys
 from mmengine.config import Config
+from mmengine.dist import get_world_size
 from mlla_mm.engine import launch
-from tests.test_reproducible.test_running_statistics import RULES, SETTING, train_by
+from tests.test_reproducible.test_running_statistics import RECIPE, RULES, train_by
 
 cfg = Config(dict(
-    launcher='pytorch', model=dict(), env_cfg=dict(dist_cfg=dict(timeout=30))
+    launcher='pytorch', model=dict(), env_cfg=dict(dist_cfg=dict(timeout=60))
 ))
 launch.set_up(cfg)
 for rule in RULES:
-    train_by(rule, f'{sys.argv[1]}/{rule}', more=dict(launcher='pytorch', cfg=cfg))
+    train_by(
+        rule,
+        f'{sys.argv[1]}/{rule}',
+        micro_batches=RECIPE // get_world_size(),
+        more=dict(launcher='pytorch', cfg=cfg),
+    )
 launch.tear_down()
 """
 
 
-def train_by(rule, folder, micro_batches=1, **options):
+def train_by(rule, folder, micro_batches, **options):
     train_cfg = dict(
         SETTING['train_cfg'], running_statistics=rule, micro_batches=micro_batches
     )
@@ -40,25 +47,40 @@ def train_by(rule, folder, micro_batches=1, **options):
 
 
 @pytest.fixture(scope='module')
-def recipe(run_tool, tmp_path_factory):
-    """The last checkpoints of the run on two processes, by rule."""
-    folder = tmp_path_factory.mktemp('recipe')
-    (folder / 'script.py').write_text(SCRIPT)
-    run_tool('python', folder / 'script.py', folder, processes=2)
-    return {rule: contents(folder / rule)[0] for rule in RULES}
+def run(run_tool, tmp_path_factory):
+    """The tensors of the last checkpoint, by rule, for a number of processes."""
+    script = tmp_path_factory.mktemp('script') / 'script.py'
+    script.write_text(SCRIPT)
+
+    def get(processes):
+        folder = tmp_path_factory.mktemp('run')
+        if processes == 1:
+            for rule in RULES:
+                train_by(rule, folder / rule, micro_batches=RECIPE)
+        else:
+            run_tool('python', script, folder, processes=processes)
+        return {rule: contents(folder / rule)[0] for rule in RULES}
+
+    return get
 
 
-@pytest.mark.parametrize('rule', RULES)
-def test_micro_batches_stand_for_processes(recipe, tmp_path, rule):
+@pytest.fixture(scope='module')
+def recipe(run):
+    return run(RECIPE)
+
+
+@pytest.mark.parametrize('processes', [1, 2])
+def test_fewer_processes_keep_the_statistics(recipe, run, processes):
     """Weights, momenta, statistics and the average of all."""
-    train_by(rule, tmp_path, micro_batches=2)
-    found, _ = contents(tmp_path)
-    assert found.keys() == recipe[rule].keys()
-    for key, value in recipe[rule].items():
-        # EMAHook saves the plain weights as 'module.'. Of its average, the first
-        # process's has that process's own statistics.
-        if rule == 'first' or 'running_' not in key or key.startswith('module.'):
-            torch.testing.assert_close(found[key], value)
+    found = run(processes)
+    for rule in RULES:
+        for key, value in recipe[rule].items():
+            # EMAHook saves the plain weights as 'module.'. With the mean, its average
+            # has the first process's own statistics.
+            if rule == 'first' or 'running_' not in key or key.startswith('module.'):
+                torch.testing.assert_close(
+                    found[rule][key], value, msg=f'{rule}: {key}'
+                )
 
 
 def test_the_rules_differ_in_statistics_alone(recipe):
