@@ -74,7 +74,9 @@ def weights(shapes: Dict[str, Any], factors: Dict[str, float]) -> Dict[str, Tens
 
 def build(cfg: Config, factors: Dict[str, float]) -> nn.Module:
     """A model with the recorded run's weights, in training mode."""
-    model = MODELS.build(cfg.model).double().train()
+    # All weights are loaded below. Drawing others before takes seconds.
+    with mock.patch.object(torch.Tensor, 'uniform_', lambda self, *_, **__: self):
+        model = MODELS.build(cfg.model).double().train()
     shapes = {name: value.shape for name, value in model.state_dict().items()}
     model.load_state_dict(weights(shapes, factors))
     return model

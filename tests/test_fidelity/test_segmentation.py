@@ -1,5 +1,5 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""UPerNet on MLLA-B, beside the authors' segmentor: a batch, and evaluations."""
+"""UPerNet on MLLA-B, beside the authors' segmentor: evaluations, and a batch."""
 
 import copy
 
@@ -41,29 +41,6 @@ def model():
 @pytest.fixture(scope='module')
 def expected() -> dict:
     return authors.recorded('segmentation_losses')
-
-
-@pytest.fixture(scope='module')
-def step(model, expected):
-    shape = (2, 1, 96, 128)
-    labels = authors.integers('segmentation/labels', shape, 150)
-    labels[authors.uniform('segmentation/ignored', shape) < 0.2] = 255
-    samples = [SegDataSample(gt_sem_seg=PixelData(data=x)) for x in labels]
-    images = authors.normal('segmentation/images', (2, 3, 96, 128))
-    trained = copy.deepcopy(model).train()
-    return authors.Step(trained, trained.loss(images, samples), expected)
-
-
-def test_losses(step):
-    step.check_losses()
-
-
-def test_statistics(step):
-    step.check_statistics()
-
-
-def test_gradients(step):
-    step.check_gradients()
 
 
 def image() -> torch.Tensor:
@@ -117,3 +94,26 @@ def test_multiple_scales_and_flips(model, expected):
     )
     (merged,) = SegTTAModel(module=model).merge_preds([found])
     assert np.array_equal(merged.pred_sem_seg.data[0], expected['ms_labels'])
+
+
+@pytest.fixture(scope='module')
+def step(model, expected):
+    shape = (2, 1, 96, 128)
+    labels = authors.integers('segmentation/labels', shape, 150)
+    labels[authors.uniform('segmentation/ignored', shape) < 0.2] = 255
+    samples = [SegDataSample(gt_sem_seg=PixelData(data=x)) for x in labels]
+    images = authors.normal('segmentation/images', (2, 3, 96, 128))
+    trained = copy.deepcopy(model).train()
+    return authors.Step(trained, trained.loss(images, samples), expected)
+
+
+def test_losses(step):
+    step.check_losses()
+
+
+def test_statistics(step):
+    step.check_statistics()
+
+
+def test_gradients(step):
+    step.check_gradients()
