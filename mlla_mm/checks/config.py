@@ -122,7 +122,7 @@ def check_loop(cfg: Config) -> None:
             "optim_wrapper = dict(_delete_=True, type='OptimWrapper', ...)."
         )
     _check_erasing(cfg)
-    for name in ('skip_corrupt_images', 'micro_batches'):
+    for name in ('skip_corrupt_images', 'micro_batches', 'running_statistics'):
         if name in cfg.train_cfg:
             require_seeded(cfg.train_cfg, f'train_cfg.{name}')
     sampler = cfg.train_dataloader.get('sampler')

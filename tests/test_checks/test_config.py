@@ -83,6 +83,8 @@ LOOP_ERRORS = [
      ['train_cfg.skip_corrupt_images', "dict(type='SeededIterBasedTrainLoop')"]),
     ({'train_cfg': dict(MMENGINES_LOOP, micro_batches=2)},
      ['train_cfg.micro_batches', "dict(type='SeededIterBasedTrainLoop')"]),
+    ({'train_cfg': dict(MMENGINES_LOOP, running_statistics='first')},
+     ['train_cfg.running_statistics', "dict(type='SeededIterBasedTrainLoop')"]),
     ({'train_dataloader.sampler': dict(type='SharedSampler', micro_batches=1)},
      ['0.1', 'the config that the run started from']),
 ]  # fmt: skip

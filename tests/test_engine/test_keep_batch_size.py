@@ -87,6 +87,9 @@ TASKS = {
         ['tests.float64'],
     ),
 }
+name, changes, *rest = TASKS['classification']
+changes = {**changes, 'train_cfg.running_statistics': 'first'}
+TASKS['statistics of the first process'] = (name, changes, *rest)
 
 
 @HOOKS.register_module()
