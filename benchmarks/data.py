@@ -11,10 +11,10 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 from mmengine.config import Config
-from mmengine.registry import DATASETS, MODELS, init_default_scope
+from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 from mmengine.utils.dl_utils import set_multi_processing
 
@@ -150,9 +150,10 @@ def measure(cfg: Config, args: argparse.Namespace, meter: Meter) -> Measured:
         workers=loader.get('num_workers', 0),
         cores=cores,
     )
-    del dataset
+    length = len(dataset)
+    del dataset  # its annotations may be large, and the loader has its own
     rate = measured.rate * max(1, min(measured.workers, cores))
-    found, batch = load(loader, args.seconds, rate)
+    found, batch = load(loader, length, args.seconds, rate)
     preprocess = preprocessor_milliseconds(
         cfg, batch, meter, is_training=args.phase == 'train'
     )
@@ -165,7 +166,9 @@ def _milliseconds(dataset: Any, indices: Sequence[int]) -> float:
     return time_samples(dataset, indices).seconds * 1000 / len(indices)
 
 
-def load(loader_cfg: Mapping, seconds: float, rate: float) -> Any:
+def load(
+    loader_cfg: Mapping, length: int, seconds: float, rate: float
+) -> Tuple[float, Any]:
     """Load batches with all workers of a data loader.
 
     What the workers have loaded in advance when the first batch comes is not counted,
@@ -173,6 +176,7 @@ def load(loader_cfg: Mapping, seconds: float, rate: float) -> Any:
 
     Args:
         loader_cfg (Mapping): The config of the data loader.
+        length (int): Images of its data set.
         seconds (float): About how long to load.
         rate (float): Images a second to expect.
 
@@ -186,7 +190,6 @@ def load(loader_cfg: Mapping, seconds: float, rate: float) -> Any:
     cycles = max(1, math.ceil(seconds * rate / (cycle * size)))
     wanted = max(1, ahead) + cycles * cycle
     # A loader that begins anew would have to fill its queue again.
-    length = len(DATASETS.build(copy.deepcopy(config['dataset'])))
     times = math.ceil((wanted + 1) * size / length)
     config['dataset'] = dict(
         type='CheckedDataset',

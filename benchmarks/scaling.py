@@ -280,10 +280,11 @@ def run(args: argparse.Namespace) -> None:
         ValueError: If a number is not positive.
     """
     for name in ('gpus', 'model_speed', 'core_speed', 'inside', 'between', 'disk'):
-        value = getattr(args, name)
-        if any(x <= 0 for x in (value if isinstance(value, list) else [value or 1])):
-            option = name.replace('_', '-')
-            raise ValueError(f'--{option} must be positive, got {value}.')
+        given = getattr(args, name)
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and value <= 0:
+                option = name.replace('_', '-')
+                raise ValueError(f'--{option} must be positive, got {value:g}.')
     cases = []
     for case in CASES:
         data = case.data._replace(core_speed=args.core_speed or case.data.core_speed)
