@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -29,6 +30,8 @@ from .meter import Meter, format_settings
 from .pictures import write_pictures
 from .timm_pipeline import TimmDataset
 
+_ALL = 'all'
+
 
 class Measured(NamedTuple):
     """What was measured of a config's data.
@@ -37,7 +40,7 @@ class Measured(NamedTuple):
         config (str): The config.
         phase (str): 'train' or 'val'.
         images (int): Images of a round.
-        milliseconds (float): Of one image on one core, the fastest of all rounds.
+        milliseconds (float): Of one image on one core, of the fastest round of each.
         steps (dict[str, float]): Milliseconds of one image by step, see
             :func:`mlla_mm.datasets.speed.timed_steps`.
         timm (float, optional): Milliseconds of one image by the authors' transforms.
@@ -121,32 +124,27 @@ def measure(cfg: Config, args: argparse.Namespace, meter: Meter) -> Measured:
             )
         side = dataset[0]['inputs'].shape[-1]
         theirs = TimmDataset(dataset, side, is_training=args.phase == 'train')
-    totals: List[float] = []
-    of_timm: List[float] = []
-    of_steps: List[Mapping[str, float]] = []
+    totals, of_steps, of_timm = [], [], []
     for i in range(args.repeats + 1):
-        # The same draws in every round, or the fastest would be that of easy draws.
-        totals.append(_milliseconds(dataset, indices))
+        # The first round imports, and reads files that are not in memory yet.
+        last = _round(dataset, indices)
         with timed_steps(dataset) as seconds:
-            _milliseconds(dataset, indices)
-        of_steps.append(seconds)
-        if theirs is not None:
-            of_timm.append(_milliseconds(theirs, indices))
-        if i == 0:  # imports, and files that are not in memory yet
-            for samples in (totals, of_steps, of_timm):
-                samples.clear()
-    steps = {
-        name: min(x[name] for x in of_steps) * 1000 / len(indices)
-        for name in of_steps[0]
-    }
+            parts = _round(dataset, indices, seconds)
+        timm = [] if theirs is None else _round(theirs, indices)
+        if i > 0:
+            totals.append(last)
+            of_steps.append(parts)
+            of_timm.append(timm)
+    fastest = _fastest(of_steps)
+    steps = {name: value for name, value in fastest.items() if name != _ALL}
     cores = len(os.sched_getaffinity(0))
     measured = Measured(
         config=str(cfg.filename),
         phase=args.phase,
         images=len(indices),
-        milliseconds=min(totals),
+        milliseconds=_fastest(totals)[_ALL],
         steps=steps,
-        timm=min(of_timm, default=None),
+        timm=_fastest(of_timm)[_ALL] if theirs is not None else None,
         workers=loader.get('num_workers', 0),
         cores=cores,
     )
@@ -160,10 +158,41 @@ def measure(cfg: Config, args: argparse.Namespace, meter: Meter) -> Measured:
     return measured._replace(loader=found, preprocessor=preprocess)
 
 
-def _milliseconds(dataset: Any, indices: Sequence[int]) -> float:
-    """Milliseconds of an image, always with the same random numbers."""
+def _round(
+    dataset: Any, indices: Sequence[int], seconds: Optional[Dict[str, float]] = None
+) -> List[Dict[str, float]]:
+    """Seconds of each image by step, always with the same random numbers.
+
+    Other draws would be easier in some rounds than in others.
+
+    Args:
+        dataset (Dataset): The data set.
+        indices (Sequence[int]): The images.
+        seconds (dict[str, float], optional): What :func:`timed_steps` adds up.
+            Defaults to None: the whole alone, under :data:`_ALL`.
+    """
     seed_generators(0)
-    return time_samples(dataset, indices).seconds * 1000 / len(indices)
+    found = []
+    steps = {} if seconds is None else seconds
+    for index in indices:
+        steps.clear()
+        whole = time_samples(dataset, [index]).seconds
+        found.append({**steps, _ALL: whole})
+    return found
+
+
+def _fastest(rounds: Sequence[Sequence[Dict[str, float]]]) -> Dict[str, float]:
+    """Mean milliseconds of an image by step, of the fastest round of each image.
+
+    Other programs slow down some images of every round, but hardly one in all rounds.
+    """
+    names = {name: None for images in rounds for image in images for name in image}
+
+    def mean(name: str) -> float:
+        fastest = (min(x.get(name, 0.0) for x in alike) for alike in zip(*rounds))
+        return 1000 * statistics.fmean(fastest)
+
+    return {name: mean(name) for name in names}
 
 
 def load(

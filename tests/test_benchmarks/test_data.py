@@ -91,6 +91,14 @@ def test_the_tool(scope, call_tool, tmp_path):
     assert f'{1000 / found["milliseconds"]:.4g} images/s' in output
 
 
+def test_the_fastest_round_of_each_image():
+    rounds = [
+        [{'all': 0.009, '1 Load': 0.001}, {'all': 0.004, '1 Load': 0.002}],
+        [{'all': 0.005, '1 Load': 0.003}, {'all': 0.008}],
+    ]
+    assert data._fastest(rounds) == pytest.approx({'all': 4.5, '1 Load': 0.5})
+
+
 MEASURED = Measured(
     config='c.py', phase='train', images=8, milliseconds=8.0,
     steps={'reading files': 0.4, '1 Load': 2.0, '10 Pack': 1.0, '2 Crop': 4.0},

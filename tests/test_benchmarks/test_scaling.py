@@ -23,7 +23,6 @@ from mlla_mm.reproducible.resume import newest_checkpoint
 
 from ..nano import CONFIGS, NANO
 from ..processes import ROOT
-from ..runs import SEGMENTOR
 
 for package in ('mmdet', 'mmseg', 'mmpretrain'):
     pytest.importorskip(package)
@@ -115,34 +114,28 @@ def test_size_of_an_input(case):
     assert case.data.input_bytes == 3 * width * height
 
 
-@pytest.mark.parametrize('scope', ['mmseg', 'mmpretrain'])
-def test_size_of_a_saved_checkpoint(scope, segmentor, digits_imagenet, tmp_path):
-    """Real checkpoints, without and with averaged weights."""
-    if scope == 'mmseg':
-        cfg = Config.fromfile(ROOT / SEGMENTOR)
-        path = newest_checkpoint(segmentor / 'whole')
-    else:
-        cfg = Config.fromfile(NANO[scope])
-        cfg.train_dataloader.update(
-            batch_size=4, num_workers=0, persistent_workers=False
-        )
-        cfg.train_dataloader.dataset.update(data_root=str(digits_imagenet), indices=4)
-        cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
-        cfg.test_cfg = cfg.test_dataloader = cfg.test_evaluator = None
-        cfg.default_hooks.checkpoint.save_best = None
-        cfg.train_cfg.max_epochs = 1
-        run = cfg.copy()
-        run.work_dir = str(tmp_path)
-        Runner.from_cfg(run).train()
-        path = newest_checkpoint(tmp_path)
+@pytest.mark.parametrize('averaged', [False, True])
+def test_size_of_a_saved_checkpoint(averaged, digits_imagenet, tmp_path):
+    cfg = Config.fromfile(NANO['mmpretrain'])
+    if not averaged:
+        cfg.default_hooks.mesa = dict(type='NoHook')
+        cfg.model.mesa_weight = 0.0
+    cfg.train_dataloader.update(batch_size=4, num_workers=0, persistent_workers=False)
+    cfg.train_dataloader.dataset.update(data_root=str(digits_imagenet), indices=4)
+    cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
+    cfg.test_cfg = cfg.test_dataloader = cfg.test_evaluator = None
+    cfg.default_hooks.checkpoint.save_best = None
+    cfg.train_cfg.max_epochs = 1
     weights = count_weights(cfg)
-    assert weights.averaged == (scope == 'mmpretrain')
+    cfg.work_dir = str(tmp_path)
+    Runner.from_cfg(cfg).train()
+    path = newest_checkpoint(tmp_path)
     content = torch.load(path, map_location='cpu', weights_only=False)
-    assert ('state_dict_ema' in content) == weights.averaged
+    assert ('state_dict_ema' in content) == weights.averaged == averaged
     size = path.stat().st_size
     # Names and places of hundreds of tensors, and the state of the run.
     assert weights.checkpoint_bytes < size < 1.1 * weights.checkpoint_bytes
-    other = weights._replace(averaged=not weights.averaged).checkpoint_bytes
+    other = weights._replace(averaged=not averaged).checkpoint_bytes
     assert abs(other - size) > 2 * abs(weights.checkpoint_bytes - size)
 
 

@@ -1,11 +1,13 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
 """Data sets in archives: the same samples, checks and errors as from files."""
 
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import DATASETS, DefaultScope
 from mmengine.runner import Runner
@@ -16,6 +18,8 @@ from mlla_mm.datasets.corrupt_images import CorruptImageError
 from mlla_mm.reproducible.seeding import SAMPLE, Draw, SeededDataset
 
 from ..bad_data import CLS, DET, MAKE, SEG, assert_says, config, truncate
+from ..nano import CONFIGS
+from ..processes import ROOT
 
 for package in ('mmdet', 'mmseg', 'mmpretrain'):
     pytest.importorskip(package)
@@ -193,6 +197,28 @@ def test_a_training(digits_imagenet, tmp_path):
         assert torch.equal(loss, other_loss)
     # The second epoch is not the first one again.
     assert not torch.equal(found[0][0], found[2][0])
+
+
+def test_the_example_of_the_page(tmp_path):
+    """The config reads archives that the tool makes where the page says."""
+    page = (ROOT / 'docs' / 'data_speed.md').read_text()
+    pattern = r"<!-- example: archive -->\n```python\n_base_ = '\./(.*?)'\n(.*?)```"
+    base, code = re.search(pattern, page, re.S).groups()
+    path = tmp_path / 'archive.py'
+    path.write_text(f"_base_ = '{CONFIGS / 'classification' / base}'\n{code}")
+    cfg = Config.fromfile(path)
+    MAKE[CLS](tmp_path)
+    pack(CLS, tmp_path)
+    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+        loader.dataset.data_root = str(tmp_path)
+        loader.dataset.metainfo = dict(classes=tuple('0123456789'))
+    cfg.model.head.num_classes = 10
+    report = require_data(cfg, 'train', 'val', 'test')
+    assert [counts.images for counts in report.counts.values()] == [10, 10, 10]
+    assert seeded(cfg)[0]['inputs'].shape == (3, 224, 224)
+    # COCO's and ADE20K's prefixes, as the tests above have them.
+    assert "data_prefix=dict(img='train2017.tar')" in page
+    assert "img_path='images.tar/training'" in page
 
 
 def test_label_maps_without_a_list(tmp_path):

@@ -37,7 +37,10 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         '--images', type=int, default=64, help='images of a round (default: 64)'
     )
     parser.add_argument(
-        '--repeats', type=int, default=3, help='rounds; the fastest counts (default: 3)'
+        '--repeats',
+        type=int,
+        default=3,
+        help='rounds; of each image the fastest counts (default: 3)',
     )
     parser.add_argument(
         '--seconds',
