@@ -18,6 +18,7 @@ import gc
 import logging
 import math
 import os
+import random
 import resource
 import shutil
 import socket
@@ -71,10 +72,9 @@ TIMED_ITERATIONS = 10
 """Timed iterations. They come after the batches that the workers load in advance."""
 TIMED_SECONDS = 60.0
 """About the longest time for the second run; two iterations are made in any case."""
-
-
 DATA_SECONDS = 1.0
 """Seconds for which images are made to see how fast they come."""
+_MOST_IMAGES = 1000
 
 
 class Position(NamedTuple):
@@ -82,9 +82,6 @@ class Position(NamedTuple):
 
     epoch: int = 0
     iter: int = 0
-
-
-_TIMED_IMAGES = 1000
 
 
 class Batches(NamedTuple):
@@ -505,7 +502,8 @@ class _DataHook(Hook):
         self._watch.stage = 'timing the training data'
         # All of it, since the few images of the run have just been read.
         dataset = whole_dataset(runner.train_dataloader.dataset)
-        indices = speed.spread_indices(len(dataset), _TIMED_IMAGES)
+        count = len(dataset)
+        indices = random.Random(0).sample(range(count), min(count, _MOST_IMAGES))
         dataset[indices[0]]  # opens files and imports what the steps need
         found = speed.time_samples(dataset, indices[1:] or indices, DATA_SECONDS)
         self.rate = found.rate
