@@ -1,8 +1,5 @@
 dataset_type = 'ImageNet'
 data_root = 'data/imagenet'
-# Images are BGR until they are normalised.
-bgr_mean = [103.53, 116.28, 123.675]
-bgr_std = [57.375, 57.12, 58.395]
 
 train_pipeline = [
     dict(type='LoadImageFromFile'),
@@ -25,17 +22,9 @@ train_pipeline = [
         total_level=10,
         hparams=dict(pad_val=[104, 116, 124], interpolation='bicubic'),
     ),
-    dict(
-        type='RandomErasing',
-        erase_prob=0.25,
-        mode='rand',
-        min_area_ratio=0.02,
-        max_area_ratio=1 / 3,
-        aspect_range=(0.3, 1 / 0.3),
-        fill_color=bgr_mean,
-        fill_std=bgr_std,
-    ),
     dict(type='PackInputs'),
+    # The model's data preprocessor erases.
+    dict(type='mlla_mm.datasets.transforms.erasing.DrawErasing', prob=0.25),
 ]
 test_pipeline = [
     dict(type='LoadImageFromFile'),
