@@ -10,6 +10,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 from mmengine.fileio import list_from_file
 
+from ..utils.archives import scan_folder
 from ..utils.files import file_problem
 from .image_files import check_images
 from .source import (
@@ -144,7 +145,7 @@ def _list(folder: Path, source: Source) -> _Listing:
     chosen = 'extensions' in source.config
     is_valid = source.dataset.is_valid_file
     listing = _Listing(folder, {}, {}, [])
-    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    entries = sorted(scan_folder(folder), key=lambda entry: entry.name)
     parts = [('', folder)]
     if source.dataset.with_label:
         parts = [(x.name, folder / x.name) for x in entries if x.is_dir()]
@@ -174,7 +175,7 @@ def _files_below(folder: Any, prefix: str) -> Iterator[Tuple[str, bool]]:
     As MMEngine's ``list_dir_or_file`` does, it leaves out hidden files, but not hidden
     folders, and follows links.
     """
-    for entry in os.scandir(folder):
+    for entry in scan_folder(folder):
         if entry.is_dir():
             yield from _files_below(entry.path, f'{prefix}{entry.name}/')
         elif not entry.name.startswith('.'):

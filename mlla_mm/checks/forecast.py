@@ -13,6 +13,9 @@ from mmengine.config import Config
 from ..engine.batch_size import accumulated_batches
 from ..engine.parts import batch_size_of, default_hook
 
+# Of an iteration. Less may be chance.
+_WAITING = 0.2
+
 
 class CheckError(Exception):
     """A problem that would end the run, in words for the user."""
@@ -29,6 +32,8 @@ class Measured(NamedTuple):
         tensors (int): The part of it that tensors on the GPU have; 0 on the CPU.
         iteration (float): Seconds of a training iteration.
         waiting (float): The part of it that waits for data, from 0 to 1.
+        made (float): Training images a second that one data worker makes.
+        cores (float): Cores of the CPU for each process.
         evaluation (float): Seconds of an evaluation.
         checkpoint (int): Bytes of a checkpoint; 0 if none is saved.
         best (int): Bytes of the best checkpoints.
@@ -41,6 +46,8 @@ class Measured(NamedTuple):
     tensors: int
     iteration: float
     waiting: float
+    made: float
+    cores: float
     evaluation: float
     checkpoint: int
     best: int
@@ -110,15 +117,43 @@ def describe(cfg: Config, processes: int, measured: Measured) -> str:
         'peak memory': f'{memory}, the largest of all processes',
         'iteration': f'{measured.iteration:.3g} s',
         'data loading': f'{measured.waiting:.0%} of it, waiting for {workers} workers',
+        'data': _describe_data(cfg, processes, measured),
         'time to the end': f'{_duration(training + evaluation)} (training '
         f'{_duration(training)}, evaluation {_duration(evaluation)}): a rough '
         "estimate, without the metric's own computation",
     }
-    if measured.waiting > 0.2:
-        rows['data loading'] += '; more train_dataloader.num_workers would help'
     if measured.checkpoint:
         rows['checkpoints'] = _describe_disk(cfg, measured, checkpoints)
     return '\n'.join(f'  {name:<16} {text}' for name, text in rows.items())
+
+
+def _describe_data(cfg: Config, processes: int, measured: Measured) -> str:
+    """How fast data come, and what would help if a GPU waits for them."""
+    workers = cfg.train_dataloader.get('num_workers', 0)
+    at_work = max(1.0, min(workers, measured.cores))
+    made = at_work * measured.made
+    text = (
+        f'1 worker makes {_whole(measured.made)} images a second; '
+        f'{workers or 1} workers x {processes} processes on {measured.cores:g} cores '
+        f'each at most {_whole(made * processes)}'
+    )
+    # Without waiting an iteration would take the model's own time.
+    model_time = measured.iteration * (1 - measured.waiting)
+    micro_batches = cfg.train_cfg.get('micro_batches', 1)
+    images = batch_size_of(cfg.train_dataloader) * micro_batches
+    # Both have to say so: the first batches wait for workers that only start, and a
+    # burst of a slow disk is no lack of workers.
+    is_short = measured.waiting > _WAITING and made * model_time < images
+    if not (is_short and torch.cuda.is_available()):
+        return text
+    wanted = images / max(model_time, 1e-9)
+    text += f'. The model would take {_whole(wanted * processes)}: '
+    needed = math.ceil(wanted / measured.made)
+    limit = math.floor(measured.cores)
+    if workers < limit:
+        text += f'train_dataloader.num_workers={min(needed, limit)} would help'
+        return text
+    return f'{text}that needs {needed} cores for each process, see docs/data_speed.md'
 
 
 def _describe_disk(cfg: Config, measured: Measured, count: int) -> str:
@@ -143,6 +178,11 @@ def existing(path: str) -> Path:
     """A path, or the nearest folder above it that exists."""
     absolute = Path(path).absolute()
     return next(p for p in (absolute, *absolute.parents) if p.exists())
+
+
+def _whole(number: float) -> str:
+    """A number to three digits, and without a fraction where it has more."""
+    return f'{float(f"{number:.3g}"):,g}'
 
 
 def _gib(size: int) -> str:

@@ -9,6 +9,7 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Callable, Dict, List, NamedTuple, Optional, Set, TypeVar, Union
 
+from ..utils.archives import is_folder, scan_folder
 from ..utils.files import file_problem
 from ..utils.images import image_problem
 from .source import NAMES, PIXELS, Finding, Source, progress, require_folder, several
@@ -101,7 +102,7 @@ def missing_files(paths: Iterable[_Path]) -> List[_Path]:
     @lru_cache(None)
     def names(folder: str) -> Set[str]:
         folder = folder or '.'
-        return set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        return {x.name for x in scan_folder(folder)} if is_folder(folder) else set()
 
     def exists(path: _Path) -> bool:
         folder, name = os.path.split(path)

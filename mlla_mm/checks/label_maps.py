@@ -14,6 +14,7 @@ from PIL import Image
 
 from ..compat.openmmlab import loads_label_maps
 from ..engine.parts import datasets_of, kind_of, parts_of
+from ..utils.archives import is_folder
 from ..utils.files import file_problem
 from ..utils.images import FORMATS, image_size, open_image, try_decoding
 from .image_files import (
@@ -79,7 +80,7 @@ def check_label_maps(source: Source) -> Iterator[Finding]:
         return
     pairs = {Path(info['img_path']): Path(info['seg_map_path']) for info in infos}
     map_folder = Path(dataset.data_prefix['seg_map_path'])
-    require(map_folder.is_dir(), f'Folder not found: {map_folder}', fix)
+    require(is_folder(map_folder), f'Folder not found: {map_folder}', fix)
     missing = set(missing_files(pairs.values()))
     names = sorted(relative(path, map_folder) for path in missing)
     yield from several(f'label maps are not in {map_folder}', names, fix)

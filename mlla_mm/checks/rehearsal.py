@@ -6,6 +6,7 @@ MMEngine's own runner makes two short runs in a temporary folder:
 1. Two updates on batches of the largest size, a checkpoint, an evaluation of a few
    images, the best checkpoint.
 2. Some updates on the usual batches. The run resumes from that checkpoint and is timed.
+   Behind it, images are made as one data worker makes them.
 
 A run that resumes a checkpoint does it once as a whole before, up to its first update.
 
@@ -16,16 +17,20 @@ import copy
 import gc
 import logging
 import math
+import os
+import random
 import resource
 import shutil
+import socket
 import sys
 import tempfile
 import time
 import traceback
+from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, Optional, Tuple
+from typing import Any, Dict, List, NamedTuple, NoReturn, Optional, Set, Tuple
 
 import torch
 from mmengine.config import Config
@@ -44,6 +49,8 @@ from mmengine.runner import find_latest_checkpoint
 from mmengine.runner.checkpoint import CheckpointLoader
 
 from ..checkpoints.reader import CheckpointError
+from ..compat.openmmlab import whole_dataset
+from ..datasets import speed
 from ..datasets.corrupt_images import CorruptImageError
 from ..engine import launch
 from ..engine.arguments import ArgumentError, named_arguments
@@ -65,6 +72,9 @@ TIMED_ITERATIONS = 10
 """Timed iterations. They come after the batches that the workers load in advance."""
 TIMED_SECONDS = 60.0
 """About the longest time for the second run; two iterations are made in any case."""
+DATA_SECONDS = 1.0
+"""Seconds for which images are made to see how fast they come."""
+_MOST_IMAGES = 1000
 
 
 class Position(NamedTuple):
@@ -161,7 +171,8 @@ def _rehearse(
     set_resume(second, 'auto')
     second.val_cfg = second.val_dataloader = second.val_evaluator = None
     second.default_hooks.checkpoint = None
-    reached, times = _train(second, watch, 'training after resuming')
+    data = _DataHook(watch)
+    reached, times = _train(second, watch, 'training after resuming', others=(data,))
     timed = max(1, min(TIMED_ITERATIONS, reached.iter - resumed.iter - 1))
     iteration = _seconds(times, 'train/time', timed)
     waiting = _seconds(times, 'train/data_time', timed)
@@ -173,6 +184,8 @@ def _rehearse(
         tensors=tensors,
         iteration=iteration,
         waiting=min(1.0, waiting / iteration),
+        made=min(all_gather_object(data.rate)),
+        cores=_cores_per_process(),
         evaluation=evaluation,
         checkpoint=_bytes(Path(saved)) if saved else 0,
         best=sum(map(_bytes, Path(folder).glob('best_*'))),
@@ -474,6 +487,28 @@ class _EndHook(Hook):
         raise _Ended
 
 
+class _DataHook(Hook):
+    """Makes training images as a worker does, when a run is over.
+
+    Attributes:
+        rate (float): Images a second.
+    """
+
+    def __init__(self, watch: _WatchHook) -> None:
+        self.rate = 0.0
+        self._watch = watch
+
+    def after_train(self, runner) -> None:
+        self._watch.stage = 'timing the training data'
+        # All of it, since the few images of the run have just been read.
+        dataset = whole_dataset(runner.train_dataloader.dataset)
+        count = len(dataset)
+        indices = random.Random(0).sample(range(count), min(count, _MOST_IMAGES))
+        dataset[indices[0]]  # opens files and imports what the steps need
+        found = speed.time_samples(dataset, indices[1:] or indices, DATA_SECONDS)
+        self.rate = found.rate
+
+
 class _PeakMemoryHook(Hook):
     """Reads the peak memory before LoggerHook does, which resets PyTorch's counts."""
 
@@ -497,6 +532,18 @@ def _seconds(times: MessageHub, name: str, count: int) -> float:
     """Mean of the last times of MMEngine's IterTimerHook, on the slowest process."""
     values = times.get_scalar(name).data[0][-count:]
     return max(1e-9, *all_gather_object(float(values.mean())))
+
+
+def _cores_per_process() -> float:
+    """Cores that the processes of a machine may use, by process; the fewest of all.
+
+    A launcher may give each process cores of its own, or all processes the same.
+    """
+    own = socket.gethostname(), os.sched_getaffinity(0)
+    machines: Dict[str, List[Set[int]]] = defaultdict(list)
+    for name, cores in all_gather_object(own):
+        machines[name].append(cores)
+    return min(len(set().union(*found)) / len(found) for found in machines.values())
 
 
 def _peak_memory() -> Tuple[int, int]:

@@ -10,6 +10,7 @@ from functools import lru_cache
 from multiprocessing.pool import ThreadPool
 from typing import Any, Dict, List, Tuple
 
+from ..utils.archives import file_size, locate, open_file
 from .source import NAMES, Finding, Source, progress, several
 
 _END, _CHUNK = 4096, 2**20
@@ -97,13 +98,15 @@ def _map(key: Any, paths: List[str], what: str) -> Iterator[Any]:
 
 
 def _size(path: str) -> Any:
+    if locate(path) is not None:
+        return file_size(path) or None
     info = os.stat(path)
     # Reading a pipe or device may never end.
     return info.st_size if stat.S_ISREG(info.st_mode) and info.st_size else None
 
 
 def _end(path: str) -> Any:
-    with open(path, 'rb') as file:
+    with open_file(path) as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - _END))
         return size, hashlib.blake2b(file.read(_END), digest_size=16).digest()
@@ -111,7 +114,7 @@ def _end(path: str) -> Any:
 
 def _digest(path: str) -> Any:
     digest = hashlib.blake2b()
-    with open(path, 'rb') as file:
+    with open_file(path) as file:
         for chunk in iter(lambda: file.read(_CHUNK), b''):
             digest.update(chunk)
     return digest.digest()

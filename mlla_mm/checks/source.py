@@ -24,6 +24,7 @@ import numpy as np
 from rich.markup import escape
 from rich.progress import track
 
+from ..utils.archives import is_folder
 from ..utils.text import PATH_LIMIT, printable
 
 NAMES, FILES, PIXELS = 'names', 'files', 'pixels'
@@ -148,7 +149,7 @@ def require(condition: object, problem: str, fix: str) -> None:
 def require_folder(folder: Path, source: Source) -> None:
     """End the check of this data set if a folder does not exist."""
     fix = f'Check data_root and data_prefix of {source.key}.'
-    require(folder.is_dir(), f'Folder not found: {folder}', fix)
+    require(is_folder(folder), f'Folder not found: {folder}', fix)
 
 
 def require_text(source: Source) -> None:

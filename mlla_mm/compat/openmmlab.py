@@ -237,3 +237,8 @@ def loads_label_maps(kind: Any) -> bool:
 def load_again_as_list(dataset: Any) -> None:
     """Let a data set of MMEngine load its annotations anew, not serialised. Both."""
     dataset._fully_initialized = dataset.serialize_data = False
+
+
+def whole_dataset(dataset: Any) -> Any:
+    """The data set of a loader, also if ``num_batch_per_epoch`` takes a part. Both."""
+    return vars(dataset).get('_dataset', dataset)

@@ -14,6 +14,7 @@ from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch import tensor
 from torch.utils.data import Dataset
 
+from ..utils.archives import is_file
 from ..utils.images import image_problem, lacks_end, open_image
 from ..utils.text import PATH_LIMIT, printable
 
@@ -143,7 +144,11 @@ def _files_of_index(dataset: Any, index: int) -> List[Path]:
         return []
     info = dataset.get_data_info(index)
     paths = [info.get(key) for key in _FILE_KEYS]
-    return [Path(path) for path in paths if path and os.path.exists(path)]
+    return [Path(path) for path in paths if path and _exists(path)]
+
+
+def _exists(path: str) -> bool:
+    return os.path.exists(path) or is_file(path)
 
 
 def _files_of_sample(sample: Any) -> List[Path]:

@@ -7,6 +7,7 @@ import stat
 from pathlib import Path
 from typing import Optional, Union
 
+from .archives import file_size, locate, open_file
 from .text import PATH_LIMIT, describe_error, printable
 
 Content = Union[bytes, memoryview]
@@ -52,7 +53,7 @@ def file_problem(path: Union[str, Path]) -> Optional[str]:
     """Why a file cannot be read, as the end of a sentence, or None if it can."""
     try:
         check_regular_file(path)
-        with open(path, 'rb') as file:
+        with open_file(path) as file:
             return None if file.read(1) else 'is empty'
     except NotRegularFileError as error:
         return error.problem
@@ -76,12 +77,20 @@ class NotRegularFileError(OSError):
 
 
 def check_regular_file(path: Union[str, Path]) -> None:
-    """Refuse everything but regular files. Reading a pipe or device may never end.
+    """Refuse everything but regular files, which may be in an archive.
+
+    Reading a pipe or device may never end.
 
     Raises:
         NotRegularFileError: If the path is not a regular file.
         OSError: If the path does not exist, or access is denied.
     """
+    place = locate(path)
+    if place is not None:
+        if place.is_folder:
+            raise NotRegularFileError(path, 'is a folder')
+        file_size(path)  # raises the error of a path that does not exist
+        return
     mode = os.stat(path).st_mode
     if stat.S_ISDIR(mode):
         raise NotRegularFileError(path, 'is a folder')

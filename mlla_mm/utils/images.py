@@ -4,8 +4,10 @@
 OpenCV reads most images. Pillow reads those of configs that ask for it, and label maps.
 """
 
+import io
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, BinaryIO, Callable, Optional, Tuple, Union
@@ -13,6 +15,15 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Callable, Optional, Tuple, Unio
 from mmengine.fileio import LocalBackend, register_backend
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from .archives import (
+    file_size,
+    is_file,
+    is_folder,
+    locate,
+    open_file,
+    read_member,
+    scan_folder,
+)
 from .files import check_regular_file, file_problem
 from .text import PATH_LIMIT, describe_error, printable
 
@@ -92,6 +103,8 @@ def open_image(file: Union[str, Path, BinaryIO]) -> Image.Image:
     """
     if isinstance(file, (str, Path)):
         check_regular_file(file)
+        if locate(file) is not None:
+            file = open_file(file)
     return Image.open(file, formats=FORMATS)
 
 
@@ -218,7 +231,7 @@ def size_problem(path: Union[str, Path]) -> Optional[str]:
         f'and {max_pixels()} pixels are the limit: set {MAX_PIXELS_VARIABLE} to read '
         'it all the same'
     )
-    size = os.path.getsize(path)
+    size = file_size(path)
     if size > _MAX_BYTES_PER_PIXEL * max_pixels():
         return f'is of {size} bytes, {limit}'
     try:
@@ -243,13 +256,13 @@ def lacks_end(path: Union[str, Path]) -> bool:
         path (str | Path): The file. One that cannot be opened gives False.
     """
     try:
-        with open(path, 'rb') as file:
+        with open_file(path) as file:
             end = _ENDS.get(file.read(2))
             if end is None:
                 return False
             file.seek(-len(end), os.SEEK_END)
             return file.read() != end
-    except OSError:  # no local file, or a file of fewer bytes
+    except (OSError, ValueError):  # no local file, or a file of fewer bytes
         return False
 
 
@@ -269,8 +282,67 @@ def image_size(image: Image.Image) -> Tuple[int, int]:
 
 
 class RegularFilesBackend(LocalBackend):
-    """MMEngine's reader of local files, without pipes and devices."""
+    """MMEngine's reader of local files: no pipes and devices, but tar archives.
+
+    See :mod:`mlla_mm.utils.archives` for paths into archives.
+    """
 
     def get(self, filepath: Union[str, Path]) -> bytes:
+        place = locate(filepath)
+        if place is not None:
+            return read_member(place, filepath)
         check_regular_file(filepath)
         return super().get(filepath)
+
+    def get_text(self, filepath: Union[str, Path], encoding: str = 'utf-8') -> str:
+        if locate(filepath) is None:
+            return super().get_text(filepath, encoding)
+        with io.TextIOWrapper(open_file(filepath), encoding) as file:
+            return file.read()
+
+    def exists(self, filepath: Union[str, Path]) -> bool:
+        return super().exists(filepath) or is_file(filepath) or is_folder(filepath)
+
+    def isdir(self, filepath: Union[str, Path]) -> bool:
+        return is_folder(filepath)
+
+    def isfile(self, filepath: Union[str, Path]) -> bool:
+        return is_file(filepath)
+
+    def list_dir_or_file(
+        self,
+        dir_path: Union[str, Path],
+        list_dir: bool = True,
+        list_file: bool = True,
+        suffix: Union[None, str, Tuple[str, ...]] = None,
+        recursive: bool = False,
+    ) -> Iterator[str]:
+        if locate(dir_path) is None:
+            return super().list_dir_or_file(
+                dir_path, list_dir, list_file, suffix, recursive
+            )
+        return _list_archive(dir_path, '', list_dir, list_file, suffix, recursive)
+
+
+def _list_archive(
+    folder: Union[str, Path],
+    prefix: str,
+    dirs: bool,
+    files: bool,
+    suffix: Union[None, str, Tuple[str, ...]],
+    recursive: bool,
+) -> Iterator[str]:
+    """What MMEngine's ``list_dir_or_file`` lists, in a folder of an archive."""
+    for entry in scan_folder(folder):
+        name = prefix + entry.name
+        if entry.is_file():
+            if files and not entry.name.startswith('.'):
+                if suffix is None or name.endswith(suffix):
+                    yield name
+            continue
+        if dirs:
+            yield name
+        if recursive:
+            yield from _list_archive(
+                entry.path, f'{name}/', dirs, files, suffix, recursive
+            )

@@ -45,7 +45,7 @@ def describe(tmp_path, **changes):
     )
     measured = dict(
         size=(1333, 800), memory=2**31, tensors=2**30, iteration=0.5, waiting=0.3,
-        evaluation=60, checkpoint=2**20, best=2**19, done=0, epoch=600,
+        made=5, cores=8, evaluation=60, checkpoint=2**20, best=2**19, done=0, epoch=600,
     )  # fmt: skip
     cfg.merge_from_dict(changes.pop('options', {}))
     measured = Measured(**dict(measured, **changes))
@@ -60,14 +60,44 @@ def test_report(tmp_path):
     assert rows['largest batch'] == images
     assert rows['peak memory'].startswith('2 ')
     assert rows['iteration'] == '0.5 s'
-    assert rows['data loading'].startswith('30% of it, waiting for 4 workers; more')
+    assert rows['data loading'] == '30% of it, waiting for 4 workers'
+    made = '1 worker makes 5 images a second; 4 workers x 8 processes on 8 cores each'
+    assert rows['data'] == f'{made} at most 160'
     times = '1:03:00 (training 1:00:00, evaluation 0:03:00)'
     assert rows['time to the end'].startswith(times)
     assert rows['checkpoints'].startswith('2 x 0.000977 GiB + 0.000488 GiB; ')
     assert 'checkpoints' not in describe(tmp_path, checkpoint=0, best=0)
-    assert '; more' not in describe(tmp_path, waiting=0.1)
     elsewhere = {'default_hooks.checkpoint.out_dir': 's3://bucket'}
     assert describe(tmp_path, options=elsewhere).endswith(', at s3://bucket')
+
+
+@pytest.mark.parametrize(
+    'measured, options, advice',
+    [
+        # The model makes 16 images in 0.35 s, and 46 a second; the workers 4 x 10.
+        (dict(made=10), {}, 'would take 366: train_dataloader.num_workers=5 would'),
+        (dict(made=10, cores=4.5), {}, 'that needs 5 cores for each process'),
+        # No number of workers more than cores is advised.
+        (dict(made=1, cores=6), {}, 'train_dataloader.num_workers=6 would help'),
+        # The workers are fast enough, so something else made it wait.
+        (dict(made=12), {}, None),
+        # The model waits too little to be sure.
+        (dict(made=10, waiting=0.2, iteration=0.4), {}, None),
+        # MMEngine counts batches, not updates: 2 images in 0.35 s.
+        (dict(made=10), {'train_cfg.micro_batches': 1}, None),
+        (dict(made=10), {'train_dataloader.num_workers': 0}, 'num_workers=5 would'),
+    ],
+)
+def test_advice_on_data(tmp_path, monkeypatch, measured, options, advice):
+    """It is given where a GPU waits, and the workers are too slow by the numbers."""
+    options = {'train_cfg.micro_batches': 8, **options}
+    options['optim_wrapper.accumulative_counts'] = 1
+    arguments = dict(measured, options=options)
+    assert 'would' not in describe(tmp_path, **arguments).split('checkpoints')[0]
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda: (0, 80 * 2**30))
+    (line,) = (x for x in describe(tmp_path, **arguments).splitlines() if 'makes' in x)
+    assert (advice in line) if advice else line.endswith(('320', '384'))
 
 
 def test_memory_of_a_gpu(tmp_path, monkeypatch):

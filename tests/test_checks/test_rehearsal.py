@@ -15,6 +15,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import LogProcessor, Runner
 
 from mlla_mm.checks import rehearsal
+from mlla_mm.datasets import speed
 from mlla_mm.datasets.digits import make_ade20k, make_imagenet
 from mlla_mm.engine import launch
 from mlla_mm.engine.options import set_resume
@@ -47,6 +48,7 @@ def data(digits_coco, tmp_path_factory):
 def config(data, tmp_path, monkeypatch):
     """The demo of a task on little data, without data workers."""
     monkeypatch.setattr(rehearsal, 'TIMED_ITERATIONS', 2)
+    monkeypatch.setattr(rehearsal, 'DATA_SECONDS', 0.1)
 
     def read(task, **options):
         cfg = Config.fromfile(ROOT / 'configs' / CONFIGS[task])
@@ -76,9 +78,29 @@ def test_demos(config, capfd, tmp_path, task, size):
     assert check(config(task)) == 0
     report = capfd.readouterr().out
     assert f'2 images of {size} x {size} pixels' in report
-    for row in ('peak memory', 'data loading', 'time to the end', 'checkpoints'):
+    for row in (
+        'peak memory',
+        'data loading',
+        '1 worker makes',
+        'time to the end',
+        'checkpoints',
+    ):
         assert row in report
     assert not (tmp_path / 'work').exists()
+
+
+def test_data_are_timed_as_in_the_run(config, capfd, monkeypatch):
+    """All images count, not only those of the few iterations, with the run's steps."""
+    seen = []
+
+    def time_samples(dataset, indices, limit):
+        seen.append((type(dataset).__name__, len(indices), dataset[3]['inputs'].shape))
+        return speed.Timing(samples=30, seconds=0.5)
+
+    monkeypatch.setattr(speed, 'time_samples', time_samples)
+    assert check(config('classification')) == 0
+    assert seen == [('SeededDataset', 39, (3, 64, 64))]
+    assert '1 worker makes 60 images a second' in capfd.readouterr().out
 
 
 def test_a_run_that_saves_nothing(config, capfd):
