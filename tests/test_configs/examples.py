@@ -8,7 +8,7 @@ from typing import Any
 
 from mmengine.config import Config
 
-from mlla_mm.engine.parts import datasets_of, parts_of
+from mlla_mm.engine.parts import datasets_of, kind_of, parts_of
 
 from ..processes import ROOT
 
@@ -73,8 +73,9 @@ def small(steps: Any) -> None:
         ResizeEdge=dict(scale=36),
         CenterCrop=dict(crop_size=32),
     )
-    assert steps['type'] in sizes or 'scale' not in steps
-    steps.update(sizes.get(steps['type'], {}))
+    kind = kind_of(steps)
+    assert kind in sizes or 'scale' not in steps
+    steps.update(sizes.get(kind, {}))
     for nested in steps.get('transforms', []):
         small(nested)
 

@@ -5,7 +5,7 @@ NumPy flips without moving anything, and each later step then reads the pixels
 backwards, one by one. PyTorch and NumPy are as slow in separating the channels.
 """
 
-from typing import Any, Dict, Optional
+from typing import Any, Dict
 
 import cv2
 import numpy as np
@@ -13,7 +13,7 @@ import numpy as np
 _FLIP_CODES = dict(horizontal=1, vertical=0, diagonal=-1)
 
 
-def _is_for_opencv(image: Optional[np.ndarray]) -> bool:
+def _is_for_opencv(image: Any) -> bool:
     """Whether OpenCV can move the pixels of an image, and keeps its axes."""
     return (
         image is not None
@@ -40,7 +40,7 @@ class FlipInMemory:
         Returns:
             dict: The same, with ``img`` as a contiguous array.
         """
-        image = results.get('img')
+        image: Any = results.get('img')
         results = super().transform(results)  # type: ignore[misc]
         if results['flip'] and _is_for_opencv(image):
             results['img'] = cv2.flip(image, _FLIP_CODES[results['flip_direction']])
@@ -62,7 +62,7 @@ class PackInPlanes:
         Returns:
             dict: ``inputs`` and ``data_samples``.
         """
-        image = results.get('img')
+        image: Any = results.get('img')
         if _is_for_opencv(image):
             height, width, channels = image.shape
             planes = np.empty((channels, height, width), image.dtype)

@@ -4,7 +4,7 @@
 Importing this module needs mmdet.
 """
 
-from typing import Any, List, NamedTuple, Optional, Sequence, Union
+from typing import Any, NamedTuple, Optional, Sequence, Union
 
 import cv2
 import mmcv
@@ -30,6 +30,14 @@ class _Part(NamedTuple):
 
 
 _NOTHING = _Part(np.empty((0, 0), np.uint8), 0, 0)
+
+
+class _Later(NamedTuple):
+    """What there is before bitmaps: masks, and which of their rows and columns."""
+
+    parts: list  # each an _Annotation or a _Part
+    rows: BitmapMasks
+    columns: BitmapMasks
 
 
 def _encode(annotation: _Annotation) -> dict:
@@ -108,10 +116,12 @@ class InstanceMasks(BitmapMasks):
         width (int): Width in pixels.
     """
 
-    _bitmaps: Optional[np.ndarray]
-    _parts: List[Union[_Annotation, _Part]]
-    _rows: BitmapMasks
-    _columns: BitmapMasks
+    def __init__(self, masks: Any, height: int, width: int) -> None:
+        self._later: Optional[_Later] = None
+        if isinstance(masks, _Later) and masks.parts:
+            self.height, self.width, self._later = height, width, masks
+        else:
+            super().__init__([] if isinstance(masks, _Later) else masks, height, width)
 
     @classmethod
     def from_annotations(
@@ -128,102 +138,102 @@ class InstanceMasks(BitmapMasks):
         """
         masks = [_Annotation(mask, height, width) for mask in annotations]
         sizes = [mask['size'] for mask in annotations if isinstance(mask, dict)]
-        if not masks or any(tuple(size) != (height, width) for size in sizes):
+        if any(tuple(size) != (height, width) for size in sizes):
             # An encoding of another size: mmdet reads it so, or refuses it.
             decoded = [coco_mask.decode(_encode(mask)) for mask in masks]
             return cls(decoded, height, width)
-        return cls._lazy(masks, _index_masks(height, 1), _index_masks(1, width))
-
-    @classmethod
-    def _lazy(cls, parts: list, rows: BitmapMasks, columns: BitmapMasks) -> Any:
-        new = cls([], rows.height, columns.width)
-        if parts:
-            new._bitmaps, new._parts = None, parts
-            new._rows, new._columns = rows, columns
-        return new
+        rows, columns = _index_masks(height, 1), _index_masks(1, width)
+        return cls(_Later(masks, rows, columns), height, width)
 
     @property
     def masks(self) -> np.ndarray:
         """Bitmaps of shape (N, height, width) in uint8, or as they were given."""
-        if self._bitmaps is None:
+        if self._later is not None:
             self.decode()
-            self._bitmaps = np.zeros((len(self), self.height, self.width), np.uint8)
-            for bitmap, (part, top, left) in zip(self._bitmaps, self._parts):
+            bitmaps = np.zeros((len(self), self.height, self.width), np.uint8)
+            for bitmap, (part, top, left) in zip(bitmaps, self._later.parts):
                 height, width = part.shape
                 bitmap[top : top + height, left : left + width] = part
-            self._parts = []
+            self.masks = bitmaps
         return self._bitmaps
 
     @masks.setter
     def masks(self, bitmaps: np.ndarray) -> None:
-        self._bitmaps, self._parts = bitmaps, []
+        self._bitmaps, self._later = bitmaps, None
 
     def decode(self) -> None:
         """Decode what is not yet, in the box of each mask; a few kilobytes for most.
 
         :attr:`masks` then only places the boxes.
         """
-        if self._bitmaps is not None:
+        if self._later is None:
             return
-        rows, columns = _index(self._rows), _index(self._columns)
-        self._parts = [
+        rows, columns = _index(self._later.rows), _index(self._later.columns)
+        parts = [
             _gather(
                 _decode(part) if isinstance(part, _Annotation) else part, rows, columns
             )
-            for part in self._parts
+            for part in self._later.parts
         ]
-        self._rows = _index_masks(self.height, 1)
-        self._columns = _index_masks(1, self.width)
+        self._later = _Later(
+            parts, _index_masks(self.height, 1), _index_masks(1, self.width)
+        )
 
     def __len__(self) -> int:
-        return len(self._parts if self._bitmaps is None else self._bitmaps)
+        return len(self._bitmaps if self._later is None else self._later.parts)
 
     def __getitem__(self, index) -> BitmapMasks:
-        if self._bitmaps is not None:
+        if self._later is None:
             return super().__getitem__(index)
         chosen = np.arange(len(self))[index].reshape(-1)
-        parts = [self._parts[i] for i in chosen]
-        return self._lazy(parts, self._rows, self._columns)
+        parts = [self._later.parts[i] for i in chosen]
+        return InstanceMasks(self._later._replace(parts=parts), self.height, self.width)
 
     def rescale(self, scale, interpolation: str = 'nearest') -> BitmapMasks:
         """See ``BitmapMasks.rescale``."""
-        if self._bitmaps is not None:
+        if self._later is None:
             return super().rescale(scale, interpolation)
         width, height = mmcv.rescale_size((self.width, self.height), scale)
         return self.resize((height, width), interpolation)
 
     def resize(self, out_shape, interpolation: str = 'nearest') -> BitmapMasks:
         """See ``BitmapMasks.resize``."""
-        if self._bitmaps is not None or interpolation != 'nearest':
+        if self._later is None or interpolation != 'nearest':
             return super().resize(out_shape, interpolation)
         height, width = out_shape
-        rows, columns = self._rows.resize((height, 1)), self._columns.resize((1, width))
-        return self._lazy(self._parts, rows, columns)
+        parts, rows, columns = self._later
+        rows, columns = rows.resize((height, 1)), columns.resize((1, width))
+        return InstanceMasks(_Later(parts, rows, columns), height, width)
 
     def flip(self, flip_direction: str = 'horizontal') -> BitmapMasks:
         """See ``BitmapMasks.flip``."""
-        if self._bitmaps is not None:
+        if self._later is None:
             return super().flip(flip_direction)
-        rows, columns = (x.flip(flip_direction) for x in (self._rows, self._columns))
-        return self._lazy(self._parts, rows, columns)
+        parts, rows, columns = self._later
+        rows, columns = rows.flip(flip_direction), columns.flip(flip_direction)
+        return InstanceMasks(_Later(parts, rows, columns), self.height, self.width)
 
     def crop(self, bbox: np.ndarray) -> BitmapMasks:
         """See ``BitmapMasks.crop``."""
-        if self._bitmaps is not None:
+        if self._later is None:
             return super().crop(bbox)
-        rows = self._rows.crop(bbox * (0, 1, 0, 1))
-        columns = self._columns.crop(bbox * (1, 0, 1, 0))
-        return self._lazy(self._parts, rows, columns)
+        parts, rows, columns = self._later
+        rows, columns = (
+            rows.crop(bbox * (0, 1, 0, 1)),
+            columns.crop(bbox * (1, 0, 1, 0)),
+        )
+        later = _Later(parts, rows, columns)
+        return InstanceMasks(later, rows.height, columns.width)
 
     def pad(self, out_shape, pad_val: int = 0) -> BitmapMasks:
         """See ``BitmapMasks.pad``."""
-        if self._bitmaps is not None or pad_val != 0:
+        if self._later is None or pad_val != 0:
             return super().pad(out_shape, pad_val)
         height, width = out_shape
+        parts, rows, columns = self._later
         # The number of an added row or column is -1: four bytes of 255.
-        rows = self._rows.pad((height, 1), 255)
-        columns = self._columns.pad((1, width), 255)
-        return self._lazy(self._parts, rows, columns)
+        rows, columns = rows.pad((height, 1), 255), columns.pad((1, width), 255)
+        return InstanceMasks(_Later(parts, rows, columns), height, width)
 
     @classmethod
     def cat(cls, masks: Sequence[BitmapMasks]) -> BitmapMasks:
