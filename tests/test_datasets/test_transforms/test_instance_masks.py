@@ -9,6 +9,7 @@ import pytest
 import torch
 
 pytest.importorskip('mmdet')
+import mmcv  # noqa: E402
 from mmdet.datasets.transforms import LoadAnnotations  # noqa: E402
 from mmdet.structures.mask import BitmapMasks  # noqa: E402
 from pycocotools import mask as coco_mask  # noqa: E402
@@ -73,9 +74,10 @@ def draw_step(rng, masks):
     box = [x1, y1, rng.randint(x1, width + 9), rng.randint(y1, height + 9)]
     bigger = height + rng.randint(9), width + rng.randint(9)
     some = rng.permutation(len(masks))[: rng.randint(1, 12)]
+    scale = new if min(mmcv.rescale_size((width, height), new)) else 1.5
     steps = [
-        lambda x: x.rescale(new),
-        lambda x: x.rescale(new[0] / 60),
+        lambda x: x.rescale(scale),
+        lambda x: x.rescale(1 + new[0] / 60),
         lambda x: x.resize(new),
         lambda x: x.flip(('horizontal', 'vertical', 'diagonal')[new[0] % 3]),
         lambda x: x.crop(np.array(box)),
@@ -136,7 +138,7 @@ OTHERS = dict(
     areas=lambda x: x.areas,
     to_ndarray=lambda x: x.to_ndarray(),
     to_tensor=lambda x: x.to_tensor(torch.float32, 'cpu').numpy(),
-    get_bboxes=lambda x: x.get_bboxes().tensor.numpy(),
+    get_bboxes=lambda x: x.get_bboxes('hbox').tensor.numpy(),
     bilinear=lambda x: x.resize((90, 70), 'bilinear').masks,
     area=lambda x: x.rescale(0.6, 'area').masks,
     pad=lambda x: x.pad((70, 90), 1).masks,
