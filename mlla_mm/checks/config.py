@@ -43,7 +43,7 @@ from ..engine.parts import (
 )
 from ..reproducible.loops import require_seeded
 from .classes import check_classes
-from .kinds import class_of, is_known
+from .kinds import class_of, is_kind, is_known
 from .outputs import check_outputs
 from .runner_keys import check_runner_keys
 
@@ -121,7 +121,8 @@ def check_loop(cfg: Config) -> None:
             'finds none. To train on the CPU, write in the config '
             "optim_wrapper = dict(_delete_=True, type='OptimWrapper', ...)."
         )
-    for name in ('skip_corrupt_images', 'micro_batches'):
+    _check_erasing(cfg)
+    for name in ('skip_corrupt_images', 'micro_batches', 'running_statistics'):
         if name in cfg.train_cfg:
             require_seeded(cfg.train_cfg, f'train_cfg.{name}')
     sampler = cfg.train_dataloader.get('sampler')
@@ -138,6 +139,29 @@ def check_loop(cfg: Config) -> None:
                 'this is not deterministic, and PyTorch would raise an error. Set '
                 'randomness.deterministic=False. Runs of one seed then differ by '
                 'rounding alone, at first.'
+            )
+
+
+def _check_erasing(cfg: Config) -> None:
+    """Whether the model fills the boxes that the pipeline draws."""
+    steps = [
+        kind_of(part)
+        for _, pipeline in data_pipelines(cfg.train_dataloader)
+        for part in parts_of(pipeline)
+    ]
+    if 'DrawErasing' not in steps:
+        return
+    from ..models.classifiers import ErasingDataPreprocessor
+
+    preprocessor = cfg.model.get('data_preprocessor') or {}
+    with DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmengine')):
+        if not is_kind(MODELS, preprocessor, ErasingDataPreprocessor):
+            kind = preprocessor.get('type')
+            raise ValueError(
+                'The training pipeline has DrawErasing, but model.data_preprocessor '
+                f'({kind or "the default"}) does not erase. Write model.'
+                "data_preprocessor.type='mlla_mm.models.classifiers."
+                "ErasingDataPreprocessor', or take DrawErasing out."
             )
 
 

@@ -33,6 +33,7 @@ from ..compat.openmmlab import (
 from ..compat.pytorch import BatchNorm
 from ..datasets.corrupt_images import SkippedImagesHook
 from .preemption import Preempted, handle_sigterm, shield_workers
+from .running_statistics import RULES, make_alike
 from .seeding import UPDATE, seed_generators
 from .update_status import UpdateStatus, read_update
 
@@ -47,11 +48,18 @@ class SeededTrainLoop(TrainLoopCounters, BaseLoop):
         skip_corrupt_images (bool): True replaces an image that cannot be read by
             another one, and logs how many were replaced. False ends the run with an
             error that names the file. Defaults to False.
+        running_statistics (str): Whose running statistics of BatchNorm count. With
+            ``'mean'`` every process has its own, and their mean is saved and evaluated.
+            With ``'first'`` those of the first process (of the recipe's, if there are
+            micro-batches) are everybody's after every update, as with PyTorch's
+            ``DistributedDataParallel(broadcast_buffers=True)``: they are saved,
+            evaluated and averaged, and the others' are lost. Defaults to ``'mean'``.
         **kwargs: Further arguments of MMEngine's loop.
 
     Raises:
         ValueError: If ``dataloader`` is not a config, because its samples could not be
-            seeded. If ``micro_batches`` is not positive.
+            seeded. If ``micro_batches`` is not positive, or ``running_statistics``
+            unknown.
     """
 
     #: Tells :class:`PreemptionHook` that a validation may be interrupted.
@@ -65,6 +73,7 @@ class SeededTrainLoop(TrainLoopCounters, BaseLoop):
         dataloader: dict,
         micro_batches: int = 1,
         skip_corrupt_images: bool = False,
+        running_statistics: str = 'mean',
         **kwargs,
     ) -> None:
         if not isinstance(dataloader, dict):
@@ -75,11 +84,17 @@ class SeededTrainLoop(TrainLoopCounters, BaseLoop):
             )
         if micro_batches < 1:
             raise ValueError(f'micro_batches must be positive, got {micro_batches}.')
+        if running_statistics not in RULES:
+            raise ValueError(
+                "train_cfg.running_statistics must be 'mean' or 'first', got "
+                f'{running_statistics!r}.'
+            )
         # First, because mmengine 0.10.7 may start workers when it builds the loader.
         shield_workers()
         loader = _share_samples(dataloader, micro_batches, skip_corrupt_images)
         super().__init__(runner, loader, **kwargs)
         self.micro_batches = micro_batches
+        self.running_statistics = running_statistics
         if skip_corrupt_images:
             runner.register_hook(SkippedImagesHook())
 
@@ -139,9 +154,17 @@ class SeededTrainLoop(TrainLoopCounters, BaseLoop):
         data = micro_batches if len(micro_batches) > 1 else micro_batches[0]
         runner.call_hook('before_train_iter', batch_idx=batch_idx, data_batch=data)
         seed = self.dataloader.batch_sampler.sampler.seed
+        first_alone = self.running_statistics == 'first'
         logs = train_step(
-            runner.model, micro_batches, runner.optim_wrapper, (seed, self.iter)
+            runner.model,
+            micro_batches,
+            runner.optim_wrapper,
+            (seed, self.iter),
+            first_alone,
         )
+        if first_alone:
+            # Before hooks that average or save them.
+            make_alike(runner, runner.model.buffers())
         self.status = read_update(logs, runner.optim_wrapper, self._asks_to_stop())
         runner.call_hook(
             'after_train_iter',
@@ -359,6 +382,7 @@ def train_step(
     micro_batches: Sequence[Any],
     optim_wrapper: OptimWrapper,
     key: Tuple[int, int],
+    first_alone: bool = False,
 ) -> Dict[str, Tensor]:
     """Make one optimiser update of several micro-batches.
 
@@ -372,6 +396,8 @@ def train_step(
         micro_batches (Sequence): Batches of equal size, as the model takes them.
         optim_wrapper (OptimWrapper): Makes its step after the last micro-batch.
         key (tuple[int]): Seed of the run, and number of the update.
+        first_alone (bool): Whether BatchNorm's running statistics are those of the
+            first micro-batch, not the mean. Defaults to False.
 
     Returns:
         dict[str, Tensor]: Means over the micro-batches of the model's logs.
@@ -389,16 +415,18 @@ def train_step(
     # The others are the numbers of updates.
     means = [value for value in statistics if value.is_floating_point()]
     sums = [torch.zeros_like(value) for value in means]
+    counted = 1 if first_alone else len(micro_batches)
     logs = []
     for process, batch in zip(count(get_rank() * len(micro_batches)), micro_batches):
         for value, first in zip(statistics, start):
             value.copy_(first)
         seed_generators(UPDATE, *key, process)
         logs.append(model.train_step(batch, optim_wrapper=optim_wrapper))
-        for total, value in zip(sums, means):
-            total += value
+        if len(logs) <= counted:
+            for total, value in zip(sums, means):
+                total += value
     for value, total in zip(means, sums):
-        value.copy_(total / len(micro_batches))
+        value.copy_(total / counted)
     return {
         key: torch.stack([torch.as_tensor(log[key]).detach() for log in logs]).sum()
         / len(logs)

@@ -9,18 +9,14 @@ from threading import Thread, current_thread, main_thread
 from typing import Any, List, NoReturn, Optional
 
 import torch
-from mmengine.dist import (
-    all_gather_object,
-    all_reduce,
-    all_reduce_params,
-    is_main_process,
-)
+from mmengine.dist import all_gather_object, all_reduce, is_main_process
 from mmengine.hooks import EMAHook, Hook
 from mmengine.registry import HOOKS
 from torch import Tensor
 
 from ..utils.files import write_whole
 from .resume import PREEMPTED_NAME
+from .running_statistics import make_alike
 
 _BUFFERS_KEY = 'process_buffers'
 
@@ -84,7 +80,7 @@ class PreemptionHook(Hook):
     # Not in before_train: MESAHook makes its averaged model there.
     def before_train_epoch(self, runner) -> None:
         buffers, self._buffers = self._buffers, None
-        # With another number of processes, each goes on from the mean.
+        # With another number of processes, each goes on from the model's weights.
         if buffers and runner.iter > 0 and len(buffers) == runner.world_size:
             for own, saved in zip(_own_buffers(runner), buffers[runner.rank]):
                 own.copy_(saved)
@@ -161,10 +157,10 @@ class PreemptionHook(Hook):
         path = Path(runner.work_dir) / PREEMPTED_NAME.format(runner.iter)
         if runner.world_size > 1:
             # BatchNorm statistics differ between processes. A resumed run gives each
-            # process its own; the model's weights hold the mean, as in any checkpoint.
+            # process its own; the model's weights are those of any checkpoint.
             own = [buffer.cpu() for buffer in _own_buffers(runner)]
             self._buffers = all_gather_object(own)
-            all_reduce_params(_own_buffers(runner), op='mean')
+            make_alike(runner, _own_buffers(runner))
         self._is_saving = True
         runner.save_checkpoint(
             runner.work_dir,

@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Set, Union
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.structures import BaseDataElement
+from torch import Tensor
 
 from ..datasets.corrupt_images import CheckedDataset
+from ..models.erasing import erase
 from ..utils.images import read_image
 from .sheet import (
     add_legend,
@@ -30,8 +33,9 @@ def training_sheet(
 ) -> None:
     """Save a sheet of training pictures: as stored, and augmented with labels.
 
-    The sheet shows what the data set's pipeline makes. It does not show what the data
-    preprocessor does with a batch afterwards: normalisation, padding, Mixup and CutMix.
+    The sheet shows what the data set's pipeline makes, and erased boxes. It does not
+    show what else the data preprocessor does with a batch afterwards: normalisation,
+    padding, Mixup and CutMix.
 
     Args:
         cfg (Config): Config of any of the three tasks; its training set is drawn.
@@ -64,13 +68,28 @@ def training_sheet(
         sample = packed['data_samples']
         # Of a mix of images it is the first.
         show(left, read_image(sample.img_path, channel_order='rgb'))
+        inputs = packed['inputs']
+        if 'erasing' in sample:
+            inputs = _erased(inputs, sample, cfg.model.data_preprocessor)
         # Inputs are (3, H, W), BGR, and of mixed images floats or large integers.
-        inputs = packed['inputs'].numpy()[::-1].transpose(1, 2, 0)
+        inputs = inputs.numpy()[::-1].transpose(1, 2, 0)
         show(right, inputs.clip(0, 255).astype(np.uint8))
         seen |= draw(right, sample, dataset.metainfo)
     if seen:
         add_legend(figure, dataset.metainfo, seen)
     save_sheet(figure, out)
+
+
+def _erased(inputs: Tensor, sample: BaseDataElement, preprocessor: dict) -> Tensor:
+    """An image (3, H, W), BGR, with its erased box."""
+    mean, std = (
+        # RGB, as ``to_rgb`` of the preprocessor makes the image.
+        torch.tensor(preprocessor[key][::-1]).view(-1, 1, 1)
+        for key in ('mean', 'std')
+    )
+    normalised = (inputs - mean) / std
+    erase(normalised, *sample.erasing)
+    return (normalised * std + mean).round()
 
 
 def _draw_detection(ax: Axes, sample: BaseDataElement, metainfo: dict) -> Set[int]:

@@ -83,6 +83,8 @@ LOOP_ERRORS = [
      ['train_cfg.skip_corrupt_images', "dict(type='SeededIterBasedTrainLoop')"]),
     ({'train_cfg': dict(MMENGINES_LOOP, micro_batches=2)},
      ['train_cfg.micro_batches', "dict(type='SeededIterBasedTrainLoop')"]),
+    ({'train_cfg': dict(MMENGINES_LOOP, running_statistics='first')},
+     ['train_cfg.running_statistics', "dict(type='SeededIterBasedTrainLoop')"]),
     ({'train_dataloader.sampler': dict(type='SharedSampler', micro_batches=1)},
      ['0.1', 'the config that the run started from']),
 ]  # fmt: skip
@@ -102,6 +104,19 @@ def test_what_a_loop_does_not_do(changes, words):
 def test_what_loops_do(changes):
     cfg = config(SEG)
     cfg.merge_from_dict(changes)
+    check_loop(cfg)
+
+
+def test_erasing_needs_the_preprocessor_that_erases():
+    cfg = Config.fromfile(CONFIGS / 'classification/mlla-t_8xb128_in1k.py')
+    cfg.optim_wrapper.type = 'OptimWrapper'  # the other needs a GPU
+    check_loop(cfg)
+    for kind in ('ClsDataPreprocessor', None):
+        cfg.model.data_preprocessor.type = kind
+        with pytest.raises(ValueError) as caught:
+            check_loop(cfg)
+        assert_says(caught.value, 'DrawErasing', kind or 'default', 'does not erase')
+    cfg.train_dataloader.dataset.pipeline.pop()
     check_loop(cfg)
 
 

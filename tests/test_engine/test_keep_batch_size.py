@@ -36,7 +36,16 @@ SEGMENTATION = {
 }
 CLASSIFICATION = {
     'model.backbone.drop_path_rate': 0.2,
-    'model.train_cfg': dict(_delete_=True, augments=[dict(type='Mixup', alpha=0.8)]),
+    # The recipe's batch augments, and its erasing of many images.
+    'model.train_cfg': dict(
+        _delete_=True,
+        **Config.fromfile(CONFIGS / '_base_/models/mlla_classifier.py').model.train_cfg,
+    ),
+    'train_dataloader.dataset.pipeline': [
+        dict(type='LoadImageFromFile'),
+        dict(type='PackInputs'),
+        dict(type='mlla_mm.datasets.transforms.erasing.DrawErasing', prob=0.6),
+    ],
     'train_dataloader.batch_size': 4,
     'auto_scale_lr.base_batch_size': 8,
 }
@@ -78,6 +87,9 @@ TASKS = {
         ['tests.float64'],
     ),
 }
+name, changes, *rest = TASKS['classification']
+changes = {**changes, 'train_cfg.running_statistics': 'first'}
+TASKS['statistics of the first process'] = (name, changes, *rest)
 
 
 @HOOKS.register_module()

@@ -26,6 +26,7 @@ from mmpretrain.structures import DataSample  # noqa: E402
 
 CONFIG = 'configs/classification/mlla-nano_digits.py'
 ROOT = Path(__file__).parents[2]
+RECIPE = 'configs/_base_/models/mlla_classifier.py'
 ARCH = dict(embed_dims=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2))
 BATCH, BATCHES, EPOCHS = 4, 4, 8
 START = int(0.25 * EPOCHS) * BATCHES
@@ -91,9 +92,7 @@ def config(work_dir) -> Config:
     cfg.model.backbone.update(arch=ARCH, drop_path_rate=0.2)
     cfg.model.head.in_channels = 64
     cfg.model.mesa_weight = WEIGHT
-    cfg.model.train_cfg = dict(
-        augments=[dict(type='Mixup', alpha=0.8), dict(type='CutMix', alpha=1.0)]
-    )
+    cfg.model.train_cfg = Config.fromfile(ROOT / RECIPE).model.train_cfg
     cfg.default_hooks.mesa.decay = DECAY
     cfg.default_hooks.checkpoint = dict(type='CheckpointHook', interval=1)
     # Our loops would need a config of the data loader.

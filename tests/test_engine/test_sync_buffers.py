@@ -20,7 +20,7 @@ from mmengine.model import BaseModel
 from mmengine.registry import METRICS
 from mmengine.runner import Runner
 from mlla_mm.engine import launch
-from mlla_mm.engine.hooks import processes
+from mlla_mm.reproducible import running_statistics
 from tests.test_engine.test_sync_buffers import SETTINGS
 
 
@@ -60,8 +60,8 @@ def average(*args, **kwargs):
     all_reduce_params(*args, **kwargs)
 
 
-all_reduce_params = processes.all_reduce_params
-processes.all_reduce_params = average
+all_reduce_params = running_statistics.all_reduce_params
+running_statistics.all_reduce_params = average
 cfg = Config(dict(model=dict(), launcher='pytorch'))
 launch.set_up(cfg)
 for name, (hook, train_cfg, checkpoint) in SETTINGS.items():
@@ -85,6 +85,12 @@ launch.tear_down()
 OURS = 'SyncBuffersBeforeSaveHook'
 BY_EPOCH = dict(by_epoch=True, max_epochs=2, val_interval=1)
 BY_ITERATION = dict(type='IterBasedTrainLoop', max_iters=3, val_interval=2)
+FIRST = dict(
+    type='SeededIterBasedTrainLoop',
+    max_iters=3,
+    val_interval=2,
+    running_statistics='first',
+)
 BEST_ALONE = dict(
     by_epoch=False,
     interval=-1,
@@ -96,6 +102,7 @@ SETTINGS = {
     'epochs': (OURS, BY_EPOCH, dict(interval=1)),
     'iterations': (OURS, BY_ITERATION, dict(by_epoch=False, interval=2)),
     'evaluation without saving': (OURS, BY_ITERATION, BEST_ALONE),
+    'first process': (OURS, FIRST, dict(by_epoch=False, interval=2)),
     "MMEngine's": ('SyncBuffersHook', BY_ITERATION, dict(by_epoch=False, interval=2)),
 }
 
@@ -122,9 +129,9 @@ def runs(run_tool, tmp_path_factory):
     return results
 
 
-def running_mean(iterations: int) -> float:
-    """The running mean for the mean input 2; it starts at 0, with momentum 1/2."""
-    return 2 * (1 - 0.5**iterations)
+def running_mean(iterations: int, mean: float = 2) -> float:
+    """The running mean for a mean input; it starts at 0, with momentum 1/2."""
+    return mean * (1 - 0.5**iterations)
 
 
 def test_epochs(runs):
@@ -151,6 +158,15 @@ def test_evaluation_without_saving(runs):
     assert evaluated == pytest.approx([running_mean(2), running_mean(3)])
     assert list(saved.values()) == pytest.approx([running_mean(3)])
     assert averages == 2
+
+
+def test_statistics_of_the_first_process(runs):
+    evaluated, saved, averages = runs['first process']
+    expected = [running_mean(2, mean=1), running_mean(3, mean=1)]
+    assert evaluated == expected
+    assert saved == dict(zip(('iter_2', 'iter_3'), expected))
+    # Averaging equal values could round them.
+    assert averages == 0
 
 
 def test_mmengine_saves_another_model_than_it_evaluates(runs):

@@ -50,7 +50,14 @@ def model():
     return model
 
 
-def run(model, batches, micro_batches, wrapper_type=OptimWrapper, **options):
+def run(
+    model,
+    batches,
+    micro_batches,
+    wrapper_type=OptimWrapper,
+    first_alone=False,
+    **options,
+):
     wrapper = wrapper_type(
         torch.optim.SGD(model.parameters(), lr=0.1),
         accumulative_counts=micro_batches,
@@ -58,7 +65,9 @@ def run(model, batches, micro_batches, wrapper_type=OptimWrapper, **options):
         **options,
     )
     return [
-        train_step(model, [dict(inputs=x) for x in update], wrapper, (0, i))
+        train_step(
+            model, [dict(inputs=x) for x in update], wrapper, (0, i), first_alone
+        )
         for i, update in enumerate(batches)
     ]
 
@@ -74,18 +83,23 @@ def test_an_update_of_micro_batches_is_one_of_a_large_batch(model):
     torch.testing.assert_close(model.linear.weight, whole.linear.weight)
 
 
+@pytest.mark.parametrize('first_alone', [False, True])
 @pytest.mark.parametrize('micro_batches', [1, 2, 3])
-def test_running_statistics_are_the_mean_of_as_many_processes(model, micro_batches):
+def test_running_statistics_are_those_of_as_many_processes(
+    model, micro_batches, first_alone
+):
+    """Their mean, or the first one's."""
     data = torch.randn(2, micro_batches, 5, 3, dtype=torch.double)
     frozen = copy.deepcopy(model.frozen_bn.state_dict())
     processes = [copy.deepcopy(model.bn) for _ in range(micro_batches)]
-    run(model, data, micro_batches)
+    run(model, data, micro_batches, first_alone=first_alone)
     for update in data:
         for bn, batch in zip(processes, update):
             bn(batch)
     for name in ('running_mean', 'running_var'):
-        mean = torch.stack([getattr(bn, name) for bn in processes]).mean(dim=0)
-        torch.testing.assert_close(getattr(model.bn, name), mean)
+        theirs = torch.stack([getattr(bn, name) for bn in processes])
+        expected = theirs[0] if first_alone else theirs.mean(dim=0)
+        torch.testing.assert_close(getattr(model.bn, name), expected)
     assert model.bn.num_batches_tracked == 2
     for key, value in frozen.items():
         assert torch.equal(model.frozen_bn.state_dict()[key], value), key
@@ -213,6 +227,11 @@ DELETED = object()
 def test_data_loaders_as_mmengine_takes_them(tmp_path, options, batch):
     (found,) = load(tmp_path, **options)
     assert torch.equal(torch.as_tensor(found), torch.as_tensor(batch))
+
+
+def test_unknown_running_statistics():
+    with pytest.raises(ValueError, match='running_statistics.*mean.*first.*last'):
+        SeededEpochBasedTrainLoop(None, dict(), running_statistics='last')
 
 
 @pytest.mark.parametrize('sampler', [None, DELETED, [0, 1, 2]])

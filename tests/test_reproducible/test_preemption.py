@@ -60,7 +60,8 @@ class Recorder(Hook):
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         rate = runner.optim_wrapper.get_lr()['lr']
-        images = data_batch['inputs'].flatten().tolist()
+        batches = data_batch if isinstance(data_batch, list) else [data_batch]
+        images = [x for batch in batches for x in batch['inputs'].flatten().tolist()]
         seed = torch.initial_seed()
         self.record.append((runner.epoch, runner.iter, batch_idx, rate, seed, images))
 
@@ -252,6 +253,7 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(
 # One of two processes gets SIGTERM: in an update, then in an evaluation. Their images
 # differ, and so do their BatchNorm statistics.
 SCRIPT = """
+import copy
 import sys
 from pathlib import Path
 import torch
@@ -264,7 +266,7 @@ from tests.test_reproducible.test_preemption import (
 )
 
 
-def check_buffers(folder):
+def check_buffers(folder, rule):
     (path,) = folder.glob('preempted_iter_*.pth')
     saved = torch.load(path, weights_only=False)
     means = [value for key, value in saved['state_dict'].items() if 'running' in key]
@@ -272,44 +274,47 @@ def check_buffers(folder):
     for mean, one, other in zip(means, *parts):
         torch.testing.assert_close(mean, (one + other) / 2)
         # Before an evaluation they have been made alike.
-        assert torch.equal(one, other) == (saved['meta']['iter'] == 6)
+        alike = rule == 'first' or saved['meta']['iter'] == 6
+        assert torch.equal(one, other) == alike
 
 
-folder = Path(sys.argv[1])
 cfg = Config(dict(
     launcher='pytorch', model=dict(), env_cfg=dict(dist_cfg=dict(timeout=30))
 ))
 launch.set_up(cfg)
-average = Average()
-setting = {
-    **EPOCHS,
-    'images': 12,
-    'hooks': [dict(type='SyncBuffersBeforeSaveHook'), average],
-    'more': dict(launcher='pytorch', cfg=cfg),
-}
-expected, found = [], []
-train(folder / 'whole', expected, **setting)
-expected_average = average.value
-for stopper in (Stopper(3), Stopper(evaluation_after=6)):
-    hook = stopper if get_rank() == 1 else None
-    try:
-        train(folder / 'stopped', found, hook, **setting)
-    except Preempted:
-        if get_rank() == 0:
-            check_buffers(folder / 'stopped')
-        barrier()  # the first process alone saves
-    else:
-        raise AssertionError('not stopped')
-train(folder / 'stopped', found, **setting)
-assert found == expected, (found, expected)
-assert torch.equal(average.value, expected_average)
-if get_rank() == 0:
-    (tensors, rest), (expected_tensors, expected_rest) = (
-        contents(folder / name) for name in ('stopped', 'whole')
-    )
-    assert rest == expected_rest
-    for key, value in expected_tensors.items():
-        assert torch.equal(tensors[key], value), key
+for rule in ('mean', 'first'):
+    folder = Path(sys.argv[1]) / rule
+    average = Average()
+    setting = {
+        **copy.deepcopy(EPOCHS),
+        'images': 12,
+        'hooks': [dict(type='SyncBuffersBeforeSaveHook'), average],
+        'more': dict(launcher='pytorch', cfg=cfg),
+    }
+    setting['train_cfg']['running_statistics'] = rule
+    expected, found = [], []
+    train(folder / 'whole', expected, **setting)
+    expected_average = average.value
+    for stopper in (Stopper(3), Stopper(evaluation_after=6)):
+        hook = stopper if get_rank() == 1 else None
+        try:
+            train(folder / 'stopped', found, hook, **setting)
+        except Preempted:
+            if get_rank() == 0:
+                check_buffers(folder / 'stopped', rule)
+            barrier()  # the first process alone saves
+        else:
+            raise AssertionError('not stopped')
+    train(folder / 'stopped', found, **setting)
+    assert found == expected, (found, expected)
+    assert torch.equal(average.value, expected_average)
+    if get_rank() == 0:
+        (tensors, rest), (expected_tensors, expected_rest) = (
+            contents(folder / name) for name in ('stopped', 'whole')
+        )
+        assert rest == expected_rest
+        for key, value in expected_tensors.items():
+            assert torch.equal(tensors[key], value), key
 launch.tear_down()
 """
 

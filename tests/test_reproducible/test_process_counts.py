@@ -128,6 +128,12 @@ TASKS = {
         {
             'train_cfg.max_epochs': 5,
             'default_hooks.mesa': dict(decay=0.9, start=0.5),
+            # A worker draws an image's box and noise. (Mixing pairs the images of a
+            # process, so it differs by intent.)
+            'train_dataloader.dataset.pipeline': [
+                *Config.fromfile(NANO[CLS]).train_pipeline,
+                dict(type='mlla_mm.datasets.transforms.erasing.DrawErasing', prob=0.6),
+            ],
         },
     ),
     # The losses of a detector are means over each process's own positives.

@@ -115,8 +115,10 @@ def test_skipped_images_are_counted():
     assert images[4][0] == 4 and images.skipped.value == 0
     with pytest.warns(UserWarning, match='Skipped: 5.jpg is truncated') as caught:
         images[Draw(5, (SAMPLE, 0, 0, 5))]
-    # Its replacement may be corrupt as well.
-    assert images.skipped.value == len(caught)
+    # Its replacement may be corrupt as well. A file that an earlier test left open may
+    # be warned of at any time.
+    told = [x for x in caught if str(x.message).startswith('Skipped: ')]
+    assert images.skipped.value == len(told) >= 1
 
 
 def test_corrupt_images_are_errors_unless_they_are_to_be_skipped():

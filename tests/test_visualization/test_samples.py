@@ -77,6 +77,30 @@ def test_one_sample_again_and_again(cfg, figures, tmp_path):
         assert not np.array_equal(picture(found[0][1]), picture(found[1][1]))
 
 
+def test_erased_boxes_are_drawn(cfg, figures, tmp_path):
+    if cfg.default_scope != 'mmpretrain':
+        pytest.skip('The recipe of classification erases.')
+    cfg = copy.deepcopy(cfg)
+    area = (0.2, 0.2)
+    cfg.train_dataloader.dataset.pipeline = [
+        dict(type='LoadImageFromFile'),
+        dict(type='PackInputs'),
+        dict(
+            type='mlla_mm.datasets.transforms.erasing.DrawErasing',
+            prob=1.0,
+            area_ratio_range=area,
+        ),
+    ]
+    ((left, right),) = pairs(cfg, figures, tmp_path, num_images=1)
+    differs = (picture(left) != picture(right)).any(-1)
+    rows, columns = np.flatnonzero(differs.any(1)), np.flatnonzero(differs.any(0))
+    box = picture(right)[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    assert box[..., 0].size == pytest.approx(0.2 * differs.size, rel=0.1)
+    # The noise has the mean of all images, in the order of the channels.
+    mean = cfg.model.data_preprocessor.mean
+    assert box.reshape(-1, 3).mean(0) == pytest.approx(mean, abs=9)
+
+
 def test_labels_are_drawn(cfg, figures, tmp_path):
     """The first sample's, as they are in its files."""
     ((left, right),) = pairs(cfg, figures, tmp_path, num_images=1)

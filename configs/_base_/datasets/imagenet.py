@@ -1,23 +1,25 @@
 dataset_type = 'ImageNet'
 data_root = 'data/imagenet'
-# Images are BGR until they are normalised.
-bgr_mean = [103.53, 116.28, 123.675]
-bgr_std = [57.375, 57.12, 58.395]
 
+# As the authors' loader, which does not turn images as their EXIF data say.
+load_image = dict(type='LoadImageFromFile', color_type='color_ignore_orientation')
 train_pipeline = [
-    dict(type='LoadImageFromFile'),
+    load_image,
     dict(
-        type='RandomResizedCrop',
+        type='mlla_mm.datasets.transforms.geometry.FastRandomResizedCrop',
         scale=224,
         crop_ratio_range=(0.08, 1.0),
         aspect_ratio_range=(3 / 4, 4 / 3),
-        backend='pillow',
         interpolation='bicubic',
     ),
-    dict(type='RandomFlip', prob=0.5, direction='horizontal'),
+    dict(
+        type='mlla_mm.datasets.transforms.geometry.FastRandomFlip',
+        prob=0.5,
+        direction='horizontal',
+    ),
     # timm's rand-m9-mstd0.5-inc1
     dict(
-        type='RandAugment',
+        type='mlla_mm.datasets.transforms.randaugment.FastRandAugment',
         policies='timm_increasing',
         num_policies=2,
         magnitude_level=9,
@@ -25,25 +27,16 @@ train_pipeline = [
         total_level=10,
         hparams=dict(pad_val=[104, 116, 124], interpolation='bicubic'),
     ),
-    dict(
-        type='RandomErasing',
-        erase_prob=0.25,
-        mode='rand',
-        min_area_ratio=0.02,
-        max_area_ratio=1 / 3,
-        aspect_range=(0.3, 1 / 0.3),
-        fill_color=bgr_mean,
-        fill_std=bgr_std,
-    ),
     dict(type='PackInputs'),
+    # The model's data preprocessor erases.
+    dict(type='mlla_mm.datasets.transforms.erasing.DrawErasing', prob=0.25),
 ]
 test_pipeline = [
-    dict(type='LoadImageFromFile'),
+    load_image,
     dict(
-        type='ResizeEdge',
+        type='mlla_mm.datasets.transforms.geometry.FastResizeEdge',
         scale=256,
         edge='short',
-        backend='pillow',
         interpolation='bicubic',
     ),
     dict(type='CenterCrop', crop_size=224),

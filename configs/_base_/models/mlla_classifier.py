@@ -4,6 +4,7 @@ model = dict(
     type='mlla_mm.models.classifiers.MESAClassifier',
     mesa_weight=1.0,
     data_preprocessor=dict(
+        type='mlla_mm.models.classifiers.ErasingDataPreprocessor',
         num_classes=1000,
         mean=[123.675, 116.28, 103.53],
         std=[58.395, 57.12, 57.375],
@@ -20,6 +21,9 @@ model = dict(
     ),
     # Every batch gets one of the two, with equal probability.
     train_cfg=dict(
-        augments=[dict(type='Mixup', alpha=0.8), dict(type='CutMix', alpha=1.0)]
+        augments=[
+            dict(type='mlla_mm.models.classifiers.ReversedMixup', alpha=0.8),
+            dict(type='mlla_mm.models.classifiers.ReversedCutMix', alpha=1.0),
+        ]
     ),
 )

@@ -3,7 +3,6 @@ from collections.abc import Mapping
 from typing import Dict, List, Optional
 
 import torch
-from mmengine.dist import all_reduce_params
 from mmengine.hooks import Hook, RuntimeInfoHook
 from mmengine.logging import print_log
 from mmengine.model import BaseModel
@@ -17,6 +16,7 @@ from ...checkpoints.layout import EMA_KEY, find_weights
 from ...checkpoints.reader import CheckpointError
 from ...compat.openmmlab import batches_of_update
 from ...reproducible.resume import source_of
+from ...reproducible.running_statistics import make_alike
 from ..ema import ModelEMA, recipe_decay
 from .weights import unwrap
 
@@ -107,7 +107,7 @@ class MESAHook(Hook):
 
     def after_train_epoch(self, runner) -> None:
         # BatchNorm statistics differ between processes, and so do their averages.
-        all_reduce_params(self.ema.module.buffers(), op='mean')
+        make_alike(runner, self.ema.module.buffers())
 
     def after_val_epoch(
         self, runner, metrics: Optional[Dict[str, float]] = None

@@ -3,9 +3,11 @@
 
 from typing import Dict, Optional
 
-from mmengine.dist import all_reduce_params, is_main_process, master_only
+from mmengine.dist import is_main_process, master_only
 from mmengine.hooks import CheckpointHook, Hook, LoggerHook
 from mmengine.registry import HOOKS
+
+from ...reproducible.running_statistics import make_alike
 
 
 @HOOKS.register_module()
@@ -36,6 +38,10 @@ class SyncBuffersBeforeSaveHook(Hook):
 
     The time of averaging does not change later results: a running mean is linear in
     its inputs, so the average of the processes' statistics is the same in any case.
+
+    With ``train_cfg.running_statistics='first'`` the first process's buffers are taken
+    instead. They count in the authors' training: see
+    :class:`mlla_mm.reproducible.loops.SeededTrainLoop`.
     """
 
     # Before hooks that copy (EMAHook: NORMAL) or save (CheckpointHook: VERY_LOW).
@@ -76,7 +82,7 @@ class SyncBuffersBeforeSaveHook(Hook):
     def _synchronize(self, runner) -> None:
         # Averaging equal values again may round them differently from those saved.
         if self._differ:
-            all_reduce_params(runner.model.buffers(), op='mean')
+            make_alike(runner, runner.model.buffers())
             self._differ = False
 
 
