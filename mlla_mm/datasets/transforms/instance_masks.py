@@ -218,10 +218,8 @@ class InstanceMasks(BitmapMasks):
         if self._later is None:
             return super().crop(bbox)
         parts, rows, columns = self._later
-        rows, columns = (
-            rows.crop(bbox * (0, 1, 0, 1)),
-            columns.crop(bbox * (1, 0, 1, 0)),
-        )
+        rows = rows.crop(bbox * (0, 1, 0, 1))
+        columns = columns.crop(bbox * (1, 0, 1, 0))
         later = _Later(parts, rows, columns)
         return InstanceMasks(later, rows.height, columns.width)
 
