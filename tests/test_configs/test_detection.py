@@ -106,9 +106,11 @@ def test_extractors_can_be_replaced():
 
 
 def without_defaults(config):
-    """A config without what mmdet's own spells out although it is the default."""
+    """A config with mmdet's transforms, and without what mmdet's own spells out."""
+    if isinstance(config, str):
+        return config.replace('mlla_mm.datasets.transforms.detection.', '')
     if isinstance(config, dict):
-        spelled_out = dict(backend_args=None, format_only=False)
+        spelled_out = dict(backend_args=None, format_only=False, decode_masks=False)
         return {
             key: without_defaults(value)
             for key, value in config.items()

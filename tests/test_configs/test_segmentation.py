@@ -20,7 +20,7 @@ from torch import nn
 
 from mlla_mm.datasets import digits
 from mlla_mm.engine import options
-from mlla_mm.engine.parts import replace_sync_bn
+from mlla_mm.engine.parts import kind_of, replace_sync_bn
 
 from .. import reference
 
@@ -216,7 +216,7 @@ def test_train_pipeline(sample):
 
 def test_transforms_of_the_train_pipeline():
     pipeline = read(RECIPE.format('t')).train_dataloader.dataset.pipeline
-    steps = {step['type']: step for step in pipeline}
+    steps = {kind_of(step): step for step in pipeline}
     assert list(steps) == [
         'LoadImageFromFile',
         'LoadAnnotations',

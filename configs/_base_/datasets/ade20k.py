@@ -1,3 +1,4 @@
+# Types with a path are mmseg's transforms, made faster: samples stay the same.
 dataset_type = 'ADE20KDataset'
 data_root = 'data/ade/ADEChallengeData2016'
 
@@ -10,17 +11,21 @@ train_pipeline = [
         ratio_range=(0.5, 2.0),
         keep_ratio=True,
     ),
-    dict(type='RandomCrop', crop_size=(512, 512), cat_max_ratio=0.75),
-    dict(type='RandomFlip', prob=0.5),
-    dict(type='PhotoMetricDistortion'),
-    dict(type='PackSegInputs'),
+    dict(
+        type='mlla_mm.datasets.transforms.segmentation.RandomCrop',
+        crop_size=(512, 512),
+        cat_max_ratio=0.75,
+    ),
+    dict(type='mlla_mm.datasets.transforms.segmentation.RandomFlip', prob=0.5),
+    dict(type='mlla_mm.datasets.transforms.segmentation.PhotoMetricDistortion'),
+    dict(type='mlla_mm.datasets.transforms.segmentation.PackSegInputs'),
 ]
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=(2048, 512), keep_ratio=True),
     # After Resize: the metric compares at the original size.
     dict(type='LoadAnnotations'),
-    dict(type='PackSegInputs'),
+    dict(type='mlla_mm.datasets.transforms.segmentation.PackSegInputs'),
 ]
 
 # Multi-scale and flipped, as published: fractions of the scale above. mmseg's own
@@ -37,9 +42,16 @@ tta_pipeline = [
                 )
                 for r in (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
             ],
-            [dict(type='RandomFlip', prob=0.0), dict(type='RandomFlip', prob=1.0)],
+            [
+                dict(
+                    type='mlla_mm.datasets.transforms.segmentation.RandomFlip', prob=0.0
+                ),
+                dict(
+                    type='mlla_mm.datasets.transforms.segmentation.RandomFlip', prob=1.0
+                ),
+            ],
             [dict(type='LoadAnnotations')],
-            [dict(type='PackSegInputs')],
+            [dict(type='mlla_mm.datasets.transforms.segmentation.PackSegInputs')],
         ],
     ),
 ]
