@@ -73,7 +73,7 @@ def small(steps: Any) -> None:
         ResizeEdge=dict(scale=36),
         CenterCrop=dict(crop_size=32),
     )
-    kind = kind_of(steps).replace('Fast', '')
+    kind = kind_of(steps)
     assert kind in sizes or 'scale' not in steps
     steps.update(sizes.get(kind, {}))
     for nested in steps.get('transforms', []):

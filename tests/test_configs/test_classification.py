@@ -143,7 +143,7 @@ def test_augmentation_of_the_recipe():
     )
     seen = []
     for step in rand_augment.transforms:
-        kind = type(step).__name__.replace('Fast', '')
+        kind = type(step).__name__
         seen.append((kind, getattr(step, 'direction', None)))
         assert step.prob == 0.5
         if kind in strongest:
@@ -212,10 +212,10 @@ def of_mmpretrain(pipeline: list) -> list:
     steps = []
     for step in pipeline:
         kind = kind_of(step)
-        if kind in ('FastRandomResizedCrop', 'FastResizeEdge'):
-            step = dict(step, backend='pillow')
-        if kind.startswith('Fast'):
-            step = dict(step, type=kind[len('Fast') :])
+        if kind != 'DrawErasing':
+            step = dict(step, type=kind)
+        if kind in ('RandomResizedCrop', 'ResizeEdge'):
+            step['backend'] = 'pillow'
         steps.append(step)
     return steps
 
@@ -307,10 +307,10 @@ def fine_tune(name: str, digits: Path, work_dir: Path, size: int) -> dict:
             loader.dataset.metainfo = dict(classes=tuple('0123456789'))
         steps = {kind_of(step): step for step in loader.dataset.pipeline}
         if split == 'train':
-            assert steps['FastRandomResizedCrop']['scale'] == size
+            assert steps['RandomResizedCrop']['scale'] == size
         else:
             assert steps['CenterCrop']['crop_size'] == size
-            assert steps['FastResizeEdge']['scale'] == int(size * 256 / 224)
+            assert steps['ResizeEdge']['scale'] == int(size * 256 / 224)
     cfg.train_cfg.max_epochs = cfg.param_scheduler.end = 1
     cfg.param_scheduler.warmup = 0
     # The mixed-precision wrapper exists with a GPU alone.

@@ -8,13 +8,13 @@ metainfo = dict(classes=tuple('0123456789'))
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(
-        type='mlla_mm.datasets.transforms.geometry.FastRandomResizedCrop',
+        type='mlla_mm.datasets.transforms.classification.RandomResizedCrop',
         scale=64,
         crop_ratio_range=(0.6, 1.0),
         interpolation='bicubic',
     ),
     dict(
-        type='mlla_mm.datasets.transforms.randaugment.FastRandAugment',
+        type='mlla_mm.datasets.transforms.randaugment.RandAugment',
         policies=[
             dict(type='Rotate', magnitude_range=(0, 20)),
             dict(type='Shear', magnitude_range=(0, 0.3), direction='horizontal'),

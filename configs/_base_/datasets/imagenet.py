@@ -6,20 +6,20 @@ load_image = dict(type='LoadImageFromFile', color_type='color_ignore_orientation
 train_pipeline = [
     load_image,
     dict(
-        type='mlla_mm.datasets.transforms.geometry.FastRandomResizedCrop',
+        type='mlla_mm.datasets.transforms.classification.RandomResizedCrop',
         scale=224,
         crop_ratio_range=(0.08, 1.0),
         aspect_ratio_range=(3 / 4, 4 / 3),
         interpolation='bicubic',
     ),
     dict(
-        type='mlla_mm.datasets.transforms.geometry.FastRandomFlip',
+        type='mlla_mm.datasets.transforms.classification.RandomFlip',
         prob=0.5,
         direction='horizontal',
     ),
     # timm's rand-m9-mstd0.5-inc1
     dict(
-        type='mlla_mm.datasets.transforms.randaugment.FastRandAugment',
+        type='mlla_mm.datasets.transforms.randaugment.RandAugment',
         policies='timm_increasing',
         num_policies=2,
         magnitude_level=9,
@@ -27,20 +27,20 @@ train_pipeline = [
         total_level=10,
         hparams=dict(pad_val=[104, 116, 124], interpolation='bicubic'),
     ),
-    dict(type='PackInputs'),
+    dict(type='mlla_mm.datasets.transforms.classification.PackInputs'),
     # The model's data preprocessor erases.
     dict(type='mlla_mm.datasets.transforms.erasing.DrawErasing', prob=0.25),
 ]
 test_pipeline = [
     load_image,
     dict(
-        type='mlla_mm.datasets.transforms.geometry.FastResizeEdge',
+        type='mlla_mm.datasets.transforms.classification.ResizeEdge',
         scale=256,
         edge='short',
         interpolation='bicubic',
     ),
     dict(type='CenterCrop', crop_size=224),
-    dict(type='PackInputs'),
+    dict(type='mlla_mm.datasets.transforms.classification.PackInputs'),
 ]
 
 train_dataloader = dict(

@@ -1,24 +1,16 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""RandAugment with operations that look values up, or that OpenCV has."""
+"""mmpretrain's RandAugment, with operations that look values up or that OpenCV has.
+
+They have mmpretrain's names, arguments and random draws. Importing this module needs
+mmpretrain.
+"""
 
 from math import ceil, floor
 from typing import Any, Iterator, Tuple, Union
 
 import cv2
 import numpy as np
-from mmpretrain.datasets.transforms import (
-    AutoContrast,
-    BaseAugTransform,
-    Brightness,
-    ColorTransform,
-    Contrast,
-    Equalize,
-    RandAugment,
-    Sharpness,
-    Solarize,
-    SolarizeAdd,
-    Translate,
-)
+from mmpretrain.datasets import transforms
 from mmpretrain.registry import TRANSFORMS
 
 _LEVELS = np.arange(256)
@@ -29,13 +21,12 @@ _CUT_OFF = -0.5 + 2**-12
 _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13
 
 
-@TRANSFORMS.register_module()
-class FastRandAugment(RandAugment):
+class RandAugment(transforms.RandAugment):
     """mmpretrain's RandAugment, with the faster operations of this module.
 
     Policies are mmpretrain's, with the names of its operations. Those that are slow
     there are replaced: of 'timm_increasing' all but Invert, Rotate, Posterize and
-    Shear. The draws stay the same.
+    Shear.
 
     Args:
         *args: Arguments of mmpretrain's ``RandAugment``.
@@ -44,14 +35,13 @@ class FastRandAugment(RandAugment):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        for i, policy in enumerate(self.policies):
-            fast = TRANSFORMS.module_dict.get(f'Fast{policy["type"]}')
-            if fast is not None and issubclass(fast, _FastOperation):
-                self.policies[i] = dict(policy, type=fast.__name__)
-                self.transforms[i] = TRANSFORMS.build(self.policies[i])
+        for i, (policy, operation) in enumerate(zip(self.policies, self.transforms)):
+            faster = _FASTER.get(type(operation))
+            if faster is not None:
+                self.transforms[i] = TRANSFORMS.build(dict(policy, type=faster))
 
 
-class _FastOperation(BaseAugTransform):
+class _Operation(transforms.BaseAugTransform):
     """Operation on BGR images of type uint8; others are left to mmpretrain's class."""
 
     def transform(self, results: dict) -> dict:
@@ -72,7 +62,7 @@ class _FastOperation(BaseAugTransform):
         return self.random_negative(value) if signed else value
 
 
-class _TableOperation(_FastOperation):
+class _TableOperation(_Operation):
     """Operation that maps each value by a table: (256,), or (1, 256, 3) by channel."""
 
     def apply(self, image: np.ndarray) -> np.ndarray:
@@ -82,8 +72,7 @@ class _TableOperation(_FastOperation):
         raise NotImplementedError
 
 
-@TRANSFORMS.register_module()
-class FastAutoContrast(_TableOperation, AutoContrast):
+class AutoContrast(_TableOperation, transforms.AutoContrast):
     """mmpretrain's AutoContrast, to the bit, by a table. Same arguments."""
 
     def table(self, image: np.ndarray) -> np.ndarray:
@@ -96,8 +85,7 @@ class FastAutoContrast(_TableOperation, AutoContrast):
         return np.stack(tables, -1)[None]
 
 
-@TRANSFORMS.register_module()
-class FastEqualize(_TableOperation, Equalize):
+class Equalize(_TableOperation, transforms.Equalize):
     """mmpretrain's Equalize, to the bit, by a table. Same arguments."""
 
     def table(self, image: np.ndarray) -> np.ndarray:
@@ -112,16 +100,14 @@ class FastEqualize(_TableOperation, Equalize):
         return np.stack(tables, -1)[None]
 
 
-@TRANSFORMS.register_module()
-class FastSolarize(_TableOperation, Solarize):
+class Solarize(_TableOperation, transforms.Solarize):
     """mmpretrain's Solarize, to the bit, by a table. Same arguments."""
 
     def table(self, image: np.ndarray) -> np.ndarray:
         return np.where(_LEVELS < self.draw(self.thr), _LEVELS, 255 - _LEVELS)
 
 
-@TRANSFORMS.register_module()
-class FastSolarizeAdd(_TableOperation, SolarizeAdd):
+class SolarizeAdd(_TableOperation, transforms.SolarizeAdd):
     """mmpretrain's SolarizeAdd, to the bit, by a table. Same arguments."""
 
     def table(self, image: np.ndarray) -> np.ndarray:
@@ -129,8 +115,7 @@ class FastSolarizeAdd(_TableOperation, SolarizeAdd):
         return np.where(_LEVELS < self.thr, added, _LEVELS)
 
 
-@TRANSFORMS.register_module()
-class FastContrast(_TableOperation, Contrast):
+class Contrast(_TableOperation, transforms.Contrast):
     """mmpretrain's Contrast by a table, as Pillow blends. Same arguments."""
 
     def table(self, image: np.ndarray) -> np.ndarray:
@@ -139,16 +124,14 @@ class FastContrast(_TableOperation, Contrast):
         return _blended_levels(int(grey + 0.5), factor)
 
 
-@TRANSFORMS.register_module()
-class FastBrightness(_TableOperation, Brightness):
+class Brightness(_TableOperation, transforms.Brightness):
     """mmpretrain's Brightness by a table, as Pillow blends. Same arguments."""
 
     def table(self, image: np.ndarray) -> np.ndarray:
         return _blended_levels(0, 1 + self.draw(self.magnitude, signed=True))
 
 
-@TRANSFORMS.register_module()
-class FastColorTransform(_FastOperation, ColorTransform):
+class ColorTransform(_Operation, transforms.ColorTransform):
     """mmpretrain's ColorTransform, blended as by Pillow. Same arguments."""
 
     def apply(self, image: np.ndarray) -> np.ndarray:
@@ -157,8 +140,7 @@ class FastColorTransform(_FastOperation, ColorTransform):
         return _blend(cv2.cvtColor(grey, cv2.COLOR_GRAY2BGR), image, factor)
 
 
-@TRANSFORMS.register_module()
-class FastSharpness(_FastOperation, Sharpness):
+class Sharpness(_Operation, transforms.Sharpness):
     """mmpretrain's Sharpness without the outermost pixels, as Pillow's. Same arguments.
 
     Pillow's filter has no neighbours for them, and leaves them as they are.
@@ -172,8 +154,7 @@ class FastSharpness(_FastOperation, Sharpness):
         return sharp
 
 
-@TRANSFORMS.register_module()
-class FastTranslate(_FastOperation, Translate):
+class Translate(_Operation, transforms.Translate):
     """mmpretrain's Translate, with Pillow's kernel and edges if it is bicubic.
 
     Along one axis, cubic convolution with a = -1 (`Keys, 1981
@@ -184,7 +165,7 @@ class FastTranslate(_FastOperation, Translate):
     def transform(self, results: dict) -> dict:
         """Translate ``img`` (H, W, 3), or leave it as it is, by chance."""
         if self.interpolation != 'bicubic':
-            return Translate.transform(self, results)
+            return transforms.Translate.transform(self, results)
         return super().transform(results)
 
     def apply(self, image: np.ndarray) -> np.ndarray:
@@ -241,3 +222,20 @@ def _blended_levels(level: int, factor: float) -> np.ndarray:
 def _blend(other: np.ndarray, image: np.ndarray, factor: float) -> np.ndarray:
     """Blend of another image (factor 0) with an image (factor 1), cut off."""
     return cv2.addWeighted(image, factor, other, 1 - factor, _CUT_OFF)
+
+
+# By mmpretrain's class.
+_FASTER = {
+    kind.__bases__[-1]: kind
+    for kind in (
+        AutoContrast,
+        Brightness,
+        ColorTransform,
+        Contrast,
+        Equalize,
+        Sharpness,
+        Solarize,
+        SolarizeAdd,
+        Translate,
+    )
+}

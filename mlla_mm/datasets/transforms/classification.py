@@ -1,21 +1,21 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""Cropping and resizing by PyTorch's kernels for uint8, and flipping by OpenCV."""
+"""mmpretrain's transforms, faster. They have mmpretrain's names and random draws.
+
+Importing this module needs mmpretrain.
+"""
 
 from typing import Any, Tuple
 
-import cv2
+import mmcv.transforms as mmcv_transforms
 import numpy as np
 import torch
 import torch.nn.functional as F
-from mmcv.transforms import RandomFlip
-from mmpretrain.datasets.transforms import RandomResizedCrop, ResizeEdge
-from mmpretrain.registry import TRANSFORMS
+from mmpretrain.datasets import transforms
 
-_FLIP_CODES = dict(horizontal=1, vertical=0, diagonal=-1)
+from .images import FlipInMemory, PackInPlanes
 
 
-@TRANSFORMS.register_module()
-class FastRandomResizedCrop(RandomResizedCrop):
+class RandomResizedCrop(transforms.RandomResizedCrop):
     """mmpretrain's random resized crop, resized by PyTorch with antialiasing.
 
     The boxes are those that mmpretrain draws. The pixels are those of
@@ -46,11 +46,10 @@ class FastRandomResizedCrop(RandomResizedCrop):
         return results
 
 
-@TRANSFORMS.register_module()
-class FastResizeEdge(ResizeEdge):
+class ResizeEdge(transforms.ResizeEdge):
     """mmpretrain's resizing of an edge, done by PyTorch with antialiasing.
 
-    Its pixels are to Pillow's as those of :class:`FastRandomResizedCrop`.
+    Its pixels are to Pillow's as those of :class:`RandomResizedCrop`.
 
     Args:
         *args: Arguments of mmpretrain's ``ResizeEdge``.
@@ -74,23 +73,22 @@ class FastResizeEdge(ResizeEdge):
         results['scale_factor'] = (width / old_width, height / old_height)
 
 
-@TRANSFORMS.register_module()
-class FastRandomFlip(RandomFlip):
-    """mmcv's random flip, with an image that is contiguous.
-
-    mmcv's is a view of negative strides, which every later step would copy slowly.
+class RandomFlip(FlipInMemory, mmcv_transforms.RandomFlip):
+    """mmcv's transform, with a contiguous image.
 
     Args:
         *args: Arguments of mmcv's ``RandomFlip``.
         **kwargs: Further ones.
     """
 
-    def _flip(self, results: dict) -> None:
-        image = results['img']
-        super()._flip(results)
-        flipped = cv2.flip(image, _FLIP_CODES[results['flip_direction']])
-        # OpenCV leaves out a single channel.
-        results['img'] = flipped.reshape(image.shape)
+
+class PackInputs(PackInPlanes, transforms.PackInputs):
+    """mmpretrain's transform, with OpenCV's transposition of images.
+
+    Args:
+        *args: Arguments of mmpretrain's ``PackInputs``.
+        **kwargs: Further ones.
+    """
 
 
 def _check_interpolation(transform: Any) -> None:
