@@ -57,6 +57,15 @@ def test_all_generators_follow_the_key():
         assert len(set(numbers)) == len(keys)
 
 
+def test_a_worker_draws_the_same(monkeypatch):
+    seed_generators(SAMPLE, 1, 2, 3)
+    expected = draw()
+    torch.manual_seed(0)
+    monkeypatch.setattr('mlla_mm.reproducible.seeding.get_worker_info', lambda: 'one')
+    seed_generators(SAMPLE, 1, 2, 3)
+    assert draw() == expected
+
+
 def test_pytorch_gets_all_of_its_64_bits():
     """With 32 bits, two of 100,000 updates would be equal with a chance of 69 %."""
     seeds = []
