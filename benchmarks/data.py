@@ -18,6 +18,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 from mmengine.utils.dl_utils import set_multi_processing
+from torch import nn
 
 from mlla_mm.datasets.corrupt_images import CheckedDataset
 from mlla_mm.datasets.speed import READING, spread_indices, time_samples, timed_steps
@@ -26,6 +27,7 @@ from mlla_mm.engine.parts import batch_size_of, require_parts
 from mlla_mm.evaluation.markdown import markdown_table
 from mlla_mm.reproducible.seeding import seed_generators
 
+from . import pretended_cuda, roofline
 from .meter import Meter, format_settings
 from .pictures import write_pictures
 from .timm_pipeline import TimmDataset
@@ -47,8 +49,11 @@ class Measured(NamedTuple):
         workers (int): Workers of the config's data loader.
         cores (int): Cores of the CPU that this process may use.
         loader (float, optional): Images a second of the data loader.
+        batch (int): Images of a batch of the data loader.
         preprocessor (float, optional): Milliseconds of one image in the model's data
             preprocessor, on the device.
+        counted (dict, optional): What it does with a batch on an NVIDIA GPU, counted:
+            the fields of :class:`.roofline.Total`.
     """
 
     config: str
@@ -60,7 +65,9 @@ class Measured(NamedTuple):
     workers: int
     cores: int
     loader: Optional[float] = None
+    batch: int = 1
     preprocessor: Optional[float] = None
+    counted: Optional[Dict[str, float]] = None
 
     @property
     def rate(self) -> float:
@@ -152,10 +159,20 @@ def measure(cfg: Config, args: argparse.Namespace, meter: Meter) -> Measured:
     del dataset  # its annotations may be large, and the loader has its own
     rate = measured.rate * max(1, min(measured.workers, cores))
     found, batch = load(loader, length, args.seconds, rate)
-    preprocess = preprocessor_milliseconds(
-        cfg, batch, meter, is_training=args.phase == 'train'
+    is_training = args.phase == 'train'
+    # The model gives it what belongs to a batch, such as Mixup.
+    preprocessor = MODELS.build(cfg.model).data_preprocessor
+    counted = None
+    if pretended_cuda.AVAILABLE:
+        total = count_preprocessor(copy.deepcopy(preprocessor), batch, is_training)
+        counted = total._asdict()
+    preprocess = preprocessor_milliseconds(preprocessor, batch, meter, is_training)
+    return measured._replace(
+        loader=found,
+        batch=len(batch['inputs']),
+        preprocessor=preprocess,
+        counted=counted,
     )
-    return measured._replace(loader=found, preprocessor=preprocess)
 
 
 def _round(
@@ -233,12 +250,27 @@ def load(
     return cycles * cycle * size / (time.perf_counter() - begin), batch
 
 
+def count_preprocessor(
+    preprocessor: nn.Module, batch: Any, is_training: bool
+) -> roofline.Total:
+    """What a data preprocessor does with a batch on an NVIDIA GPU, counted without one.
+
+    The copy to the GPU is a kernel that reads and writes the batch.
+    """
+    seed_generators(0)
+    with roofline.counted() as counter:
+        preprocessor.to('cuda')
+        own = copy.deepcopy(batch)
+        with counter:
+            preprocessor(own, is_training)
+    return roofline.add_up(counter.kernels, roofline.GPU())
+
+
 def preprocessor_milliseconds(
-    cfg: Config, batch: Any, meter: Meter, is_training: bool
+    preprocessor: nn.Module, batch: Any, meter: Meter, is_training: bool
 ) -> float:
-    """Milliseconds of an image in the model's data preprocessor, with the copy."""
-    # The model gives it what belongs to a batch, such as Mixup.
-    preprocessor = MODELS.build(cfg.model).data_preprocessor.to(meter.device)
+    """Milliseconds of an image in a model's data preprocessor, with the copy."""
+    preprocessor.to(meter.device)
     images = len(batch['inputs'])
     # It may change a batch, so each call has one of its own.
     batches = [copy.deepcopy(batch) for _ in range(meter.repeats + 2)]
@@ -285,6 +317,12 @@ def format_measured(measured: Measured, model_speed: Optional[float] = None) -> 
         )
     if x.preprocessor is not None:
         lines.append(f'Data preprocessor: {x.preprocessor:.3g} ms an image.')
+    if x.counted is not None:
+        lines.append(
+            f'On an H100, counted: {x.counted["bytes"] / 1e6 / x.batch:.3g} MB and '
+            f'{1000 * x.counted["seconds"] / x.batch:.2g} ms an image at least, '
+            f'{x.counted["launches"]} launches for a batch of {x.batch}.'
+        )
     if model_speed:
         cores = cores_needed(model_speed, rate)
         lines.append(

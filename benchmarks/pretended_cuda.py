@@ -135,6 +135,7 @@ def _replacements(
             synchronize=synchronize,
         ),
     )
+    yield torch, dict(Generator=_Generator)
     # torch.compile asks for a stream, and for what Triton can do on the device.
     yield torch.accelerator, dict(is_available=answer(False))
     of_triton = importlib.import_module('torch.utils._triton')  # PyTorch 2.1 lacks it
@@ -152,6 +153,13 @@ def _replacements(
     yield triton, dict(is_available=_has_kernels)
     for module, name, kernel in triton_kernels():
         yield module, {name: _PretendedKernel(kernel, name, on_launch)}
+
+
+class _Generator(torch.Generator):
+    """A generator of any device, which is one of the CPU: it is asked for no number."""
+
+    def __new__(cls, device: object = 'cpu') -> '_Generator':
+        return super().__new__(cls, 'cpu')  # type: ignore[call-arg]
 
 
 class PretendedCUDA(FakeTensorMode):

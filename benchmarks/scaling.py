@@ -45,10 +45,10 @@ class Data(NamedTuple):
 # Files: the sizes of the published archives (ILSVRC2012_img_train.tar, train2017.zip,
 # ADEChallengeData2016.zip). Inputs: of COCO the largest scale. Speeds of a core:
 # docs/data_speed.md.
-IMAGENET = Data('ImageNet', 1_281_167, 147.9e9 / 1_281_167, 3 * 224 * 224, 148)
+IMAGENET = Data('ImageNet', 1_281_167, 147.9e9 / 1_281_167, 3 * 224 * 224, 311)
 # 117,266 of the 118,287 images have an object.
-COCO = Data('COCO', 117_266, 19.3e9 / 118_287, 3 * 800 * 1333, 50)
-ADE20K = Data('ADE20K', 20_210, 967e6 / 22_210, 3 * 512 * 512, 67)
+COCO = Data('COCO', 117_266, 19.3e9 / 118_287, 3 * 800 * 1333, 126)
+ADE20K = Data('ADE20K', 20_210, 967e6 / 22_210, 3 * 512 * 512, 111)
 
 
 class Case(NamedTuple):

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 import pytest
+import torch
 from mmengine.config import Config
-from mmengine.registry import DefaultScope
+from mmengine.registry import MODELS, DefaultScope
 from torchvision import transforms
 
 from benchmarks import data, pictures
@@ -20,9 +21,12 @@ from mlla_mm.datasets.corrupt_images import CheckedDataset
 
 from ..bad_data import CLS, DET, SEG
 from ..nano import CONFIGS, NANO
+from ..pretended import needs_pretended_cuda
 
 for package in ('mmdet', 'mmseg', 'mmpretrain'):
     pytest.importorskip(package)
+
+from mmpretrain.structures import DataSample  # noqa: E402
 
 TOOL = 'tools/analysis_tools/data_speed.py'
 RECIPES = {
@@ -89,6 +93,32 @@ def test_the_tool(scope, call_tool, tmp_path):
     assert sum(found['steps'].values()) > 0
     assert found['loader'] > 0 and found['preprocessor'] > 0
     assert f'{1000 / found["milliseconds"]:.4g} images/s' in output
+
+
+@needs_pretended_cuda
+def test_count_of_the_recipes_preprocessor():
+    """Mixup of erased images in float32: its passes over the batch, one by one."""
+    cfg = Config.fromfile(CONFIGS / RECIPES[CLS])
+    size, pixels = 8, 8 * 3 * 32 * 32
+    samples = [DataSample().set_gt_label(i) for i in range(size)]
+    samples[0].set_metainfo(dict(erasing=(2, 3, 10, 9, 5)))
+    batch = dict(
+        inputs=torch.zeros(size, 3, 32, 32, dtype=torch.uint8), data_samples=samples
+    )
+    options = dict(cfg.model.data_preprocessor, num_classes=10)
+    with DefaultScope.overwrite_default_scope(CLS):
+        plain = MODELS.build(dict(options))
+        options['batch_augments'] = dict(augments=cfg.model.train_cfg.augments[:1])
+        mixing = MODELS.build(options)
+    total = data.count_preprocessor(plain, batch, False)
+    # The copy, the flip, to float, less the mean, through the deviation.
+    passes = pixels * (2 + 2 + 5 + 8 + 8)
+    assert total.bytes == pytest.approx(passes, rel=0.01)
+    total = data.count_preprocessor(mixing, batch, True)
+    # Both images are weighted, one of them is flipped, and they are added.
+    passes += pixels * (8 + 8 + 8 + 12)
+    erased = 2 * 8 * 3 * 10 * 9 - 4 * 3 * 10 * 9
+    assert passes + erased < total.bytes < (passes + erased) * 1.01
 
 
 def test_the_fastest_round_of_each_image():

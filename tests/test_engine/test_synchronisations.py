@@ -51,6 +51,9 @@ def test_our_own_waits(amp, digits_imagenet, tmp_path):
         loader.dataset.data_root = str(digits_imagenet)
         loader.update(num_workers=0, persistent_workers=False)
     cfg.model.train_cfg = Config.fromfile(RECIPE).model.train_cfg
+    cfg.train_dataloader.dataset.pipeline.append(
+        dict(type='mlla_mm.datasets.transforms.erasing.DrawErasing', prob=1.0)
+    )
     cfg.default_hooks.mesa.start = 0.0
     cfg.work_dir = str(tmp_path)
     found = waits_of_an_update(cfg, amp)

@@ -129,3 +129,33 @@ def test_a_label_that_is_no_class():
         process(batch(labels=(1, 9, 2)), augments=AUGMENTS)
     with pytest.raises(ValueError, match='num_classes'):
         process(batch(), augments=AUGMENTS, num_classes=None)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_on_a_gpu():
+    """As on the CPU, but for the noise, which depends on the seed alone."""
+    erasing = {1: (*BOX, 5), 2: (*BOX, 5)}
+    data = batch(erasing=erasing)
+    options = dict(NORMALISED, batch_augments=AUGMENTS)
+    processor = ErasingDataPreprocessor(**options).to('cuda')
+    np.random.seed(0)
+    expected = process(data, augments=AUGMENTS)
+    found = []
+    for _ in range(2):
+        np.random.seed(0)
+        found.append(processor(copy.deepcopy(data), True))
+    first, second = (x['inputs'] for x in found)
+    assert first.is_cuda and torch.equal(first, second)
+    top, left, height, width = BOX
+    kept = torch.ones(32, 24, dtype=torch.bool)
+    kept[top : top + height, left : left + width] = False
+    torch.testing.assert_close(
+        first.cpu()[:, :, kept], expected['inputs'][:, :, kept], rtol=1e-5, atol=1e-6
+    )
+    scores = [x.gt_score.cpu() for x in found[0]['data_samples']]
+    for score, sample in zip(scores, expected['data_samples']):
+        torch.testing.assert_close(score, sample.gt_score)
+    plain = ErasingDataPreprocessor(**NORMALISED).to('cuda')(data, True)['inputs']
+    noise = plain[1:, :, ~kept.cuda()]
+    assert torch.equal(*noise) and abs(noise.std() - 1) < 0.1
