@@ -15,7 +15,39 @@ from mmpretrain.datasets import transforms
 from .images import FlipInMemory, PackInPlanes
 
 
-class RandomResizedCrop(transforms.RandomResizedCrop):
+class _ResizedByPyTorch:
+    """Mixin for a transform that resizes: PyTorch does, with antialiasing."""
+
+    interpolation: str
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, backend='torch', **kwargs)  # type: ignore[call-arg]
+        if self.interpolation not in ('bilinear', 'bicubic'):
+            raise ValueError(
+                f"The interpolation of {type(self).__name__} must be 'bilinear' or "
+                f"'bicubic', got '{self.interpolation}'. mmpretrain's transform has "
+                'others.'
+            )
+
+    def resize(self, image: np.ndarray, size: Tuple[int, int]) -> np.ndarray:
+        """Resize an image (H, W[, C]) to a size (height, width)."""
+        if image.dtype != np.uint8:
+            raise TypeError(
+                f'{type(self).__name__} takes images of type uint8, got '
+                f"{image.dtype}. Convert them behind it, or use mmpretrain's transform."
+            )
+        # PyTorch takes no negative strides, and warns of arrays that are read-only.
+        image = np.require(image, requirements=['C', 'W'])
+        # A view in channels-last layout, for which PyTorch has fast kernels.
+        pixels = torch.from_numpy(image.reshape(1, *image.shape[:2], -1))
+        batch = pixels.permute(0, 3, 1, 2)
+        mode = self.interpolation
+        resized = F.interpolate(batch, size, mode=mode, antialias=True)
+        resized = resized.permute(0, 2, 3, 1).contiguous()
+        return resized.numpy().reshape(*size, *image.shape[2:])
+
+
+class RandomResizedCrop(_ResizedByPyTorch, transforms.RandomResizedCrop):
     """mmpretrain's random resized crop, resized by PyTorch with antialiasing.
 
     The boxes are those that mmpretrain draws. The pixels are those of
@@ -32,21 +64,17 @@ class RandomResizedCrop(transforms.RandomResizedCrop):
         TypeError: When an image is transformed, if it is not of type uint8.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, backend='torch', **kwargs)
-        _check_interpolation(self)
-
     def transform(self, results: dict) -> dict:
         """Crop and resize ``img`` (H, W[, C]), and set ``img_shape``."""
         image = results['img']
         top, left, height, width = self.rand_crop_params(image)
         crop = image[top : top + height, left : left + width]
-        results['img'] = _resize(self, crop, tuple(self.scale))
+        results['img'] = self.resize(crop, tuple(self.scale))
         results['img_shape'] = results['img'].shape
         return results
 
 
-class ResizeEdge(transforms.ResizeEdge):
+class ResizeEdge(_ResizedByPyTorch, transforms.ResizeEdge):
     """mmpretrain's resizing of an edge, done by PyTorch with antialiasing.
 
     Its pixels are to Pillow's as those of :class:`RandomResizedCrop`.
@@ -61,14 +89,10 @@ class ResizeEdge(transforms.ResizeEdge):
         TypeError: When an image is transformed, if it is not of type uint8.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, backend='torch', **kwargs)
-        _check_interpolation(self)
-
     def _resize_img(self, results: dict) -> None:
         old_height, old_width = results['img'].shape[:2]
         width, height = results['scale']
-        results['img'] = _resize(self, results['img'], (height, width))
+        results['img'] = self.resize(results['img'], (height, width))
         results['img_shape'] = (height, width)
         results['scale_factor'] = (width / old_width, height / old_height)
 
@@ -89,29 +113,3 @@ class PackInputs(PackInPlanes, transforms.PackInputs):
         *args: Arguments of mmpretrain's ``PackInputs``.
         **kwargs: Further ones.
     """
-
-
-def _check_interpolation(transform: Any) -> None:
-    if transform.interpolation not in ('bilinear', 'bicubic'):
-        raise ValueError(
-            f"The interpolation of {type(transform).__name__} must be 'bilinear' or "
-            f"'bicubic', got '{transform.interpolation}'. mmpretrain's transform has "
-            'others.'
-        )
-
-
-def _resize(transform: Any, image: np.ndarray, size: Tuple[int, int]) -> np.ndarray:
-    """Resize an image (H, W[, C]) to a size (height, width)."""
-    if image.dtype != np.uint8:
-        raise TypeError(
-            f'{type(transform).__name__} takes images of type uint8, got '
-            f"{image.dtype}. Convert them behind it, or use mmpretrain's transform."
-        )
-    # PyTorch takes no negative strides, and warns of arrays that are read-only.
-    image = np.require(image, requirements=['C', 'W'])
-    # A view in the layout that PyTorch calls channels last, and has fast kernels for.
-    batch = torch.from_numpy(image.reshape(1, *image.shape[:2], -1)).permute(0, 3, 1, 2)
-    mode = transform.interpolation
-    resized = F.interpolate(batch, size, mode=mode, antialias=True)
-    pixels = resized.permute(0, 2, 3, 1).contiguous().numpy()
-    return pixels.reshape(*size, *image.shape[2:])
