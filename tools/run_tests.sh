@@ -4,10 +4,6 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# Many tests start processes that import PyTorch and a toolbox: 28 s where Python compiles
-# the sources each time, as some containers make it do, and 10 s from byte code.
-unset PYTHONDONTWRITEBYTECODE
-
 source tools/misc/setup_env.sh tests
 ruff check .
 ruff format --check .

@@ -11,7 +11,7 @@ from typing import Dict, List, Tuple
 import numpy as np
 
 from ..utils.archives import INDEX_FIELDS, INDEX_SUFFIX
-from ..utils.files import check_regular_file, part_of, write_whole
+from ..utils.files import check_regular_file, open_whole, write_whole
 
 # Two empty blocks.
 _END = bytes(1024)
@@ -50,30 +50,20 @@ def write_archive(folder: Path, names: Iterable[str], archive: Path) -> None:
         OSError: If a file cannot be read or is no regular file, or the archive cannot
             be written.
     """
-    archive.parent.mkdir(parents=True, exist_ok=True)
-    part = part_of(archive)
-    try:
-        # What an interrupted run left behind.
-        part.unlink(missing_ok=True)
-        with part.open('xb') as target:
-            with tarfile.open(
-                fileobj=target, mode='w', format=tarfile.PAX_FORMAT
-            ) as tar:
-                for name in names:
-                    path = folder / name
-                    check_regular_file(path)
-                    with path.open('rb') as file:
-                        # tarfile would store links, and the second of two hard links
-                        # without its content.
-                        member = tarfile.TarInfo(name)
-                        status = os.fstat(file.fileno())
-                        member.size, member.mtime = status.st_size, int(status.st_mtime)
-                        tar.addfile(member, file)
-            target.flush()
-            os.fsync(target.fileno())
-        part.replace(archive)
-    finally:
-        part.unlink(missing_ok=True)
+    with (
+        open_whole(archive) as target,
+        tarfile.open(fileobj=target, mode='w', format=tarfile.PAX_FORMAT) as tar,
+    ):
+        for name in names:
+            path = folder / name
+            check_regular_file(path)
+            with path.open('rb') as file:
+                # tarfile would store links, and the second of two hard links without
+                # its content.
+                member = tarfile.TarInfo(name)
+                status = os.fstat(file.fileno())
+                member.size, member.mtime = status.st_size, int(status.st_mtime)
+                tar.addfile(member, file)
 
 
 def write_index(archive: Path) -> int:

@@ -4,8 +4,10 @@
 import hashlib
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Optional, Union
+from typing import BinaryIO, Optional, Union
 
 from .archives import file_size, locate, open_file
 from .text import PATH_LIMIT, describe_error, printable
@@ -25,6 +27,22 @@ def write_whole(path: Union[str, Path], content: Content) -> None:
     Raises:
         OSError: If the file cannot be written. An older file is then still there.
     """
+    with open_whole(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def open_whole(path: Union[str, Path]) -> Iterator[BinaryIO]:
+    """Open a file as :func:`write_whole` writes it, for content that comes in parts.
+
+    The file has its name after the context, and only if there was no error in it.
+
+    Args:
+        path (str | Path): The file. Its folder is made if it is missing.
+
+    Raises:
+        OSError: If the file cannot be written. An older file is then still there.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = part_of(path)
@@ -32,7 +50,7 @@ def write_whole(path: Union[str, Path], content: Content) -> None:
         # A link that somebody left there must not be followed.
         part.unlink(missing_ok=True)
         with part.open('xb') as file:
-            file.write(content)
+            yield file
             file.flush()
             # Without this, a power cut could leave the name of an empty file.
             os.fsync(file.fileno())
@@ -42,7 +60,7 @@ def write_whole(path: Union[str, Path], content: Content) -> None:
 
 
 def part_of(path: Path) -> Path:
-    """Path of the unfinished file of :func:`write_whole`, which may be left behind."""
+    """Path of the unfinished file of :func:`open_whole`, which may be left behind."""
     name = path.name
     if len(os.fsencode(name)) > _LONGEST_NAME:
         name = hashlib.sha256(os.fsencode(name)).hexdigest()

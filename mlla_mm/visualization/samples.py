@@ -70,7 +70,7 @@ def training_sheet(
         show(left, read_image(sample.img_path, channel_order='rgb'))
         inputs = packed['inputs']
         if 'erasing' in sample:
-            inputs = _erased(inputs, sample, cfg.model.data_preprocessor)
+            inputs = _erased(inputs, sample, cfg)
         # Inputs are (3, H, W), BGR, and of mixed images floats or large integers.
         inputs = inputs.numpy()[::-1].transpose(1, 2, 0)
         show(right, inputs.clip(0, 255).astype(np.uint8))
@@ -80,12 +80,14 @@ def training_sheet(
     save_sheet(figure, out)
 
 
-def _erased(inputs: Tensor, sample: BaseDataElement, preprocessor: dict) -> Tensor:
+def _erased(inputs: Tensor, sample: BaseDataElement, cfg: Config) -> Tensor:
     """An image (3, H, W), BGR, with its erased box."""
+    preprocessor = (cfg.get('model') or {}).get('data_preprocessor') or {}
+    # RGB, as ``to_rgb`` of the preprocessor makes the image. Without them the model
+    # does not normalise.
     mean, std = (
-        # RGB, as ``to_rgb`` of the preprocessor makes the image.
-        torch.tensor(preprocessor[key][::-1]).view(-1, 1, 1)
-        for key in ('mean', 'std')
+        torch.tensor((preprocessor.get(key) or [default])[::-1]).view(-1, 1, 1)
+        for key, default in (('mean', 0.0), ('std', 1.0))
     )
     normalised = (inputs - mean) / std
     erase(normalised, *sample.erasing)

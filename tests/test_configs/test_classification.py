@@ -17,6 +17,8 @@ from torch.utils.data import Dataset
 from mlla_mm.datasets.digits import make_imagenet
 from mlla_mm.engine.parts import kind_of
 
+from ..pipelines import of_the_toolbox
+
 pytest.importorskip('mmpretrain')
 
 ROOT = Path(__file__).parents[2]
@@ -209,14 +211,10 @@ def test_evaluation_of_the_recipe(name):
 
 def of_mmpretrain(pipeline: list) -> list:
     """The pipeline with mmpretrain's own transforms, and Pillow."""
-    steps = []
-    for step in pipeline:
-        kind = kind_of(step)
-        if kind != 'DrawErasing':
-            step = dict(step, type=kind)
-        if kind in ('RandomResizedCrop', 'ResizeEdge'):
+    steps = of_the_toolbox(pipeline)
+    for step in steps:
+        if step['type'] in ('RandomResizedCrop', 'ResizeEdge'):
             step['backend'] = 'pillow'
-        steps.append(step)
     return steps
 
 

@@ -99,6 +99,11 @@ def test_erased_boxes_are_drawn(cfg, figures, tmp_path):
     # The noise has the mean of all images, in the order of the channels.
     mean = cfg.model.data_preprocessor.mean
     assert box.reshape(-1, 3).mean(0) == pytest.approx(mean, abs=9)
+    # A model that does not normalise sees noise about 0.
+    for key in ('mean', 'std'):
+        cfg.model.data_preprocessor.pop(key)
+    ((_, right),) = pairs(cfg, figures, tmp_path, num_images=1)
+    assert (picture(right) <= 5).all(-1).mean() > 0.15
 
 
 def test_labels_are_drawn(cfg, figures, tmp_path):

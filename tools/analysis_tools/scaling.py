@@ -55,15 +55,11 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
     # benchmarks/ lies beside tools/, outside the package.
     sys.path.insert(0, str(Path(__file__).parents[2]))
-    from mmengine.logging import MMLogger
-
     from benchmarks.scaling import run
     from mlla_mm.engine.console import quiet
     from mlla_mm.engine.launch import exit_on_user_error
 
     quiet()
-    # mmpretrain tells what its data preprocessor does.
-    MMLogger.get_instance('scaling', log_level='ERROR')
     with exit_on_user_error():
         run(args)
 

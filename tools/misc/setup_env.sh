@@ -46,6 +46,9 @@ set_up_environment() {
     # Without arguments of its own, a sourced file sees those of the script around it.
     [ "${1:-}" != tests ] || options+=(--tests)
     python "$ROOT/tools/misc/install_packages.py" ${options[@]+"${options[@]}"} || return
+    # Each process imports PyTorch and a toolbox: 28 s where Python compiles the sources
+    # every time, as some containers make it do, and 10 s from byte code.
+    unset PYTHONDONTWRITEBYTECODE
     # The tools of this clone, whatever else is installed.
     export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 }

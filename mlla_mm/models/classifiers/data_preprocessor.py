@@ -51,7 +51,8 @@ class ErasingDataPreprocessor(ClsDataPreprocessor):
         samples = data.get('data_samples')
         if not (training and samples and isinstance(samples[0], DataSample)):
             return super().forward(data, training)
-        mixes = self.batch_augments is not None and self._has_labels(samples)
+        has_labels = 'gt_label' in samples[0] or 'gt_score' in samples[0]
+        mixes = self.batch_augments is not None and has_labels
         if mixes:
             # Without samples the base class only normalises.
             batch = super().forward(dict(inputs=data['inputs']))
@@ -68,10 +69,6 @@ class ErasingDataPreprocessor(ClsDataPreprocessor):
             for sample, score in zip(samples, scores):
                 sample.set_gt_score(score)
         return batch
-
-    @staticmethod
-    def _has_labels(samples: Sequence[DataSample]) -> bool:
-        return 'gt_label' in samples[0] or 'gt_score' in samples[0]
 
     def _scores(self, samples: Sequence[DataSample]) -> Tensor:
         """Label scores (N, num_classes): 1 for every label of an image, and else 0."""

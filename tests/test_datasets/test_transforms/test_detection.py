@@ -17,8 +17,9 @@ pytest.importorskip('mmdet')
 from mmdet.structures.mask import BitmapMasks, PolygonMasks  # noqa: E402
 from mmdet.utils import register_all_modules  # noqa: E402
 
-from mlla_mm.engine.parts import kind_of, parts_of  # noqa: E402
+from mlla_mm.engine.parts import parts_of  # noqa: E402
 
+from ...pipelines import of_the_toolbox  # noqa: E402
 from ...processes import ROOT  # noqa: E402
 from .test_instance_masks import annotations_of, run_lengths  # noqa: E402
 
@@ -41,17 +42,6 @@ def recipe(split):
             part['crop_size'] = tuple(side // 5 for side in part['crop_size'])
         if 'scales' in part:
             part['scales'] = [(a // 5, b // 5) for a, b in part['scales']]
-    return pipeline
-
-
-def mmdets(pipeline):
-    """The pipeline with mmdet's transforms alone."""
-    pipeline = copy.deepcopy(pipeline)
-    ours = [part for part in parts_of(pipeline) if part['type'].startswith(OURS)]
-    assert ours
-    for part in ours:
-        part.pop('decode_masks', None)
-        part['type'] = kind_of(part)
     return pipeline
 
 
@@ -129,7 +119,7 @@ def assert_same(ours, theirs):
 @pytest.mark.parametrize('split, seeds', [('train', 40), ('test', 1)])
 def test_samples_are_mmdets(images, split, seeds):
     pipeline = recipe(split)
-    ours, theirs = Compose(pipeline), Compose(mmdets(pipeline))
+    ours, theirs = Compose(pipeline), Compose(of_the_toolbox(pipeline))
     counts = set()
     for seed in range(seeds):
         for image in images:
@@ -165,7 +155,7 @@ def test_further_transforms(images, kind):
         dict(type='RandomChoiceResize', scales=[(99, 70), (200, 222)], keep_ratio=True),
         dict(type=OURS + 'PackDetInputs'),
     ]
-    ours, theirs = Compose(pipeline), Compose(mmdets(pipeline))
+    ours, theirs = Compose(pipeline), Compose(of_the_toolbox(pipeline))
     for seed in range(10):
         pair = [run(x, images[0], seed) for x in (ours, theirs)]
         if pair[1][0] is None:  # nothing is left
@@ -194,7 +184,8 @@ def test_loaded_masks(images):
         dict(type=OURS + 'LoadAnnotations', with_mask=True, poly2mask=False),
     ]
     masks = [
-        Compose(x)(copy.deepcopy(images[3]))['gt_masks'] for x in (load, mmdets(load))
+        Compose(x)(copy.deepcopy(images[3]))['gt_masks']
+        for x in (load, of_the_toolbox(load))
     ]
     assert all(type(x) is PolygonMasks for x in masks)
     np.testing.assert_array_equal(*[x.to_ndarray() for x in masks])
@@ -211,7 +202,7 @@ def test_what_is_packed(images):
         dict(type=OURS + 'PackDetInputs'),
     ]
     ours, theirs = (
-        run(Compose(x), images[0], 0)[0] for x in (pipeline, mmdets(pipeline))
+        run(Compose(x), images[0], 0)[0] for x in (pipeline, of_the_toolbox(pipeline))
     )
     assert torch.equal(ours['inputs'], theirs['inputs'])
     assert 'masks' not in ours['data_samples'].gt_instances

@@ -17,11 +17,10 @@ from mmseg.datasets import transforms as mmsegs  # noqa: E402
 from mmseg.utils import register_all_modules  # noqa: E402
 
 from mlla_mm.datasets.transforms import segmentation  # noqa: E402
-from mlla_mm.engine.parts import kind_of, parts_of  # noqa: E402
+from mlla_mm.engine.parts import parts_of  # noqa: E402
 
+from ...pipelines import of_the_toolbox  # noqa: E402
 from ...processes import ROOT  # noqa: E402
-
-OURS = 'mlla_mm.datasets.transforms.segmentation.'
 
 
 @pytest.fixture(autouse=True)
@@ -38,16 +37,6 @@ def recipe(key):
         for name in {'scale', 'crop_size'} & set(part):
             part[name] = tuple(side // 8 for side in part[name])
     return cfg[f'{key}_pipeline']
-
-
-def mmsegs_own(pipeline):
-    """The pipeline with mmseg's transforms alone."""
-    pipeline = copy.deepcopy(pipeline)
-    ours = [part for part in parts_of(pipeline) if part['type'].startswith(OURS)]
-    assert ours
-    for part in ours:
-        part['type'] = kind_of(part)
-    return pipeline
 
 
 def image_of(folder, name, labels):
@@ -107,7 +96,7 @@ def assert_same(ours, theirs):
 @pytest.mark.parametrize('key, seeds', [('train', 100), ('test', 1), ('tta', 1)])
 def test_samples_are_mmsegs(images, key, seeds):
     pipeline = recipe(key)
-    ours, theirs = Compose(pipeline), Compose(mmsegs_own(pipeline))
+    ours, theirs = Compose(pipeline), Compose(of_the_toolbox(pipeline))
     for seed in range(seeds):
         for image in images:
             assert_same(run(ours, image, seed), run(theirs, image, seed))
