@@ -18,7 +18,7 @@ ORDER = [
     {'mlla_mm.reproducible', 'mlla_mm.visualization'},
     {'mlla_mm.engine'},
     {'mlla_mm.evaluation'},
-    {'mlla_mm.checks'},
+    {'mlla_mm.checks', 'mlla_mm.export'},
     {'mlla_mm.apis'},
     {'mlla_mm'},
     {'benchmarks'},

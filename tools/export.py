@@ -1,30 +1,43 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""Export a backbone or a classifier to a file for any batch and image size.
+"""Export a whole model, or a part of it, to a file for any image size.
 
-The input of the file is normalised RGB images (N, C, H, W). Its outputs are compared
-with those of the model, at other sizes than the one that it was traced with.
+A whole model takes images (N, C, H, W) as they are in files, in the channel order that
+the file's metadata names; it normalises and pads them itself. Its outputs:
+
+  detection       boxes, scores, labels, masks: NMS and thresholds are inside; one image
+  segmentation    labels (N, H, W), and on request logits
+  classification  scores (N, classes)
+
+Resizing stays outside; the metadata describe it. The parts 'backbone' and 'classifier'
+take normalised images, to feature maps and to logits. The file is compared with the
+model at other sizes than the one that it was traced with.
 """
 
 import argparse
-from pathlib import Path
 from typing import Optional, Sequence
 
-from arguments import add_ema_argument, add_fuse_argument, add_trust_argument
+from arguments import (
+    add_config_arguments,
+    add_ema_argument,
+    add_fuse_argument,
+    add_trust_argument,
+)
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('config', help='config file')
+    add_config_arguments(parser)
     parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument(
         '--format', choices=('torchscript', 'onnx', 'torch-export'), required=True
     )
     parser.add_argument(
         '--part',
-        choices=('backbone', 'classifier'),
-        help='what to export (for a classification config classifier, else backbone)',
+        choices=('model', 'backbone', 'classifier'),
+        default='model',
+        help='what to export (%(default)s)',
     )
     parser.add_argument(
         '--shape',
@@ -36,6 +49,22 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     )
     parser.add_argument(
         '--out', metavar='FILE', help='file to write (CHECKPOINT_PART and a suffix)'
+    )
+    parser.add_argument(
+        '--logits', action='store_true', help="a segmentor's logits besides its labels"
+    )
+    parser.add_argument(
+        '--no-normalize',
+        action='store_true',
+        help='the images of a whole model are normalised before',
+    )
+    parser.add_argument(
+        '--opset', type=int, default=17, help='of an onnx file (%(default)s)'
+    )
+    parser.add_argument(
+        '--int8',
+        action='store_true',
+        help='onnx: linear layers in int8, quantised as the file runs',
     )
     parser.add_argument(
         '--device',
@@ -50,33 +79,15 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
-    from mlla_mm.apis import load_model
-    from mlla_mm.apis.export import FORMATS, export_model, select_part
+    from mlla_mm.apis.export import export
     from mlla_mm.engine import launch
-    from mlla_mm.engine.config_files import read_config
     from mlla_mm.engine.console import quiet
+    from mlla_mm.engine.toolboxes import load_own_toolbox_alone
 
     quiet()
     with launch.exit_on_user_error():
-        cfg = read_config(args.config)
-        model = load_model(
-            cfg,
-            args.checkpoint,
-            args.device,
-            args.ema,
-            args.trust_checkpoint,
-            args.fuse_conv_bn,
-        )
-        is_classifier = cfg.get('default_scope') == 'mmpretrain'
-        part = args.part or ('classifier' if is_classifier else 'backbone')
-        checkpoint = Path(args.checkpoint)
-        out = args.out or checkpoint.with_name(
-            f'{checkpoint.stem}_{part}{FORMATS[args.format]}'
-        )
-        error = export_model(
-            select_part(model, part), args.format, out, tuple(args.shape)
-        )
-    print(f'{out}: {part}, differs from eager execution by at most {error:.1e}')
+        load_own_toolbox_alone(args.config)
+        print('\n'.join(export(args)))
 
 
 if __name__ == '__main__':

@@ -2,7 +2,7 @@
 """Predictions on pictures, folders and videos, drawn and as plain data."""
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
@@ -12,20 +12,21 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
-from mmengine.registry import DATASETS, TRANSFORMS, VISUALIZERS, DefaultScope
+from mmengine.registry import TRANSFORMS, VISUALIZERS, DefaultScope
 from mmengine.structures import BaseDataElement
 from mmengine.visualization import Visualizer
 from rich.progress import track
 
 from ..engine.arguments import named_arguments
 from ..engine.config_files import read_config
-from ..engine.parts import datasets_of, kind_of
+from ..engine.parts import kind_of
 from ..utils.allocator import keep_freed_memory
 from ..utils.text import describe_error
 from .inputs import InputType, Picture, count_pictures, find_sources, read_pictures
 from .model import load_model
 from .output import Output
 from .tasks import TASKS, Task
+from .test_data import classes_and_palette, test_datasets, test_pipeline
 
 # A picture, and what the test pipeline makes of it: None if there is an error.
 _Item = Tuple[Picture, Optional[Dict[str, Any]]]
@@ -48,6 +49,7 @@ class Inferencer:
         config (str | Path | Config): A config of this package, or one of mmdet, mmseg
             or mmpretrain with MLLA as the backbone.
         checkpoint (str | Path): The authors' file or ours, local or an http(s) address.
+            Or an ONNX file of a whole model from ``tools/export.py``.
         device (str, optional): Such as 'cpu' or 'cuda:1'. None takes a GPU if there is
             one. Defaults to None.
         ema (bool, optional): True takes the checkpoint's averaged weights, False the
@@ -102,8 +104,8 @@ class Inferencer:
             )
         keep_freed_memory()
         self._show_progress = show_progress
-        datasets = _test_datasets(cfg)
-        first, *others = _test_pipeline(datasets) or [dict(type='none')]
+        datasets = test_datasets(cfg)
+        first, *others = test_pipeline(datasets) or [dict(type='none')]
         if kind_of(first) != 'LoadImageFromFile':
             raise ValueError(
                 'The test pipeline must begin with LoadImageFromFile, got '
@@ -117,7 +119,7 @@ class Inferencer:
             self._loader = TRANSFORMS.build(first)
             self._pipeline = Compose(others)
             (_, dataset), *_ = datasets
-            self.classes, palette = _classes_and_palette(
+            self.classes, palette = classes_and_palette(
                 dataset, self.model.dataset_meta
             )
             self.visualizer = _build_visualizer(cfg)
@@ -271,32 +273,6 @@ class Inferencer:
         return result
 
 
-def _test_datasets(cfg: Config) -> List[Tuple[str, Any]]:
-    """The data sets of the test, or without one those of the validation."""
-    datasets = datasets_of(cfg, 'test') or datasets_of(cfg, 'val')
-    if not datasets:
-        raise ValueError(
-            'Inference prepares pictures as a test does, but the config has no '
-            'test_dataloader and no val_dataloader. Give it one of them.'
-        )
-    return datasets
-
-
-def _test_pipeline(datasets: List[Tuple[str, Any]]) -> List[Dict[str, Any]]:
-    """The steps of the test pipeline, without those that load annotations."""
-    found = []
-    for key, dataset in datasets:
-        steps = dataset.get('pipeline') or ()
-        found.append((key, [x for x in steps if 'Annotations' not in str(kind_of(x))]))
-    for key, steps in found[1:]:
-        if steps != found[0][1]:
-            raise ValueError(
-                f'{found[0][0]} and {key} have other pipelines. Give a config with the '
-                'test data set whose pipeline is to be used.'
-            )
-    return found[0][1]
-
-
 def _size_at_input(item: _Item) -> Optional[Tuple[int, ...]]:
     _, data = item
     return None if data is None else tuple(data['inputs'].shape)
@@ -325,21 +301,3 @@ def _build_visualizer(cfg: Config) -> Visualizer:
         options.pop(key, None)
     with VISUALIZERS.switch_scope_and_registry(cfg.default_scope) as registry:
         return (registry.get(kind) if isinstance(kind, str) else kind)(**options)
-
-
-def _classes_and_palette(
-    test_dataset: Mapping[str, Any], saved: Mapping[str, Any]
-) -> Tuple[Sequence[str], Sequence[Sequence[int]]]:
-    """Class names and their RGB colours: the checkpoint's, else the test dataset's."""
-    dataset = DATASETS.build(dict(test_dataset, lazy_init=True)).metainfo
-    classes = saved.get('classes') or dataset.get('classes')
-    if not classes:
-        raise ValueError(
-            'Neither the checkpoint nor the test dataset of the config has class '
-            'names. Set metainfo=dict(classes=...) in the test dataset.'
-        )
-    for meta in (saved, dataset):
-        if len(meta.get('palette') or ()) >= len(classes):
-            return classes, meta['palette']
-    colours = np.random.default_rng(0).integers(0, 256, (len(classes), 3))
-    return classes, colours.tolist()

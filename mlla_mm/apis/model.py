@@ -27,6 +27,7 @@ from ..checkpoints.reader import fetch_checkpoint, load_checkpoint_file
 from ..engine.arguments import named_arguments
 from ..engine.cuda_graph import replay_forward, use_cuda_graphs
 from ..engine.parts import replace_sync_bn
+from ..export.exported import exported_model, is_exported, require_no_options
 from ..models import MLLA, fusing
 from ..utils.allocator import keep_freed_memory
 
@@ -196,6 +197,8 @@ def load_model(
     Args:
         cfg (Config): Config of any task. It is not changed.
         checkpoint (str | Path): The authors' file or ours, local or an http(s) address.
+            Or an ONNX file of a whole model from ``tools/export.py``, which runs in the
+            model's place.
         device (str, optional): Such as 'cpu' or 'cuda:1'. None takes a GPU if there is
             one. Defaults to None.
         ema (bool, optional): True takes the averaged weights, False the plain ones.
@@ -216,8 +219,12 @@ def load_model(
     Raises:
         FileNotFoundError: If the checkpoint does not exist.
         ValueError: If the device cannot be used or has no CUDA graphs, the weights do
-            not fit, or ``cuda_graph`` finds no backbone of ours.
+            not fit, ``cuda_graph`` finds no backbone of ours, or an option is for
+            checkpoints and the file is exported.
     """
+    if is_exported(checkpoint):
+        require_no_options(ema=ema, fuse_conv_bn=fuse_conv_bn, cuda_graph=cuda_graph)
+        return MODELS.build(exported_model(cfg, checkpoint)).eval()
     device = device or get_device()
     _require_device(device)
     if cuda_graph and torch.device(device).type != 'cuda':

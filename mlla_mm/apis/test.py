@@ -5,8 +5,10 @@ import argparse
 from pathlib import Path
 
 from mmengine.config import Config
+from mmengine.registry import MODELS
 
 from ..checkpoints.reader import CheckpointError
+from ..checks.classes import head_classes
 from ..checks.config import check_config, make_work_dir
 from ..checks.data import describe, require_data
 from ..datasets.corrupt_images import CorruptImageError
@@ -16,6 +18,8 @@ from ..engine.config_files import print_changes, print_unread_keys, read_run_con
 from ..engine.console import build_runner, quiet
 from ..engine.parts import require_parts, require_whole_splits
 from ..engine.toolboxes import load_own_toolbox_alone
+from ..export import ExportError
+from ..export.exported import exported_model, is_exported, require_no_options
 
 
 def test(args: argparse.Namespace) -> None:
@@ -40,6 +44,8 @@ def test(args: argparse.Namespace) -> None:
             for line in describe(require_data(cfg, 'test')):
                 print(line, flush=True)
             make_work_dir(cfg)
+        if is_exported(args.checkpoint):
+            run_exported_file(cfg, args.checkpoint)
     # One process alone meets a corrupt image. All of them have a bad checkpoint.
     with launch.exit_on_user_error((CorruptImageError,), shared=False):
         with launch.exit_on_user_error((CheckpointError,)):
@@ -47,6 +53,28 @@ def test(args: argparse.Namespace) -> None:
             with named_arguments(cfg):
                 build_runner(cfg, args.verbose).test()
     launch.tear_down()
+
+
+def run_exported_file(cfg: Config, path: str) -> None:
+    """Let an exported file stand for the model of a config that was checked.
+
+    Args:
+        cfg (Config): The config. It is changed in place.
+        path (str): The file.
+
+    Raises:
+        ExportError: If onnxruntime is missing or cannot read the file, or if the file
+            is for another task or another number of classes.
+    """
+    model = exported_model(cfg, path)
+    names = MODELS.build(model).dataset_meta.get('classes')
+    for key, count in head_classes(cfg.model):
+        if names and len(names) != count:
+            raise ExportError(
+                f'{path} has {len(names)} classes, and {key} is {count}: give the '
+                'config of the exported model.'
+            )
+    cfg.model = model
 
 
 def apply_command_line(cfg: Config, args: argparse.Namespace) -> None:
@@ -67,9 +95,15 @@ def apply_command_line(cfg: Config, args: argparse.Namespace) -> None:
     require_whole_splits(cfg)
     if not Path(args.checkpoint).is_file():
         raise FileNotFoundError(f'Checkpoint not found: {args.checkpoint}')
-    cfg.load_from = args.checkpoint
     cfg.resume = False
-    options.add_weight_hooks(cfg)
+    if is_exported(args.checkpoint):
+        cfg.load_from = None
+        require_no_options(
+            ema=args.ema, fuse_conv_bn=args.fuse_conv_bn, amp=args.amp, tta=args.tta
+        )
+    else:
+        cfg.load_from = args.checkpoint
+        options.add_weight_hooks(cfg)
     if args.amp:
         cfg.test_cfg.fp16 = True
     if args.ema:

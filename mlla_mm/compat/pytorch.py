@@ -7,7 +7,7 @@ Unless noted, the names exist in PyTorch 2.1 to 2.11.
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, List, Optional, Tuple, Union
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
 from torch import Tensor, _compile, nn
@@ -25,8 +25,9 @@ _VERSION = tuple(map(int, torch.__version__.split('.')[:2]))
 #: Whether a module can know that torch.export traces it.
 TELLS_EXPORT = _VERSION >= (2, 7)
 
-#: Whether ONNX export uses torch.export by default.
-EXPORTS_ONNX_THROUGH_EXPORT = _VERSION >= (2, 9)
+#: Options of torch.onnx.export for its exporter by traces. PyTorch 2.9 has another
+#: default, and PyTorch 2.1 no other exporter.
+ONNX_BY_TRACE: Dict[str, Any] = dict(dynamo=False) if _VERSION >= (2, 5) else {}
 
 #: Whether a matrix product on CUDA can have a wider dtype than its factors.
 MM_TAKES_OUT_DTYPE = _VERSION >= (2, 8)

@@ -1,0 +1,281 @@
+# Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+"""Exported files against the models that they were made of."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Dict, Optional, Tuple
+
+import torch
+from mmengine.structures import BaseDataElement
+from torch import Tensor
+
+from .errors import ExportError
+from .exported import ExportedModel
+from .formats import MIN_SIDE, Runner, example_inputs
+from .parts import Part
+
+TOLERANCES = dict(boxes=0.01, scores=1e-4, masks=0.01, maps=1e-4, labels=1e-4)
+"""Largest allowed differences.
+
+- 'boxes': in pixels.
+- 'scores': probabilities.
+- 'masks': pixels that differ, of those of either mask.
+- 'maps': feature maps and logits, divided by the largest value.
+- 'labels': where they differ, the logits of the two classes, divided likewise.
+"""
+
+#: The threshold for detections is set where so many are above it.
+_DETECTIONS = (10, 40)
+
+Shape = Tuple[int, int]
+
+
+def other_shapes(shape: Shape) -> Tuple[Shape, Shape]:
+    """A larger and a smaller size than the one of the trace, both with odd sides."""
+    height, width = shape
+    larger = height + 45, width + 26
+    return larger, (max(MIN_SIDE, height // 2 + 1), max(MIN_SIDE, width - 7))
+
+
+def compare_outputs(part: Part, run: Runner, shape: Shape) -> Dict[str, float]:
+    """Compare a file with the module that was traced, at two other sizes.
+
+    Args:
+        part (Part): What was exported, and is no whole model.
+        run (Callable): Runs the file.
+        shape (tuple[int, int]): The size of the trace.
+
+    Returns:
+        dict[str, float]: The largest difference, divided by the largest value.
+
+    Raises:
+        ExportError: If the outputs differ by more than :data:`TOLERANCES`.
+    """
+    largest = 0.0
+    for batch, size in zip((1, 3), other_shapes(shape)):
+        (images,) = example_inputs(part, batch, *size)
+        with torch.no_grad():
+            expected, actual = part.module(images), run(images)
+        for name, one, other in zip(part.outputs, expected, actual):
+            found = _relative(one, other)
+            largest = max(largest, _require(name, found, 'maps', size))
+    return {'maps': largest}
+
+
+def compare_predictions(
+    model: Any, exported: ExportedModel, shape: Shape, has_settings: bool = True
+) -> Dict[str, float]:
+    """Compare a whole model's file with the model, from images to predictions.
+
+    Both get noise of two other sizes than the one of the trace. A detector is compared
+    three times: with no detection, with its own score threshold, and with a threshold
+    that leaves some. The label maps of a segmentor are compared at two sizes.
+
+    Args:
+        model (BaseModel): The model in evaluation mode.
+        exported (ExportedModel): Its file.
+        shape (tuple[int, int]): The size of the trace.
+        has_settings (bool): Whether the file takes the settings of the part. A
+            torch-export program does not. Defaults to True.
+
+    Returns:
+        dict[str, float]: The largest difference of each kind in :data:`TOLERANCES`.
+
+    Raises:
+        ExportError: If the predictions differ by more than :data:`TOLERANCES`.
+    """
+    largest: Dict[str, float] = {}
+    for seed, size in enumerate(other_shapes(shape)):
+        image = _image(model, seed, size)
+        if exported.task == 'detection':
+            found = _compare_detections(model, exported, image)
+        elif exported.task == 'segmentation':
+            found = _compare_label_maps(model, exported, image, has_settings)
+        else:
+            found = _compare_classes(model, exported, image)
+        for kind, value in found.items():
+            largest[kind] = max(largest.get(kind, 0), value)
+    return largest
+
+
+def _image(model: Any, seed: int, size: Shape) -> Tensor:
+    """Noise as a picture (C, H, W), uint8."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (model.backbone.in_channels, *size)
+    return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+
+
+def _predict(
+    model: Any, task: str, image: Tensor, ori_shape: Optional[Shape] = None
+) -> Any:
+    """What a model predicts for a picture (C, H, W) that had some shape before."""
+    size = tuple(image.shape[-2:])
+    meta = dict(
+        img_shape=size,
+        ori_shape=ori_shape or size,
+        pad_shape=size,
+        scale_factor=(1.0, 1.0),
+    )
+    sample: BaseDataElement
+    if task == 'detection':
+        from mmdet.structures import DetDataSample as Sample
+    elif task == 'segmentation':
+        from mmseg.structures import SegDataSample as Sample
+    else:
+        from mmpretrain.structures import DataSample as Sample
+    sample = Sample(metainfo=meta)
+    with torch.no_grad():
+        (found,) = model.test_step(dict(inputs=[image], data_samples=[sample]))
+    return found.cpu()
+
+
+def _compare_detections(
+    model: Any, exported: ExportedModel, image: Tensor
+) -> Dict[str, float]:
+    size = tuple(image.shape[-2:])
+    cfg = _test_cfg(model)
+    with _score_threshold(model, 0.0):
+        scores = _predict(model, exported.task, image).pred_instances.scores
+    largest: Dict[str, float] = {}
+    for threshold in (cfg.get('score_thr', 0), _gap(scores), 1.0):
+        with _score_threshold(model, threshold), _score_threshold(exported, threshold):
+            one, other = (
+                _predict(x, exported.task, image).pred_instances
+                for x in (model, exported)
+            )
+        for kind, value in _match(one, other, threshold, cfg.max_per_img, size).items():
+            largest[kind] = max(largest.get(kind, 0), value)
+    return largest
+
+
+def _gap(scores: Tensor) -> float:
+    """A threshold in the widest gap between scores, with some detections above it.
+
+    A score that is close to the threshold could be on either side of it by rounding.
+    """
+    fewest, most = _DETECTIONS
+    scores = scores.sort(descending=True).values[fewest - 1 : most + 1]
+    if len(scores) < 2:
+        return 0.0
+    place = int((scores[:-1] - scores[1:]).argmax())
+    return float(scores[place : place + 2].mean())
+
+
+@contextmanager
+def _score_threshold(model: Any, value: float) -> Iterator[None]:
+    """Predict with another score threshold."""
+    cfg = _test_cfg(model)
+    usual = cfg.get('score_thr')
+    cfg['score_thr'] = value
+    try:
+        yield
+    finally:
+        cfg['score_thr'] = usual
+
+
+def _test_cfg(model: Any) -> Any:
+    """The options of a detector's last stage."""
+    if isinstance(model, ExportedModel):
+        return model.test_cfg
+    return (model.roi_head if hasattr(model, 'roi_head') else model.bbox_head).test_cfg
+
+
+def _match(
+    expected: Any, found: Any, threshold: float, most: int, size: Sequence[int]
+) -> Dict[str, float]:
+    """Match detections of one class with almost the same box, whatever their order.
+
+    One without a partner is an error, unless its score is so close to the threshold, or
+    to the last place of a full list, that rounding decides whether it is there.
+    """
+    largest = dict(boxes=0.0, scores=0.0)
+    if not len(expected) and not len(found):
+        return largest
+    boxes = (expected.bboxes[:, None] - found.bboxes).abs().amax(-1)
+    scores = (expected.scores[:, None] - found.scores).abs()
+    is_pair = expected.labels[:, None] == found.labels
+    is_pair &= (boxes <= TOLERANCES['boxes']) & (scores <= TOLERANCES['scores'])
+    for name, other, pairs in (
+        ('model', expected, is_pair.any(1)),
+        ('file', found, is_pair.any(0)),
+    ):
+        bound = threshold
+        if len(other) == most:
+            bound = max(bound, float(other.scores.min()))
+        lonely = ~pairs & (other.scores > bound + TOLERANCES['scores'])
+        if lonely.any():
+            raise ExportError(
+                f'The detections of the exported model differ for an image of {size}: '
+                f'{int(lonely.sum())} of {len(other)} that the {name} finds are not '
+                f"among the other's."
+            )
+    for i in is_pair.any(1).nonzero()[:, 0].tolist():
+        j = int(boxes[i].masked_fill(~is_pair[i], float('inf')).argmin())
+        largest['boxes'] = max(largest['boxes'], float(boxes[i, j]))
+        largest['scores'] = max(largest['scores'], float(scores[i, j]))
+        if 'masks' in expected:
+            one, other = expected.masks[i], found.masks[j]
+            # A single pixel on the edge of a small mask may differ.
+            wrong = max(0, int((one ^ other).sum()) - 1)
+            share = wrong / max(1, int((one | other).sum()))
+            _require('masks', share, 'masks', size)
+            largest['masks'] = max(largest.get('masks', 0.0), share)
+    return largest
+
+
+def _compare_label_maps(
+    model: Any, exported: ExportedModel, image: Tensor, has_settings: bool
+) -> Dict[str, float]:
+    height, width = image.shape[-2:]
+    shapes = [(height, width)]
+    if has_settings:
+        shapes.append((height * 3 // 2, width // 2))
+    largest = dict(labels=0.0)
+    for shape in shapes:
+        one, other = (
+            _predict(x, exported.task, image, shape) for x in (model, exported)
+        )
+        logits, labels = one.seg_logits.data, other.pred_sem_seg.data
+        if 'seg_logits' in other:
+            found = _require(
+                'logits', _relative(logits, other.seg_logits.data), 'maps', shape
+            )
+            largest['maps'] = max(largest.get('maps', 0.0), found)
+        # Of classes with almost the same logit, rounding decides which is the larger.
+        if len(logits) == 1:
+            margin = (logits - model.decode_head.threshold).abs()
+        else:
+            margin = logits.amax(0, keepdim=True) - logits.gather(0, labels)
+        margin = margin[labels != one.pred_sem_seg.data]
+        wrong = float(margin.max() / logits.abs().max()) if len(margin) else 0.0
+        largest['labels'] = max(
+            largest['labels'], _require('labels', wrong, 'labels', shape)
+        )
+    return largest
+
+
+def _compare_classes(
+    model: Any, exported: ExportedModel, image: Tensor
+) -> Dict[str, float]:
+    one, other = (
+        _predict(x, exported.task, image).pred_score for x in (model, exported)
+    )
+    found = float((one - other).abs().max())
+    return {'scores': _require('scores', found, 'scores', tuple(image.shape[-2:]))}
+
+
+def _relative(expected: Tensor, actual: Tensor) -> float:
+    """The largest difference, divided by the largest value."""
+    if actual.shape != expected.shape:
+        return float('inf')
+    expected = expected.cpu()
+    return float((actual.cpu() - expected).abs().max() / expected.abs().max())
+
+
+def _require(name: str, difference: float, kind: str, size: Sequence[int]) -> float:
+    if not difference <= TOLERANCES[kind]:  # so that NaN is refused, too
+        raise ExportError(
+            f"The exported model's {name} for an image of {tuple(size)} differ by "
+            f'{difference:.1e}. At most {TOLERANCES[kind]:.0e} is allowed.'
+        )
+    return difference
