@@ -94,11 +94,11 @@ class ExportedModel(BaseModel):
         self.reverse_channels = reverse_channels
         #: A detector's score threshold, which may be set to another one.
         self.test_cfg = dict(score_thr=self.metadata.get('score_threshold'))
-        self.dataset_meta: Dict[str, Any] = {
-            key: self.metadata[key]
-            for key in ('classes', 'palette')
-            if self.metadata.get(key)
-        }
+        self.dataset_meta: Dict[str, Any] = {}
+        if self.metadata.get('classes'):
+            self.dataset_meta['classes'] = self.metadata['classes']
+            # mmdet draws with tuples alone.
+            self.dataset_meta['palette'] = list(map(tuple, self.metadata['palette']))
         # DistributedDataParallel refuses a model without parameters.
         self.unused = nn.Parameter(torch.zeros(()))
 
@@ -125,7 +125,14 @@ class ExportedModel(BaseModel):
     def _predict(self, image: Tensor, sample: BaseDataElement) -> BaseDataElement:
         if self.reverse_channels and len(image) == 3:
             image = image.flip(0)
-        inputs = [image[None].float()]
+        image = image.float()
+        if self.metadata['normalization'] == 'outside':
+            mean, std = (
+                image.new_tensor(self.metadata[key])[:, None, None]
+                for key in ('mean', 'std')
+            )
+            image = (image - mean) / std
+        inputs = [image[None]]
         if self.task == 'detection':
             inputs.append(torch.tensor(self.test_cfg['score_thr']))
         elif self.task == 'segmentation':
@@ -154,7 +161,10 @@ class OnnxModel(ExportedModel):
         run, outputs, metadata = onnx_runner(Path(file))
         if metadata.get('task') != task:
             what = metadata.get('task', 'no whole model of tools/export.py')
-            raise ExportError(f'{file} is {what}, and the config is {task}.')
+            raise ExportError(
+                f'{file} is {what}, and the config is {task}: give the config of the '
+                'exported model.'
+            )
         super().__init__(run, outputs, metadata, reverse_channels)
 
 
