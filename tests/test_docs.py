@@ -156,7 +156,9 @@ def test_commands_are_understood(path, parse, pytestconfig):
 @pytest.mark.parametrize('path', TEXTS, ids=name)
 def test_what_is_named_exists(path):
     sources = [*ROOT.glob('tools/**/*.py'), ROOT / 'mlla_mm' / 'engine' / 'options.py']
-    known = set(re.findall(r"'(--[a-z][a-z0-9-]+)'", '\n'.join(map(Path.read_text, sources))))
+    known = set(
+        re.findall(r"'(--[a-z][a-z0-9-]+)'", '\n'.join(map(Path.read_text, sources)))
+    )
     for code in inline(path.read_text()):
         # Commands are parsed above.
         if code.startswith(('pip ', 'python ', 'bash ', 'SRUN_ARGS=')):

@@ -4,7 +4,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Dict, List, Union
+from typing import Any, Dict, List, Optional, Union
 
 import torch
 from mmengine.config import Config, ConfigDict
@@ -48,18 +48,22 @@ def require_no_options(**options: Any) -> None:
             )
 
 
-def exported_model(cfg: Config, path: Union[str, Path]) -> Dict[str, Any]:
+def exported_model(
+    cfg: Config, path: Union[str, Path], device: Optional[str] = None
+) -> Dict[str, Any]:
     """What stands for ``model`` in a config, to predict by an exported file.
 
     Args:
         cfg (Config): The config, with the model that was exported.
         path (str | Path): The file.
+        device (str, optional): As in :class:`OnnxModel`. Defaults to None.
     """
     return dict(
         type='mlla_mm.export.exported.OnnxModel',
         file=str(path),
         task=TASKS[cfg.default_scope],
         reverse_channels=reverses_channels(cfg.model),
+        device=device,
     )
 
 
@@ -148,17 +152,25 @@ class OnnxModel(ExportedModel):
         file (str): The file.
         task (str): The task of the config.
         reverse_channels (bool): As in :class:`ExportedModel`.
+        device (str, optional): 'cpu', or 'cuda' with or without a number. None takes
+            CUDA if the installed onnxruntime has it. Defaults to None.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ExportError: If onnxruntime is missing or cannot read the file, or if it is no
-            whole model of the task.
+        ExportError: If onnxruntime is missing, has not the device, or cannot read the
+            file, or if it is no whole model of the task.
     """
 
-    def __init__(self, file: str, task: str, reverse_channels: bool) -> None:
+    def __init__(
+        self,
+        file: str,
+        task: str,
+        reverse_channels: bool,
+        device: Optional[str] = None,
+    ) -> None:
         if not Path(file).is_file():
             raise FileNotFoundError(f'Exported file not found: {file}')
-        run, outputs, metadata = onnx_runner(Path(file))
+        run, outputs, metadata = onnx_runner(Path(file), device)
         if metadata.get('task') != task:
             what = metadata.get('task', 'no whole model of tools/export.py')
             raise ExportError(

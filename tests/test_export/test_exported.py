@@ -38,6 +38,8 @@ def evaluate(call_tool, digits, tmp_path):
         )  # fmt: skip
         if result.returncode:
             return result.stderr
+        (record,) = work_dir.glob('*/vis_data/run.json')
+        assert json.loads(record.read_text())['checkpoint'] == file.name
         (log,) = work_dir.glob('*/*.json')
         return json.loads(log.read_text()), out
 

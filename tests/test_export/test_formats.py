@@ -206,6 +206,23 @@ def test_what_does_not_export(module, message, tmp_path):
     assert not path.exists()
 
 
+class Unknown(FixedSize):
+    """It has an operator that no opset has."""
+
+    def forward(self, images):
+        return (torch.linalg.svdvals(self.scale * images),)
+
+
+def test_an_operator_that_does_not_export(tmp_path):
+    skip_unless_supported('onnx')
+    part = Part(Unknown(), 3, {'y': {}})
+    with pytest.raises(ExportError, match='aten::linalg_svd') as error:
+        export_model(part, 'onnx', tmp_path / 'model', Options((64, 64)))
+    assert 'cannot export this model to onnx' in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_of_before_stays_if_the_export_fails(backbone, tmp_path):
     path = tmp_path / 'model.pt'
     path.write_bytes(b'of before')
@@ -256,6 +273,38 @@ def test_opsets(backbone, opset, tmp_path):
     path = tmp_path / 'model.onnx'
     export_model(backbone, 'onnx', path, Options((64, 96), opset))
     assert onnx.load(str(path)).opset_import[0].version == opset
+
+
+@pytest.mark.parametrize(
+    'device, available, expected',
+    [
+        (None, ['CPU'], ['CPU']),
+        ('cpu', ['CUDA', 'CPU'], ['CPU']),
+        ('cuda:3', ['CUDA', 'CPU'], [3, 'CPU']),
+        ('cuda:3', ['CPU'], "'cuda:3' cannot be used.*CPU.*install onnxruntime-gpu"),
+        ('meta', ['CUDA', 'CPU'], "'meta' cannot be used"),
+    ],
+)
+def test_devices(device, available, expected, tmp_path, monkeypatch):
+    """What onnxruntime is asked for. A GPU alone could run it."""
+    onnxruntime = pytest.importorskip('onnxruntime')
+    suffix, asked = 'ExecutionProvider', []
+    names = [f'{name}{suffix}' for name in available]
+    monkeypatch.setattr(onnxruntime, 'get_available_providers', lambda: names)
+
+    def session(path, options, providers):
+        asked.extend(providers)
+        raise OSError('stop here')
+
+    monkeypatch.setattr(onnxruntime, 'InferenceSession', session)
+    message = expected if isinstance(expected, str) else 'stop here'
+    with pytest.raises(ExportError, match=message):
+        formats.onnx_runner(tmp_path / 'model.onnx', device)
+    found = [
+        x.removesuffix(suffix) if isinstance(x, str) else x[1]['device_id']
+        for x in asked
+    ]
+    assert found == ([] if isinstance(expected, str) else expected)
 
 
 def test_int8(backbone, tmp_path):
