@@ -64,7 +64,7 @@ def export(args: argparse.Namespace) -> List[str]:
     # A config of a backbone alone needs no task.
     name = args.part or ('model' if cfg.get('default_scope') in TASKS else 'backbone')
     if name == 'model':
-        part = describe_and_select(model, cfg, args.no_normalize, args.logits)
+        part = describe_and_select(model, cfg, not args.no_normalize, args.logits)
     else:
         part = select_part(model, name)
     checkpoint = Path(args.checkpoint)
@@ -75,7 +75,7 @@ def export(args: argparse.Namespace) -> List[str]:
 
 
 def describe_and_select(
-    model: BaseModel, cfg: Config, no_normalize: bool = False, logits: bool = False
+    model: BaseModel, cfg: Config, normalize: bool = True, logits: bool = False
 ) -> Part:
     """The whole of a model, with what the config says about it.
 
@@ -83,8 +83,8 @@ def describe_and_select(
         model (BaseModel): The model in evaluation mode, from
             :func:`mlla_mm.apis.load_model`.
         cfg (Config): Its config.
-        no_normalize (bool): Whether images are normalised before the file gets them.
-            Defaults to False.
+        normalize (bool): Whether the file normalises images. Else they are normalised
+            before. Defaults to True.
         logits (bool): Whether a segmentor's file gives logits, too. Defaults to False.
 
     Raises:
@@ -119,7 +119,7 @@ def describe_and_select(
         TASKS[scope],
         reverses_channels(cfg.model),
         metadata,
-        normalize=not no_normalize,
+        normalize=normalize,
         logits=logits,
     )
 
