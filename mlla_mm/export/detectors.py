@@ -371,8 +371,8 @@ def _require_pooling(extractor: Any) -> None:
         if type(layer) is not RoIAlign or mode != 'avg':
             raise ExportError(
                 f'{type(layer).__name__} with pool_mode {mode!r} is not exported, as '
-                "RoIAlign with pool_mode 'avg' is. Export the backbone alone, with part "
-                "'backbone'."
+                "RoIAlign with pool_mode 'avg' is. Export the backbone alone, with "
+                "part 'backbone'."
             )
 
 
