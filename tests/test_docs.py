@@ -156,12 +156,14 @@ def test_commands_are_understood(path, parse, pytestconfig):
 @pytest.mark.parametrize('path', TEXTS, ids=name)
 def test_what_is_named_exists(path):
     sources = [*ROOT.glob('tools/**/*.py'), ROOT / 'mlla_mm' / 'engine' / 'options.py']
-    known = set(re.findall(r"'(--[a-z-]+)'", '\n'.join(map(Path.read_text, sources))))
+    known = set(
+        re.findall(r"'(--[a-z][a-z0-9-]+)'", '\n'.join(map(Path.read_text, sources)))
+    )
     for code in inline(path.read_text()):
         # Commands are parsed above.
         if code.startswith(('pip ', 'python ', 'bash ', 'SRUN_ARGS=')):
             continue
-        for option in re.findall(r'(?<![\w"-])--[a-z][a-z-]+', code):
+        for option in re.findall(r'(?<![\w"-])--[a-z][a-z0-9-]+', code):
             assert option in known, code
         for file in re.findall(r'(?<![\w./])tools/[\w/]+\.(?:py|sh)', code):
             assert (ROOT / file).is_file(), code

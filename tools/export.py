@@ -36,8 +36,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument(
         '--part',
         choices=('model', 'backbone', 'classifier'),
-        default='model',
-        help='what to export (%(default)s)',
+        help='what to export (model)',
     )
     parser.add_argument(
         '--shape',

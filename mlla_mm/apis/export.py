@@ -61,15 +61,15 @@ def export(args: argparse.Namespace) -> List[str]:
         args.trust_checkpoint,
         args.fuse_conv_bn,
     )
-    if args.part == 'model':
+    # A config of a backbone alone needs no task.
+    name = args.part or ('model' if cfg.get('default_scope') in TASKS else 'backbone')
+    if name == 'model':
         part = describe_and_select(model, cfg, args.no_normalize, args.logits)
     else:
-        part = select_part(model, args.part)
+        part = select_part(model, name)
     checkpoint = Path(args.checkpoint)
     suffix = f'{"_int8" if args.int8 else ""}{FORMATS[args.format]}'
-    out = Path(
-        args.out or checkpoint.with_name(f'{checkpoint.stem}_{args.part}{suffix}')
-    )
+    out = Path(args.out or checkpoint.with_name(f'{checkpoint.stem}_{name}{suffix}'))
     differences = export_model(part, args.format, out, options)
     return _report(out, part, options, differences)
 

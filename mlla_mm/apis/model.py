@@ -224,7 +224,7 @@ def load_model(
     """
     if is_exported(checkpoint):
         require_no_options(ema=ema, fuse_conv_bn=fuse_conv_bn, cuda_graph=cuda_graph)
-        return MODELS.build(exported_model(cfg, checkpoint)).eval()
+        return MODELS.build(exported_model(cfg, checkpoint, device)).eval()
     device = device or get_device()
     _require_device(device)
     if cuda_graph and torch.device(device).type != 'cuda':

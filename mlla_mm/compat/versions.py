@@ -94,5 +94,5 @@ EXTRAS = {
     ],
     # For tools/export.py --format onnx. They need NumPy 2, so they do not go with
     # `openmmlab`.
-    'export': ['onnx', 'onnxruntime', 'onnxscript'],
+    'export': ['onnx', 'onnxruntime'],
 }

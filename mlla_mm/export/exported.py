@@ -4,7 +4,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Dict, List, Union
+from typing import Any, Dict, List, Optional, Union
 
 import torch
 from mmengine.config import Config, ConfigDict
@@ -48,18 +48,22 @@ def require_no_options(**options: Any) -> None:
             )
 
 
-def exported_model(cfg: Config, path: Union[str, Path]) -> Dict[str, Any]:
+def exported_model(
+    cfg: Config, path: Union[str, Path], device: Optional[str] = None
+) -> Dict[str, Any]:
     """What stands for ``model`` in a config, to predict by an exported file.
 
     Args:
         cfg (Config): The config, with the model that was exported.
         path (str | Path): The file.
+        device (str, optional): As in :class:`OnnxModel`. Defaults to None.
     """
     return dict(
         type='mlla_mm.export.exported.OnnxModel',
         file=str(path),
         task=TASKS[cfg.default_scope],
         reverse_channels=reverses_channels(cfg.model),
+        device=device,
     )
 
 
@@ -94,11 +98,11 @@ class ExportedModel(BaseModel):
         self.reverse_channels = reverse_channels
         #: A detector's score threshold, which may be set to another one.
         self.test_cfg = dict(score_thr=self.metadata.get('score_threshold'))
-        self.dataset_meta: Dict[str, Any] = {
-            key: self.metadata[key]
-            for key in ('classes', 'palette')
-            if self.metadata.get(key)
-        }
+        self.dataset_meta: Dict[str, Any] = {}
+        if self.metadata.get('classes'):
+            self.dataset_meta['classes'] = self.metadata['classes']
+            # mmdet draws with tuples alone.
+            self.dataset_meta['palette'] = list(map(tuple, self.metadata['palette']))
         # DistributedDataParallel refuses a model without parameters.
         self.unused = nn.Parameter(torch.zeros(()))
 
@@ -125,7 +129,14 @@ class ExportedModel(BaseModel):
     def _predict(self, image: Tensor, sample: BaseDataElement) -> BaseDataElement:
         if self.reverse_channels and len(image) == 3:
             image = image.flip(0)
-        inputs = [image[None].float()]
+        image = image.float()
+        if self.metadata['normalization'] == 'outside':
+            mean, std = (
+                image.new_tensor(self.metadata[key])[:, None, None]
+                for key in ('mean', 'std')
+            )
+            image = (image - mean) / std
+        inputs = [image[None]]
         if self.task == 'detection':
             inputs.append(torch.tensor(self.test_cfg['score_thr']))
         elif self.task == 'segmentation':
@@ -141,20 +152,31 @@ class OnnxModel(ExportedModel):
         file (str): The file.
         task (str): The task of the config.
         reverse_channels (bool): As in :class:`ExportedModel`.
+        device (str, optional): 'cpu', or 'cuda' with or without a number. None takes
+            CUDA if the installed onnxruntime has it. Defaults to None.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ExportError: If onnxruntime is missing or cannot read the file, or if it is no
-            whole model of the task.
+        ExportError: If onnxruntime is missing, has not the device, or cannot read the
+            file, or if it is no whole model of the task.
     """
 
-    def __init__(self, file: str, task: str, reverse_channels: bool) -> None:
+    def __init__(
+        self,
+        file: str,
+        task: str,
+        reverse_channels: bool,
+        device: Optional[str] = None,
+    ) -> None:
         if not Path(file).is_file():
             raise FileNotFoundError(f'Exported file not found: {file}')
-        run, outputs, metadata = onnx_runner(Path(file))
+        run, outputs, metadata = onnx_runner(Path(file), device)
         if metadata.get('task') != task:
             what = metadata.get('task', 'no whole model of tools/export.py')
-            raise ExportError(f'{file} is {what}, and the config is {task}.')
+            raise ExportError(
+                f'{file} is {what}, and the config is {task}: give the config of the '
+                'exported model.'
+            )
         super().__init__(run, outputs, metadata, reverse_channels)
 
 

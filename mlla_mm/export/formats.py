@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -230,29 +230,33 @@ def _load_program(path: Path) -> Runner:
     return lambda images, *_: module(images)
 
 
-def onnx_runner(path: Path) -> Tuple[Runner, List[str], Dict[str, str]]:
+def onnx_runner(
+    path: Path, device: Optional[str] = None
+) -> Tuple[Runner, List[str], Dict[str, str]]:
     """Open an ONNX file.
+
+    Args:
+        path (Path): The file.
+        device (str, optional): 'cpu', or 'cuda' with or without a number. None takes
+            CUDA if the installed onnxruntime has it. Defaults to None.
 
     Returns:
         tuple[Callable, list[str], dict[str, str]]: What runs the file, the names of its
         outputs, and its metadata.
 
     Raises:
-        ExportError: If onnxruntime is missing, or if it cannot read the file.
+        ExportError: If onnxruntime is missing, if it has not the device, or if it
+            cannot read the file.
     """
     require_packages('onnxruntime')
     import onnxruntime
 
-    # CUDA where the installed runtime has it.
-    wanted = ('CUDAExecutionProvider', 'CPUExecutionProvider')
-    available = onnxruntime.get_available_providers()
     options = onnxruntime.SessionOptions()
     # Errors alone: it warns of inputs that may be left out.
     options.log_severity_level = 3
+    providers = _providers(device, onnxruntime.get_available_providers())
     try:
-        session = onnxruntime.InferenceSession(
-            str(path), options, [name for name in wanted if name in available]
-        )
+        session = onnxruntime.InferenceSession(str(path), options, providers)
     except Exception as error:  # it raises errors of its own types
         reason = str(error).strip().splitlines() or ['']
         raise ExportError(f'onnxruntime cannot read {path}: {reason[0]}') from error
@@ -266,6 +270,24 @@ def onnx_runner(path: Path) -> Tuple[Runner, List[str], Dict[str, str]]:
 
     names = [output.name for output in session.get_outputs()]
     return run, names, session.get_modelmeta().custom_metadata_map
+
+
+def _providers(device: Optional[str], available: Sequence[str]) -> List[Any]:
+    """What onnxruntime runs a file by, the first choice first."""
+    kind = None if device is None else torch.device(device)
+    cuda, cpu = 'CUDAExecutionProvider', 'CPUExecutionProvider'
+    if kind is not None and kind.type != 'cpu':
+        if kind.type != 'cuda' or cuda not in available:
+            raise ExportError(
+                f"Device '{device}' cannot be used: the installed onnxruntime has "
+                f'{", ".join(available)}. For CUDA install onnxruntime-gpu.'
+            )
+    if cuda not in available or (kind is not None and kind.type == 'cpu'):
+        return [cpu]
+    number = None if kind is None else kind.index
+    if number is None:  # of several processes, each has its own
+        number = torch.cuda.current_device() if torch.cuda.is_available() else 0
+    return [(cuda, dict(device_id=number)), cpu]
 
 
 _Writer = Callable[[Part, List[Tensor], Path, Options], None]

@@ -18,7 +18,8 @@ TEXTS = [
     *ROOT.glob('benchmarks/**/*.md'),
     *ROOT.glob('benchmarks/**/*.sh'),
     *ROOT.glob('demo/*'),
-    *ROOT.glob('tools/**/*.*'),
+    *ROOT.glob('tools/**/*.py'),
+    *ROOT.glob('tools/**/*.sh'),
     *(path for path in ROOT.glob('.github/**/*') if path.is_file()),
 ]
 ALLOWED = {

@@ -1,5 +1,7 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
+import json
 
+import pytest
 import torch
 
 from mlla_mm.models import MLLA
@@ -7,37 +9,72 @@ from mlla_mm.models import MLLA
 from ..nano import NANO
 
 
-def test_classifier_and_backbone(call_tool, nano, tmp_path):
-    _, checkpoint = nano('mmpretrain')
+@pytest.fixture
+def export(call_tool, nano):
+    def run(scope, out, *arguments, **options):
+        _, checkpoint = nano(scope)
+        return call_tool(
+            'tools/export.py', NANO[scope], checkpoint, '--format', 'torchscript',
+            '--shape', '64', '64', '--out', out, *arguments, **options,
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.mark.parametrize(
+    'scope, arguments, shapes',
+    [
+        ('mmpretrain', (), [(3, 10)]),
+        ('mmpretrain', ('--part', 'classifier'), [(3, 10)]),
+        ('mmpretrain', ('--part', 'backbone', '--fuse-conv-bn'), [(3, 256, 2, 2)]),
+        ('mmseg', ('--logits', '--no-normalize'), [(3, 40, 50), (3, 11, 40, 50)]),
+        ('mmdet', ('--part', 'backbone'), [(3, 32, 10, 13), (3, 64, 5, 7)]),
+    ],
+)
+def test_parts(export, scope, arguments, shapes, tmp_path):
     out = tmp_path / 'model.pt'
-    export = (
-        *('tools/export.py', NANO['mmpretrain'], checkpoint),
-        *('--format', 'torchscript', '--shape', '64', '64', '--out', out),
-    )
-    text = call_tool(*export).stdout
-    assert f'{out}: classifier, differs from eager execution by' in text
-    (logits,) = torch.jit.load(str(out))(torch.rand(1, 3, 40, 50))
-    assert logits.shape == (1, 10)
-    text = call_tool(*export, '--part', 'backbone', '--fuse-conv-bn').stdout
-    assert f'{out}: backbone, differs from eager execution by' in text
-    (features,) = torch.jit.load(str(out))(torch.rand(1, 3, 40, 50))
-    assert features.shape == (1, 256, 2, 2)
-    assert not [name for name in torch.jit.load(str(out)).state_dict() if 'var' in name]
+    text = export(scope, out, *arguments).stdout
+    assert f'{out} (' in text and 'Largest differences to the model' in text
+    files = {'metadata.json': ''}
+    program = torch.jit.load(str(out), _extra_files=files)
+    inputs = [torch.rand(3, 3, 40, 50)]
+    metadata = json.loads(files['metadata.json'])
+    if scope == 'mmseg':
+        inputs.append(torch.zeros(2, dtype=torch.long))
+        assert metadata['normalization'] == 'outside'
+    if '--part' in arguments:
+        assert metadata == {}
+    else:
+        assert json.loads(metadata['preprocessing'])[0]['type'] == 'Resize'
+    found = [tuple(x.shape) for x in program(*inputs)]
+    assert found[: len(shapes)] == shapes
+    # BatchNorm is in the convolutions.
+    has_variances = any('running_var' in name for name in program.state_dict())
+    assert has_variances == ('--fuse-conv-bn' not in arguments)
 
 
-def test_detectors_have_a_backbone_only(call_tool, nano, tmp_path):
-    _, checkpoint = nano('mmdet')
-    export = (
-        *('tools/export.py', NANO['mmdet'], checkpoint),
-        *('--format', 'torchscript', '--shape', '64', '64'),
-    )
-    result = call_tool(*export, '--part', 'classifier', check=False)
+def test_options_of_the_config(export, tmp_path):
+    mode = ('--cfg-options', 'model.test_cfg.mode=slide')
+    result = export('mmseg', tmp_path / 'model.pt', *mode, check=False)
     assert result.returncode == 1
-    assert result.stderr.startswith('Error: ') and 'MaskRCNN' in result.stderr
-    out = checkpoint.with_name('mmdet_backbone.pt')
-    assert f'{out}: backbone' in call_tool(*export).stdout
-    features = torch.jit.load(str(out))(torch.rand(1, 3, 40, 50))
-    assert [len(x[0]) for x in features] == [32, 64, 128, 256]
+    assert result.stderr.startswith("Error: model.test_cfg.mode = 'slide'")
+    assert "Set model.test_cfg.mode='whole'" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        (('--part', 'classifier'), 'MaskRCNN is not a classifier: export it with part'),
+        (('--logits',), 'logits is an option of segmentors, and this is detection'),
+        (('--int8',), 'int8 is an option of onnx'),
+    ],
+)
+def test_errors_are_one_line(export, arguments, message, tmp_path):
+    result = export('mmdet', tmp_path / 'model.pt', *arguments, check=False)
+    assert result.returncode == 1
+    assert result.stderr.startswith(f'Error: {message}')
+    assert result.stderr.count('\n') == 1
 
 
 def test_a_config_of_a_backbone_alone(call_tool, tmp_path):
@@ -50,4 +87,10 @@ def test_a_config_of_a_backbone_alone(call_tool, tmp_path):
         'tools/export.py', config, checkpoint, '--format', 'torchscript', '--shape',
         64, 64,
     ).stdout  # fmt: skip
-    assert f'{tmp_path}/a_backbone.pt: backbone' in text
+    assert f'{tmp_path}/a_backbone.pt (' in text
+    exported = tmp_path / 'a.onnx'
+    exported.write_bytes(b'')
+    result = call_tool(
+        'tools/export.py', config, exported, '--format', 'torchscript', check=False
+    )
+    assert 'is an exported file already: give its checkpoint' in result.stderr

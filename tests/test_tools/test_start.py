@@ -11,9 +11,9 @@ import pytest
 
 from benchmarks import cases
 from benchmarks.models import DEFAULT_MODELS
-from mlla_mm.apis.export import FORMATS
 from mlla_mm.checks.published import PUBLISHED
 from mlla_mm.engine.launch import LAUNCHERS
+from mlla_mm.export import FORMATS
 
 from ..processes import ROOT, load_tool
 

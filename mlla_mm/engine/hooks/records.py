@@ -85,7 +85,8 @@ class RecordRunHook(Hook):
     - ``unit`` (str): ``epoch`` or ``iteration``: what the training counts.
     - ``length`` (int | null): Length of the training in this unit, if it has one.
     - ``resumed`` (bool): Whether the run continues another one.
-    - ``checkpoint`` (str | null): Name of the file that the run starts from.
+    - ``checkpoint`` (str | null): Name of the file that the run starts from, or of the
+      exported file that is tested.
     - ``test_time_augmentation`` (bool): Whether it is used.
     - ``averaged_weights`` (bool): Whether a checkpoint's average is tested.
     """
@@ -108,7 +109,8 @@ class RecordRunHook(Hook):
         cfg = runner.cfg
         loop = cfg.get('train_cfg') or {}
         by_epoch = 'max_iters' not in loop
-        checkpoint = checkpoint_of(runner)
+        # An exported file stands for the whole model.
+        checkpoint = checkpoint_of(runner) or (cfg.get('model') or {}).get('file')
         content = dict(
             # As MMEngine names the copy of a config that has no file.
             config=Path(cfg.filename or runner.timestamp).stem,

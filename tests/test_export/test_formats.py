@@ -5,13 +5,21 @@ from mmcv.cnn import fuse_conv_bn
 from torch import nn
 
 from mlla_mm import get_model
-from mlla_mm.apis import export
-from mlla_mm.apis.export import FORMATS, ExportError, Part, export_model, select_part
 from mlla_mm.compat import pytorch
+from mlla_mm.export import (
+    FORMATS,
+    ExportError,
+    Options,
+    Part,
+    export_model,
+    formats,
+    select_part,
+)
 from mlla_mm.models import MLLA, LinearAttentionSwin
 
 from ..reference import relative_error
 
+SMALL = Options((64, 96))
 ARCH = dict(embed_dims=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2))
 # The smallest size, one with an odd side and a multiple of 4, and a larger one.
 SIZES = [(33, 33), (52, 71), (224, 130)]
@@ -50,8 +58,8 @@ def check(part, run, sizes=SIZES):
 
 def test_torchscript(backbone, tmp_path):
     path = tmp_path / 'below' / 'model.pt'
-    error = export_model(backbone, 'torchscript', path, (64, 96))
-    assert 0 <= error < 1e-5
+    error = export_model(backbone, 'torchscript', path, SMALL)
+    assert 0 <= error['maps'] < 1e-5
     check(backbone, torch.jit.load(str(path)), [*SIZES, (1, 1), (7, 5)])
 
 
@@ -68,7 +76,7 @@ def test_batch_norm_in_the_convolutions(backbone, format, tmp_path):
     assert relative_error(actual, expected) < 1e-5
     assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     part = select_part(model, 'backbone')
-    assert export_model(part, format, tmp_path / 'model', (64, 96)) < 1e-5
+    assert export_model(part, format, tmp_path / 'model', SMALL)['maps'] < 1e-5
 
 
 def test_onnx(backbone, tmp_path):
@@ -76,8 +84,8 @@ def test_onnx(backbone, tmp_path):
     import onnxruntime
 
     path = tmp_path / 'model.onnx'
-    error = export_model(backbone, 'onnx', path, (64, 96))
-    assert 0 <= error < 1e-5
+    error = export_model(backbone, 'onnx', path, SMALL)
+    assert 0 <= error['maps'] < 1e-5
     session = onnxruntime.InferenceSession(str(path))
     assert [node.name for node in session.get_inputs()] == ['images']
     assert session.get_inputs()[0].shape == ['batch', 3, 'height', 'width']
@@ -96,8 +104,8 @@ def test_onnx(backbone, tmp_path):
 def test_torch_export(backbone, tmp_path):
     skip_unless_supported('torch-export')
     path = tmp_path / 'model.pt2'
-    error = export_model(backbone, 'torch-export', path, (64, 96))
-    assert 0 <= error < 1e-5
+    error = export_model(backbone, 'torch-export', path, SMALL)
+    assert 0 <= error['maps'] < 1e-5
     run = torch.export.load(str(path)).module()
     check(backbone, run)
     with pytest.raises(AssertionError, match='33'):
@@ -122,7 +130,7 @@ PARALLEL = dict(
             'torchscript',
             dict(token_mixer=dict(num_heads=1, qk_head_dims=4, normalization=False)),
         ),
-        pytest.param('onnx', PARALLEL, marks=pytest.mark.slow),
+        ('onnx', PARALLEL),
         ('onnx', {}),
         pytest.param('torch-export', PARALLEL, marks=pytest.mark.slow),
     ],
@@ -135,12 +143,11 @@ def test_study(format, options, tmp_path):
         nn.init.normal_(parameter, mean=0.3 * (parameter.dim() == 1), std=0.2)
     part = select_part(model, 'backbone')
     path = tmp_path / f'model{FORMATS[format]}'
-    assert export_model(part, format, path, (64, 96)) < 1e-5
+    assert export_model(part, format, path, SMALL)['maps'] < 1e-5
     if format == 'torchscript':
         check(part, torch.jit.load(str(path)), [*SIZES, (1, 1), (7, 5)])
 
 
-@pytest.mark.parametrize('format', FORMATS)
 @pytest.mark.parametrize(
     'options, message',
     [
@@ -148,12 +155,10 @@ def test_study(format, options, tmp_path):
         (dict(ape=(64, 96)), r'ape = \(64, 96\) names the only image size'),
     ],
 )
-def test_study_that_is_for_one_number_of_tokens(format, options, message, tmp_path):
-    skip_unless_supported(format)
-    part = select_part(LinearAttentionSwin(ARCH, **options).eval(), 'backbone')
+def test_study_that_is_for_one_number_of_tokens(options, message):
+    model = LinearAttentionSwin(ARCH, **options).eval()
     with pytest.raises(ExportError, match=message):
-        export_model(part, format, tmp_path / 'model', (64, 96))
-    assert not list(tmp_path.iterdir())
+        select_part(model, 'backbone')
 
 
 def test_tracing_leaves_eager_execution_as_it_was(backbone, tmp_path):
@@ -164,7 +169,7 @@ def test_tracing_leaves_eager_execution_as_it_was(backbone, tmp_path):
             backbone,
             'torchscript',
             tmp_path / 'a.pt',
-            (64, 64),
+            SMALL,
         )
         after = backbone.module(images)
     for one, other in zip(before, after):
@@ -190,32 +195,142 @@ class NoSize(FixedSize):
 @pytest.mark.parametrize(
     'module, message',
     [
-        (FixedSize(), r"exported model's y for \(1, 3, 109, 90\) differs by"),
+        (FixedSize(), r"exported model's y for an image of \(109, 90\) differ by"),
         (NoSize(), "cannot export this model to torchscript: KeyError: 'no such key'"),
     ],
 )
 def test_what_does_not_export(module, message, tmp_path):
     path = tmp_path / 'model.pt'
     with pytest.raises(ExportError, match=message):
-        export_model(Part(module, 3, ('y',)), 'torchscript', path, (64, 64))
+        export_model(Part(module, 3, {'y': {}}), 'torchscript', path, Options((64, 64)))
     assert not path.exists()
 
 
-def test_wrong_arguments(backbone, tmp_path, monkeypatch):
+class Unknown(FixedSize):
+    """It has an operator that no opset has."""
+
+    def forward(self, images):
+        return (torch.linalg.svdvals(self.scale * images),)
+
+
+def test_an_operator_that_does_not_export(tmp_path):
+    skip_unless_supported('onnx')
+    part = Part(Unknown(), 3, {'y': {}})
+    with pytest.raises(ExportError, match='aten::linalg_svd') as error:
+        export_model(part, 'onnx', tmp_path / 'model', Options((64, 64)))
+    assert 'cannot export this model to onnx' in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_of_before_stays_if_the_export_fails(backbone, tmp_path):
+    path = tmp_path / 'model.pt'
+    path.write_bytes(b'of before')
+    with pytest.raises(ExportError):
+        part = Part(FixedSize(), 3, {'y': {}})
+        export_model(part, 'torchscript', path, Options((64, 64)))
+    assert path.read_bytes() == b'of before'
+    assert list(tmp_path.iterdir()) == [path]
+    export_model(backbone, 'torchscript', path, SMALL)
+    assert path.stat().st_size > 1000
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    'format, options, message',
+    [
+        ('coreml', SMALL, "Unknown format 'coreml': choose from"),
+        ('torchscript', Options((64, 32)), 'shape must be at least 33 x 33'),
+        ('onnx', Options(opset=16), 'opset must be from 17 to 20, got 16'),
+        ('onnx', Options(opset=99), 'opset must be from 17 to 20, got 99'),
+        ('torchscript', Options(int8=True), 'int8 is an option of onnx'),
+    ],
+)
+def test_wrong_options(backbone, format, options, message, tmp_path):
+    with pytest.raises(ExportError, match=message):
+        export_model(backbone, format, tmp_path / 'model', options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_missing(backbone, tmp_path, monkeypatch):
     path = tmp_path / 'model'
-    with pytest.raises(ExportError, match="Unknown format 'coreml': choose from"):
-        export_model(backbone, 'coreml', path)
-    with pytest.raises(ExportError, match='shape must be at least 33 x 33'):
-        export_model(backbone, 'torchscript', path, (64, 32))
     with pytest.raises(ExportError, match='is a folder: give the path of a file'):
         export_model(backbone, 'torchscript', tmp_path)
-    monkeypatch.setattr(export, 'find_spec', lambda name: None)
+    monkeypatch.setattr(formats, 'find_spec', lambda name: None)
     with pytest.raises(ExportError, match='needs onnx, onnxruntime.*pip install'):
         export_model(backbone, 'onnx', path)
     monkeypatch.setattr(pytorch, 'TELLS_EXPORT', False)
     with pytest.raises(ExportError, match='needs PyTorch 2.7'):
         export_model(backbone, 'torch-export', path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('opset', [18, 20])
+def test_opsets(backbone, opset, tmp_path):
+    skip_unless_supported('onnx')
+    import onnx
+
+    path = tmp_path / 'model.onnx'
+    export_model(backbone, 'onnx', path, Options((64, 96), opset))
+    assert onnx.load(str(path)).opset_import[0].version == opset
+
+
+@pytest.mark.parametrize(
+    'device, available, expected',
+    [
+        (None, ['CPU'], ['CPU']),
+        ('cpu', ['CUDA', 'CPU'], ['CPU']),
+        ('cuda:3', ['CUDA', 'CPU'], [3, 'CPU']),
+        ('cuda:3', ['CPU'], "'cuda:3' cannot be used.*CPU.*install onnxruntime-gpu"),
+        ('meta', ['CUDA', 'CPU'], "'meta' cannot be used"),
+    ],
+)
+def test_devices(device, available, expected, tmp_path, monkeypatch):
+    """What onnxruntime is asked for. A GPU alone could run it."""
+    onnxruntime = pytest.importorskip('onnxruntime')
+    suffix, asked = 'ExecutionProvider', []
+    names = [f'{name}{suffix}' for name in available]
+    monkeypatch.setattr(onnxruntime, 'get_available_providers', lambda: names)
+
+    def session(path, options, providers):
+        asked.extend(providers)
+        raise OSError('stop here')
+
+    monkeypatch.setattr(onnxruntime, 'InferenceSession', session)
+    message = expected if isinstance(expected, str) else 'stop here'
+    with pytest.raises(ExportError, match=message):
+        formats.onnx_runner(tmp_path / 'model.onnx', device)
+    found = [
+        x.removesuffix(suffix) if isinstance(x, str) else x[1]['device_id']
+        for x in asked
+    ]
+    assert found == ([] if isinstance(expected, str) else expected)
+
+
+def test_int8(backbone, tmp_path):
+    """The linear layers, and no others, become int8; the outputs stay close."""
+    skip_unless_supported('onnx')
+    import onnx
+    import onnxruntime
+
+    exact, small = tmp_path / 'exact.onnx', tmp_path / 'int8.onnx'
+    export_model(backbone, 'onnx', exact, SMALL)
+    export_model(backbone, 'onnx', small, Options((64, 96), int8=True))
+    linear = [
+        name
+        for name, module in backbone.module.named_modules()
+        if isinstance(module, nn.Linear) and name.startswith(('layers.0', 'layers.1'))
+    ]
+    kinds = [node.op_type for node in onnx.load(str(small)).graph.node]
+    assert kinds.count('MatMulInteger') == len(linear) > 0
+    assert kinds.count('Conv') > 0
+    images = torch.randn(1, 3, 65, 80)
+    with torch.no_grad():
+        expected = backbone.module(images)
+    session = onnxruntime.InferenceSession(str(small))
+    for one, other in zip(expected, session.run(None, {'images': images.numpy()})):
+        error = relative_error(torch.from_numpy(other), one)
+        assert 1e-5 < error < 0.05
 
 
 @pytest.mark.slow
@@ -225,4 +340,4 @@ def test_published_network(format, tmp_path):
     model = get_model('mlla-t').eval()
     for part in ('backbone', 'classifier'):
         path = tmp_path / f'{part}{FORMATS[format]}'
-        assert export_model(select_part(model, part), format, path) < 1e-5
+        assert export_model(select_part(model, part), format, path)['maps'] < 1e-5
