@@ -61,10 +61,13 @@ def export_model(
 
     Raises:
         ExportError: If the format is unknown, if it needs a package or a newer PyTorch,
-            if the path is a folder, if the model cannot be exported, or if the outputs
-            of the file differ by too much. Then a file of this name is as it was.
+            if the path is a folder, if the model is in training mode or cannot be
+            exported, or if the outputs of the file differ by too much. Then a file of
+            this name is as it was.
     """
     require_support(format, options)
+    if part.module.training:
+        raise ExportError('The model is in training mode: call its eval() before.')
     path = Path(path)
     if path.is_dir():
         raise ExportError(f'{path} is a folder: give the path of a file.')

@@ -79,7 +79,8 @@ def select_part(model: nn.Module, part: str) -> Part:
             f"{type(model).__name__} is not a classifier: export it with part 'model', "
             "or its backbone with part 'backbone'."
         )
-    return Part(_Logits(model), backbone.in_channels, {'logits': {0: 'batch'}})
+    logits = _Logits(model).train(model.training)
+    return Part(logits, backbone.in_channels, {'logits': {0: 'batch'}})
 
 
 def whole_model(

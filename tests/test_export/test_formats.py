@@ -202,7 +202,9 @@ class NoSize(FixedSize):
 def test_what_does_not_export(module, message, tmp_path):
     path = tmp_path / 'model.pt'
     with pytest.raises(ExportError, match=message):
-        export_model(Part(module, 3, {'y': {}}), 'torchscript', path, Options((64, 64)))
+        export_model(
+            Part(module.eval(), 3, {'y': {}}), 'torchscript', path, Options((64, 64))
+        )
     assert not path.exists()
 
 
@@ -215,7 +217,7 @@ class Unknown(FixedSize):
 
 def test_an_operator_that_does_not_export(tmp_path):
     skip_unless_supported('onnx')
-    part = Part(Unknown(), 3, {'y': {}})
+    part = Part(Unknown().eval(), 3, {'y': {}})
     with pytest.raises(ExportError, match='aten::linalg_svd') as error:
         export_model(part, 'onnx', tmp_path / 'model', Options((64, 64)))
     assert 'cannot export this model to onnx' in str(error.value)
@@ -227,7 +229,7 @@ def test_a_file_of_before_stays_if_the_export_fails(backbone, tmp_path):
     path = tmp_path / 'model.pt'
     path.write_bytes(b'of before')
     with pytest.raises(ExportError):
-        part = Part(FixedSize(), 3, {'y': {}})
+        part = Part(FixedSize().eval(), 3, {'y': {}})
         export_model(part, 'torchscript', path, Options((64, 64)))
     assert path.read_bytes() == b'of before'
     assert list(tmp_path.iterdir()) == [path]
@@ -250,6 +252,17 @@ def test_wrong_options(backbone, format, options, message, tmp_path):
     with pytest.raises(ExportError, match=message):
         export_model(backbone, format, tmp_path / 'model', options)
     assert not list(tmp_path.iterdir())
+
+
+def test_training_mode(tmp_path):
+    """Exporters would leave a model in another mode than it was in."""
+    part = select_part(MLLA(ARCH, out_indices=0), 'backbone')
+    with pytest.raises(ExportError, match=r'training mode: call its eval\(\)'):
+        export_model(part, 'torchscript', tmp_path / 'model')
+    model = get_model('mlla-t')
+    assert select_part(model, 'classifier').module.training
+    part = select_part(model.eval(), 'classifier')
+    assert not any(module.training for module in part.module.modules())
 
 
 def test_what_is_missing(backbone, tmp_path, monkeypatch):
