@@ -97,7 +97,9 @@ class ExportedModel(BaseModel):
         self.task: str = self.metadata['task']
         self.reverse_channels = reverse_channels
         #: A detector's score threshold, which may be set to another one.
-        self.test_cfg = dict(score_thr=self.metadata.get('score_threshold'))
+        self.test_cfg: Dict[str, Any] = dict(
+            score_thr=self.metadata.get('score_threshold')
+        )
         self.dataset_meta: Dict[str, Any] = {}
         if self.metadata.get('classes'):
             self.dataset_meta['classes'] = self.metadata['classes']
