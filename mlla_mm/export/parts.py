@@ -198,6 +198,14 @@ class _Logits(nn.Module):
         return (self.classifier(images),)
 
 
+#: MMEngine's, which is mmdet's base class, and mmseg's and mmpretrain's.
+_DATA_PREPROCESSORS = {
+    'ImgDataPreprocessor',
+    'SegDataPreProcessor',
+    'ClsDataPreprocessor',
+}
+
+
 class _Preprocessing(nn.Module):
     """What a data preprocessor of MMEngine, mmdet, mmseg or mmpretrain does in a test.
 
@@ -216,7 +224,7 @@ class _Preprocessing(nn.Module):
     def __init__(self, preprocessor: Any, normalize: bool) -> None:
         super().__init__()
         kinds = [kind.__name__ for kind in type(preprocessor).__mro__]
-        if not {'ImgDataPreprocessor', 'ClsDataPreprocessor'}.intersection(kinds):
+        if not _DATA_PREPROCESSORS.intersection(kinds):
             raise ExportError(
                 f'A data_preprocessor of type {kinds[0]} is not exported: what it does '
                 'to images is not known. Export the backbone alone, with part '

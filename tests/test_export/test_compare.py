@@ -71,7 +71,7 @@ def keep(change):
 
 
 def check_refused(part, make, tmp_path, message):
-    wrong = part._replace(module=make(copy.deepcopy(part.module)))
+    wrong = part._replace(module=make(copy.deepcopy(part.module)).eval())
     path = tmp_path / 'model.pt'
     with pytest.raises(ExportError, match=message):
         export_model(wrong, 'torchscript', path, TRACE)
