@@ -242,3 +242,41 @@ def load_again_as_list(dataset: Any) -> None:
 def whole_dataset(dataset: Any) -> Any:
     """The data set of a loader, also if ``num_batch_per_epoch`` takes a part. Both."""
     return vars(dataset).get('_dataset', dataset)
+
+
+def predicts_as(part: Any, base: type) -> bool:
+    """Whether a model or a head predicts by the methods that a class has, or inherits.
+
+    mmdet 3.3.0 and 3.5.1, mmseg 1.2.2 and 1.4.2, mmpretrain 1.2.0 and 1.3.6.
+
+    Args:
+        part (Any): A detector, segmentor or classifier, or a head.
+        base (type): The class.
+    """
+    kind = type(part)
+    return issubclass(kind, base) and all(
+        getattr(kind, name, None) is getattr(base, name, None) for name in _PREDICTION
+    )
+
+
+#: Methods from outputs to predictions.
+_PREDICTION = (
+    'predict',
+    'predict_by_feat',
+    '_predict_by_feat_single',
+    # Detectors
+    '_bbox_post_process',
+    'predict_bbox',
+    '_bbox_forward',
+    '_refine_roi',
+    'regress_by_class',
+    'predict_mask',
+    '_mask_forward',
+    # Segmentors
+    'inference',
+    'whole_inference',
+    'encode_decode',
+    'postprocess_result',
+    # Classifiers
+    '_get_predictions',
+)

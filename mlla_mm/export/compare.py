@@ -3,9 +3,10 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
+import torch.nn.functional as F
 from mmengine.structures import BaseDataElement
 from torch import Tensor
 
@@ -19,7 +20,8 @@ TOLERANCES = dict(boxes=0.01, scores=1e-4, masks=0.01, maps=1e-4, labels=1e-4)
 
 - 'boxes': in pixels.
 - 'scores': probabilities.
-- 'masks': pixels that differ, of those of either mask.
+- 'masks': pixels that differ, of those of either mask. A pixel of a probability counts
+  as that part of one.
 - 'maps': feature maps and logits, divided by the largest value.
 - 'labels': where they differ, the logits of the two classes, divided likewise.
 """
@@ -67,9 +69,10 @@ def compare_predictions(
 ) -> Dict[str, float]:
     """Compare a whole model's file with the model, from images to predictions.
 
-    Both get noise of two other sizes than the one of the trace. A detector is compared
-    three times: with no detection, with its own score threshold, and with a threshold
-    that leaves some. The label maps of a segmentor are compared at two sizes.
+    Both get pictures of two other sizes than the one of the trace. A detector is
+    compared three times: with no detection, with its own score threshold, and with a
+    threshold that leaves some, whose masks are probabilities. The label maps of a
+    segmentor are compared at two sizes.
 
     Args:
         model (BaseModel): The model in evaluation mode.
@@ -99,10 +102,19 @@ def compare_predictions(
 
 
 def _image(model: Any, seed: int, size: Shape) -> Tensor:
-    """Noise as a picture (C, H, W), uint8."""
+    """Patches of colours and noise as a picture (C, H, W), uint8.
+
+    Each channel is darker than the one before it. The mean over noise alone would be
+    almost the same whatever the order of the channels and the pixels.
+    """
     generator = torch.Generator().manual_seed(seed)
-    shape = (model.backbone.in_channels, *size)
-    return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    channels = model.backbone.in_channels
+    height, width = size
+    coarse = torch.rand(1, channels, height // 8, width // 8, generator=generator)
+    patches = F.interpolate(coarse, size, mode='nearest')[0]
+    noise = torch.rand(patches.shape, generator=generator)
+    largest = torch.linspace(255, 100, channels)[:, None, None]
+    return (largest * (0.7 * patches + 0.3 * noise)).byte()
 
 
 def _predict(
@@ -133,17 +145,22 @@ def _compare_detections(
     model: Any, exported: ExportedModel, image: Tensor
 ) -> Dict[str, float]:
     size = tuple(image.shape[-2:])
-    cfg = _test_cfg(model)
-    with _score_threshold(model, 0.0):
+    cfg = (model.roi_head if hasattr(model, 'roi_head') else model.bbox_head).test_cfg
+    own, mask_threshold = float(cfg.get('score_thr', 0)), cfg.get('mask_thr_binary')
+    with _set(cfg, score_thr=0.0):
         scores = _predict(model, exported.task, image).pred_instances.scores
     largest: Dict[str, float] = {}
-    for threshold in (cfg.get('score_thr', 0), _gap(scores), 1.0):
-        with _score_threshold(model, threshold), _score_threshold(exported, threshold):
-            one, other = (
-                _predict(x, exported.task, image).pred_instances
-                for x in (model, exported)
-            )
-        for kind, value in _match(one, other, threshold, cfg.max_per_img, size).items():
+    # mmdet's masks are bytes, 255 times the probability, if their threshold is below 0.
+    # A model may have no mask of noise that is above its threshold.
+    for score, mask in ((own, mask_threshold), (_gap(scores), -1), (1.0, -1)):
+        with _set(cfg, score_thr=score, mask_thr_binary=mask):
+            one = _predict(model, exported.task, image).pred_instances
+        with _set(exported.test_cfg, score_thr=score):
+            with _set(exported.metadata, mask_threshold=mask):
+                other = _predict(exported, exported.task, image).pred_instances
+        for kind, value in match_detections(
+            one, other, score, cfg.max_per_img, size
+        ).items():
             largest[kind] = max(largest.get(kind, 0), value)
     return largest
 
@@ -162,65 +179,97 @@ def _gap(scores: Tensor) -> float:
 
 
 @contextmanager
-def _score_threshold(model: Any, value: float) -> Iterator[None]:
-    """Predict with another score threshold."""
-    cfg = _test_cfg(model)
-    usual = cfg.get('score_thr')
-    cfg['score_thr'] = value
+def _set(options: Dict[str, Any], **values: Any) -> Iterator[None]:
+    """Set options for a while."""
+    before = {name: options[name] for name in values if name in options}
+    options.update(values)
     try:
         yield
     finally:
-        cfg['score_thr'] = usual
+        for name in values:
+            del options[name]
+        options.update(before)
 
 
-def _test_cfg(model: Any) -> Any:
-    """The options of a detector's last stage."""
-    if isinstance(model, ExportedModel):
-        return model.test_cfg
-    return (model.roi_head if hasattr(model, 'roi_head') else model.bbox_head).test_cfg
-
-
-def _match(
+def match_detections(
     expected: Any, found: Any, threshold: float, most: int, size: Sequence[int]
 ) -> Dict[str, float]:
     """Match detections of one class with almost the same box, whatever their order.
 
     One without a partner is an error, unless its score is so close to the threshold, or
     to the last place of a full list, that rounding decides whether it is there.
+
+    Args:
+        expected (InstanceData): What the model finds.
+        found (InstanceData): What the file finds.
+        threshold (float): The score threshold.
+        most (int): Number of detections that makes a list full.
+        size (Sequence[int]): Of the image, for the message.
+
+    Returns:
+        dict[str, float]: The largest difference of each kind in :data:`TOLERANCES`.
+
+    Raises:
+        ExportError: If the detections differ.
     """
-    largest = dict(boxes=0.0, scores=0.0)
-    if not len(expected) and not len(found):
-        return largest
     boxes = (expected.bboxes[:, None] - found.bboxes).abs().amax(-1)
     scores = (expected.scores[:, None] - found.scores).abs()
     is_pair = expected.labels[:, None] == found.labels
     is_pair &= (boxes <= TOLERANCES['boxes']) & (scores <= TOLERANCES['scores'])
-    for name, other, pairs in (
-        ('model', expected, is_pair.any(1)),
-        ('file', found, is_pair.any(0)),
+    pairs = _partners(boxes.masked_fill(~is_pair, float('inf')))
+    for name, other, matched in (
+        ('model', expected, [i for i, _ in pairs]),
+        ('file', found, [j for _, j in pairs]),
     ):
-        bound = threshold
+        lonely = torch.ones(len(other), dtype=torch.bool)
+        lonely[matched] = False
+        is_close = (other.scores - threshold).abs() <= TOLERANCES['scores']
         if len(other) == most:
-            bound = max(bound, float(other.scores.min()))
-        lonely = ~pairs & (other.scores > bound + TOLERANCES['scores'])
-        if lonely.any():
+            is_close |= other.scores - other.scores.min() <= TOLERANCES['scores']
+        number = int((lonely & ~is_close).sum())
+        if number:
             raise ExportError(
                 f'The detections of the exported model differ for an image of {size}: '
-                f'{int(lonely.sum())} of {len(other)} that the {name} finds are not '
-                f"among the other's."
+                f'{number} of {len(other)} that the {name} finds are not among the '
+                "other's."
             )
-    for i in is_pair.any(1).nonzero()[:, 0].tolist():
-        j = int(boxes[i].masked_fill(~is_pair[i], float('inf')).argmin())
+    if (found.scores.diff() > 0).any():
+        raise ExportError(
+            f'The detections of the exported model for an image of {size} are not in '
+            'the order of their scores.'
+        )
+    largest = dict(boxes=0.0, scores=0.0)
+    for i, j in pairs:
         largest['boxes'] = max(largest['boxes'], float(boxes[i, j]))
         largest['scores'] = max(largest['scores'], float(scores[i, j]))
         if 'masks' in expected:
-            one, other = expected.masks[i], found.masks[j]
-            # A single pixel on the edge of a small mask may differ.
-            wrong = max(0, int((one ^ other).sum()) - 1)
-            share = wrong / max(1, int((one | other).sum()))
+            share = _share(expected.masks[i], found.masks[j])
             _require('masks', share, 'masks', size)
             largest['masks'] = max(largest.get('masks', 0.0), share)
     return largest
+
+
+def _partners(distances: Tensor) -> List[Tuple[int, int]]:
+    """Rows and columns that belong together, the nearest first, each of them once."""
+    near = distances.isfinite().nonzero()
+    order = distances[distances.isfinite()].argsort()
+    rows, columns = set(), set()
+    pairs = []
+    for i, j in near[order].tolist():
+        if i not in rows and j not in columns:
+            rows.add(i)
+            columns.add(j)
+            pairs.append((i, j))
+    return pairs
+
+
+def _share(expected: Tensor, found: Tensor) -> float:
+    """How much of two masks (H, W) differs, bool or bytes of probabilities."""
+    whole = 1 if expected.dtype == torch.bool else 255
+    one, other = expected.float() / whole, found.float() / whole
+    # A single pixel on the edge of a small mask may differ.
+    wrong = max(0.0, float((one - other).abs().sum()) - 1)
+    return wrong / max(1.0, float(torch.maximum(one, other).sum()))
 
 
 def _compare_label_maps(
@@ -236,6 +285,14 @@ def _compare_label_maps(
             _predict(x, exported.task, image, shape) for x in (model, exported)
         )
         logits, labels = one.seg_logits.data, other.pred_sem_seg.data
+        expected = one.pred_sem_seg.data
+        # A head of one channel has two classes.
+        is_valid = (labels >= 0) & (labels < max(2, len(logits)))
+        if labels.shape != expected.shape or not is_valid.all():
+            raise ExportError(
+                f"The exported model's labels for an output of {shape} have the shape "
+                f'{tuple(labels.shape[-2:])}, or are of no class of the model.'
+            )
         if 'seg_logits' in other:
             found = _require(
                 'logits', _relative(logits, other.seg_logits.data), 'maps', shape
@@ -246,7 +303,7 @@ def _compare_label_maps(
             margin = (logits - model.decode_head.threshold).abs()
         else:
             margin = logits.amax(0, keepdim=True) - logits.gather(0, labels)
-        margin = margin[labels != one.pred_sem_seg.data]
+        margin = margin[labels != expected]
         wrong = float(margin.max() / logits.abs().max()) if len(margin) else 0.0
         largest['labels'] = max(
             largest['labels'], _require('labels', wrong, 'labels', shape)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any, List, Optional, Tuple
 
 import torch
+from mmcv.ops import RoIAlign
 from mmdet.models.dense_heads import RPNHead
 from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
 from mmdet.models.detectors import SingleStageDetector, TwoStageDetector
@@ -25,6 +26,7 @@ from mmengine.config import ConfigDict
 from torch import Tensor, nn
 from torchvision.ops import nms, roi_align
 
+from ..compat.openmmlab import predicts_as
 from ..models.float32_boxes import Float32RoIExtractor
 from .errors import ExportError
 
@@ -47,11 +49,11 @@ def make_detector(model: nn.Module) -> nn.Module:
     Raises:
         ExportError: If the detector predicts in another way.
     """
-    if _predicts_as(model, 'predict', TwoStageDetector):
+    if predicts_as(model, TwoStageDetector) and model.with_rpn:
         return _TwoStage(model)
-    if _predicts_as(model, 'predict', SingleStageDetector):
+    if predicts_as(model, SingleStageDetector):
         return _OneStage(model)
-    raise _unknown(model, 'two-stage and one-stage detectors')
+    raise _unknown(model, 'one-stage detectors and two-stage ones with an RPN')
 
 
 class _TwoStage(nn.Module):
@@ -59,17 +61,14 @@ class _TwoStage(nn.Module):
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        _require(model.rpn_head, 'predict_by_feat', 'RPNHead', RPNHead)
         head = model.roi_head
-        _require(
-            head,
-            'predict_bbox',
-            'StandardRoIHead and CascadeRoIHead',
-            StandardRoIHead,
-            CascadeRoIHead,
-        )
+        _require(model.rpn_head, RPNHead)
+        _require(head, StandardRoIHead, CascadeRoIHead)
         if head.with_shared_head:
-            raise ExportError('RoI heads with a shared_head are not exported.')
+            raise ExportError(
+                'RoI heads with a shared_head are not exported. Export the backbone '
+                "alone, with part 'backbone'."
+            )
         self.model = model
         self.rpn = model.rpn_head
         # A cascade has lists of heads, the others one of each.
@@ -81,17 +80,12 @@ class _TwoStage(nn.Module):
         self.mask_heads = _as_list(head.mask_head if head.with_mask else ())
         self.test_cfg = head.test_cfg
         for bbox_head in self.heads:
-            _require(bbox_head, 'predict_by_feat', 'BBoxHead', BBoxHead)
+            _require(bbox_head, BBoxHead)
+            _require_usual_outputs(bbox_head)
         for mask_head in self.mask_heads:
-            _require(mask_head, 'predict_by_feat', 'FCNMaskHead', FCNMaskHead)
+            _require(mask_head, FCNMaskHead)
         for extractor in (*self.extractors, *self.mask_extractors):
-            _require(
-                extractor,
-                'forward',
-                'SingleRoIExtractor',
-                SingleRoIExtractor,
-                Float32RoIExtractor,
-            )
+            _require_pooling(extractor)
         for part in (self.rpn, *self.heads):
             _require_coder(part.bbox_coder)
         for cfg in (self.rpn.test_cfg, self.test_cfg):
@@ -118,7 +112,10 @@ class _TwoStage(nn.Module):
             zip(logits, deltas, _priors(self.rpn, logits))
         ):
             score = _activate(self.rpn, _rows(score, self.rpn.cls_out_channels))
-            score, best = _best(score.flatten(), cfg.get('nms_pre', -1))
+            # Slicing, other than top-k, takes all of fewer than there should be.
+            score, best = score.flatten().sort(descending=True)
+            if cfg.get('nms_pre', -1) > 0:
+                score, best = score[: cfg.nms_pre], best[: cfg.nms_pre]
             prior, delta = prior[best], _rows(delta, 4)[best]
             found.append((prior, delta, score, torch.full_like(best, level)))
         prior, delta, scores, levels = map(torch.cat, zip(*found))
@@ -166,7 +163,8 @@ class _TwoStage(nn.Module):
         scores = scores[rows, labels]
         boxes = boxes[:, 0][rows] if boxes.shape[1] == 1 else boxes[rows, labels]
         kept = _nms(boxes, scores, labels, self.test_cfg.nms)
-        kept = kept[: self.test_cfg.max_per_img]
+        if self.test_cfg.max_per_img > 0:
+            kept = kept[: self.test_cfg.max_per_img]
         return boxes[kept], scores[kept], labels[kept]
 
     def _masks(self, maps: Sequence[Tensor], boxes: Tensor, labels: Tensor) -> Tensor:
@@ -189,9 +187,17 @@ class _OneStage(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         head = model.bbox_head
-        _require(head, 'predict_by_feat', 'BaseDenseHead', BaseDenseHead)
+        _require(head, BaseDenseHead)
+        _require_usual_outputs(head)
         _require_coder(head.bbox_coder)
         _require_nms(head.test_cfg)
+        smallest = head.test_cfg.get('min_bbox_size', -1)
+        if smallest > 0:
+            raise ExportError(
+                f'min_bbox_size = {smallest} of a one-stage detector is in pixels of '
+                'the picture before it was resized, which an exported file does not '
+                'see. Set model.test_cfg.min_bbox_size=0.'
+            )
         self.model = model
         self.head = head
 
@@ -206,7 +212,10 @@ class _OneStage(nn.Module):
         ):
             scores = _activate(self.head, _rows(logit, self.head.cls_out_channels))
             rows, labels = (scores > score_threshold).nonzero(as_tuple=True)
-            score, best = _best(scores[rows, labels], cfg.get('nms_pre', -1))
+            # Without nms_pre, mmdet slices by -1: all but the worst.
+            number = cfg.get('nms_pre', -1)
+            score, best = scores[rows, labels].sort(descending=True)
+            score, best = score[:number], best[:number]
             rows, labels = rows[best], labels[best]
             if factor:  # FCOS's centerness, after the choice
                 score = score * _rows(factor[0], 1).flatten()[rows].sigmoid()
@@ -234,13 +243,6 @@ def _rows(x: Tensor, channels: int) -> Tensor:
 def _activate(head: Any, logits: Tensor) -> Tensor:
     """Logits (n, C) or, with a background class at the end, (n, C + 1) to scores."""
     return logits.sigmoid() if head.use_sigmoid_cls else logits.softmax(-1)[:, :-1]
-
-
-def _best(scores: Tensor, number: int) -> Tuple[Tensor, Tensor]:
-    """The best scores (k,) of (n,) and their places. A number below 1 takes all."""
-    # Slicing, other than top-k, takes all of fewer than `number`.
-    scores, order = scores.sort(descending=True)
-    return (scores[:number], order[:number]) if number > 0 else (scores, order)
 
 
 def _decode(coder: Any, priors: Tensor, deltas: Tensor, limits: Tensor) -> Tensor:
@@ -279,16 +281,25 @@ def _without_small(
     return boxes[kept], scores[kept], groups[kept]
 
 
-def _nms(boxes: Tensor, scores: Tensor, groups: Tensor, cfg: ConfigDict) -> Tensor:
+def _nms(
+    boxes: Tensor, scores: Tensor, groups: Tensor, cfg: Optional[ConfigDict]
+) -> Tensor:
     """Places (k,) of the boxes that NMS keeps in each group, best score first.
 
-    As mmcv's ``batched_nms``, it moves the groups apart.
+    As mmcv's ``batched_nms``, it moves the groups apart. ``class_agnostic`` leaves them
+    where they are, if there are fewer boxes than ``split_thr``. None keeps all boxes.
     """
-    if not cfg.get('class_agnostic', False):
-        # There may be no box.
-        largest = torch.cat([boxes.flatten(), boxes.new_zeros(1)]).max()
-        boxes = boxes + (groups.to(boxes) * (largest + 1))[:, None]
-    return nms(boxes, scores, cfg.get('iou_threshold', cfg.get('iou_thr')))
+    if cfg is None:
+        return scores.argsort(descending=True)
+    # There may be no box.
+    largest = torch.cat([boxes.flatten(), boxes.new_zeros(1)]).max()
+    shift = groups.to(boxes) * (largest + 1)
+    if cfg.get('class_agnostic', False):
+        # A Python number would be fixed in a trace.
+        number = torch.ones_like(groups).sum()
+        shift = shift * (number >= cfg.get('split_thr', 10000))
+    iou_threshold = cfg.get('iou_threshold', cfg.get('iou_thr'))
+    return nms(boxes + shift[:, None], scores, iou_threshold)
 
 
 def _extract(extractor: Any, maps: Sequence[Tensor], boxes: Tensor) -> Tensor:
@@ -319,15 +330,9 @@ def _as_list(parts: Any) -> nn.ModuleList:
     return nn.ModuleList([parts])
 
 
-def _predicts_as(part: Any, method: str, *bases: type) -> bool:
-    """Whether a part has a method from one of these classes."""
-    own = getattr(type(part), method, None)
-    return any(own is getattr(base, method) for base in bases)
-
-
-def _require(part: Any, method: str, known: str, *bases: type) -> None:
-    if not _predicts_as(part, method, *bases):
-        raise _unknown(part, known)
+def _require(part: Any, *bases: type) -> None:
+    if not any(predicts_as(part, base) for base in bases):
+        raise _unknown(part, ' and '.join(base.__name__ for base in bases))
 
 
 def _unknown(part: Any, known: str) -> ExportError:
@@ -337,14 +342,64 @@ def _unknown(part: Any, known: str) -> ExportError:
     )
 
 
-def _require_coder(coder: Any) -> None:
-    _require(coder, 'decode', 'box coders', DeltaXYWHBBoxCoder, DistancePointBBoxCoder)
-
-
-def _require_nms(cfg: Optional[ConfigDict]) -> None:
-    options = (cfg or {}).get('nms') or {}
-    if options.get('type', 'nms') != 'nms':
+def _require_usual_outputs(head: Any) -> None:
+    """Refuse heads without scores or deltas, or whose loss makes the scores."""
+    loss = getattr(head, 'loss_cls', None)  # an SSD has none
+    if any(
+        getattr(loss, f'custom_{name}', False)
+        for name in ('cls_channels', 'activation')
+    ):
         raise ExportError(
-            f"NMS of type '{options['type']}' is not exported. Set nms.type='nms' in "
-            "the model's test_cfg."
+            f'{type(loss).__name__} is not exported: it makes scores of its own from '
+            f'the outputs of {type(head).__name__}. Export the backbone alone, with '
+            "part 'backbone'."
         )
+    for option in ('with_cls', 'with_reg'):
+        if not getattr(head, option, True):
+            raise ExportError(
+                f'{type(head).__name__} with {option}=False is not exported. Export '
+                "the backbone alone, with part 'backbone'."
+            )
+
+
+def _require_pooling(extractor: Any) -> None:
+    """Refuse all but the average of RoIAlign, from the level of a box's size."""
+    if type(extractor) not in (SingleRoIExtractor, Float32RoIExtractor):
+        raise _unknown(extractor, 'SingleRoIExtractor')
+    for layer in extractor.roi_layers:
+        mode = getattr(layer, 'pool_mode', None)
+        if type(layer) is not RoIAlign or mode != 'avg':
+            raise ExportError(
+                f'{type(layer).__name__} with pool_mode {mode!r} is not exported, as '
+                "RoIAlign with pool_mode 'avg' is. Export the backbone alone, with "
+                "part 'backbone'."
+            )
+
+
+def _require_coder(coder: Any) -> None:
+    if type(coder) not in (DeltaXYWHBBoxCoder, DistancePointBBoxCoder):
+        raise _unknown(coder, 'DeltaXYWHBBoxCoder and DistancePointBBoxCoder')
+    if getattr(coder, 'add_ctr_clamp', False):
+        raise ExportError(
+            'DeltaXYWHBBoxCoder with add_ctr_clamp=True is not exported. Export the '
+            "backbone alone, with part 'backbone'."
+        )
+
+
+def _require_nms(cfg: ConfigDict) -> None:
+    options = dict(cfg.nms or {})
+    kind = options.pop('type', 'nms')
+    if kind != 'nms':
+        raise ExportError(
+            f"NMS of type '{kind}' is not exported. Set nms.type='nms' in the model's "
+            'test_cfg.'
+        )
+    for name in ('iou_threshold', 'iou_thr', 'class_agnostic', 'split_thr'):
+        options.pop(name, None)
+    usual = dict(offset=0, score_threshold=0, max_num=-1)
+    for name, value in options.items():
+        if value != usual.get(name):
+            raise ExportError(
+                f'NMS with {name} = {value} is not exported. Leave {name} out of nms '
+                "in the model's test_cfg."
+            )

@@ -97,7 +97,9 @@ class ExportedModel(BaseModel):
         self.task: str = self.metadata['task']
         self.reverse_channels = reverse_channels
         #: A detector's score threshold, which may be set to another one.
-        self.test_cfg = dict(score_thr=self.metadata.get('score_threshold'))
+        self.test_cfg: Dict[str, Any] = dict(
+            score_thr=self.metadata.get('score_threshold')
+        )
         self.dataset_meta: Dict[str, Any] = {}
         if self.metadata.get('classes'):
             self.dataset_meta['classes'] = self.metadata['classes']
@@ -138,7 +140,7 @@ class ExportedModel(BaseModel):
             image = (image - mean) / std
         inputs = [image[None]]
         if self.task == 'detection':
-            inputs.append(torch.tensor(self.test_cfg['score_thr']))
+            inputs.append(torch.tensor(float(self.test_cfg['score_thr'])))
         elif self.task == 'segmentation':
             inputs.append(torch.tensor(sample.ori_shape[:2]))
         found = dict(zip(self.outputs, self.run(*inputs)))
@@ -236,7 +238,11 @@ def _write_classes(
     sample: Any, found: Mapping[str, Tensor], metadata: Mapping[str, Any]
 ) -> BaseDataElement:
     scores = found['scores'][0]
-    return sample.set_pred_score(scores).set_pred_label(scores.argmax(0, keepdim=True))
+    if 'label_threshold' in metadata:  # of several labels
+        labels = (scores >= metadata['label_threshold']).nonzero()[:, 0]
+    else:
+        labels = scores.topk(metadata.get('labels_per_image', 1)).indices
+    return sample.set_pred_score(scores).set_pred_label(labels)
 
 
 _WRITERS = {

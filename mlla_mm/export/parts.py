@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 
+from ..compat.openmmlab import predicts_as
 from ..models import LinearAttentionSwin
 from ..models.layers import LinearAttention
 from .errors import ExportError
@@ -101,9 +102,10 @@ def whole_model(
         task (str): 'detection' for ``boxes`` (K, 4), ``scores`` (K,), ``labels`` (K,)
             and, if the model has masks, ``masks`` (K, h, w): probabilities within the
             boxes. 'segmentation' for ``labels`` (N, H, W). 'classification' for
-            ``scores`` (N, num_classes), probabilities. A detector has the setting
-            ``score_threshold`` (), and a segmentor ``output_size`` (2,), the height and
-            width of its labels: 0 is that of the images.
+            ``scores`` (N, num_classes), probabilities, each for itself if images have
+            several labels. A detector has the setting ``score_threshold`` (), and a
+            segmentor ``output_size`` (2,), the height and width of its labels: 0 is
+            that of the images.
         reverse_channels (bool): Whether the model's data preprocessor turns BGR images
             into RGB ones, so that the file takes RGB. Else it takes BGR.
         metadata (Mapping): What else the file is to say about itself.
@@ -145,6 +147,7 @@ def whole_model(
     else:
         whole = _Classifier(module, before)
         outputs = {'scores': {0: 'batch'}}
+        described.update(whole.describe())
     return Part(
         whole.eval(),
         module.backbone.in_channels,
@@ -154,6 +157,18 @@ def whole_model(
         model,
         reverse_channels,
     )
+
+
+def _require(part: Any, *bases: type) -> None:
+    """Refuse what does not make predictions as one of these classes."""
+    if not any(predicts_as(part, base) for base in bases):
+        package = bases[0].__module__.partition('.')[0]
+        known = ' and '.join(base.__name__ for base in bases)
+        raise ExportError(
+            f'{type(part).__name__} is not exported: its predictions are not made as '
+            f"those of {package}'s {known}. Export the backbone alone, with part "
+            "'backbone'."
+        )
 
 
 def _require_exportable(model: nn.Module) -> None:
@@ -183,6 +198,14 @@ class _Logits(nn.Module):
         return (self.classifier(images),)
 
 
+#: MMEngine's, which is mmdet's base class, and mmseg's and mmpretrain's.
+_DATA_PREPROCESSORS = {
+    'ImgDataPreprocessor',
+    'SegDataPreProcessor',
+    'ClsDataPreprocessor',
+}
+
+
 class _Preprocessing(nn.Module):
     """What a data preprocessor of MMEngine, mmdet, mmseg or mmpretrain does in a test.
 
@@ -200,6 +223,13 @@ class _Preprocessing(nn.Module):
 
     def __init__(self, preprocessor: Any, normalize: bool) -> None:
         super().__init__()
+        kinds = [kind.__name__ for kind in type(preprocessor).__mro__]
+        if not _DATA_PREPROCESSORS.intersection(kinds):
+            raise ExportError(
+                f'A data_preprocessor of type {kinds[0]} is not exported: what it does '
+                'to images is not known. Export the backbone alone, with part '
+                "'backbone'."
+            )
         mean: Any = getattr(preprocessor, 'mean', None)
         has_mean = mean is not None
         self.normalize = normalize and has_mean
@@ -255,10 +285,26 @@ class _Classifier(nn.Module):
 
     def __init__(self, model: Any, before: _Preprocessing) -> None:
         super().__init__()
+        from mmpretrain.models import ClsHead, ImageClassifier, MultiLabelClsHead
+
+        _require(model, ImageClassifier)
+        _require(model.head, ClsHead, MultiLabelClsHead)
         self.before, self.model = before, model
+        self.has_many_labels = isinstance(model.head, MultiLabelClsHead)
+
+    def describe(self) -> Dict[str, Any]:
+        """What the file says of its outputs."""
+        if not self.has_many_labels:
+            return {}
+        head: Any = self.model.head
+        # As the head's, the threshold counts before the number.
+        if head.thr is not None:
+            return dict(label_threshold=float(head.thr))
+        return dict(labels_per_image=int(head.topk))
 
     def forward(self, images: Tensor) -> Tuple[Tensor]:
-        return (self.model(self.before(images)).softmax(-1),)
+        logits = self.model(self.before(images))
+        return (logits.sigmoid() if self.has_many_labels else logits.softmax(-1),)
 
 
 class _Segmentor(nn.Module):
@@ -267,15 +313,10 @@ class _Segmentor(nn.Module):
     def __init__(self, model: Any, before: _Preprocessing, logits: bool) -> None:
         super().__init__()
         from mmseg.models import EncoderDecoder
+        from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 
-        if type(model).predict is not EncoderDecoder.predict or isinstance(
-            model.decode_head, nn.ModuleList
-        ):
-            raise ExportError(
-                f'{type(model).__name__} is not exported: its predictions are not made '
-                "as those of mmseg's EncoderDecoder. Export the backbone alone, with "
-                "part 'backbone'."
-            )
+        _require(model, EncoderDecoder)
+        _require(model.decode_head, BaseDecodeHead)
         if model.test_cfg.get('mode', 'whole') != 'whole':
             raise ExportError(
                 f"model.test_cfg.mode = '{model.test_cfg.mode}' predicts window by "
