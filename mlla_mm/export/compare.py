@@ -105,10 +105,21 @@ def _image(model: Any, seed: int, size: Shape) -> Tensor:
     return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
 
 
-def _predict(
+def predict(
     model: Any, task: str, image: Tensor, ori_shape: Optional[Shape] = None
 ) -> Any:
-    """What a model predicts for a picture (C, H, W) that had some shape before."""
+    """What a model predicts for a picture.
+
+    Args:
+        model (BaseModel): A model in evaluation mode, or an :class:`ExportedModel`.
+        task (str): Its task.
+        image (Tensor): What the test pipeline gives, (C, H, W), uint8.
+        ori_shape (tuple[int, int], optional): Height and width of the picture before
+            it was resized, for label maps. Defaults to None: those of the image.
+
+    Returns:
+        BaseDataElement: The toolbox's sample, on the CPU.
+    """
     size = tuple(image.shape[-2:])
     meta = dict(
         img_shape=size,
@@ -135,12 +146,12 @@ def _compare_detections(
     size = tuple(image.shape[-2:])
     cfg = _test_cfg(model)
     with _score_threshold(model, 0.0):
-        scores = _predict(model, exported.task, image).pred_instances.scores
+        scores = predict(model, exported.task, image).pred_instances.scores
     largest: Dict[str, float] = {}
     for threshold in (cfg.get('score_thr', 0), _gap(scores), 1.0):
         with _score_threshold(model, threshold), _score_threshold(exported, threshold):
             one, other = (
-                _predict(x, exported.task, image).pred_instances
+                predict(x, exported.task, image).pred_instances
                 for x in (model, exported)
             )
         for kind, value in _match(one, other, threshold, cfg.max_per_img, size).items():
@@ -233,7 +244,7 @@ def _compare_label_maps(
     largest = dict(labels=0.0)
     for shape in shapes:
         one, other = (
-            _predict(x, exported.task, image, shape) for x in (model, exported)
+            predict(x, exported.task, image, shape) for x in (model, exported)
         )
         logits, labels = one.seg_logits.data, other.pred_sem_seg.data
         if 'seg_logits' in other:
@@ -258,7 +269,7 @@ def _compare_classes(
     model: Any, exported: ExportedModel, image: Tensor
 ) -> Dict[str, float]:
     one, other = (
-        _predict(x, exported.task, image).pred_score for x in (model, exported)
+        predict(x, exported.task, image).pred_score for x in (model, exported)
     )
     found = float((one - other).abs().max())
     return {'scores': _require('scores', found, 'scores', tuple(image.shape[-2:]))}

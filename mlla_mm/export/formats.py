@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ OPSETS = range(17, 21)
 17 is the first one with LayerNormalization, and 16 was the first whose RoIAlign is
 mmdet's. 20 is the last one that PyTorch's exporter by traces writes.
 """
+
+METADATA = 'metadata.json'
+"""Name of the metadata within TorchScript files and torch-export programs."""
 
 Runner = Callable[..., Sequence[Tensor]]
 """Runs an exported file: it turns images, and values of the settings, into outputs."""
@@ -214,7 +217,7 @@ def quantize(path: Path, out: Path) -> None:
 
 
 def _extra_files(part: Part) -> Dict[str, str]:
-    return {'metadata.json': json.dumps(texts(part.metadata), indent=2)}
+    return {METADATA: json.dumps(texts(part.metadata), indent=2)}
 
 
 def texts(metadata: Mapping[str, Any]) -> Dict[str, str]:
@@ -230,8 +233,35 @@ def _load_program(path: Path) -> Runner:
     return lambda images, *_: module(images)
 
 
-def onnx_runner(path: Path) -> Tuple[Runner, List[str], Dict[str, str]]:
+def torchscript_runner(path: Path) -> Tuple[Runner, Dict[str, str]]:
+    """Open a TorchScript file, on the device that it was exported on.
+
+    Returns:
+        tuple[Callable, dict[str, str]]: What runs the file, and its metadata.
+
+    Raises:
+        ExportError: If PyTorch cannot read the file.
+    """
+    found: Dict[str, Any] = {METADATA: ''}
+    try:
+        run = torch.jit.load(str(path), _extra_files=found)
+    except RuntimeError as error:
+        raise ExportError(
+            f'{path} cannot be read as TorchScript: {str(error).splitlines()[0]}'
+        ) from error
+    return run, json.loads(found[METADATA] or '{}')
+
+
+def onnx_runner(
+    path: Path, threads: Optional[int] = None
+) -> Tuple[Runner, List[str], Dict[str, str]]:
     """Open an ONNX file.
+
+    Args:
+        path (Path): The file.
+        threads (int, optional): Run it on the CPU, by so many threads. Defaults to
+            None: on a GPU where the installed runtime takes one, else on the CPU, by as
+            many threads as onnxruntime likes.
 
     Returns:
         tuple[Callable, list[str], dict[str, str]]: What runs the file, the names of its
@@ -244,11 +274,14 @@ def onnx_runner(path: Path) -> Tuple[Runner, List[str], Dict[str, str]]:
     import onnxruntime
 
     # CUDA where the installed runtime has it.
-    wanted = ('CUDAExecutionProvider', 'CPUExecutionProvider')
+    wanted = ['CUDAExecutionProvider', 'CPUExecutionProvider']
     available = onnxruntime.get_available_providers()
     options = onnxruntime.SessionOptions()
     # Errors alone: it warns of inputs that may be left out.
     options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+        wanted = wanted[1:]
     try:
         session = onnxruntime.InferenceSession(
             str(path), options, [name for name in wanted if name in available]
@@ -270,7 +303,7 @@ def onnx_runner(path: Path) -> Tuple[Runner, List[str], Dict[str, str]]:
 
 _Writer = Callable[[Part, List[Tensor], Path, Options], None]
 _FORMATS: Dict[str, Tuple[_Writer, Callable[[Path], Runner]]] = {
-    'torchscript': (_write_torchscript, lambda path: torch.jit.load(str(path))),
+    'torchscript': (_write_torchscript, lambda path: torchscript_runner(path)[0]),
     'onnx': (_write_onnx, lambda path: onnx_runner(path)[0]),
     'torch-export': (_write_program, _load_program),
 }
