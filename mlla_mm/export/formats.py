@@ -5,6 +5,7 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
@@ -243,11 +244,14 @@ def torchscript_runner(path: Path) -> Tuple[Runner, Dict[str, str]]:
         ExportError: If PyTorch cannot read the file.
     """
     found: Dict[str, Any] = {METADATA: ''}
+    with suppress(ImportError):
+        import torchvision  # noqa: F401  (registers a detector's operators)
     try:
         run = torch.jit.load(str(path), _extra_files=found)
     except RuntimeError as error:
+        reason = str(error).strip().splitlines() or ['']
         raise ExportError(
-            f'{path} cannot be read as TorchScript: {str(error).splitlines()[0]}'
+            f'{path} cannot be read as TorchScript: {reason[0]}'
         ) from error
     return run, json.loads(found[METADATA] or '{}')
 

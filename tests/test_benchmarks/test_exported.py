@@ -273,6 +273,20 @@ def test_a_file_that_fails(whole, tmp_path):
         exported.measure(part, {path: (fail, part.metadata)}, image, Meter('cpu'))
 
 
+def test_operators_of_a_detector_are_known(run_tool, tmp_path):
+    """Also in a process that has not imported torchvision."""
+    ops = pytest.importorskip('torchvision').ops
+    path = tmp_path / 'a.pt'
+    script = torch.jit.trace(lambda x: ops.nms(x, x[:, 0], 0.5), BOXES)
+    torch.jit.save(script, str(path))
+    code = (
+        'import sys; from pathlib import Path; from mlla_mm.export import formats; '
+        'print("torchvision" in sys.modules); '
+        f'formats.torchscript_runner(Path({str(path)!r})); print("opened")'
+    )
+    assert run_tool('python', '-c', code).stdout.endswith('False\nopened\n')
+
+
 def test_files_that_are_not_opened(whole, tmp_path, monkeypatch):
     _, checkpoint, part = whole(CLS)
     file = str(write(part, tmp_path / 'a.pt'))
