@@ -65,6 +65,19 @@ def spread(samples: Sequence[float]) -> Spread:
     return Spread(*values.quantile(quartiles).tolist())
 
 
+def times_as_fast(times: Sequence[float], reference: Sequence[float]) -> Spread:
+    """How many times as fast as something else something is.
+
+    Samples of the same round are compared. A machine that slows down for a while does
+    so for both.
+
+    Args:
+        times (Sequence[float]): Its times, of each round.
+        reference (Sequence[float]): Those of the other.
+    """
+    return spread([b / a for a, b in zip(times, reference)])
+
+
 def time_cells(times: Spread) -> List[str]:
     """Cells of a table: milliseconds per image, their middle half, images per second.
 

@@ -9,7 +9,7 @@ import numpy as np
 from mlla_mm.evaluation.markdown import markdown_table
 
 from .cases import Case
-from .meter import Spread, spread, time_cells, unsteady_note
+from .meter import Spread, spread, time_cells, times_as_fast, unsteady_note
 
 
 class Measured(NamedTuple):
@@ -63,12 +63,8 @@ def find_plain(
 
 
 def speedup(point: Measured, reference: Measured) -> Spread:
-    """How many times as fast as another model a model is.
-
-    Samples of the same round are compared. A machine that slows down for a while does
-    so for both.
-    """
-    return spread([b / a for a, b in zip(point.times, reference.times)])
+    """How many times as fast as another model a model is."""
+    return times_as_fast(point.times, reference.times)
 
 
 def memory_ratio(point: Measured, reference: Measured) -> Optional[float]:

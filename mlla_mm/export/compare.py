@@ -117,10 +117,21 @@ def _image(model: Any, seed: int, size: Shape) -> Tensor:
     return (largest * (0.7 * patches + 0.3 * noise)).byte()
 
 
-def _predict(
+def predict(
     model: Any, task: str, image: Tensor, ori_shape: Optional[Shape] = None
 ) -> Any:
-    """What a model predicts for a picture (C, H, W) that had some shape before."""
+    """What a model predicts for a picture.
+
+    Args:
+        model (BaseModel): A model in evaluation mode, or an :class:`ExportedModel`.
+        task (str): Its task.
+        image (Tensor): What the test pipeline gives, (C, H, W), uint8.
+        ori_shape (tuple[int, int], optional): Height and width of the picture before
+            it was resized, for label maps. Defaults to None: those of the image.
+
+    Returns:
+        BaseDataElement: The toolbox's sample, on the CPU.
+    """
     size = tuple(image.shape[-2:])
     meta = dict(
         img_shape=size,
@@ -148,16 +159,16 @@ def _compare_detections(
     cfg = (model.roi_head if hasattr(model, 'roi_head') else model.bbox_head).test_cfg
     own, mask_threshold = float(cfg.get('score_thr', 0)), cfg.get('mask_thr_binary')
     with _set(cfg, score_thr=0.0):
-        scores = _predict(model, exported.task, image).pred_instances.scores
+        scores = predict(model, exported.task, image).pred_instances.scores
     largest: Dict[str, float] = {}
     # mmdet's masks are bytes, 255 times the probability, if their threshold is below 0.
     # A model may have no mask of noise that is above its threshold.
     for score, mask in ((own, mask_threshold), (_gap(scores), -1), (1.0, -1)):
         with _set(cfg, score_thr=score, mask_thr_binary=mask):
-            one = _predict(model, exported.task, image).pred_instances
+            one = predict(model, exported.task, image).pred_instances
         with _set(exported.test_cfg, score_thr=score):
             with _set(exported.metadata, mask_threshold=mask):
-                other = _predict(exported, exported.task, image).pred_instances
+                other = predict(exported, exported.task, image).pred_instances
         for kind, value in match_detections(
             one, other, score, cfg.max_per_img, size
         ).items():
@@ -282,7 +293,7 @@ def _compare_label_maps(
     largest = dict(labels=0.0)
     for shape in shapes:
         one, other = (
-            _predict(x, exported.task, image, shape) for x in (model, exported)
+            predict(x, exported.task, image, shape) for x in (model, exported)
         )
         logits, labels = one.seg_logits.data, other.pred_sem_seg.data
         expected = one.pred_sem_seg.data
@@ -315,7 +326,7 @@ def _compare_classes(
     model: Any, exported: ExportedModel, image: Tensor
 ) -> Dict[str, float]:
     one, other = (
-        _predict(x, exported.task, image).pred_score for x in (model, exported)
+        predict(x, exported.task, image).pred_score for x in (model, exported)
     )
     found = float((one - other).abs().max())
     return {'scores': _require('scores', found, 'scores', tuple(image.shape[-2:]))}

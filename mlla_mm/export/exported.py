@@ -48,6 +48,27 @@ def require_no_options(**options: Any) -> None:
             )
 
 
+def require_task(
+    path: Union[str, Path], metadata: Mapping[str, str], task: str
+) -> None:
+    """Refuse a file that is no whole model of a task.
+
+    Args:
+        path (str | Path): The file, for the error.
+        metadata (Mapping[str, str]): What the file says about itself.
+        task (str): The task of the config.
+
+    Raises:
+        ExportError: If the file has another task or none.
+    """
+    if metadata.get('task') != task:
+        what = metadata.get('task', 'no whole model of tools/export.py')
+        raise ExportError(
+            f'{path} is {what}, and the config is {task}: give the config of the '
+            'exported model.'
+        )
+
+
 def exported_model(
     cfg: Config, path: Union[str, Path], device: Optional[str] = None
 ) -> Dict[str, Any]:
@@ -173,12 +194,7 @@ class OnnxModel(ExportedModel):
         if not Path(file).is_file():
             raise FileNotFoundError(f'Exported file not found: {file}')
         run, outputs, metadata = onnx_runner(Path(file), device)
-        if metadata.get('task') != task:
-            what = metadata.get('task', 'no whole model of tools/export.py')
-            raise ExportError(
-                f'{file} is {what}, and the config is {task}: give the config of the '
-                'exported model.'
-            )
+        require_task(file, metadata, task)
         super().__init__(run, outputs, metadata, reverse_channels)
 
 

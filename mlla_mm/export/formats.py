@@ -5,6 +5,7 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
@@ -28,6 +29,9 @@ OPSETS = range(17, 21)
 17 is the first one with LayerNormalization, and 16 was the first whose RoIAlign is
 mmdet's. 20 is the last one that PyTorch's exporter by traces writes.
 """
+
+METADATA = 'metadata.json'
+"""Name of the metadata within TorchScript files and torch-export programs."""
 
 Runner = Callable[..., Sequence[Tensor]]
 """Runs an exported file: it turns images, and values of the settings, into outputs."""
@@ -214,7 +218,7 @@ def quantize(path: Path, out: Path) -> None:
 
 
 def _extra_files(part: Part) -> Dict[str, str]:
-    return {'metadata.json': json.dumps(texts(part.metadata), indent=2)}
+    return {METADATA: json.dumps(texts(part.metadata), indent=2)}
 
 
 def texts(metadata: Mapping[str, Any]) -> Dict[str, str]:
@@ -230,8 +234,30 @@ def _load_program(path: Path) -> Runner:
     return lambda images, *_: module(images)
 
 
+def torchscript_runner(path: Path) -> Tuple[Runner, Dict[str, str]]:
+    """Open a TorchScript file, on the device that it was exported on.
+
+    Returns:
+        tuple[Callable, dict[str, str]]: What runs the file, and its metadata.
+
+    Raises:
+        ExportError: If PyTorch cannot read the file.
+    """
+    found: Dict[str, Any] = {METADATA: ''}
+    with suppress(ImportError):
+        import torchvision  # noqa: F401  (registers a detector's operators)
+    try:
+        run = torch.jit.load(str(path), _extra_files=found)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines() or ['']
+        raise ExportError(
+            f'{path} cannot be read as TorchScript: {reason[0]}'
+        ) from error
+    return run, json.loads(found[METADATA] or '{}')
+
+
 def onnx_runner(
-    path: Path, device: Optional[str] = None
+    path: Path, device: Optional[str] = None, threads: Optional[int] = None
 ) -> Tuple[Runner, List[str], Dict[str, str]]:
     """Open an ONNX file.
 
@@ -239,6 +265,8 @@ def onnx_runner(
         path (Path): The file.
         device (str, optional): 'cpu', or 'cuda' with or without a number. None takes
             CUDA if the installed onnxruntime has it. Defaults to None.
+        threads (int, optional): Number of CPU threads. Defaults to None: as many as
+            onnxruntime likes.
 
     Returns:
         tuple[Callable, list[str], dict[str, str]]: What runs the file, the names of its
@@ -254,6 +282,8 @@ def onnx_runner(
     options = onnxruntime.SessionOptions()
     # Errors alone: it warns of inputs that may be left out.
     options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
     providers = _providers(device, onnxruntime.get_available_providers())
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers)
@@ -292,7 +322,7 @@ def _providers(device: Optional[str], available: Sequence[str]) -> List[Any]:
 
 _Writer = Callable[[Part, List[Tensor], Path, Options], None]
 _FORMATS: Dict[str, Tuple[_Writer, Callable[[Path], Runner]]] = {
-    'torchscript': (_write_torchscript, lambda path: torch.jit.load(str(path))),
+    'torchscript': (_write_torchscript, lambda path: torchscript_runner(path)[0]),
     'onnx': (_write_onnx, lambda path: onnx_runner(path)[0]),
     'torch-export': (_write_program, _load_program),
 }
