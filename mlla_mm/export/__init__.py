@@ -72,10 +72,11 @@ def export_model(
     if path.is_dir():
         raise ExportError(f'{path} is a folder: give the path of a file.')
     path.parent.mkdir(parents=True, exist_ok=True)
+    device = next(part.module.parameters()).device
     with TemporaryDirectory(prefix='.export_', dir=path.parent) as folder:
         written = Path(folder) / f'exact{FORMATS[format]}'
         write(part, format, written, options)
-        run = load(format, written)
+        run = load(format, written, device)
         if part.model is None:
             differences = compare_outputs(part, run, options.shape)
         else:
@@ -88,6 +89,6 @@ def export_model(
         if options.int8:
             exact, written = written, Path(folder) / 'int8.onnx'
             quantize(exact, written)
-            load(format, written)(*example_inputs(part, 1, *options.shape))
+            load(format, written, device)(*example_inputs(part, 1, *options.shape))
         os.replace(written, path)
     return differences

@@ -15,7 +15,9 @@ from .exported import ExportedModel
 from .formats import MIN_SIDE, Runner, example_inputs
 from .parts import Part
 
-TOLERANCES = dict(boxes=0.01, scores=1e-4, masks=0.01, maps=1e-4, labels=1e-4)
+TOLERANCES = dict(
+    boxes=0.01, scores=1e-4, masks=0.01, maps=1e-4, labels=1e-4, pixels=1e-3
+)
 """Largest allowed differences.
 
 - 'boxes': in pixels.
@@ -24,6 +26,7 @@ TOLERANCES = dict(boxes=0.01, scores=1e-4, masks=0.01, maps=1e-4, labels=1e-4)
   as that part of one.
 - 'maps': feature maps and logits, divided by the largest value.
 - 'labels': where they differ, the logits of the two classes, divided likewise.
+- 'pixels': those whose labels differ between an image alone and in a batch.
 """
 
 #: The threshold for detections is set where so many are above it.
@@ -98,7 +101,27 @@ def compare_predictions(
             found = _compare_classes(model, exported, image)
         for kind, value in found.items():
             largest[kind] = max(largest.get(kind, 0), value)
+    if exported.task != 'detection':  # which takes one image
+        _require_batches(model, exported, shape)
     return largest
+
+
+def _require_batches(model: Any, exported: ExportedModel, shape: Shape) -> None:
+    """Refuse a file in which an image's outputs depend on the others of its batch."""
+    size, _ = other_shapes(shape)
+    settings = []
+    if exported.task == 'segmentation':
+        settings.append(torch.zeros(2, dtype=torch.long))
+    images = [_image(model, seed, size)[None].float() for seed in range(3)]
+    together = exported.run(torch.cat(images), *settings)
+    alone = map(torch.cat, zip(*(exported.run(x, *settings) for x in images)))
+    for name, one, other in zip(exported.outputs, alone, together):
+        if name == 'labels' and one.shape == other.shape:
+            # Rounding may decide a few.
+            found = float((one != other).float().mean())
+            _require('labels of a batch', found, 'pixels', size)
+        else:
+            _require(f'{name} of a batch', _relative(one, other), 'maps', size)
 
 
 def _image(model: Any, seed: int, size: Shape) -> Tensor:

@@ -145,9 +145,20 @@ def write(part: Part, format: str, path: Path, options: Options) -> None:
             ) from error
 
 
-def load(format: str, path: Path) -> Runner:
-    """Load what :func:`write` has written."""
-    return _FORMATS[format][1](path)
+def load(format: str, path: Path, device: torch.device) -> Runner:
+    """Load what :func:`write` has written.
+
+    Args:
+        format (str): Its format.
+        path (Path): The file.
+        device (torch.device): Where TorchScript and torch-export programs run.
+
+    Returns:
+        Callable: Runs the file. It takes inputs on any device and gives outputs on the
+        CPU.
+    """
+    run = _FORMATS[format][1](path)
+    return lambda *inputs: [x.cpu() for x in run(*(x.to(device) for x in inputs))]
 
 
 def _write_torchscript(

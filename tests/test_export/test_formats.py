@@ -161,6 +161,22 @@ def test_study_that_is_for_one_number_of_tokens(options, message):
         select_part(model, 'backbone')
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize('format', FORMATS)
+def test_on_a_gpu(format, tmp_path):
+    """The model stays where it is, and programs of PyTorch run there."""
+    skip_unless_supported(format)
+    model = MLLA(ARCH, out_indices=0).eval().cuda()
+    part = select_part(model, 'backbone')
+    assert export_model(part, format, tmp_path / 'model', SMALL)['maps'] < 1e-3
+    assert next(model.parameters()).is_cuda
+    if format == 'torchscript':
+        (found,) = torch.jit.load(str(tmp_path / 'model'))(
+            torch.rand(1, 3, 64, 64).cuda()
+        )
+        assert found.is_cuda
+
+
 def test_tracing_leaves_eager_execution_as_it_was(backbone, tmp_path):
     images = torch.randn(2, 3, 50, 70)
     with torch.no_grad():
