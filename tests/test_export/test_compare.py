@@ -150,12 +150,16 @@ LABEL_MAPS = {
     ),
     'the size of the image': inputs(lambda x, size: (x, 0 * size)),
     'no class of the model': outputs(lambda labels: [labels - 1]),
+    'those of the first image': outputs(lambda labels: [labels[:1].expand_as(labels)]),
     'a weight': weights('model.decode_head.conv_seg.bias', lambda x: x + x.roll(1)),
 }
 CLASSES = {
     'classes in another order': outputs(lambda scores: [scores.flip(-1)]),
     'logits': outputs(lambda scores: [scores.log()]),
     'no number': outputs(lambda scores: [scores * float('nan')]),
+    'the mean of the images': outputs(
+        lambda scores: [scores.mean(0).expand_as(scores)]
+    ),
     'a weight': weights('model.head.fc.bias', lambda x: x + x.roll(1) + 0.1),
 }
 
