@@ -13,7 +13,7 @@ from torch import Tensor
 from .errors import ExportError
 from .exported import ExportedModel
 from .formats import MIN_SIDE, Runner, example_inputs
-from .parts import Part
+from .parts import Part, channels_of
 
 TOLERANCES = dict(
     boxes=0.01, scores=1e-4, masks=0.01, maps=1e-4, labels=1e-4, pixels=1e-3
@@ -131,7 +131,7 @@ def _image(model: Any, seed: int, size: Shape) -> Tensor:
     almost the same whatever the order of the channels and the pixels.
     """
     generator = torch.Generator().manual_seed(seed)
-    channels = model.backbone.in_channels
+    channels = channels_of(model)
     height, width = size
     coarse = torch.rand(1, channels, height // 8, width // 8, generator=generator)
     patches = F.interpolate(coarse, size, mode='nearest')[0]

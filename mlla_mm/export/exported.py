@@ -3,6 +3,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Union
 
@@ -208,21 +209,11 @@ def _parse(text: str) -> Any:
 def _write_detections(
     sample: Any, found: Mapping[str, Tensor], metadata: Mapping[str, Any]
 ) -> BaseDataElement:
-    from mmdet.models.roi_heads.mask_heads import FCNMaskHead
-
     instances = InstanceData(
         bboxes=found['boxes'], scores=found['scores'], labels=found['labels']
     )
     if 'masks' in found:
-        # It moves boxes into the frame of the picture and pastes masks into them.
-        head = FCNMaskHead(
-            num_convs=0,
-            in_channels=1,
-            conv_out_channels=1,
-            num_classes=1,
-            class_agnostic=True,
-        )
-        head.predict_by_feat(
+        _mask_head().predict_by_feat(
             # As NumPy's, because mmdet makes a tensor of it in a way that warns.
             mask_preds=[found['masks'][:, None].numpy()],
             results_list=[instances],
@@ -236,6 +227,20 @@ def _write_detections(
         instances.bboxes = instances.bboxes / scale
     sample.pred_instances = instances
     return sample
+
+
+@lru_cache(maxsize=1)
+def _mask_head() -> Any:
+    """What moves boxes into the frame of a picture, and pastes masks into them."""
+    from mmdet.models.roi_heads.mask_heads import FCNMaskHead
+
+    return FCNMaskHead(
+        num_convs=0,
+        in_channels=1,
+        conv_out_channels=1,
+        num_classes=1,
+        class_agnostic=True,
+    )
 
 
 def _write_label_map(

@@ -150,13 +150,18 @@ def whole_model(
         described.update(whole.describe())
     return Part(
         whole.eval(),
-        module.backbone.in_channels,
+        channels_of(module),
         outputs,
         described,
         settings,
         model,
         reverse_channels,
     )
+
+
+def channels_of(model: Any) -> int:
+    """Channels of a model's images. Other backbones than ours take three."""
+    return getattr(model.backbone, 'in_channels', 3)
 
 
 def _require(part: Any, *bases: type) -> None:

@@ -54,11 +54,16 @@ def check_masks(expected, actual):
         assert (one != two).sum() <= max(1, 0.01 * (one | two).sum())
 
 
+@pytest.fixture
+def of_checkpoint(evaluate, whole, scope):
+    """The metrics and predictions of a checkpoint."""
+    return evaluate(scope, whole(scope)[0])
+
+
 @pytest.mark.parametrize('scope', NANO)
-def test_metrics(evaluate, whole, scope):
+def test_metrics(evaluate, whole, of_checkpoint, scope):
     """tools/test.py gives what it gives for the checkpoint."""
-    checkpoint, file = whole(scope)
-    (expected, out), (found, other) = evaluate(scope, checkpoint), evaluate(scope, file)
+    (expected, out), (found, other) = of_checkpoint, evaluate(scope, whole(scope)[1])
     for record in (expected, found):
         for key in ('time', 'data_time'):
             del record[key]
