@@ -60,7 +60,8 @@ SHAPES: Dict[str, Shape] = dict(
 )
 """Height and width that are usual in each task."""
 
-# TorchScript looks at inputs, and makes faster code, in as many.
+_TORCHSCRIPT, _ONNX = FORMATS['torchscript'], FORMATS['onnx']
+# In as many, TorchScript looks at its inputs and makes faster code.
 _FIRST_CALLS = 3
 # Detections of a class that overlap by more are one: NMS leaves no two of them.
 _SAME_BOX = 0.9
@@ -164,23 +165,22 @@ def open_files(
     """
     if len(set(paths)) < len(paths):
         raise ValueError(f'A file is named twice: {" ".join(paths)}.')
-    torchscript, onnx = FORMATS['torchscript'], FORMATS['onnx']
     files: Dict[str, Tuple[Runner, Mapping[str, str]]] = {}
     for path in paths:
         if not Path(path).is_file():
             raise FileNotFoundError(f'Exported file not found: {path}')
         suffix = Path(path).suffix
-        if suffix == torchscript:
+        if suffix == _TORCHSCRIPT:
             files[path] = torchscript_runner(Path(path))
-        elif suffix == onnx:
+        elif suffix == _ONNX:
             run_file, _, metadata = onnx_runner(
                 Path(path), 'cpu', torch.get_num_threads()
             )
             files[path] = run_file, metadata
         else:
             raise ValueError(
-                f'{path} must be TorchScript ({torchscript}) or ONNX ({onnx}), and its '
-                f'suffix is {suffix!r}.'
+                f'{path} must be TorchScript ({_TORCHSCRIPT}) or ONNX ({_ONNX}), and '
+                f'its suffix is {suffix!r}.'
             )
         require_task(path, files[path][1], task)
     return files
@@ -289,7 +289,7 @@ def measure(
     found: Dict[str, Mapping[str, Tensor]] = {}
     for name, call in calls.items():
         try:
-            for _ in range(_FIRST_CALLS):
+            for _ in range(_FIRST_CALLS if name.endswith(_TORCHSCRIPT) else 1):
                 outputs: Any = call()
         except Exception as error:  # runtimes raise errors of many types
             if name not in files:
@@ -385,7 +385,7 @@ def _outputs_of(task: str, sample: Any) -> Dict[str, Tensor]:
 
 def _onnxruntime(paths: Sequence[str]) -> Optional[str]:
     """Version of onnxruntime; None if no file needs it."""
-    if not any(path.endswith(FORMATS['onnx']) for path in paths):
+    if not any(path.endswith(_ONNX) for path in paths):
         return None
     import onnxruntime
 
