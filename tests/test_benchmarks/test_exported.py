@@ -37,13 +37,13 @@ FEW = {'model.test_cfg.rpn.max_per_img': 50, 'model.test_cfg.rcnn.max_per_img': 
 def whole(nano):
     """The config, the checkpoint and the whole of a small model, by scope."""
 
-    def get(scope, no_normalize=False, logits=False, ema=False):
+    def get(scope, normalize=True, logits=False, ema=False):
         cfg, checkpoint = nano(scope)
         cfg = copy.deepcopy(cfg)
         if scope == DET:
             cfg.merge_from_dict(FEW)
         model = load_model(cfg, checkpoint, 'cpu', ema)
-        return cfg, checkpoint, describe_and_select(model, cfg, no_normalize, logits)
+        return cfg, checkpoint, describe_and_select(model, cfg, normalize, logits)
 
     return get
 
@@ -245,7 +245,7 @@ def test_table():
 def test_files_that_are_not_comparable(whole, nano, tmp_path):
     """They take other images, or give other outputs."""
     _, _, part = whole(SEG)
-    _, _, normalised = whole(SEG, no_normalize=True)
+    _, _, normalised = whole(SEG, normalize=False)
     with pytest.raises(ExportError, match='without --no-normalize'):
         measure(part, write(normalised, tmp_path / 'a.pt'))
     _, _, logits = whole(SEG, logits=True)
