@@ -10,6 +10,8 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
+from mlla_mm.export.parts import channels_of
+
 from .nano import NANO
 
 CHANNELS = [8, 16, 32, 64]
@@ -172,7 +174,7 @@ def _outputs(model, layer):
 def picture(model, seed, size):
     """Smooth noise (C, H, W), uint8: neighbours resemble each other, as in photos."""
     generator = torch.Generator().manual_seed(seed)
-    channels = model.backbone.in_channels
+    channels = channels_of(model)
     height, width = size
     noise = torch.rand(
         1, channels, height // 8 + 2, width // 8 + 2, generator=generator

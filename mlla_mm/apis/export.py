@@ -100,7 +100,7 @@ def describe_and_select(
     with named_arguments(cfg), DefaultScope.overwrite_default_scope(scope):
         datasets = test_datasets(cfg)
         classes, palette = classes_and_palette(datasets[0][1], model.dataset_meta)
-    metadata = dict(
+    metadata: Dict[str, Any] = dict(
         config=Path(cfg.filename).name if cfg.filename else '',
         producer=f'mlla_mm {__version__}',
         classes=list(classes),
@@ -114,6 +114,8 @@ def describe_and_select(
             ]
         ),
     )
+    if (cfg.model.get('data_preprocessor') or {}).get('rgb_to_bgr'):
+        metadata['channel_order'] = 'BGR'
     return whole_model(
         model,
         TASKS[scope],

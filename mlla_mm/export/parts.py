@@ -121,10 +121,10 @@ def whole_model(
     # Its pooling layers are replaced.
     module = copy.deepcopy(model)
     before = _Preprocessing(module.data_preprocessor, normalize)
-    channels = 'RGB' if reverse_channels else 'BGR'
-    if module.backbone.in_channels != 3:
-        channels = 'as in the files'
-    described = dict(task=task, channel_order=channels, **before.describe(), **metadata)
+    order = 'RGB' if reverse_channels else 'BGR'
+    if channels_of(module) != 3:
+        order = 'as in the files'
+    described = {'task': task, 'channel_order': order, **before.describe(), **metadata}
     if logits and task != 'segmentation':
         raise ExportError(f'logits is an option of segmentors, and this is {task}.')
     whole: nn.Module

@@ -58,11 +58,15 @@ TESTED = {
     ],
     'not normalised': [{'data_preprocessor.mean': None, 'data_preprocessor.std': None}],
     'multi-label': [MULTI_LABEL],
+    'backbone of mmpretrain': [
+        {'backbone': dict(_delete_=True, type='ResNet', depth=18)},
+        head('LinearClsHead', in_channels=512),
+    ],
     'arcface': [head('ArcFaceClsHead')],
     'stacked': [head('StackedLinearClsHead', mid_channels=[12])],
 }
 USUAL = {
-    'torchscript': ('linear', 'bgr', 'not normalised', 'arcface'),
+    'torchscript': ('bgr', 'not normalised', 'arcface', 'backbone of mmpretrain'),
     'onnx': ('four channels', 'multi-label', 'padded'),
 }
 
