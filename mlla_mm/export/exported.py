@@ -10,6 +10,7 @@ from typing import Any, Dict, List, Optional, Union
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.model import BaseModel
+from mmengine.registry import DefaultScope
 from mmengine.structures import BaseDataElement, InstanceData, PixelData
 from torch import Tensor, nn
 
@@ -234,13 +235,15 @@ def _mask_head() -> Any:
     """What moves boxes into the frame of a picture, and pastes masks into them."""
     from mmdet.models.roi_heads.mask_heads import FCNMaskHead
 
-    return FCNMaskHead(
-        num_convs=0,
-        in_channels=1,
-        conv_out_channels=1,
-        num_classes=1,
-        class_agnostic=True,
-    )
+    # Its loss, which nothing here uses, is built by the default scope.
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        return FCNMaskHead(
+            num_convs=0,
+            in_channels=1,
+            conv_out_channels=1,
+            num_classes=1,
+            class_agnostic=True,
+        )
 
 
 def _write_label_map(

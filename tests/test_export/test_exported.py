@@ -6,10 +6,14 @@ import pickle
 
 import numpy as np
 import pytest
+import torch
 from mmengine.config import Config
+from mmengine.registry import DefaultScope
 from pycocotools.mask import decode
 
 from mlla_mm.apis import load_model
+from mlla_mm.export import exported
+from mlla_mm.export.compare import predict
 
 from ..nano import CLASSES, NANO
 from ..runs import without_workers
@@ -80,17 +84,17 @@ def test_metrics(evaluate, whole, of_checkpoint, scope):
         return
     one, two = (pickle.loads(path.read_bytes()) for path in (out, other))
     assert len(one) == len(two) == PICTURES[scope]
-    for sample, exported in zip(one, two):
+    for sample, other in zip(one, two):
         if scope == 'mmpretrain':
-            scores = exported['pred_score'].numpy()
+            scores = other['pred_score'].numpy()
             np.testing.assert_allclose(scores, sample['pred_score'], atol=1e-5)
-            assert exported['pred_label'] == sample['pred_label'] == scores.argmax()
+            assert other['pred_label'] == sample['pred_label'] == scores.argmax()
             continue
-        sample, exported = sample['pred_instances'], exported['pred_instances']
-        assert 2 < len(sample['scores']) == len(exported['scores'])
+        sample, other = sample['pred_instances'], other['pred_instances']
+        assert 2 < len(sample['scores']) == len(other['scores'])
         for key, tolerance in (('bboxes', 0.01), ('scores', 1e-4), ('labels', 0)):
-            np.testing.assert_allclose(exported[key], sample[key], atol=tolerance)
-        check_masks(sample['masks'], exported['masks'])
+            np.testing.assert_allclose(other[key], sample[key], atol=tolerance)
+        check_masks(sample['masks'], other['masks'])
     if scope == 'mmdet':
         assert len(one[0]['pred_instances']['masks']) > 2
 
@@ -183,6 +187,17 @@ def test_another_number_of_classes(evaluate, whole, tmp_path):
     onnx.save(file, str(tmp_path / 'model.onnx'))
     error = evaluate('mmseg', tmp_path / 'model.onnx', check=False)
     assert 'has 2 classes, and model.decode_head.num_classes is 11' in error
+
+
+def test_in_a_process_of_another_toolbox(whole):
+    """What pastes masks is mmdet's, whatever the default scope is."""
+    pytest.importorskip('mmseg')
+    exported._mask_head.cache_clear()
+    model = load_model(Config.fromfile(NANO['mmdet']), whole('mmdet')[1])
+    image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        found = predict(model, 'detection', image).pred_instances
+    assert found.masks.shape == (len(found), 64, 64) and len(found) > 0
 
 
 def test_load_model(whole):

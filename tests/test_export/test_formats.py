@@ -162,6 +162,7 @@ def test_study_that_is_for_one_number_of_tokens(options, message):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 @pytest.mark.parametrize('format', FORMATS)
 def test_on_a_gpu(format, tmp_path):
     """The model stays where it is, and programs of PyTorch run there."""
