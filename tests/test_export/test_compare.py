@@ -157,9 +157,7 @@ CLASSES = {
     'classes in another order': outputs(lambda scores: [scores.flip(-1)]),
     'logits': outputs(lambda scores: [scores.log()]),
     'no number': outputs(lambda scores: [scores * float('nan')]),
-    'the mean of the images': outputs(
-        lambda scores: [scores.mean(0).expand_as(scores)]
-    ),
+    'divided among the images': outputs(lambda scores: [scores / len(scores)]),
     'a weight': weights('model.head.fc.bias', lambda x: x + x.roll(1) + 0.1),
 }
 
