@@ -147,7 +147,7 @@ def _report(
     )
     if options.int8:
         lines.append(f'Before the linear layers became int8, it differed by: {found}')
-        lines.append('Evaluate it by tools/test.py: int8 costs accuracy.')
+        lines.append('Evaluate it by tools/test.py: int8 may cost accuracy.')
     else:
         lines.append(f'Largest differences to the model, at two image sizes: {found}')
     return lines
