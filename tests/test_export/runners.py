@@ -1,15 +1,30 @@
 # Copyright (c) mlla_mm authors. Licensed under the Apache License 2.0.
-"""Exported files, run without the package."""
+"""Exported files of both formats, run without the package."""
 
 import pytest
 import torch
 
+from mlla_mm.compat import pytorch
+
+
+def in_both_formats(names, usual):
+    """Parameters: every name in two formats. Those that are not usual are slow."""
+    return [
+        pytest.param(
+            format, name, marks=[] if name in usual[format] else pytest.mark.slow
+        )
+        for format in ('torchscript', 'onnx')
+        for name in names
+    ]
+
 
 def skip_unless_supported(format):
-    """Skip a test if a package is missing that the format needs."""
+    """Skip a test if a package is missing, or PyTorch too old, for a format."""
     if format == 'onnx':
         pytest.importorskip('onnx')
         pytest.importorskip('onnxruntime')
+    elif format == 'torch-export' and not pytorch.TELLS_EXPORT:
+        pytest.skip('needs PyTorch 2.7')
 
 
 def open_file(format, path):

@@ -19,7 +19,7 @@ from mlla_mm.export import (
 from mlla_mm.export.formats import texts, write
 
 from .. import decisive
-from .runners import open_file, skip_unless_supported
+from .runners import in_both_formats, open_file, skip_unless_supported
 
 TRACE = (64, 96)
 SIZES = [(33, 33), (101, 53)]
@@ -93,16 +93,7 @@ def check(model, run, size, batch=1):
     assert (expected.amax(1) - expected.amin(1) > 0.05).all()
 
 
-@pytest.mark.parametrize(
-    'format, name',
-    [
-        pytest.param(
-            format, name, marks=[] if name in USUAL[format] else pytest.mark.slow
-        )
-        for format in ('torchscript', 'onnx')
-        for name in TESTED
-    ],
-)
+@pytest.mark.parametrize('format, name', in_both_formats(TESTED, USUAL))
 def test_classifiers(format, name, tmp_path):
     skip_unless_supported(format)
     model = decisive.classifier(*TESTED[name])

@@ -13,7 +13,7 @@ from mlla_mm.export.detectors import make_detector
 from mlla_mm.export.formats import write
 
 from .. import decisive
-from .runners import open_file, skip_unless_supported
+from .runners import in_both_formats, open_file, skip_unless_supported
 
 #: The size of the trace, and others: smaller and larger, odd, portrait and landscape.
 TRACE = (96, 128)
@@ -243,16 +243,7 @@ def test_mask_rcnn(format, tmp_path):
     check_sizes(model, open_file(format, path), SIZES)
 
 
-@pytest.mark.parametrize(
-    'format, name',
-    [
-        pytest.param(
-            format, name, marks=[] if name in USUAL[format] else pytest.mark.slow
-        )
-        for format in ('torchscript', 'onnx')
-        for name in TESTED
-    ],
-)
+@pytest.mark.parametrize('format, name', in_both_formats(TESTED, USUAL))
 def test_detectors(format, name, tmp_path):
     skip_unless_supported(format)
     make, changes = TESTED[name]

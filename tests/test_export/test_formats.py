@@ -18,6 +18,7 @@ from mlla_mm.export import (
 from mlla_mm.models import MLLA, LinearAttentionSwin
 
 from ..reference import relative_error
+from .runners import skip_unless_supported
 
 SMALL = Options((64, 96))
 ARCH = dict(embed_dims=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2))
@@ -36,14 +37,6 @@ def backbone():
         elif name.endswith('running_var'):
             nn.init.uniform_(value, 0.5, 1.5)
     return select_part(model, 'backbone')
-
-
-def skip_unless_supported(format):
-    if format == 'onnx':
-        pytest.importorskip('onnx')
-        pytest.importorskip('onnxruntime')
-    elif format == 'torch-export' and not pytorch.TELLS_EXPORT:
-        pytest.skip('needs PyTorch 2.7')
 
 
 def check(part, run, sizes=SIZES):

@@ -11,7 +11,7 @@ from mlla_mm.export import ExportError, Options, export_model, whole_model
 from mlla_mm.export.formats import write
 
 from .. import decisive
-from .runners import open_file, skip_unless_supported
+from .runners import in_both_formats, open_file, skip_unless_supported
 
 TRACE = (64, 96)
 SIZES = [(33, 33), (101, 53)]
@@ -101,16 +101,7 @@ def check(model, run, size, output_size=None, batch=1, with_logits=False):
             torch.testing.assert_close(own, scores, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize(
-    'format, name',
-    [
-        pytest.param(
-            format, name, marks=[] if name in USUAL[format] else pytest.mark.slow
-        )
-        for format in ('torchscript', 'onnx')
-        for name in TESTED
-    ],
-)
+@pytest.mark.parametrize('format, name', in_both_formats(TESTED, USUAL))
 def test_segmentors(format, name, tmp_path):
     skip_unless_supported(format)
     model = decisive.segmentor(*TESTED[name])
