@@ -45,7 +45,7 @@ def test(args: argparse.Namespace) -> None:
                 print(line, flush=True)
             make_work_dir(cfg)
         if is_exported(args.checkpoint):
-            run_exported_file(cfg, args.checkpoint)
+            take_exported_file(cfg, args.checkpoint)
     # One process alone meets a corrupt image. All of them have a bad checkpoint.
     with launch.exit_on_user_error((CorruptImageError,), shared=False):
         with launch.exit_on_user_error((CheckpointError,)):
@@ -55,7 +55,7 @@ def test(args: argparse.Namespace) -> None:
     launch.tear_down()
 
 
-def run_exported_file(cfg: Config, path: str) -> None:
+def take_exported_file(cfg: Config, path: str) -> None:
     """Let an exported file stand for the model of a config that was checked.
 
     Args:

@@ -84,7 +84,7 @@ def exported_model(
     return dict(
         type='mlla_mm.export.exported.OnnxModel',
         file=str(path),
-        task=TASKS[cfg.default_scope],
+        task=TASKS.get(cfg.get('default_scope'), 'of no task'),
         reverse_channels=reverses_channels(cfg.model),
         device=device,
     )
