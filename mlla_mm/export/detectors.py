@@ -28,7 +28,7 @@ from torchvision.ops import nms, roi_align
 
 from ..compat.openmmlab import predicts_as
 from ..models.float32_boxes import Float32RoIExtractor
-from .errors import ExportError
+from .errors import ExportError, require_prediction, unknown_prediction
 
 Detections = Tuple[Tensor, Tensor, Tensor]
 """Boxes (K, 4), scores (K,) and labels (K,), best score first."""
@@ -53,7 +53,9 @@ def make_detector(model: nn.Module) -> nn.Module:
         return _TwoStage(model)
     if predicts_as(model, SingleStageDetector):
         return _OneStage(model)
-    raise _unknown(model, 'one-stage detectors and two-stage ones with an RPN')
+    raise unknown_prediction(
+        model, "mmdet's one-stage detectors and two-stage ones with an RPN"
+    )
 
 
 class _TwoStage(nn.Module):
@@ -62,8 +64,8 @@ class _TwoStage(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         head = model.roi_head
-        _require(model.rpn_head, RPNHead)
-        _require(head, StandardRoIHead, CascadeRoIHead)
+        require_prediction(model.rpn_head, RPNHead)
+        require_prediction(head, StandardRoIHead, CascadeRoIHead)
         if head.with_shared_head:
             raise ExportError(
                 'RoI heads with a shared_head are not exported. Export the backbone '
@@ -80,10 +82,10 @@ class _TwoStage(nn.Module):
         self.mask_heads = _as_list(head.mask_head if head.with_mask else ())
         self.test_cfg = head.test_cfg
         for bbox_head in self.heads:
-            _require(bbox_head, BBoxHead)
+            require_prediction(bbox_head, BBoxHead)
             _require_usual_outputs(bbox_head)
         for mask_head in self.mask_heads:
-            _require(mask_head, FCNMaskHead)
+            require_prediction(mask_head, FCNMaskHead)
         for extractor in (*self.extractors, *self.mask_extractors):
             _require_pooling(extractor)
         for part in (self.rpn, *self.heads):
@@ -187,7 +189,7 @@ class _OneStage(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         head = model.bbox_head
-        _require(head, BaseDenseHead)
+        require_prediction(head, BaseDenseHead)
         _require_usual_outputs(head)
         _require_coder(head.bbox_coder)
         _require_nms(head.test_cfg)
@@ -330,18 +332,6 @@ def _as_list(parts: Any) -> nn.ModuleList:
     return nn.ModuleList([parts])
 
 
-def _require(part: Any, *bases: type) -> None:
-    if not any(predicts_as(part, base) for base in bases):
-        raise _unknown(part, ' and '.join(base.__name__ for base in bases))
-
-
-def _unknown(part: Any, known: str) -> ExportError:
-    return ExportError(
-        f'{type(part).__name__} is not exported: its predictions are not made as those '
-        f"of mmdet's {known}. Export the backbone alone, with part 'backbone'."
-    )
-
-
 def _require_usual_outputs(head: Any) -> None:
     """Refuse heads without scores or deltas, or whose loss makes the scores."""
     loss = getattr(head, 'loss_cls', None)  # an SSD has none
@@ -365,7 +355,7 @@ def _require_usual_outputs(head: Any) -> None:
 def _require_pooling(extractor: Any) -> None:
     """Refuse all but the average of RoIAlign, from the level of a box's size."""
     if type(extractor) not in (SingleRoIExtractor, Float32RoIExtractor):
-        raise _unknown(extractor, 'SingleRoIExtractor')
+        raise unknown_prediction(extractor, "mmdet's SingleRoIExtractor")
     for layer in extractor.roi_layers:
         mode = getattr(layer, 'pool_mode', None)
         if type(layer) is not RoIAlign or mode != 'avg':
@@ -378,7 +368,9 @@ def _require_pooling(extractor: Any) -> None:
 
 def _require_coder(coder: Any) -> None:
     if type(coder) not in (DeltaXYWHBBoxCoder, DistancePointBBoxCoder):
-        raise _unknown(coder, 'DeltaXYWHBBoxCoder and DistancePointBBoxCoder')
+        raise unknown_prediction(
+            coder, "mmdet's DeltaXYWHBBoxCoder and DistancePointBBoxCoder"
+        )
     if getattr(coder, 'add_ctr_clamp', False):
         raise ExportError(
             'DeltaXYWHBBoxCoder with add_ctr_clamp=True is not exported. Export the '

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..compat import pytorch
+from ..utils.text import describe_error
 from .errors import ExportError
 from .parts import Part
 
@@ -138,10 +139,9 @@ def write(part: Part, format: str, path: Path, options: Options) -> None:
         try:
             writer(part, example_inputs(part, 2, *options.shape), path, options)
         except Exception as error:  # exporters raise errors of many types
-            reason = str(error).strip().splitlines() or ['']
             raise ExportError(
                 f'PyTorch {torch.__version__} cannot export this model to {format}: '
-                f'{type(error).__name__}: {reason[0]}'
+                f'{describe_error(error)}'
             ) from error
 
 
@@ -260,9 +260,8 @@ def torchscript_runner(path: Path) -> Tuple[Runner, Dict[str, str]]:
     try:
         run = torch.jit.load(str(path), _extra_files=found)
     except RuntimeError as error:
-        reason = str(error).strip().splitlines() or ['']
         raise ExportError(
-            f'{path} cannot be read as TorchScript: {reason[0]}'
+            f'{path} cannot be read as TorchScript: {describe_error(error)}'
         ) from error
     return run, json.loads(found[METADATA] or '{}')
 
@@ -299,8 +298,9 @@ def onnx_runner(
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers)
     except Exception as error:  # it raises errors of its own types
-        reason = str(error).strip().splitlines() or ['']
-        raise ExportError(f'onnxruntime cannot read {path}: {reason[0]}') from error
+        raise ExportError(
+            f'onnxruntime cannot read {path}: {describe_error(error)}'
+        ) from error
 
     inputs = [*session.get_inputs(), *session.get_overridable_initializers()]
     input_names = [x.name for x in inputs]

@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 
-from ..compat.openmmlab import predicts_as
 from ..models import LinearAttentionSwin
 from ..models.layers import LinearAttention
-from .errors import ExportError
+from .errors import ExportError, require_prediction
 
 TASKS = {'mmdet': 'detection', 'mmseg': 'segmentation', 'mmpretrain': 'classification'}
 """The tasks by the default scopes of their configs."""
@@ -127,14 +126,13 @@ def whole_model(
     described = {'task': task, 'channel_order': order, **before.describe(), **metadata}
     if logits and task != 'segmentation':
         raise ExportError(f'logits is an option of segmentors, and this is {task}.')
-    whole: nn.Module
+    whole: Any
     outputs: Dict[str, Axes]
     settings: Dict[str, Tensor] = {}
     if task == 'detection':
         whole = _Detector(module, before)
         names = ['boxes', 'scores', 'labels', *(['masks'] if whole.has_masks else [])]
         outputs = {name: {0: 'detections'} for name in names}
-        described.update(whole.describe())
         settings['score_threshold'] = torch.tensor(whole.score_threshold)
     elif task == 'segmentation':
         whole = _Segmentor(module, before, logits)
@@ -143,11 +141,10 @@ def whole_model(
         if logits:
             outputs['logits'] = {0: 'batch', 2: height, 3: width}
         settings['output_size'] = torch.zeros(2, dtype=torch.long)
-        described.update(whole.describe())
     else:
         whole = _Classifier(module, before)
         outputs = {'scores': {0: 'batch'}}
-        described.update(whole.describe())
+    described.update(whole.describe())
     return Part(
         whole.eval(),
         channels_of(module),
@@ -162,18 +159,6 @@ def whole_model(
 def channels_of(model: Any) -> int:
     """Channels of a model's images. Other backbones than ours take three."""
     return getattr(model.backbone, 'in_channels', 3)
-
-
-def _require(part: Any, *bases: type) -> None:
-    """Refuse what does not make predictions as one of these classes."""
-    if not any(predicts_as(part, base) for base in bases):
-        package = bases[0].__module__.partition('.')[0]
-        known = ' and '.join(base.__name__ for base in bases)
-        raise ExportError(
-            f'{type(part).__name__} is not exported: its predictions are not made as '
-            f"those of {package}'s {known}. Export the backbone alone, with part "
-            "'backbone'."
-        )
 
 
 def _require_exportable(model: nn.Module) -> None:
@@ -243,7 +228,6 @@ class _Preprocessing(nn.Module):
         self.register_buffer('mean', mean.clone().float())
         self.register_buffer('std', std.clone().float())
         # mmseg's pads in a test only if its test_cfg says so.
-        options = preprocessor
         if hasattr(preprocessor, 'test_cfg'):
             test_cfg = preprocessor.test_cfg or {}
             if test_cfg.get('size') is not None:
@@ -252,10 +236,10 @@ class _Preprocessing(nn.Module):
                     'file takes any size. Use size_divisor.'
                 )
             self.divisor = test_cfg.get('size_divisor') or 1
-            self.pad_value = options.pad_val
+            self.pad_value = preprocessor.pad_val
         else:
-            self.divisor = getattr(options, 'pad_size_divisor', 1)
-            self.pad_value = getattr(options, 'pad_value', 0)
+            self.divisor = getattr(preprocessor, 'pad_size_divisor', 1)
+            self.pad_value = getattr(preprocessor, 'pad_value', 0)
 
     def describe(self) -> Dict[str, Any]:
         """What the file says of its input."""
@@ -292,8 +276,8 @@ class _Classifier(nn.Module):
         super().__init__()
         from mmpretrain.models import ClsHead, ImageClassifier, MultiLabelClsHead
 
-        _require(model, ImageClassifier)
-        _require(model.head, ClsHead, MultiLabelClsHead)
+        require_prediction(model, ImageClassifier)
+        require_prediction(model.head, ClsHead, MultiLabelClsHead)
         self.before, self.model = before, model
         self.has_many_labels = isinstance(model.head, MultiLabelClsHead)
 
@@ -320,8 +304,8 @@ class _Segmentor(nn.Module):
         from mmseg.models import EncoderDecoder
         from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 
-        _require(model, EncoderDecoder)
-        _require(model.decode_head, BaseDecodeHead)
+        require_prediction(model, EncoderDecoder)
+        require_prediction(model.decode_head, BaseDecodeHead)
         if model.test_cfg.get('mode', 'whole') != 'whole':
             raise ExportError(
                 f"model.test_cfg.mode = '{model.test_cfg.mode}' predicts window by "
